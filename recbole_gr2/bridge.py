@@ -1,0 +1,523 @@
+"""The door to RecBole: data, base models, and its evaluator. Past this module nothing knows RecBole.
+
+Rows are those of RecBole's SequentialDataset under leave-one-out (`LS: valid_and_test`, `TO`), whatever the base model is:
+one test and one valid row per user, and as train row of a request the user's last training interaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+
+from recbole_gr2 import compat
+from recbole_gr2.config import Settings, recbole_config
+from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.types import Item, Request
+
+SPLITS = ("train", "valid", "test")
+OTHER = "other_parameter."  # prefix of tensors that RecBole keeps outside state_dict
+
+
+def find_model(name: str) -> type:
+    """A base model by name: the plugin's own first, then RecBole's.
+
+    Raises:
+        ConfigurationError: neither has it.
+    """
+    compat.apply()
+    import recbole_gr2.model as ours
+
+    if name in ours.MODELS:
+        return ours.load(name)
+    from recbole.utils import get_model
+
+    try:
+        return get_model(name)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"there is no base model named {name!r}",
+            where="base_model",
+            do=f"name one of RecBole's models, or one of the plugin's own: {', '.join(ours.MODELS)}",
+        ) from error
+
+
+class Data:
+    """A RecBole data set: catalogue, user sequences in exact time order, and the rows of every split."""
+
+    def __init__(self, settings: Settings) -> None:
+        compat.apply()
+        self.settings = settings
+        # Any sequential model gives the same rows; SASRec's class is only asked for its type.
+        self.config = recbole_config(settings, "SASRec", loss_type="CE")
+        _check_protocol(self.config)
+        self.dataset = _exact_time_dataset(sequential=True)(self.config)
+        self.uid, self.iid = self.dataset.uid_field, self.dataset.iid_field
+        self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
+        self.item_tokens = [str(token) for token in self.dataset.field2id_token[self.iid]]
+        frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
+        self.sequences: dict[int, np.ndarray] = {
+            int(user): group.to_numpy() for user, group in frame.groupby(self.uid)[self.iid]
+        }
+        self.built = self.dataset.build()
+
+    @property
+    def item_count(self) -> int:
+        """Items in the catalogue, padding not counted: N."""
+        return len(self.item_tokens) - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything the rows and texts depend on: ids, sequences in order, and cleaned item texts."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([self.user_tokens, self.item_tokens]).encode())
+        for user in sorted(self.sequences):
+            digest.update(np.asarray([user, *self.sequences[user]], dtype=np.int64).tobytes())
+        digest.update(json.dumps([(i.title, i.categories, i.brand) for i in self.items]).encode())
+        digest.update(str(self.dataset.max_item_list_len).encode())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """The catalogue in id order; `items[item_id - 1]`. Texts come from the `.item` file, read beside RecBole."""
+        folder = Path(self.config["data_path"])
+        texts = read_item_texts(folder / f"{self.settings['dataset']}.item", self.settings)
+        empty = {"title": "", "categories": "", "brand": ""}
+        return tuple(
+            Item(item_id=number, token=token, **texts.get(token, empty))
+            for number, token in enumerate(self.item_tokens)
+            if number > 0
+        )
+
+    def reach(self, count: int) -> int:
+        """How deep RecBole's evaluator looks into a row, and at least `count`."""
+        return min(max(count, *self.config["topk"]), self.item_count + 1)
+
+    def train_sequences(self) -> dict[int, np.ndarray]:
+        """Every user's training items, oldest first: all but the valid and the test item."""
+        return {user: items[:-2] for user, items in self.sequences.items() if len(items) > 2}
+
+    def rows(self, split: str) -> tuple[object, np.ndarray]:
+        """The split's rows as RecBole Interaction, one a user, and the user ids (B,).
+
+        For `train` that is each user's last training row; it needs at least one item of history.
+        """
+        feat = self.built[SPLITS.index(split)].inter_feat
+        if split == "train":
+            feat = feat[_last_rows(feat[self.uid].numpy())]
+        return feat, feat[self.uid].numpy()
+
+    def history(self, user: int, split: str) -> tuple[int, ...]:
+        """Items before the split's target, oldest first, never cut."""
+        behind = {"test": 1, "valid": 2, "train": 3}[split]
+        items = self.sequences[user]
+        if split == "test" and len(items) == 3:  # RecBole gives such a user a test row and no valid row
+            behind = 1
+        return tuple(int(item) for item in items[: len(items) - behind])
+
+
+def _check_protocol(config) -> None:
+    split, order = config["eval_args"]["split"], config["eval_args"]["order"]
+    if split != {"LS": "valid_and_test"} or order != "TO":
+        raise ConfigurationError(
+            f"eval_args asks for split {split}, order {order}",
+            where="eval_args",
+            why="candidates without leakage are defined for leave-one-out in time order, one row per user and split",
+            do="leave eval_args at {split: {LS: valid_and_test}, order: TO, mode: full}",
+        )
+
+
+def _exact_time_dataset(*, sequential: bool) -> type:
+    """RecBole's Dataset class with time order kept exact and a download that works outside torch.distributed."""
+    from recbole.data.dataset import Dataset, SequentialDataset
+
+    class ExactTime(SequentialDataset if sequential else Dataset):
+        def _normalize(self):
+            # RecBole stores Unix seconds as float32, which loses up to 128 s and with them the order of events
+            # (dataset.py:2207): 149 of 943 ml-100k test targets come out wrong. A per-user rank is exact.
+            frame = self.inter_feat
+            exact = frame[self.time_field].to_numpy(dtype=np.float64)
+            order = np.lexsort((np.arange(len(frame)), exact, frame[self.uid_field].to_numpy()))
+            users = frame[self.uid_field].to_numpy()[order]
+            starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
+            rank = np.empty(len(frame))
+            rank[order] = np.arange(len(frame)) - np.repeat(starts, np.diff(np.r_[starts, len(frame)]))
+            super()._normalize()
+            self.inter_feat[self.time_field] = rank
+
+        def _download(self):
+            _download(self, super()._download)
+
+    return ExactTime
+
+
+def _download(dataset, download: Callable[[], None]) -> None:
+    """RecBole's own download, without the barrier that a single process cannot pass (dataset.py:252)."""
+    import shutil
+    from unittest.mock import patch
+
+    folder = Path(dataset.dataset_path)
+    try:
+        with patch("torch.distributed.barrier", lambda *args, **kwargs: None):
+            download()
+    except (OSError, ValueError) as error:  # URLError is an OSError; an unknown name is RecBole's ValueError
+        shutil.rmtree(folder, ignore_errors=True)  # an empty folder would stop the next try
+        name = dataset.dataset_name
+        raise MissingFileError(
+            f"data set {name!r} is neither on disk nor could it be downloaded ({error})",
+            where=str(folder.resolve()),
+            do=f"put {name}.inter and {name}.item (RecBole atomic files) into {folder}/, or name the folder that holds "
+            f"{name}/ with --data_path DIR",
+        ) from error
+
+
+def read_item_texts(file: Path, settings: Settings) -> dict[str, dict[str, str]]:
+    """Title, categories and brand of every item of an atomic `.item` file, by item token.
+
+    RecBole would split text on blanks, add items nobody touched to the id space, and stop at a title that starts with a
+    quotation mark; so the file is read beside it. HTML entities are resolved, lists in Python notation joined with ` > `.
+
+    Raises:
+        MissingFileError: there is no such file.
+        ConfigurationError: a text field that the settings name is not in it.
+    """
+    if not file.is_file():
+        raise MissingFileError(
+            "the data set has no item texts", where=str(file), why="semantic IDs and prompts are made of them",
+            do="add the .item file, tab-separated, with an item id and a title column",
+        )  # fmt: skip
+    import csv
+
+    frame = pd.read_csv(
+        file, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, encoding="utf-8", na_filter=False
+    )
+    frame.columns = [str(column).split(":")[0] for column in frame.columns]
+    fields = {name: settings[f"text_{name}"] for name in ("title", "categories", "brand")}
+    missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in frame.columns]
+    if missing:
+        raise ConfigurationError(
+            f"fields that {file.name} does not have: {', '.join(missing)}",
+            do=f"choose from {list(frame.columns)} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
+        )
+    columns = {name: [clean_text(v) for v in frame[field]] if field else [""] * len(frame)
+               for name, field in fields.items()}  # fmt: skip
+    tokens = [unquote(token) for token in frame[frame.columns[0]]]
+    return {token: {name: columns[name][row] for name in columns} for row, token in enumerate(tokens)}
+
+
+def unquote(text: str) -> str:
+    """A CSV-quoted field as plain text.
+
+    >>> unquote('"a ""b"" c"'), unquote('5" pipe')
+    ('a "b" c', '5" pipe')
+    """
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1].replace('""', '"')
+    return text
+
+
+def clean_text(text: str) -> str:
+    """One field of an item file as readable text.
+
+    >>> clean_text("'Beauty', 'Skin Care'"), clean_text("Nails &amp;  more")
+    ('Beauty > Skin Care', 'Nails & more')
+    """
+    import ast
+
+    text = unquote(text).strip()
+    if text[:1] in "'[" and text[-1:] in "']" and len(text) > 1:
+        try:
+            parsed = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            parsed = text  # a plain text that happens to start and end like a list
+        while isinstance(parsed, list | tuple) and len(parsed) == 1 and isinstance(parsed[0], list | tuple):
+            parsed = parsed[0]
+        if isinstance(parsed, list | tuple):
+            text = " > ".join(str(part) for part in parsed)
+        elif isinstance(parsed, str):
+            text = parsed
+    return " ".join(html.unescape(text).split())
+
+
+def _last_rows(users: np.ndarray) -> np.ndarray:
+    """Index of each user's last row, in order of first appearance; rows of a user are in time order."""
+    last = {int(user): row for row, user in enumerate(users)}
+    return np.array(list(last.values()), dtype=np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """A trained RecBole model, in eval mode, that scores the rows of `Data`."""
+
+    name: str
+    model: object
+    data: Data
+    exclude_seen: bool
+    facts: dict
+
+    def scores(self, split: str, users: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, object]]:
+        """Batches of (user ids (B,), scores (B, N + 1)), padding and, where asked, seen items at -inf."""
+        import torch
+
+        feat, row_users = self.data.rows(split)
+        if users is not None:
+            feat = feat[np.flatnonzero(np.isin(row_users, np.asarray(users)))]
+        size = int(self.data.config["eval_batch_size"])
+        for start in range(0, len(feat), size):
+            rows = feat[start : start + size]
+            with torch.no_grad():
+                yield rows[self.data.uid].numpy(), self.score_rows(rows, split)
+
+    def score_rows(self, rows, split: str):
+        """Masked scores (B, N + 1) of these rows."""
+        import torch
+
+        scores = self.model.full_sort_predict(rows.to(self.data.config["device"]))
+        scores = scores.view(-1, self.data.item_count + 1).float()
+        scores[:, 0] = -torch.inf
+        if self.exclude_seen:
+            mask_seen(scores, rows[self.data.uid].tolist(), self.data, split)
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedBase:
+    """Imported candidate lists in the place of a base model: their order first, then the catalogue in id order."""
+
+    data: Data
+    requests: Sequence[Request]
+    model: object = None
+
+    def score_rows(self, rows, split: str):
+        """Scores (B, N + 1): K .. 1 for a row's candidates, negative ids behind them."""
+        import torch
+
+        lists = {r.user_token: r.items for r in self.requests if r.split == split}
+        scores = -torch.arange(self.data.item_count + 1).float().repeat(len(rows), 1)
+        scores[:, 0] = -torch.inf
+        for row, user in enumerate(rows[self.data.uid].tolist()):
+            items = lists[self.data.user_tokens[user]]
+            scores[row, list(items)] = torch.arange(len(items), 0, -1).float()
+        return scores
+
+
+def mask_seen(scores, users: Sequence[int], data: Data, split: str) -> None:
+    """Set every item of the users' histories to -inf, in place. Uses whole histories, not RecBole's cut lists."""
+    import torch
+
+    histories = [data.history(user, split) for user in users]
+    row = np.repeat(np.arange(len(users)), [len(h) for h in histories])
+    column = np.concatenate([np.asarray(h, dtype=np.int64) for h in histories])
+    scores[torch.from_numpy(row), torch.from_numpy(column)] = -torch.inf
+
+
+def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None,
+               say: Callable[[str], None] = lambda text: None) -> BaseModel:  # fmt: skip
+    """Train the base model with RecBole's trainer, or load it from `folder` if it is complete there.
+
+    Args:
+        data: the data set.
+        folder: where `model.safetensors` and `facts.json` go; facts are written last.
+        hold_out: train without each user's last training interaction, the target of the train requests.
+        epochs: train exactly so long without validation; None stops early by `valid_metric` on the valid rows.
+            A hold-out base trains as long as the base did, so that its targets do not choose it.
+        say: told of every validation.
+
+    Raises:
+        ConfigurationError: the model is neither sequential nor general.
+        GateError: training ended without a finite validation score.
+    """
+    from recbole.data.utils import create_samplers, get_dataloader
+    from recbole.utils import ModelType, get_trainer, init_seed
+
+    settings = data.settings
+    model_class = find_model(settings["base_model"])
+    overrides = {"checkpoint_dir": str(folder), "show_progress": False}
+    if epochs is not None:
+        overrides |= {"epochs": epochs, "eval_step": 0}
+    config = recbole_config(settings, model_class, **overrides)
+    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+    if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
+        raise ConfigurationError(
+            f"{settings['base_model']} is a {config['MODEL_TYPE'].name.lower()} model",
+            where="base_model",
+            why="candidates need scores for the whole catalogue from a user and a history alone",
+            do="choose a sequential or a general model, e.g. SASRec, GRU4Rec, BPR, ItemKNN",
+        )
+    init_seed(derive_seed(settings["seed"], "base", hold_out), config["reproducibility"])
+    if sequential:
+        dataset, built = data.dataset, data.built
+    else:
+        dataset = _exact_time_dataset(sequential=False)(config)
+        for field in (data.uid, data.iid):
+            if list(dataset.field2id_token[field]) != list(data.dataset.field2id_token[field]):
+                raise GR2Error(f"the {field} maps of the general and the sequential data set differ", where="bridge")
+        built = dataset.build()
+    train, valid, test = built
+    keep = np.arange(len(train.inter_feat))
+    if hold_out:
+        keep = np.setdiff1d(keep, _last_rows(train.inter_feat[data.uid].numpy()))
+    if hasattr(model_class, "training_rows"):
+        rows = model_class.training_rows(train.inter_feat[keep], config)
+        keep = keep[rows]
+    train = train.copy(train.inter_feat[keep])
+    samplers = create_samplers(config, dataset, [train, valid, test])
+    loader = get_dataloader(config, "train")(config, train, samplers[0], shuffle=config["shuffle"])
+    valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
+
+    model = model_class(config, train).to(config["device"])
+    weights, facts_file = folder / "model.safetensors", folder / "facts.json"
+    exclude_seen = settings["cand_exclude_seen"]
+    if facts_file.is_file():
+        _load_weights(model, weights, folder)
+        facts = json.loads(facts_file.read_text())
+        return BaseModel(name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer_class = _plugin_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), data, exclude_seen, weights)
+    trainer = trainer_class(config, model)
+    metric = str(config["valid_metric"]).lower()
+    score, _ = trainer.fit(
+        loader, None if epochs else valid_loader, verbose=False,
+        callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric} {value:.4f}"),
+    )  # fmt: skip
+    if epochs is None and not np.isfinite(float(score)):
+        raise GateError("base model training has no finite validation score", where=f"base_model {config['model']}")
+    _load_weights(model, weights, folder)
+    best_epoch = trainer.saved_epoch + 1
+    facts = {"model": settings["base_model"], "hold_out": hold_out, "epochs": best_epoch, "training_rows": len(train)}
+    if epochs is None:
+        facts["best_valid"] = {str(config["valid_metric"]): float(score)}
+    facts_file.write_text(json.dumps(facts, indent=1))
+    return BaseModel(name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
+
+
+def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights: Path) -> type:
+    """RecBole's trainer of a model, with two differences.
+
+    It validates on the sequential rows under the mask that candidates use, and its checkpoint is safetensors without an
+    optimizer: RecBole pickles the whole Config, which torch >= 2.6 refuses to load again (trainer.py:323, 583).
+    """
+
+    class PluginTrainer(trainer_class):
+        def _full_sort_batch_eval(self, batched_data):
+            interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
+            if exclude_seen:
+                mask_seen(scores, interaction[data.uid].tolist(), data, "valid")
+            return interaction, scores, positive_u, positive_i
+
+        def _save_checkpoint(self, epoch, verbose=True, **kwargs):
+            self.saved_epoch = epoch
+            _save_weights(self.model, weights, weights.parent)
+
+    return PluginTrainer
+
+
+def _save_weights(model, weights: Path, folder: Path) -> None:
+    """Parameters, buffers and other tensors as safetensors; the matrices of traditional models beside it as .npz."""
+    import scipy.sparse
+    import torch
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+    for name, value in (model.other_parameter() or {}).items():
+        if isinstance(value, torch.Tensor):
+            state[OTHER + name] = value.contiguous().clone()
+        elif scipy.sparse.issparse(value) or isinstance(value, np.ndarray):
+            scipy.sparse.save_npz(folder / f"{name}.npz", scipy.sparse.csr_matrix(value))
+        elif value is not None:
+            raise ConfigurationError(
+                f"{type(model).__name__} keeps {name} as {type(value).__name__} outside its parameters",
+                where="base_model", why="it could not be restored for evaluation", do="choose another base model",
+            )  # fmt: skip
+    save_file(state, weights)
+
+
+def _load_weights(model, weights: Path, folder: Path) -> None:
+    import scipy.sparse
+    from safetensors.torch import load_file
+
+    state = load_file(weights)
+    other = {name.removeprefix(OTHER): state.pop(name) for name in list(state) if name.startswith(OTHER)}
+    model.load_state_dict(state)
+    for name, value in (model.other_parameter() or {}).items():
+        if (folder / f"{name}.npz").is_file():
+            matrix = scipy.sparse.load_npz(folder / f"{name}.npz")
+            other[name] = matrix.toarray() if isinstance(value, np.ndarray) else matrix
+    if other:
+        model.load_other_parameter(other)
+
+
+def evaluate_scores(data: Data, base: BaseModel | ListedBase, rankings: Mapping[int, Sequence[int]] | None, *, split: str,
+                    users: Sequence[int] | None = None) -> dict[str, float]:  # fmt: skip
+    """RecBole's metrics of the base model, or of its lists re-ranked.
+
+    Args:
+        rankings: user id -> item ids (K,), a permutation of the base model's first K; users without one keep their
+            order; None hands RecBole the base model's own score rows, untouched.
+        users: evaluate these users alone (the in_list scope); None for all.
+
+    Returns:
+        RecBole's metrics in its lower case, e.g. `ndcg@5`.
+    """
+    import torch
+    from recbole.evaluator import Collector, Evaluator
+
+    collector, evaluator = Collector(data.config), Evaluator(data.config)
+    collector.data_collect(SimpleNamespace(dataset=data.built[0]))  # item counts, for coverage and popularity
+    feat, row_users = data.rows(split)
+    if users is not None:
+        feat = feat[np.flatnonzero(np.isin(row_users, np.asarray(sorted(users))))]
+    size, reach = int(data.config["eval_batch_size"]), data.reach(data.settings["cand_num"])
+    for start in range(0, len(feat), size):
+        rows = feat[start : start + size]
+        with torch.no_grad():
+            scores = base.score_rows(rows, split)
+        if rankings is not None:
+            heads = [rankings.get(user) for user in rows[data.uid].tolist()]
+            scores = tie_free(scores, heads, reach)
+        collector.eval_batch_collect(scores, rows, torch.arange(len(rows)), rows[data.iid])
+    collector.model_collect(base.model)
+    return {name: float(value) for name, value in evaluator.evaluate(collector.get_data_struct()).items()}
+
+
+def tie_free(scores, heads: Sequence[Sequence[int] | None], reach: int):
+    """Score rows (B, N + 1) that put each head first, in its order, and leave the rest in base order, without ties.
+
+    Ties in a score row would let `torch.topk` pick the target by position. The base order is that of `torch.topk` at
+    the evaluator's own reach, so that untouched rows rank exactly as RecBole ranks the base model.
+
+    >>> import torch
+    >>> tie_free(torch.tensor([[-torch.inf, 5.0, 5.0, 9.0]]), [(1, 3)], reach=2)
+    tensor([[-4., -1., -3., -2.]])
+    """
+    import torch
+
+    width = scores.size(1)
+    first = torch.topk(scores, reach, dim=-1).indices
+    rest = scores.clone()
+    rest.scatter_(1, first, torch.inf)  # +inf, then skipped: other items may be at -inf
+    order = torch.sort(rest, dim=-1, descending=True, stable=True).indices[:, reach:]
+    order = torch.cat([first, order], dim=1)
+    for row, head in enumerate(heads):
+        if head is not None:
+            head = torch.as_tensor(head, dtype=order.dtype)
+            if set(order[row, : len(head)].tolist()) != set(head.tolist()):
+                raise GR2Error(
+                    "a ranking is no permutation of the base model's list",
+                    where=f"row {row}", why="re-ranking K items must not change Recall@K",
+                    do="re-run from the candidates stage: --from_stage candidates",
+                )  # fmt: skip
+            order[row, : len(head)] = head
+    ranks = torch.empty_like(order)
+    ranks.scatter_(1, order, torch.arange(1, width + 1).expand_as(order).contiguous())
+    return -ranks.float()  # integers below 2 ** 24 are exact in float32

@@ -1,0 +1,166 @@
+"""Supervised training of token sequences with TRL's SFTTrainer: a weight for every part of a text, exact resume.
+
+Parts exist because GR2 weighs the tokens of a trace and of its ranking differently (section 4:
+-lambda_r * sum log p(trace) - lambda_o * sum log p(ranking)). Mid-training has a single part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from recbole_gr2.errors import ConfigurationError, GateError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss."""
+
+    input_ids: list[int]
+    parts: list[int]
+
+
+class PartsTrainer(SFTTrainer):
+    """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
+
+    def __init__(self, *args, part_weights: Mapping[str, float], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.part_names = list(part_weights)
+        self.part_weights = torch.tensor([0.0, *part_weights.values()])
+        self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum over tokens of weight * -log p, divided by the tokens with a loss in the whole optimizer step.
+
+        The vocabulary is projected only where there is a loss: on a prompt of 450 tokens that is most of the work.
+        """
+        if return_outputs:
+            raise ValueError("PartsTrainer returns no outputs")
+        decoder = self.accelerator.unwrap_model(model).get_decoder()
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        labels, parts = inputs["labels"][:, 1:], inputs["parts"][:, 1:]
+        scored = labels != IGNORED
+        with self.accelerator.autocast():
+            hidden = decoder(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).last_hidden_state[:, :-1]
+            logits = head(hidden[scored])
+        losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
+        parts = parts[scored]
+        count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        for number in range(1, len(self.part_weights)):
+            here = parts == number
+            self._sums[0, number] += losses.detach()[here].sum().double().cpu()
+            self._sums[1, number] += here.sum().cpu()
+        return (losses * self.part_weights.to(losses.device)[parts]).sum() / count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each part's mean loss since the last line."""
+        if "loss" in logs:
+            for number, name in enumerate(self.part_names, start=1):
+                if self._sums[1, number] > 0:
+                    logs[f"loss/{name}"] = float(self._sums[0, number] / self._sums[1, number])
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+
+def finetune(
+    model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], epochs: float,
+    batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
+    bf16: bool, save_steps: int, say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
+
+    Args:
+        part_weights: weight of each part by name, in the order of `Row.parts`.
+        batch_size: texts of an optimizer step; `micro_batch_size` of them go through the model at once.
+        warmup_share: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        max_length: longest text in tokens; a longer one is an error, never cut.
+        bf16: bfloat16 autocast.
+
+    Returns:
+        The log, one dict a line, `loss` and `loss/<part>` among its keys.
+
+    Raises:
+        ConfigurationError: no rows, a text longer than max_length, or a batch that does not divide.
+        GateError: the loss is not finite.
+    """
+    longest = max((len(row.input_ids) for row in rows), default=0)
+    if not rows or longest > max_length or batch_size % micro_batch_size:
+        raise ConfigurationError(
+            f"{len(rows)} texts of up to {longest} tokens do not fit max_length {max_length}, batches of {batch_size} "
+            f"in steps of {micro_batch_size}",
+            where=str(folder), why="texts are never cut silently",
+            do="raise the stage's max_length or show less (prompt_history, prompt_title_chars)",
+        )  # fmt: skip
+    steps = math.ceil(len(rows) / batch_size) * epochs
+    config = SFTConfig(
+        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=batch_size // micro_batch_size, learning_rate=learning_rate,
+        lr_scheduler_type="linear", warmup_steps=round(warmup_share * steps), max_length=None, seed=seed,
+        data_seed=seed, bf16=bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length", remove_unused_columns=False, save_strategy="steps",
+        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, round(steps / 40)), report_to="none",
+        disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids for row in rows],
+            "parts": [row.parts for row in rows],
+            "labels": [[t if p else IGNORED for t, p in zip(row.input_ids, row.parts, strict=True)] for row in rows],
+            "length": [len(row.input_ids) for row in rows],
+        }
+    )
+    trainer = PartsTrainer(
+        model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
+        data_collator=Collator(tokenizer.pad_token_id), callbacks=[ProgressLines(say)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # ProgressLines says it
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    if not log or not all(math.isfinite(line["loss"]) for line in log):
+        raise GateError("the loss is not finite", where=str(folder), do="lower the stage's learning rate")
+    return log
+
+
+class Collator:
+    """Pads rows on the right."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.fill = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Tensors (B, T), with an attention mask, since padding may equal another token."""
+        width = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+            for name, fill in self.fill.items()
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
+        return batch
+
+
+class ProgressLines(TrainerCallback):
+    """Prints every logged line as `step 12/100  loss 1.234  ...`."""
+
+    def __init__(self, say: Callable[[str], None], show: Sequence[str] = ()) -> None:
+        self.say, self.show = say, show
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """One line a log entry."""
+        names = [n for n in logs if n == "loss" or n.startswith("loss/") or n in self.show]
+        if names and "train_runtime" not in logs:
+            values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names)
+            self.say(f"step {state.global_step}/{state.max_steps}  {values}")

@@ -1,0 +1,215 @@
+"""From prompts to rankings: constrained generation, and reading a completion back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.constraint import Grammar, GrammarProcessor
+from recbole_gr2.ranking import complete
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.types import Answer, Request
+
+
+def generate_rankings(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    label_counts: Sequence[int],
+    *,
+    grammar: Grammar,
+    num_generations: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    bf16: bool = False,
+) -> list[list[int]]:
+    """Completions of B prompts, G each, prompt-major: B * G token lists that end with eos.
+
+    Every completion is legal under the grammar. Each prompt is read once, however large G is. A sample depends on
+    (seed, its prompt, its number in the group) alone, not on what else is in the batch, so `batch_size` is a matter
+    of speed.
+
+    Args:
+        prompt_ids: token ids of each prompt, up to the start of the assistant turn.
+        label_counts: K of each prompt, 1 <= K <= labels of the grammar.
+        temperature: 0 takes the likeliest token; above, logits / temperature are sampled without top-k or top-p.
+        batch_size: completions decoded side by side (at least one prompt's G).
+        bf16: run the model under bfloat16 autocast.
+
+    Raises:
+        ConfigurationError: an empty prompt, or a K outside the grammar.
+    """
+    for ids, count in zip(prompt_ids, label_counts, strict=True):
+        if not ids or not 1 <= count <= len(grammar.label_ids):
+            raise ConfigurationError(
+                f"a prompt of {len(ids)} tokens with {count} candidates cannot be ranked",
+                why=f"a prompt needs a token, and 1 to {len(grammar.label_ids)} candidates",
+                do="fewer candidates (cand_topk) or more labels in the tokenizer",
+            )
+    completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * num_generations)]
+    by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
+    prompts_per_batch = max(1, batch_size // num_generations)
+    with _evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
+        for start in range(0, len(by_length), prompts_per_batch):
+            chunk = by_length[start : start + prompts_per_batch]
+            prompts, counts = [prompt_ids[i] for i in chunk], [label_counts[i] for i in chunk]
+            rows = _generate_batch(model, prompts, counts, grammar, num_generations, temperature, seed)
+            for position, ids in enumerate(rows):
+                prompt, sample = divmod(position, num_generations)
+                completions[chunk[prompt] * num_generations + sample] = ids
+    return completions
+
+
+def read_answer(
+    request: Request,
+    completion_ids: Sequence[int],
+    label_items: Sequence[int],
+    grammar: Grammar,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Answer:
+    """Read a completion back. Total: any token list gives a full permutation of the request's candidates.
+
+    The ranking is the labels in the order of their first mention behind the first ranking mark; candidates that are
+    not mentioned follow in base order. Everything behind eos is ignored.
+
+    Args:
+        label_items: item id that label i stands for in the prompt; a permutation of `request.items`.
+
+    Returns:
+        Answer with status `unreadable` (no usable label), else `truncated` (the reasoning ran into its limit), else
+        `repaired` (a label missing, repeated or foreign), else `ok`. `foreign` counts the tokens behind the mark that
+        are none of the request's labels.
+    """
+    if sorted(label_items) != sorted(request.items):
+        raise ConfigurationError(
+            "the labels of the prompt do not stand for the candidates of the request",
+            where=f"request {request.request_id}",
+            why="the answer would be read as a ranking of other items",
+            do="pass the item ids in the order in which the prompt labels them",
+        )
+    ids = list(completion_ids)
+    tokens = ids.index(grammar.eos_id) + 1 if grammar.eos_id in ids else len(ids)
+    text = [token for token in ids[:tokens] if token != grammar.eos_id]
+    mark = text.index(grammar.ranking_id) if grammar.ranking_id in text else len(text)
+    item_of = dict(zip(grammar.label_ids, label_items))  # labels beyond K stand for nothing
+    said = text[mark + 1 :]
+    named = [item_of[token] for token in said if token in item_of]
+    missing = len(label_items) - len(set(named))
+    repeated = len(named) - len(set(named))
+    foreign = len(said) - len(named)
+    if not named:
+        status = "unreadable"
+    elif grammar.was_truncated(text):
+        status = "truncated"
+    else:
+        status = "repaired" if missing or repeated or foreign else "ok"
+    return Answer(
+        request_id=request.request_id,
+        ranking=complete(named, request.items),
+        status=status,
+        reasoning=tokenizer.decode(text[:mark], skip_special_tokens=True).strip(),
+        missing=missing,
+        repeated=repeated,
+        foreign=foreign,
+        output_tokens=tokens,
+    )
+
+
+class GumbelSampler(LogitsProcessor):
+    """Adds Gumbel noise to logits / temperature, so that the largest score is a sample of the softmax.
+
+    Each row draws from a generator of its own. `generate` samples from the one global stream instead, where a row's
+    draw depends on how many rows stand before it.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - noise.log()  # -log of an exponential is a standard Gumbel
+
+
+def left_pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, P) padded on the left, and their attention mask (B, P)."""
+    length = max(map(len, sequences))
+    ids = [[value] * (length - len(row)) + list(row) for row in sequences]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids (B, P) that count real tokens, as `generate` does: padding does not shift a prompt."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    grammar: Grammar,
+    num_generations: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    # PEFT's own `generate` overwrites the base model's generation config for good; its layers live in the base model.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids, mask = left_pad(prompts, grammar.pad_id, model.device)
+    cache = None
+    if num_generations > 1 and ids.size(1) > 1:  # read each prompt once, all but its last token
+        head = mask[:, :-1]
+        cache = base(
+            input_ids=ids[:, :-1], attention_mask=head, position_ids=positions(head), use_cache=True, logits_to_keep=1
+        ).past_key_values
+        cache.batch_repeat_interleave(num_generations)
+    ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
+    label_counts = torch.tensor(counts, device=ids.device).repeat_interleave(num_generations)
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids.size(1), label_counts)])
+    if temperature > 0:
+        seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
+        processors.append(GumbelSampler(temperature, seeds, ids.device))
+    config = GenerationConfig(
+        do_sample=False,  # sampling is the Gumbel noise
+        max_new_tokens=grammar.max_reasoning + 1 + max(counts) + 1,
+        eos_token_id=grammar.eos_id,
+        pad_token_id=grammar.pad_id,
+        use_cache=True,
+    )
+    with _generation_config(base, config):
+        output = base.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors
+        )
+    rows = output[:, ids.size(1) :].tolist()
+    return [row[: row.index(grammar.eos_id) + 1] for row in rows]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the model's generation config: `generate` fills every unset field from it (top_k, penalties, beams)."""
+    theirs, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = theirs
+
+
+def _autocast(device: torch.device, bf16: bool):
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

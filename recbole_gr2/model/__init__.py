@@ -1,0 +1,12 @@
+"""RecBole models that the plugin brings. A base model is looked up here first, then in RecBole."""
+
+from __future__ import annotations
+
+MODELS = {"CausalSASRec": "recbole_gr2.model.causal_sasrec"}
+
+
+def load(name: str) -> type:
+    """The class of one of `MODELS`; imported on demand, since it imports RecBole and torch."""
+    import importlib
+
+    return getattr(importlib.import_module(MODELS[name]), name)

@@ -1,0 +1,188 @@
+"""The run: a literal table of stages, a plan, and a loop."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recbole_gr2.config import Settings
+from recbole_gr2.console import Console
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.stages import Context
+from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
+from recbole_gr2.types import StageRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        version: raise it when the stage's code changes its result; older folders are then left alone.
+        settings: prefixes of the settings that can change its result.
+        needs: stages whose files it reads.
+        recbole: whether RecBole's words can change its result.
+    """
+
+    name: str
+    version: int
+    settings: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    recbole: bool = False
+
+
+LLM = ("llm", "prompt_")
+STAGES = (
+    Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole=True),
+    Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
+    Stage(name="midtrain", version=1, settings=("llm", "mid_", "prompt_", "cand_num", "seed"), needs=("tokenizer",)),
+    Stage(name="traces", version=1, settings=("trace_", "prompt_", "seed"),
+          needs=("candidates", "tokenizer", "midtrain")),
+    Stage(name="sft", version=1, settings=("sft_", "prompt_", "seed"),
+          needs=("candidates", "tokenizer", "midtrain", "traces")),
+    Stage(name="rl", version=1, settings=("rl_", "prompt_", "seed"), needs=("candidates", "tokenizer", "sft")),
+    Stage(name="evaluate", version=1, settings=("eval_", "prompt_", "cand_exclude_seen", "seed"), recbole=True,
+          needs=("candidates", "tokenizer", "midtrain", "sft", "rl")),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A stage with its key, its folder, what will happen to it, and why."""
+
+    stage: Stage
+    key: str
+    folder: Path
+    needs: dict[str, str]
+    settings: dict[str, Any]
+    action: str  # cached | resume | run
+    why: str
+
+
+def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stage: str | None = None,
+         force: bool = False) -> list[Planned]:  # fmt: skip
+    """What each stage would do.
+
+    Args:
+        stages: run these alone, and what they need; all by default.
+        from_stage: run this stage and the later ones again, even if they are finished.
+        force: run every stage again.
+
+    Raises:
+        ConfigurationError: an unknown stage name.
+    """
+    for name in (*stages, *([from_stage] if from_stage else [])):
+        if name not in NAMES:
+            raise ConfigurationError(f"there is no stage named {name!r}", do=f"choose from {', '.join(NAMES)}")
+    wanted = _with_needs(stages or NAMES)
+    root = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "stages"
+    planned, keys, renewed = [], {}, False
+    for stage in STAGES:
+        if stage.name not in wanted:
+            continue
+        values = settings.results(stage.settings)
+        if stage.recbole:
+            values |= {f"recbole.{k}": v for k, v in settings.recbole_results().items()}
+        needs = {name: keys[name] for name in stage.needs}
+        key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
+        folder = root / stage.name / key
+        renewed = renewed or force or stage.name == from_stage
+        action, why = _decide(folder, values, needs, again=renewed)
+        planned.append(Planned(stage=stage, key=key, folder=folder, needs=needs, settings=values, action=action, why=why))
+    return planned
+
+
+def _with_needs(names: Sequence[str]) -> set[str]:
+    wanted = set(names)
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted |= set(stage.needs)
+    return wanted
+
+
+def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[str, str]:
+    """Cached, resume or run, and the cause."""
+    if again:
+        return "run", "asked for"
+    if read_manifest(folder):
+        return "cached", ""
+    if folder.is_dir():
+        return "resume", "stopped before it was finished"
+    for record in other_records(folder)[:1]:
+        changes = [f"{k} {record.settings.get(k)} -> {values.get(k)}" for k in sorted({*values, *record.settings})
+                   if _plain(record.settings.get(k)) != _plain(values.get(k))]  # fmt: skip
+        changes += [f"new {name}" for name in needs if record.needs.get(name) != needs[name]]
+        return "run", "; ".join(changes[:3]) or "data or code changed"
+    return "run", "first time"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def execute(planned: Sequence[Planned], settings: Settings, data: Any, console: Console) -> list[tuple[StageRecord, bool]]:
+    """Run what the plan says; returns every stage's record and whether it was cached."""
+    records: dict[str, StageRecord] = {}
+    folders: dict[str, Path] = {}
+    done = []
+    for entry in planned:
+        name = entry.stage.name
+        with locked(entry.folder):
+            record = read_manifest(entry.folder) if entry.action == "cached" else None
+            cached = record is not None
+            if not cached:
+                record = _run(entry, settings, data, console, records, folders)
+        records[name], folders[name] = record, entry.folder
+        done.append((record, cached))
+        console.say(f"{name} {'cached' if cached else f'done in {record.seconds:.0f} s'}  {entry.folder}")
+    return done
+
+
+def _run(entry: Planned, settings: Settings, data: Any, console: Console, records: dict, folders: dict) -> StageRecord:
+    if entry.action == "run":
+        for path in entry.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    console.say(f"{entry.stage.name}: {entry.action}" + (f" ({entry.why})" if entry.why else ""))
+    run = importlib.import_module(f"recbole_gr2.stages.{entry.stage.name}").run
+    context = Context(
+        settings=settings, data=data, folder=entry.folder, say=lambda text: console.say(f"  {text}"),
+        inputs={name: records[name] for name in entry.stage.needs},
+        folders={name: folders[name] for name in entry.stage.needs},
+    )  # fmt: skip
+    _reset_peak_memory()
+    started = time.monotonic()
+    facts = run(context)
+    record = StageRecord(
+        stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
+        seconds=round(time.monotonic() - started, 1), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
+        files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
+    )  # fmt: skip
+    write_manifest(entry.folder, record)
+    return record
+
+
+def _reset_peak_memory() -> None:
+    """Start the peak anew, where the system can (Linux: writing 5 to clear_refs resets VmHWM)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def _peak_memory_mb() -> float:
+    """Largest resident memory of this process since the last reset, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,130 @@
+"""Prompts: templates are data files, rendered with Jinja2; what they are given does not hold the target."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recbole_gr2.config import properties_folder, read_yaml
+from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.sid.tokens import label_tokens, sid_text
+from recbole_gr2.types import Item, Prompt, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A prompt template: Jinja2 sources of the system and the user message, and the hash of its file."""
+
+    name: str
+    sha: str
+    system: str
+    user: str
+
+
+def load_template(name: str) -> Template:
+    """A template of `properties/prompt/`, or of a YAML file given by path.
+
+    Raises:
+        MissingFileError: there is none of that name.
+        ConfigurationError: it lacks a message, or has a syntax error.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(path.stem for path in (properties_folder() / "prompt").glob("*.yaml"))
+        raise MissingFileError(f"there is no prompt template {name!r}", where="prompt_template",
+                               do=f"choose from {', '.join(known)}, or give the path of a YAML file")  # fmt: skip
+    text = file.read_text(encoding="utf-8")
+    values = read_yaml(text)
+    if not isinstance(values, dict) or {"system", "user"} - set(values):
+        raise ConfigurationError("a prompt template has a system and a user message", where=str(file))
+    return Template(
+        name=file.stem, sha=hashlib.sha256(text.encode()).hexdigest()[:12], system=values["system"], user=values["user"]
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMaker:
+    """Renders requests with one template and one way of showing items."""
+
+    template: Template
+    items: Sequence[Item]
+    history: int
+    title_chars: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], items: Sequence[Item]) -> PromptMaker:
+        """The prompt maker of a run's settings; `items` carry their semantic IDs."""
+        return cls(template=load_template(settings["prompt_template"]), items=items,
+                   history=settings["prompt_history"], title_chars=settings["prompt_title_chars"])  # fmt: skip
+
+    def shown(self, item_id: int, label: str = "") -> dict[str, str]:
+        """What a template sees of an item."""
+        item = self.items[item_id - 1]
+        return {
+            "label": label,
+            "sid": sid_text(item.sid) if item.sid else "",
+            "title": shorten(item.title, self.title_chars),
+            "category": kind(item),
+            "brand": item.brand,
+        }
+
+    def render(self, request: Request, order: Sequence[int] | None = None) -> Prompt:
+        """The request as chat messages.
+
+        Args:
+            order: base positions in the order in which they are shown and labelled; base order by default.
+        """
+        order = tuple(order if order is not None else range(len(request.candidates)))
+        labels = tuple(label_tokens(len(order)))
+        values = {
+            "history": [self.shown(item) for item in request.history[-self.history :]],
+            "candidates": [self.shown(request.items[p], label) for p, label in zip(order, labels, strict=True)],
+        }
+        return Prompt(
+            request_id=request.request_id,
+            messages=(
+                {"role": "system", "content": _jinja(self.template.system).render(values).strip()},
+                {"role": "user", "content": _jinja(self.template.user).render(values).strip()},
+            ),
+            labels=labels,
+            order=order,
+            template=self.template.name,
+            template_sha=self.template.sha,
+        )
+
+    def label_items(self, request: Request, prompt: Prompt) -> tuple[int, ...]:
+        """Item id behind each label, (K,)."""
+        return tuple(request.items[position] for position in prompt.order)
+
+
+def encode_prompt(prompt: Prompt, tokenizer) -> list[int]:
+    """Token ids up to the start of the assistant's turn, (P,)."""
+    text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def kind(item: Item) -> str:
+    """The most particular category, e.g. `Nail Polish` of `Beauty > Makeup > Nails > Nail Polish`."""
+    return shorten(item.categories.split(" > ")[-1], 40)
+
+
+def shorten(text: str, chars: int) -> str:
+    """At most `chars` characters, cut at a word if there is one.
+
+    >>> shorten("OPI Nail Lacquer", 12), shorten("abcdef", 3)
+    ('OPI Nail', 'abc')
+    """
+    if len(text) <= chars:
+        return text
+    cut = text[: chars + 1]
+    return cut[: cut.rfind(" ")].rstrip(" ,-") if " " in cut else text[:chars]
+
+
+def _jinja(source: str):
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    return SandboxedEnvironment(undefined=StrictUndefined, autoescape=False).from_string(source)

@@ -1,0 +1,139 @@
+"""The command: parse, plan, run, report.
+
+`run_recbole_gr2.py`, the console script `recbole-gr2` and `run()` are one and the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_gr2.errors import ConfigurationError, GR2Error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (errors.py lists them)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, command_line = parse(argv)
+        result = run(
+            command_line=command_line,
+            config_files=options.config_files,
+            stages=tuple(filter(None, (options.stages or "").split(","))),
+            from_stage=options.from_stage,
+            force=options.force,
+            dry_run=options.dry_run,
+            command=" ".join(["run_recbole_gr2.py", *argv]),
+        )
+    except GR2Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    if result is not None:
+        print(result)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options of the command, and every other `--key=value` or `--key value` as a setting."""
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_gr2.py",
+        description="Train and evaluate GR2, a generative reasoning re-ranker, on the lists of a RecBole base model.",
+        epilog="Any setting of properties/*.yaml as --key=value; RecBole words of the base model as --base_key=value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-m", "--model", help="the re-ranker (GR2)")
+    parser.add_argument("-d", "--dataset", help="folder of RecBole atomic files under data_path, or ml-100k")
+    parser.add_argument("--base_model", help="RecBole model that proposes the candidates")
+    parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
+    parser.add_argument("--config_files", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
+    parser.add_argument("--stages", metavar="A,B", help="run these stages alone, with what they need")
+    parser.add_argument("--from_stage", metavar="A", help="run this stage and the later ones again")
+    parser.add_argument("--force", action="store_true", help="run every stage again")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    options, rest = parser.parse_known_args(argv)
+    settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
+    return options, settings | _extra_settings(rest)
+
+
+def _extra_settings(words: Sequence[str]) -> dict[str, Any]:
+    from recbole_gr2.config import read_yaml
+
+    settings, position = {}, 0
+    while position < len(words):
+        word = words[position]
+        key, equals, value = word.removeprefix("--").partition("=")
+        position += 1
+        if not equals and position < len(words) and not words[position].startswith("--"):
+            value, equals = words[position], "="
+            position += 1
+        if not word.startswith("--") or not equals:
+            raise ConfigurationError(f"cannot read {word!r}", where="command line", do="write settings as --key=value")
+        settings[key] = read_yaml(value)
+    return settings
+
+
+def run(
+    *,
+    command_line: Mapping[str, Any] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    config_files: Sequence[str | Path] = (),
+    stages: Sequence[str] = (),
+    from_stage: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    command: str = "recbole_gr2.quick_start.run()",
+) -> Path | None:
+    """Plan and run; returns the path of `result.json`, or None if the evaluate stage was not asked for.
+
+    Raises:
+        GR2Error: with what, where, why and do; nothing that is finished is lost.
+    """
+    from recbole_gr2.config import load_settings
+    from recbole_gr2.console import Console
+
+    settings = load_settings(command_line=command_line, config_dict=config_dict, config_files=config_files)
+    if settings["model"] != "GR2":
+        raise ConfigurationError(
+            f"model {settings['model']!r} is not the re-ranker", where="-m / --model",
+            do=f"-m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
+        )  # fmt: skip
+    console = Console()
+    _quiet_libraries()
+    from recbole_gr2 import pipeline
+    from recbole_gr2.bridge import Data
+
+    console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
+                f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
+    data = Data(settings)
+    console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "
+                f"{sum(map(len, data.sequences.values())):,} interactions")  # fmt: skip
+    planned = pipeline.plan(settings, data, stages=stages, from_stage=from_stage, force=force)
+    console.table(["stage", "key", "plan", "why"], [[p.stage.name, p.key, p.action, p.why] for p in planned])
+    if dry_run:
+        return None
+    done = pipeline.execute(planned, settings, data, console)
+    if planned[-1].stage.name != "evaluate":
+        return None
+    from recbole_gr2.report import write_run
+
+    return write_run(planned, done, settings, data, command, console)
+
+
+def _quiet_libraries() -> None:
+    """Progress and warnings of libraries that say nothing about this run."""
+    import warnings
+
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("recbole", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,0 +1,137 @@
+"""The run folder: result.json for programs, report.md for people. Both are functions of what the stages wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from recbole_gr2.config import Settings
+from recbole_gr2.console import Console, render_table
+from recbole_gr2.pipeline import Planned
+from recbole_gr2.store import write_json
+from recbole_gr2.types import StageRecord
+
+SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
+
+
+def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, data: object,
+              command: str, console: Console) -> Path:  # fmt: skip
+    """Write `runs/<name>/` and print the table; returns the path of result.json."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    result = build_result(done, settings, command)
+    (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
+    write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})
+    write_json(folder / "result.json", result)
+    (folder / "report.md").write_text(render_report(result, done), encoding="utf-8")
+    for scope in ("all", "in_list"):
+        print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}", flush=True, file=console.stream)
+    console.say(f"report: {folder / 'report.md'}")
+    return folder / "result.json"
+
+
+def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str) -> dict:
+    """result.json: rows with metrics per scope, comparisons with the base row, tokenizer health, and cost per stage."""
+    records = {record.stage: record for record, _ in done}
+    return {
+        "dataset": settings["dataset"],
+        "base_model": settings["base_model"],
+        "llm": settings["llm"],
+        "preset": settings["preset"],
+        "seeds": [settings["seed"]],
+        "command": command,
+        "rows": records["evaluate"].facts["rows"],
+        "tokenizer": {"uniqueness": records["tokenizer"].facts["uniqueness"]},
+        "stages": [
+            {"stage": record.stage, "key": record.key, "seconds": record.seconds,
+             "peak_memory_mb": record.peak_memory_mb, "cached": cached}
+            for record, cached in done
+        ],
+    }  # fmt: skip
+
+
+def scope_title(result: dict, scope: str) -> str:
+    """Which users a table is over."""
+    count = next(row["n"] for row in result["rows"] if row["scope"] == scope)
+    who = "all users" if scope == "all" else "users whose list holds their target (in_list)"
+    return f"{result['dataset']}, {who}, n = {count:,}"
+
+
+def metrics_table(result: dict, scope: str) -> str:
+    """One line a row: metrics, difference to the base row in NDCG@5 with interval and Holm-adjusted p, unchanged share."""
+    rows = [row for row in result["rows"] if row["scope"] == scope]
+    shown = [metric for metric in SHOWN if metric in rows[0]["metrics"]]
+    by_name = {row["row"]: row["metrics"] for row in rows}
+    gap = by_name["oracle"]["ndcg@5"] - by_name["base"]["ndcg@5"] if "ndcg@5" in shown else 0.0
+    lines = []
+    for row in rows:
+        versus = row["vs_base"].get("ndcg@5")
+        change = f"{versus['diff']:+.4f} [{versus['low']:+.4f}, {versus['high']:+.4f}]" if versus else ""
+        p = f"{versus['p_holm']:.4f}" if versus and row["row"] not in ("oracle", "shuffled") else ""
+        closed = f"{versus['diff'] / gap:+.1%}" if versus and gap else ""
+        lines.append([row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed, f"{row['unchanged']:.1%}"])
+    return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
+
+
+def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str:
+    """report.md."""
+    records = {record.stage: record for record, _ in done}
+    evaluate, sids, traces = records["evaluate"].facts, records["tokenizer"].facts, records["traces"].facts
+    parts = [
+        f"# GR2 on {result['dataset']}",
+        f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, "
+        f"seed {result['seeds'][0]}.\n\n    {result['command']}",
+    ]
+    for scope in ("all", "in_list"):
+        parts.append(f"## {scope_title(result, scope)}\n\n```\n{metrics_table(result, scope)}\n```")
+    parts.append(
+        "Rows: `base` is the base model's own order, `oracle` the target first; `shuffled` is the RL model on shuffled "
+        "candidates. Intervals are 95 % bootstrap intervals over users, p-values two-sided paired randomisation tests, "
+        "Holm-adjusted over the rows and metrics of a scope. `gap closed` is the share of the way from base to oracle. "
+        f"Caution: one seed{caveat(result)}."
+    )
+    answers = [
+        [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]), f"{facts['unchanged']:.1%}",
+         str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
+        for row, facts in evaluate["rankings"].items() if "readable" in facts
+    ]  # fmt: skip
+    if answers:
+        header = ["row", "readable", "statuses", "tokens", "unchanged", "lists/s", "first place goes to base rank"]
+        parts.append(f"## Answers\n\n```\n{render_table(header, answers)}\n```")
+    stats = records["candidates"].facts["stats"]
+    lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
+             for split, facts in stats.items()]  # fmt: skip
+    parts.append(f"## Candidates\n\n```\n{render_table(['split', *next(iter(stats.values()))], lists)}\n```")
+    parts.append(
+        f"## Semantic IDs\n\nUniqueness {sids['uniqueness']:.4%} ({sids['uniqueness_without_random_level']:.2%} by nearest "
+        f"codes alone), largest collision {sids['largest_collision']}, codes in use {sids['used_codes']}, entropy "
+        f"{[round(e, 2) for e in sids['entropy']]} bits, reconstruction (cosine) {sids['reconstruction']:.3f}."
+    )
+    parts.append(
+        f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
+        f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "
+        f"{traces['grounded']:.1%} cite the item they put first. Rejected for: {traces['rejected_for']}."
+    )
+    rl = records["rl"].facts
+    shown = ("reward", "rank_gain", "unchanged", "frac_groups_kept", "clip_ratio/low_mean", "clip_ratio/high_mean", "entropy")
+    rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))] for name in shown if name in rl["last"]]
+    parts.append(f"## RL\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
+                 f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
+    cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]
+            for s in result["stages"]]  # fmt: skip
+    parts.append(f"## Cost\n\n```\n{render_table(['stage', 'wall time', 'peak memory', 'cached'], cost)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def caveat(result: dict) -> str:
+    """What the numbers themselves warn of."""
+    row = next(r for r in result["rows"] if r["scope"] == "in_list")
+    small = f", {row['n']} users in_list" if row["n"] < 1000 else ""
+    crossing = [
+        r["row"] for r in result["rows"]
+        if r["scope"] == "in_list" and r["row"] not in ("base", "oracle", "shuffled")
+        and r["vs_base"]["ndcg@5"]["low"] < 0 < r["vs_base"]["ndcg@5"]["high"]
+    ]  # fmt: skip
+    return small + (f"; the interval of {', '.join(crossing)} holds 0" if crossing else "")

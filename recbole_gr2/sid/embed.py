@@ -1,0 +1,80 @@
+"""Text to vectors: what the semantic-ID tokenizer quantises (GR2 section 3, "item embeddings")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from recbole_gr2.errors import MissingFileError
+
+MAX_TOKENS = 128  # a title and its categories fit; the rest of a description adds time, not neighbours
+HASHED_NGRAMS = 2**18  # before folding: wide enough that document frequencies belong to one n-gram
+
+
+def embed_texts(
+    texts: Sequence[str], model_folder: str | Path, *, batch_size: int = 64, device: str = "cpu", progress: bool = True
+) -> np.ndarray:
+    """Sentence embeddings of N texts by a local Hugging Face encoder, (N, D) float32, each of length 1.
+
+    Token states are averaged under the attention mask, as sentence-transformers' MiniLM and MPNet models are trained
+    to be read (Reimers and Gurevych, arXiv 1908.10084, section 3). Batches hold texts of similar length; the rows come
+    back in the order of `texts`. `batch_size` changes the padding, hence the last bits of the floats, nothing else.
+
+    Args:
+        texts: N texts, cut at 128 tokens; an empty text is embedded as such.
+        model_folder: a folder that AutoTokenizer and AutoModel can load.
+        batch_size: texts a forward pass.
+        device: a torch device.
+        progress: show a progress bar.
+
+    Raises:
+        MissingFileError: `model_folder` is not a folder.
+    """
+    if not Path(model_folder).is_dir():
+        raise MissingFileError(
+            f"no text encoder at {str(model_folder)!r}",
+            where="sid.embed.embed_texts",
+            why="items get their semantic IDs from embeddings of their text",
+            do="point it at the folder of a sentence encoder such as all-MiniLM-L6-v2, or use the hashing embedding",
+        )
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
+    if not len(texts):
+        return vectors
+    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    longest_first = np.argsort([-len(ids) for ids in tokens], kind="stable")  # running out of memory shows at once
+    with torch.inference_mode(), tqdm(total=len(texts), desc="embed", unit="text", disable=not progress) as bar:
+        for start in range(0, len(texts), batch_size):
+            rows = longest_first[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
+            states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1)
+            mean = (states * mask).sum(1) / mask.sum(1)
+            vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+            bar.update(len(rows))
+    return vectors
+
+
+def hash_embeddings(texts: Sequence[str], dim: int = 256) -> np.ndarray:
+    """Embeddings without a model, (N, dim) float32, for smoke runs: they know shared spelling, not shared meaning.
+
+    TF-IDF of the words' character 3- to 5-grams, folded to `dim` by signed feature hashing (Weinberger et al.,
+    arXiv 0902.2206): deterministic, with noise of about 1 / sqrt(dim) in a cosine. Rows have length 1, or 0 where the
+    text is empty.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.preprocessing import normalize
+
+    hashing = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), n_features=HASHED_NGRAMS, norm=None)
+    weights = TfidfTransformer().fit_transform(hashing.transform(texts))
+    columns = np.arange(HASHED_NGRAMS)
+    fold = csr_matrix((np.ones(HASHED_NGRAMS), (columns, columns % dim)), shape=(HASHED_NGRAMS, dim))
+    return normalize((weights @ fold).toarray()).astype(np.float32)

@@ -1,0 +1,111 @@
+"""Candidates: the base model's top-K list of every row, without leakage.
+
+* Valid and test lists come from the base model, trained on train rows alone. The target is never inserted.
+* Train lists come from a hold-out base, trained without each user's last train interaction, which is their target: lists
+  of a model that has seen the target rank it first far too often, and a re-ranker trained on them learns "keep the order".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from recbole_gr2.bridge import SPLITS, BaseModel, train_base
+from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.requests import read_requests, request_id, write_requests
+from recbole_gr2.stages import Context
+from recbole_gr2.store import write_json
+from recbole_gr2.types import Candidate, Request
+
+
+def run(context: Context) -> dict:
+    """Writes base/, hold_out_base/ (weights), train.jsonl, valid.jsonl, test.jsonl and stats.json.
+
+    Raises:
+        GateError: recall@K of a split is 0, so that there is nothing to re-rank.
+    """
+    data, settings = context.data, context.settings
+    if settings["cand_file"]:
+        lists, facts = _imported(context), {"imported": settings["cand_file"]}
+    else:
+        base = train_base(data, context.folder / "base", hold_out=False, say=context.say)
+        context.say(f"base model {base.name}: best epoch {base.facts['epochs']}, valid {base.facts.get('best_valid')}")
+        hold_out = train_base(data, context.folder / "hold_out_base", hold_out=True, epochs=base.facts["epochs"])
+        context.say(f"hold-out base: {hold_out.facts['epochs']} epochs without the targets of the train lists")
+        providers = {"train": hold_out, "valid": base, "test": base}
+        lists = {split: top_candidates(providers[split], split, settings["cand_num"]) for split in SPLITS}
+        facts = {"base": base.facts, "hold_out_base": hold_out.facts}
+    stats = {}
+    for split, requests in lists.items():
+        write_requests(context.folder / f"{split}.jsonl", requests, data.items)
+        ranks = [r.target_rank for r in requests if r.target_rank]
+        stats[split] = {
+            "lists": len(requests),
+            "in_list": len(ranks),
+            f"recall@{settings['cand_num']}": len(ranks) / max(len(requests), 1),
+            "recall@1": ranks.count(1) / max(len(requests), 1),
+        }
+        context.say(f"{split}: {len(requests)} lists, {len(ranks)} hold their target ({len(ranks) / len(requests):.4f})")
+        if not ranks:
+            raise GateError(
+                f"no {split} list holds its target: recall@{settings['cand_num']} is 0",
+                where=f"base_model {settings['base_model']}", why="there is nothing a re-ranker could do",
+                do="train the base model longer (base_epochs) or raise cand_num",
+            )  # fmt: skip
+    write_json(context.folder / "stats.json", stats)
+    return {**facts, "stats": stats}
+
+
+def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
+    """The base model's first `count` unmasked items of every row of a split.
+
+    Rows without a history, or with fewer than two unmasked items, give no request: there is nothing to order.
+    """
+    import torch
+
+    data, requests = base.data, []
+    target_row = {"test": -1, "valid": -2, "train": -3}[split]
+    for users, scores in base.scores(split):
+        # The evaluator's own reach, so that ties at the end of a list break as they break there.
+        top = torch.topk(scores, data.reach(count), dim=-1)
+        for user, items, values in zip(users.tolist(), top.indices[:, :count].tolist(), top.values.tolist(), strict=True):
+            history = data.history(user, split)
+            real = [(i, v) for i, v in zip(items, values, strict=False) if np.isfinite(v)]
+            if not history or len(real) < 2:
+                continue
+            requests.append(
+                Request(
+                    request_id=request_id(split, data.user_tokens[user]),
+                    user_token=data.user_tokens[user],
+                    split=split,
+                    history=history,
+                    candidates=tuple(
+                        Candidate(item_id=i, score=v, rank=rank) for rank, (i, v) in enumerate(real, start=1)
+                    ),
+                    target=int(data.sequences[user][target_row]),
+                    provider=f"{base.name}{' hold-out' if base.facts['hold_out'] else ''}",
+                )
+            )
+    return requests
+
+
+def _imported(context: Context) -> dict[str, list[Request]]:
+    """Lists of a file, checked against the data set's own rows.
+
+    Raises:
+        ConfigurationError: a target or history that is not the row's.
+    """
+    data = context.data
+    users = {token: user for user, token in enumerate(data.user_tokens)}
+    lists = {split: [] for split in SPLITS}
+    for request in read_requests(Path(context.settings["cand_file"]), data.items):
+        user = users.get(request.user_token)
+        if request.split not in SPLITS or user is None or request.history != data.history(user, request.split):
+            raise ConfigurationError(
+                "an imported list does not belong to a row of this data set", where=request.request_id,
+                why="a longer history would leak the target",
+                do="export lists with this plugin to see the form, and keep history and split as they are there",
+            )  # fmt: skip
+        lists[request.split].append(request)
+    return lists

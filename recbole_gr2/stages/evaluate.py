@@ -1,0 +1,216 @@
+"""Evaluate: every stage's model re-ranks the test lists, and RecBole's evaluator has the last word.
+
+Rows: base (the base model's own order), oracle (the target first), each stage's model, and the RL model on shuffled
+candidates, which shows how far it goes by position. Two scopes: all users, and in_list, the users whose list holds the
+target. With one target a ranking metric depends on the lists that hold it alone, so these are the ones re-ranked.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from recbole_gr2.bridge import ListedBase, evaluate_scores, train_base
+from recbole_gr2.errors import ConfigurationError, GateError, GR2Error
+from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
+from recbole_gr2.requests import read_requests
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.stages import Context
+from recbole_gr2.stages.midtrain import SEQUENTIAL, load_stage_model, use_bf16
+from recbole_gr2.stages.sft import answer_grammar, answer_requests
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.store import write_json, write_lines
+from recbole_gr2.types import Item, Request
+
+MODELS = ("midtrain", "sft", "rl", "shuffled")
+Rankings = dict[str, tuple[int, ...]]
+
+
+def run(context: Context) -> dict:
+    """Writes rows.json, per_user.csv and answers-<row>.jsonl.
+
+    Raises:
+        GateError: a model left every list as it was, or an invariant does not hold.
+    """
+    settings, data = context.settings, context.data
+    unknown = set(settings["eval_rows"]) - set(MODELS)
+    if unknown or settings["eval_scope"] not in ("in_list", "all"):
+        raise ConfigurationError(
+            f"eval_rows {settings['eval_rows']}, eval_scope {settings['eval_scope']}",
+            do=f"choose rows from {', '.join(MODELS)} and scope in_list or all",
+        )
+    items = load_items(context.folders["tokenizer"], data.items)
+    requests = read_requests(context.folders["candidates"] / "test.jsonl", items)
+    limit = settings["eval_max_lists"]
+    if limit is not None and limit < len(requests):
+        requests = random.Random(derive_seed(settings["seed"], "test lists")).sample(requests, limit)
+    in_list = [r for r in requests if r.target_rank]
+    scored = in_list if settings["eval_scope"] == "in_list" else requests
+    facts: dict = {"lists": len(requests), "in_list": len(in_list), "rankings": {}}
+
+    rankings: dict[str, Rankings] = {
+        "base": {r.request_id: r.items for r in requests},
+        "oracle": {r.request_id: promote(r.items, r.target) for r in in_list},
+    }
+    for row in settings["eval_rows"]:
+        started = time.monotonic()
+        rankings[row], how = _rank(context, row, items, scored)
+        seconds = time.monotonic() - started
+        unchanged = float(np.mean([rankings[row][r.request_id] == r.items for r in scored]))
+        facts["rankings"][row] = {**how, "unchanged": unchanged, "seconds": round(seconds, 1),
+                                  "lists_per_second": round(len(scored) / seconds, 2)}  # fmt: skip
+        context.say(f"{row}: {len(scored):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
+        if unchanged == 1.0 and row != "shuffled":
+            raise GateError(
+                f"{row} left all {len(scored)} lists as they were", where="evaluate",
+                why="a re-ranker that copies its input has learnt nothing, and its row would be the base row again",
+                do="look at samples.json and log.json of its stage; eval_rows leaves a row out",
+            )  # fmt: skip
+    facts["rows"] = _metrics(context, requests, in_list, rankings)
+    write_json(context.folder / "rows.json", facts["rows"])
+    _write_per_user(context, in_list, rankings)
+    return facts
+
+
+def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
+    """One model's rankings of these requests, and what is known of how they came about."""
+    settings = context.settings
+    if row == "midtrain":
+        return likelihood_rankings(context, items, requests), {}
+    model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
+    orders = None
+    if row == "shuffled":
+        orders = {r.request_id: shuffled_order(r, settings["seed"]) for r in requests}
+    answers, _ = answer_requests(
+        model, tokenizer, PromptMaker.of(settings, items), answer_grammar(tokenizer, settings), requests,
+        bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
+    )  # fmt: skip
+    write_lines(
+        context.folder / f"answers-{row}.jsonl",
+        ({"request_id": a.request_id, "ranking": [items[i - 1].token for i in a.ranking], "status": a.status,
+          "reasoning": a.reasoning, "output_tokens": a.output_tokens} for a in answers),
+    )  # fmt: skip
+    statuses = Counter(answer.status for answer in answers)
+    readable = 1.0 - statuses["unreadable"] / len(answers)
+    tokens = float(np.mean([answer.output_tokens for answer in answers]))
+    promoted = Counter(r.items.index(a.ranking[0]) + 1 for r, a in zip(requests, answers, strict=True))
+    return {a.request_id: a.ranking for a in answers}, {
+        "readable": readable, "statuses": dict(statuses), "output_tokens": round(tokens, 1),
+        "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
+    }  # fmt: skip
+
+
+def shuffled_order(request: Request, seed: int) -> tuple[int, ...]:
+    """The candidates' base positions in a random order of the request's own."""
+    order = list(range(len(request.candidates)))
+    random.Random(derive_seed(seed, "shuffled", request.request_id)).shuffle(order)
+    return tuple(order)
+
+
+def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> Rankings:
+    """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
+    from recbole_gr2.llm.likelihood import continuation_log_likelihood
+
+    settings = context.settings
+    model, tokenizer = load_stage_model(context, "midtrain")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    sids = {i.item_id: encode(sid_text(i.sid)) for i in items}
+    head = encode(SEQUENTIAL)
+    room = (settings["mid_max_length"] - len(head)) // len(sids[1]) - 1
+    prompts = [head + [token for i in r.history[-room:] for token in sids[i]] for r in requests]
+    scores = continuation_log_likelihood(
+        model, prompts, [[sids[i] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
+        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
+    )  # fmt: skip
+    return {
+        r.request_id: tuple(item for _, item in sorted(zip(row, r.items, strict=True), key=lambda pair: -pair[0]))
+        for r, row in zip(requests, scores, strict=True)
+    }
+
+
+def _metrics(context: Context, requests: list[Request], in_list: list[Request], rankings: dict[str, Rankings]) -> list[dict]:
+    """RecBole's metrics of every row in both scopes, with paired comparisons to the base row.
+
+    Raises:
+        GR2Error: one of the invariants is broken: identity = base, Recall@K unchanged, oracle NDCG@K = base Recall@K.
+    """
+    settings, data = context.settings, context.data
+    if settings["cand_file"]:
+        base = ListedBase(data=data, requests=requests)
+    else:
+        base = train_base(data, context.folders["candidates"] / "base", hold_out=False)  # loads: it is finished there
+    users = {token: user for user, token in enumerate(data.user_tokens)}
+    everyone = None if settings["eval_max_lists"] is None and not settings["cand_file"] else [
+        users[r.user_token] for r in requests]  # fmt: skip
+    scopes = {"all": everyone, "in_list": [users[r.user_token] for r in in_list]}
+    own = {scope: evaluate_scores(data, base, None, split="test", users=ids) for scope, ids in scopes.items()}
+    rows, p_values = [], {}
+    ranks = {name: _ranks(in_list, given) for name, given in rankings.items()}
+    for name, given in rankings.items():
+        by_user = {users[r.user_token]: given[r.request_id] for r in requests if r.request_id in given}
+        for scope, ids in scopes.items():
+            metrics = evaluate_scores(data, base, by_user, split="test", users=ids)
+            count = len(in_list) if scope == "in_list" else (len(ids) if ids is not None else len(data.rows("test")[1]))
+            row = {"row": name, "scope": scope, "n": count, "metrics": metrics, "vs_base": {},
+                   "unchanged": float(np.mean([given[r.request_id] == r.items for r in in_list if r.request_id in given]))}  # fmt: skip
+            if name != "base":
+                row["vs_base"] = _comparisons(ranks[name], ranks["base"], count, settings)
+                p_values |= {f"{name}/{scope}/{metric}": v["p"] for metric, v in row["vs_base"].items()
+                             if name not in ("oracle", "shuffled")}  # fmt: skip
+            rows.append(row)
+    for scope in scopes:
+        adjusted = holm({k: p for k, p in p_values.items() if f"/{scope}/" in k})
+        for row in rows:
+            for metric, comparison in row["vs_base"].items():
+                comparison["p_holm"] = adjusted.get(f"{row['row']}/{scope}/{metric}", comparison["p"]) \
+                    if row["scope"] == scope else comparison.get("p_holm")  # fmt: skip
+    _check_invariants(rows, own, settings["cand_num"])
+    return rows
+
+
+def _ranks(requests: list[Request], rankings: Rankings) -> np.ndarray:
+    """1-based rank of the target in each list that holds it, (n,)."""
+    return np.array([rankings[r.request_id].index(r.target) + 1 for r in requests])
+
+
+def _comparisons(ours: np.ndarray, base: np.ndarray, n: int, settings) -> dict[str, dict[str, float]]:
+    """Paired differences to the base order over n users; those whose list lacks the target differ by 0."""
+    missing = np.full(n - len(ours), 10**9)
+    ours, base = np.concatenate([ours, missing]), np.concatenate([base, missing])
+    seed, compared = derive_seed(settings["seed"], "comparisons"), {}
+    for metric, value in (("recall@1", lambda r: recall_at(r, 1)), ("recall@5", lambda r: recall_at(r, 5)),
+                          ("ndcg@5", lambda r: ndcg_at(r, 5)), ("ndcg@10", lambda r: ndcg_at(r, 10))):  # fmt: skip
+        compared[metric] = paired_comparison(value(ours), value(base), seed=seed, draws=settings["eval_draws"])
+    return compared
+
+
+def _check_invariants(rows: list[dict], own: dict[str, dict], count: int) -> None:
+    by = {(row["row"], row["scope"]): row["metrics"] for row in rows}
+    recall, ndcg = f"recall@{count}", f"ndcg@{count}"
+    for (name, scope), metrics in by.items():
+        base = own[scope]
+        if name == "base" and metrics != base:
+            raise GR2Error("the base order re-ranked by nobody differs from the base model", where=f"{scope}: {metrics} != {base}")
+        if recall in metrics and metrics[recall] != base[recall]:
+            raise GR2Error(f"re-ranking {count} items changed {recall}", where=f"{name}, {scope}")
+        if name == "oracle" and ndcg in metrics and abs(metrics[ndcg] - base[recall]) > 1e-4:
+            raise GR2Error(f"the oracle's {ndcg} is not the base model's {recall}", where=scope)
+
+
+def _write_per_user(context: Context, requests: list[Request], rankings: dict[str, Rankings]) -> None:
+    """Rank of the target under every row, one line a user of the in_list scope."""
+    import pandas as pd
+
+    frame = pd.DataFrame({"user": [r.user_token for r in requests], "history": [len(r.history) for r in requests]})
+    for name, given in rankings.items():
+        frame[name] = _ranks(requests, given)
+    frame.to_csv(context.folder / "per_user.csv", index=False)

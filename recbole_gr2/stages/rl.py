@@ -1,0 +1,73 @@
+"""RL: DAPO on train lists that hold their target, rewarded for moving it up."""
+
+from __future__ import annotations
+
+from recbole_gr2.errors import GateError
+from recbole_gr2.llm.backbone import save_backbone
+from recbole_gr2.llm.finetune import ProgressLines
+from recbole_gr2.prompts import PromptMaker, encode_prompt
+from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
+from recbole_gr2.seeding import derive_seed, seed_everything
+from recbole_gr2.stages import Context
+from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.sft import answer_grammar
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.stages.traces import training_requests
+from recbole_gr2.store import write_json
+
+SHOWN = ("reward", "unchanged", "rank_gain", "clip_ratio/low_mean", "clip_ratio/high_mean", "frac_groups_kept", "entropy")
+
+
+def run(context: Context) -> dict:
+    """Writes model/, log.json and checkpoints/rollouts.jsonl.
+
+    Raises:
+        GateError: no list to learn from, or `rl_max_dead` rounds in a row without a usable group.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from recbole_gr2.llm.dapo import DAPOTrainer, dapo_config
+
+    settings = context.settings
+    items = load_items(context.folders["tokenizer"], context.data.items)
+    maker = PromptMaker.of(settings, items)
+    requests = training_requests(context, items, None, "rl")
+    if len(requests) < settings["rl_prompts_per_step"]:
+        raise GateError(
+            f"{len(requests)} train lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
+            where="rl_prompts_per_step", do="lower it, or train a better base model",
+        )  # fmt: skip
+    model, tokenizer = load_stage_model(context, "sft")
+    grammar = answer_grammar(tokenizer, settings)
+    rows = []
+    for request in requests:
+        prompt = maker.render(request)
+        rows.append({"request_id": request.request_id, "prompt_ids": encode_prompt(prompt, tokenizer),
+                     "label_items": maker.label_items(request, prompt)})  # fmt: skip
+    rewards, weights = dict(REWARDS), dict(settings["rl_rewards"])
+    if settings["rl_overlong_buffer"] and grammar.max_reasoning:
+        rewards["overlong"] = overlong(grammar.max_reasoning, settings["rl_overlong_buffer"])
+        weights["overlong"] = settings["rl_overlong_weight"]
+    seed = derive_seed(settings["seed"], "rl")
+    seed_everything(seed)
+    bf16 = use_bf16(settings, model.device.type)
+    folder = context.folder / "checkpoints"
+    config = dapo_config(
+        str(folder), steps=settings["rl_steps"], prompts_per_step=settings["rl_prompts_per_step"],
+        num_generations=settings["rl_num_generations"], num_iterations=settings["rl_num_iterations"],
+        minibatches=settings["rl_minibatches"], micro_batch_size=settings["rl_micro_batch_size"],
+        learning_rate=settings["rl_learning_rate"], warmup_steps=settings["rl_warmup_steps"],
+        temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
+        epsilon_high=settings["rl_epsilon_high"], mask_truncated=settings["rl_mask_truncated"], bf16=bf16, seed=seed,
+        save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
+    trainer = DAPOTrainer(
+        model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),
+        grammar=grammar, tokenizer=tokenizer, max_refill=settings["rl_max_refill"], max_dead=settings["rl_max_dead"],
+        callbacks=[ProgressLines(context.say, SHOWN)],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    save_backbone(model, tokenizer, context.folder / "model")
+    log = [line for line in trainer.state.log_history if "reward" in line]
+    write_json(context.folder / "log.json", log)
+    return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1]}

@@ -1,0 +1,123 @@
+"""SFT: the mid-trained model learns to answer a prompt with a trace and then the ranking."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from recbole_gr2.errors import GateError
+from recbole_gr2.llm.backbone import save_backbone
+from recbole_gr2.llm.constraint import Grammar
+from recbole_gr2.llm.finetune import Row, finetune
+from recbole_gr2.llm.rollout import generate_rankings, read_answer
+from recbole_gr2.prompts import PromptMaker, encode_prompt
+from recbole_gr2.requests import read_requests
+from recbole_gr2.seeding import derive_seed, seed_everything
+from recbole_gr2.sid.tokens import RANKING, label_tokens
+from recbole_gr2.stages import Context
+from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.stages.traces import accepted_traces, training_requests
+from recbole_gr2.store import write_json
+from recbole_gr2.types import Prompt, Request, Trace
+
+REASONING, ANSWER = 1, 2
+
+
+def run(context: Context) -> dict:
+    """Writes model/, log.json and samples.json.
+
+    Raises:
+        GateError: fewer than `sft_min_ok` of the validation answers are well formed by themselves.
+    """
+    settings = context.settings
+    items = load_items(context.folders["tokenizer"], context.data.items)
+    maker = PromptMaker.of(settings, items)
+    traces = accepted_traces(context)
+    requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
+    model, tokenizer = load_stage_model(context, "midtrain")
+    grammar = answer_grammar(tokenizer, settings)
+    rows = [training_row(maker.render(r), r, traces[r.request_id], tokenizer, grammar) for r in requests]
+    lengths = [len(row.input_ids) for row in rows]
+    context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
+    seed = derive_seed(settings["seed"], "sft")
+    seed_everything(seed)
+    bf16 = use_bf16(settings, model.device.type)
+    log = finetune(
+        model, tokenizer, rows, context.folder / "checkpoints",
+        part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
+        epochs=settings["sft_epochs"], batch_size=settings["sft_batch_size"],
+        micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
+        warmup_share=settings["sft_warmup_share"], max_length=settings["sft_max_length"], seed=seed, bf16=bf16,
+        save_steps=settings["sft_save_steps"], say=context.say,
+    )  # fmt: skip
+    save_backbone(model, tokenizer, context.folder / "model")
+    write_json(context.folder / "log.json", log)
+
+    checked = read_requests(context.folders["candidates"] / "valid.jsonl", items)
+    checked = random.Random(seed).sample(checked, min(settings["sft_check_lists"], len(checked)))
+    answers, completions = answer_requests(model, tokenizer, maker, grammar, checked, bf16=bf16)
+    statuses = Counter(answer.status for answer in answers)
+    share = statuses["ok"] / len(answers)
+    write_json(
+        context.folder / "samples.json",
+        [{"request_id": r.request_id, "prompt": maker.render(r).messages[-1]["content"],
+          "completion": tokenizer.decode(c), "status": a.status}
+         for r, a, c in zip(checked[:5], answers[:5], completions[:5], strict=True)],
+    )  # fmt: skip
+    context.say(f"validation answers: {dict(statuses)}; e.g. {answers[0].reasoning[:160]!r}")
+    if share < settings["sft_min_ok"]:
+        raise GateError(
+            f"{share:.0%} of {len(answers)} validation answers end their reasoning by themselves", where="sft",
+            why="RL cannot rescue a policy that has not learnt the form of an answer",
+            do="train longer (sft_epochs), raise prompt_max_reasoning, or lower sft_min_ok",
+        )  # fmt: skip
+    return {
+        "texts": len(rows),
+        "tokens_mean": sum(lengths) / len(lengths),
+        "tokens_max": max(lengths),
+        "loss_first": {k: v for k, v in log[0].items() if k.startswith("loss")},
+        "loss_last": {k: v for k, v in log[-1].items() if k.startswith("loss")},
+        "checked": dict(statuses),
+    }
+
+
+def answer_grammar(tokenizer, settings) -> Grammar:
+    """The form of every answer of this run."""
+    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
+
+
+def training_row(prompt: Prompt, request: Request, trace: Trace, tokenizer, grammar: Grammar) -> Row:
+    """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on mark, labels and end.
+
+    A trace longer than the grammar allows ends at its limit, as it would in generation. Without reasoning
+    (`max_reasoning` 0) the trace is left out. The last label and the end are forced in generation, so they carry no loss.
+    """
+    head = encode_prompt(prompt, tokenizer)
+    reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]
+    label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
+    labels = [label_of[item] for item in trace.ranking]
+    return Row(
+        input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
+        parts=[*[0] * len(head), *[REASONING] * len(reasoning), ANSWER if grammar.max_reasoning else 0,
+               *[ANSWER] * (len(labels) - 1), 0, 0],
+    )  # fmt: skip
+
+
+def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requests: list[Request], *, bf16: bool,
+                    orders: dict[str, tuple[int, ...]] | None = None, batch_size: int = 64):  # fmt: skip
+    """Greedy answers to requests: (answers, completions), both in the order of the requests.
+
+    Args:
+        orders: base positions in the order shown, by request id; base order by default.
+    """
+    prompts = [maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
+    completions = generate_rankings(
+        model, [encode_prompt(p, tokenizer) for p in prompts], [len(r.items) for r in requests], grammar=grammar,
+        temperature=0.0, batch_size=batch_size, bf16=bf16,
+    )  # fmt: skip
+    answers = [
+        read_answer(request, completion, maker.label_items(request, prompt), grammar, tokenizer)
+        for request, prompt, completion in zip(requests, prompts, completions, strict=True)
+    ]
+    return answers, completions

@@ -1,0 +1,126 @@
+"""Traces: a teacher argues for a ranking of each train list; accepted arguments become training texts.
+
+Only train lists that hold their target are used. Targeted: the teacher is told the target. Rejection: it is not, and its
+argument is kept if its first item is the target, up to `trace_tries` times (GR2 section 4).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import asdict
+
+from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.llm.constraint import Grammar
+from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.requests import read_requests
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import RANKING, label_tokens, sid_text
+from recbole_gr2.stages import Context
+from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.store import read_lines, write_lines
+from recbole_gr2.teachers import LocalLLMTeacher, RulesTeacher, build_teacher
+from recbole_gr2.types import Item, Request, Trace
+
+MODES = ("targeted", "rejection")
+
+
+def run(context: Context) -> dict:
+    """Writes accepted.jsonl and rejected.jsonl (every rejected try, with its reason).
+
+    Raises:
+        GateError: the share of requests with an accepted trace is below `trace_min_accepted`.
+    """
+    settings = context.settings
+    mode = settings["trace_mode"]
+    if mode not in MODES:
+        raise ConfigurationError(f"trace_mode is {mode!r}", do=f"choose from {', '.join(MODES)}")
+    items = load_items(context.folders["tokenizer"], context.data.items)
+    requests = training_requests(context, items, settings["trace_max_lists"], "traces")
+    seed = derive_seed(settings["seed"], "traces")
+
+    def local_llm() -> LocalLLMTeacher:
+        model, tokenizer = _teacher_model(context)
+        grammar = Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
+        return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed,
+                               temperature=settings["trace_temperature"], bf16=use_bf16(settings, model.device.type))  # fmt: skip
+
+    teacher = build_teacher(settings["trace_teacher"], {
+        "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"]),
+        "local_llm": local_llm,
+    })  # fmt: skip
+    accepted, rejected, pending = [], [], requests
+    for attempt in range(settings["trace_tries"] if mode == "rejection" else 1):
+        arguments = teacher.argue(pending, targeted=mode == "targeted", attempt=attempt)
+        still = []
+        for request, argument in zip(pending, arguments, strict=True):
+            reason = objection(request, argument.ranking, argument.reasoning)
+            trace = Trace(
+                request_id=request.request_id, teacher=teacher.name, mode=mode, reasoning=argument.reasoning,
+                ranking=argument.ranking, accepted=not reason, reason=reason or "top-1 is the target", tries=attempt + 1,
+            )  # fmt: skip
+            (rejected if reason else accepted).append(trace)
+            if reason:
+                still.append(request)
+        pending = still
+        context.say(f"try {attempt + 1}: {len(accepted):,} of {len(requests):,} requests have a trace")
+        if not pending:
+            break
+    write_lines(context.folder / "accepted.jsonl", map(asdict, accepted))
+    write_lines(context.folder / "rejected.jsonl", map(asdict, rejected))
+    share = len(accepted) / len(requests)
+    if share < settings["trace_min_accepted"]:
+        raise GateError(
+            f"{share:.1%} of {len(requests)} requests have an accepted trace", where=f"teacher {teacher.name}, {mode}",
+            why="the rest would be dropped, and too little would be left to learn from",
+            do="raise trace_tries, use trace_mode targeted, or a stronger teacher",
+        )  # fmt: skip
+    return {
+        "requests": len(requests),
+        "accepted": len(accepted),
+        "accepted_share": share,
+        "tries_mean": sum(t.tries for t in accepted) / len(accepted),
+        "rejected_for": dict(Counter(t.reason for t in rejected)),
+        "grounded": grounding(accepted, requests, items),
+    }
+
+
+def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str:
+    """Why a trace is not accepted; empty if it is."""
+    if sorted(ranking) != sorted(request.items):
+        return "not a permutation of the candidates"
+    if not reasoning.strip():
+        return "no reasoning"
+    return "" if ranking[0] == request.target else "top-1 is not the target"
+
+
+def grounding(traces: list[Trace], requests: list[Request], items: tuple[Item, ...]) -> float:
+    """Share of accepted traces that cite the semantic ID of the item they put first."""
+    cited = [sid_text(items[t.ranking[0] - 1].sid) in t.reasoning for t in traces]
+    return sum(cited) / max(len(cited), 1)
+
+
+def training_requests(context: Context, items: tuple[Item, ...], limit: int | None, purpose: str) -> list[Request]:
+    """Train lists that hold their target; at most `limit` of them, drawn by seed."""
+    requests = [r for r in read_requests(context.folders["candidates"] / "train.jsonl", items) if r.target_rank]
+    if limit is not None and limit < len(requests):
+        requests = random.Random(derive_seed(context.settings["seed"], purpose, "lists")).sample(requests, limit)
+    return requests
+
+
+def accepted_traces(context: Context) -> dict[str, Trace]:
+    """Accepted traces by request id."""
+    lines = read_lines(context.folders["traces"] / "accepted.jsonl")
+    return {line["request_id"]: Trace(**{**line, "ranking": tuple(line["ranking"])}) for line in lines}
+
+
+def _teacher_model(context: Context):
+    from recbole_gr2.llm.backbone import load_backbone
+    from recbole_gr2.sid.tokens import added_tokens
+
+    settings = context.settings
+    if settings["trace_llm"] is None:
+        return load_stage_model(context, "midtrain")
+    extra = added_tokens(settings["sid_levels"], settings["sid_codes"], settings["cand_num"])
+    return load_backbone(settings["trace_llm"], extra_tokens=extra, seed=settings["seed"])

@@ -1,0 +1,178 @@
+"""Trace teachers: they look at a request and argue for a ranking.
+
+A teacher is built by `teacher(context) -> Teacher` and writes one argument per request and try. Under targeted sampling it is
+told the target, under rejection sampling it is not (GR2 section 4).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.prompts import kind, shorten
+from recbole_gr2.ranking import promote
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import label_tokens, sid_text
+from recbole_gr2.types import Item, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """What a teacher says about one request: a text, and a full permutation of its candidates (item ids)."""
+
+    reasoning: str
+    ranking: tuple[int, ...]
+
+
+class Teacher(Protocol):
+    """Anything that argues."""
+
+    name: str
+
+    def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
+        """One argument per request. `attempt` counts from 0; a later attempt may say something else.
+
+        Only under `targeted` may it look at `request.target`.
+        """
+
+
+class RulesTeacher:
+    """A deterministic teacher that needs no model: it compares kinds, brands and titles with the history.
+
+    Its first attempt takes the best candidate by its own score, later ones sample by it, so that rejection sampling has
+    something to choose from.
+    """
+
+    name = "rules"
+
+    def __init__(self, items: Sequence[Item], *, seed: int, temperature: float) -> None:
+        self.items, self.seed, self.temperature = items, seed, temperature
+
+    def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
+        """See `Teacher`."""
+        return [self._argue(request, targeted, attempt) for request in requests]
+
+    def _argue(self, request: Request, targeted: bool, attempt: int) -> Argument:
+        scores = {c.item_id: self.score(request, c.item_id, c.rank) for c in request.candidates}
+        if targeted:
+            pick = request.target
+        elif attempt == 0:
+            pick = max(scores, key=scores.get)
+        else:
+            rng = random.Random(derive_seed(self.seed, request.request_id, attempt))
+            weights = [math.exp(score / self.temperature) for score in scores.values()]
+            pick = rng.choices(list(scores), weights)[0]
+        return Argument(reasoning=self.text(request, pick), ranking=promote(request.items, pick))
+
+    def score(self, request: Request, item_id: int, rank: int) -> float:
+        """How well a candidate fits: kinds and brands in common with the last items, and its base rank."""
+        candidate, fit = self.items[item_id - 1], 0.0
+        for back, past in enumerate(reversed(request.history[-5:])):
+            other = self.items[past - 1]
+            fit += (overlap(candidate, other) + (candidate.brand != "" and candidate.brand == other.brand)) / (back + 1)
+        return fit + 2.0 / math.log2(rank + 1)
+
+    def text(self, request: Request, pick: int) -> str:
+        """Pattern in the history, what goes with it, and the candidate that matches, cited by semantic ID."""
+        history = [self.items[i - 1] for i in request.history[-8:]]
+        chosen, last = self.items[pick - 1], history[-1]
+        kinds = Counter(kind(item) for item in history if kind(item))
+        usual = " and ".join(name for name, _ in kinds.most_common(2)) or "items like " + shorten(last.title, 30)
+        label = label_tokens(len(request.items))[request.items.index(pick)]
+        related = max(history, key=lambda item: (overlap(chosen, item), item.brand == chosen.brand != ""))
+        if chosen.brand and chosen.brand in {item.brand for item in history}:
+            why = f"the same brand, {chosen.brand}"
+        elif overlap(chosen, related) == 1.0:
+            why = f"the same kind as {sid_text(related.sid)}"
+        elif overlap(chosen, related) > 0:
+            why = f"it goes with {sid_text(related.sid)}"
+        else:
+            why = "something new beside them"
+        return (
+            f"The shopper takes {usual}, last {sid_text(last.sid)}. "
+            f"Next: {kind(chosen) or shorten(chosen.title, 30)}. Best is {sid_text(chosen.sid)}: {why}."
+        )
+
+
+def overlap(one: Item, other: Item) -> float:
+    """Share of their category path, from its root, that two items have in common; words in common where it has no path."""
+    if not one.categories or not other.categories:
+        return 0.0
+    if " > " in one.categories or " > " in other.categories:
+        a, b = one.categories.split(" > "), other.categories.split(" > ")
+        depth = next((d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return depth / max(len(a), len(b))
+    a, b = set(one.categories.split()), set(other.categories.split())
+    return len(a & b) / len(a | b)
+
+
+class LocalLLMTeacher:
+    """A language model on this machine that argues under the answer grammar: free text, then the ranking.
+
+    Under targeted sampling the prompt says which candidate was taken, and the ranking is the target first.
+    """
+
+    name = "local_llm"
+
+    def __init__(self, model: Any, tokenizer: Any, maker: Any, grammar: Any, *, seed: int, temperature: float, bf16: bool):
+        self.model, self.tokenizer, self.maker, self.grammar = model, tokenizer, maker, grammar
+        self.seed, self.temperature, self.bf16 = seed, temperature, bf16
+
+    def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
+        """See `Teacher`."""
+        from recbole_gr2.llm.rollout import generate_rankings, read_answer
+        from recbole_gr2.prompts import encode_prompt
+
+        prompts = [self.maker.render(request) for request in requests]
+        ids = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            if targeted:
+                label = prompt.labels[prompt.order.index(request.target_rank - 1)]
+                *before, user = prompt.messages
+                hint = {**user, "content": f"{user['content']}\nThe shopper took {label}. Say why, in one sentence."}
+                prompt = type(prompt)(**{**vars(prompt), "messages": (*before, hint)})
+            ids.append(encode_prompt(prompt, self.tokenizer))
+        completions = generate_rankings(
+            self.model, ids, [len(r.items) for r in requests], grammar=self.grammar, bf16=self.bf16,
+            temperature=self.temperature if attempt or targeted else 0.0, seed=derive_seed(self.seed, attempt),
+        )  # fmt: skip
+        arguments = []
+        for request, prompt, completion in zip(requests, prompts, completions, strict=True):
+            answer = read_answer(
+                request, completion, self.maker.label_items(request, prompt), self.grammar, self.tokenizer
+            )
+            ranking = promote(request.items, request.target) if targeted else answer.ranking
+            arguments.append(Argument(reasoning=answer.reasoning, ranking=ranking))
+        return arguments
+
+
+def phrases() -> list[str]:
+    """The rules teacher's fixed words, for a trimmed vocabulary."""
+    return [
+        "The shopper takes A and B, last <. Next: A. Best is <: the same brand, A.", "the same kind as <", "it goes with <",
+        "something new beside them", " items like A", "The shopper took A. Say why, in one sentence.",
+    ]  # fmt: skip
+
+
+def build_teacher(name: str, build: Mapping[str, Callable[[], Teacher]]) -> Teacher:
+    """A teacher by name: one of `build`, or `module:attribute`, called without arguments.
+
+    Raises:
+        ConfigurationError: neither.
+    """
+    if name in build:
+        return build[name]()
+    if ":" not in name:
+        raise ConfigurationError(f"there is no teacher {name!r}", where="trace_teacher",
+                                 do=f"choose from {', '.join(build)}, or module:attribute")  # fmt: skip
+    module, attribute = name.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"cannot import teacher {name!r}: {error}", where="trace_teacher") from error

@@ -1,0 +1,139 @@
+"""The vocabulary: frozen records that stages hand to each other.
+
+Shape letters used across the package: B requests, T history, K candidates, L levels, C codes, D dim, G group,
+V vocabulary, N items, P prompt tokens, O output tokens. Ranks start at 1, positions at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Sid = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One item of the catalogue.
+
+    `item_id` is RecBole's internal id (1-based, 0 is padding), `token` the id in the data files, `title` and
+    `categories` cleaned text (either may be empty), `sid` its semantic ID or () before the tokenizer stage.
+    """
+
+    item_id: int
+    token: str
+    title: str
+    categories: str = ""
+    brand: str = ""
+    sid: Sid = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One entry of a base model's list: its score there and its 1-based rank."""
+
+    item_id: int
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One list to re-rank.
+
+    `history` holds item ids, oldest first. `target` is the item the user took next: it is kept for training
+    targets, rewards and metrics and never reaches a prompt, a feature or a score.
+    """
+
+    request_id: str
+    user_token: str
+    split: str  # train | valid | test
+    history: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    target: int
+    provider: str
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        """Candidate item ids in base order, (K,)."""
+        return tuple(c.item_id for c in self.candidates)
+
+    @property
+    def target_rank(self) -> int | None:
+        """1-based rank of the target in the base order; None if the list does not hold it."""
+        return self.items.index(self.target) + 1 if self.target in self.items else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A request as chat messages. `labels[i]` is the label token of the candidate at base position `order[i]`."""
+
+    request_id: str
+    messages: tuple[dict, ...]
+    labels: tuple[str, ...]
+    order: tuple[int, ...]
+    template: str
+    template_sha: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said, read back.
+
+    `ranking` is always a full permutation of the request's candidates (item ids). `status` is `ok`, `repaired`
+    (labels missing, repeated or foreign), `truncated` (the reasoning ran into its limit) or `unreadable` (no
+    usable label at all: base order).
+    """
+
+    request_id: str
+    ranking: tuple[int, ...]
+    status: str
+    reasoning: str = ""
+    missing: int = 0
+    repeated: int = 0
+    foreign: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One reasoning trace by a teacher, with the ranking it argues for (item ids; () if it gave none)."""
+
+    request_id: str
+    teacher: str
+    mode: str  # targeted | rejection
+    reasoning: str
+    ranking: tuple[int, ...]
+    accepted: bool
+    reason: str
+    tries: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """How well an SID table keeps items apart.
+
+    `uniqueness` is distinct SIDs / items. `used_codes[l]` and `entropy[l]` (bits, 0..log2 C) describe level l.
+    `reconstruction` is the mean cosine similarity of decoded and original embedding before random last levels.
+    """
+
+    items: int
+    uniqueness: float
+    largest_collision: int
+    used_codes: tuple[int, ...]
+    entropy: tuple[float, ...]
+    reconstruction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """manifest.json of a finished stage."""
+
+    stage: str
+    key: str
+    version: int
+    needs: dict[str, str]
+    settings: dict
+    seconds: float
+    peak_memory_mb: float
+    facts: dict = field(default_factory=dict)
+    files: tuple[str, ...] = ()

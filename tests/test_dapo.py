@@ -1,0 +1,423 @@
+"""The DAPO trainer on a tiny random Llama: objective, groups, refill, rollouts, exact resume, learning."""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import GRPOTrainer
+
+from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.llm.constraint import Grammar, constrained_log_probs
+from recbole_gr2.llm.dapo import DAPOTrainer, Rounds, completion_logits, dapo_config
+from recbole_gr2.rewards import WeightedRewards
+from recbole_gr2.sid.tokens import RANKING, label_tokens
+from recbole_gr2.types import Candidate, Request
+
+K, ITEMS = 4, (10, 20, 30, 40)
+WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(40))]
+GR2 = {"rank_gain": 1.0, "conditional_format": 0.2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.add_tokens([RANKING, *label_tokens(K)])
+    return tokenizer
+
+
+def tiny_model(tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, attention_dropout=0.1,
+            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def requests(count: int, target: int = 30) -> dict[str, Request]:
+    candidates = tuple(Candidate(item_id=item, score=-rank, rank=rank) for rank, item in enumerate(ITEMS, 1))
+    return {
+        f"r{i}": Request(
+            request_id=f"r{i}", user_token=f"u{i}", split="train", history=(), candidates=candidates, target=target,
+            provider="p",
+        )
+        for i in range(count)
+    }  # fmt: skip
+
+
+class RewardOf:
+    """A scripted reward of (request id, ranking)."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def terms(self, request, answer):
+        return {"scripted": self.function(request.request_id, answer.ranking)}
+
+    def total(self, terms):
+        return terms["scripted"]
+
+
+def first_label(request_id, ranking):
+    return float(ranking[0])
+
+
+def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2, target=30, trainer=None, **changes):
+    """A trainer over `count` requests whose prompts have different lengths."""
+    known = requests(count, target)
+    rows = [
+        {"request_id": name, "prompt_ids": [2 + i % 40, *range(3, 5 + i % 5)], "label_items": list(ITEMS)}
+        for i, name in enumerate(known)
+    ]
+    settings = {
+        "prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "learning_rate": 1e-2, "seed": 5,
+        "save_steps": 1, "use_cpu": True, "mask_truncated": False,  # a random policy seldom ends its reasoning
+    } | changes  # fmt: skip
+    return DAPOTrainer(
+        tiny_model(tokenizer),
+        dapo_config(str(folder), steps=steps, **settings),
+        rows,
+        requests=known,
+        rewards=rewards or WeightedRewards(GR2),
+        grammar=Grammar.of(tokenizer, RANKING, label_tokens(K), max_reasoning),
+        tokenizer=tokenizer,
+        **(trainer or {}),
+    )
+
+
+def rollouts(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "rollouts.jsonl").read_text().splitlines()]
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+# --- the ground we stand on ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_prepare_inputs", ["self", "generation_batch"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        (
+            "_get_per_token_logps_and_entropies",
+            ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+             "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask",
+             "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids",
+             "image_position_ids"],
+        ),
+    ],
+)  # fmt: skip
+def test_the_private_methods_of_trl_we_override(method, parameters):
+    assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters
+
+
+def test_what_the_loss_of_trl_reads(tokenizer, tmp_path):
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    ours = {
+        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages",
+        "num_items_in_batch", "old_per_token_logps",
+    }  # fmt: skip
+    assert all(f'"{key}"' in source for key in ours)
+    trainer = build(tokenizer, tmp_path)
+    trainer.model.train()
+    assert set(trainer._generate_and_score_completions(one_round(trainer))) == ours
+
+
+def one_round(trainer) -> list[dict]:
+    names = list(trainer.rows)[: trainer.prompts_per_step]
+    return [{"request_id": name} for name in names for _ in range(trainer.num_generations)]
+
+
+# --- the objective ---------------------------------------------------------------------------------------------------
+
+
+def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path):
+    """DAPO eq. 8 with both clips active, forced tokens out, and the mean over the tokens that count."""
+    trainer = build(tokenizer, tmp_path, rewards=RewardOf(first_label), trainer={"max_refill": 0})
+    model = trainer.model.train()
+    batch = trainer._generate_and_score_completions(one_round(trainer))
+    torch.manual_seed(3)
+    shift = torch.empty_like(batch["old_per_token_logps"]).uniform_(-0.6, 0.6)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + shift  # ratios from 0.55 to 1.8
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(model, batch)
+    loss.backward()
+    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    mask = batch["tool_mask"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
+    counts = torch.full((len(ids),), K)
+    allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1))
+    log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
+    log_probs = log_probs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    ratio = (log_probs - batch["old_per_token_logps"]).exp()
+    advantage = batch["advantages"].unsqueeze(1)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - 0.2, 1 + 0.28) * advantage)
+    reference = -(surrogate * mask).sum() / mask.sum()
+    reference.backward()
+
+    assert not (mask * forced).any() and mask.sum() < batch["completion_mask"].sum()
+    counted = mask.bool() & (advantage != 0)
+    for clipped in ((ratio > 1.28) & (advantage > 0), (ratio < 0.8) & (advantage < 0)):
+        assert (clipped & counted).any()
+    inside_high = (ratio > 1.2) & (ratio < 1.28) & (advantage > 0) & counted
+    assert inside_high.any()  # a symmetric clip of 0.2 would have stopped these
+    torch.testing.assert_close(loss, reference)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradient[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_dead_groups_do_not_dilute_the_mean(tokenizer, tmp_path):
+    """Two of four groups are dead: the loss is that of the two others alone."""
+    alive = lambda name, ranking: float(ranking[0]) if name in ("r0", "r2") else 1.0  # noqa: E731
+    trainer = build(tokenizer, tmp_path, rewards=RewardOf(alive), trainer={"max_refill": 0})
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer._generate_and_score_completions(one_round(trainer))
+    rows = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
+    assert batch["advantages"][4:8].eq(0).all() and batch["advantages"][12:].eq(0).all()
+    assert batch["num_items_in_batch"] == batch["tool_mask"][rows].sum()
+    half = {key: value[rows] if value.ndim else value for key, value in batch.items()}
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, batch), trainer._compute_loss(trainer.model, half))
+    assert trainer._metrics["train"]["frac_groups_kept"] == [0.5]
+
+
+def test_shared_prompts_give_the_same_logits_and_gradients(tokenizer):
+    model = tiny_model(tokenizer).eval()
+    torch.manual_seed(1)
+    prompts = torch.randint(2, 40, (3, 6))
+    prompts[1, :2] = 0  # left padding
+    mask = torch.cat([(prompts != 0).long(), torch.ones(3, 5).long()], 1)[[0, 1, 0, 2, 1]]
+    ids = torch.cat([prompts[[0, 1, 0, 2, 1]], torch.randint(2, 40, (5, 5))], 1)
+    results = []
+    for share in (False, True):
+        model.zero_grad()
+        logits = completion_logits(model, ids, mask, 5, share)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+    (plain, plain_gradient), (shared, shared_gradient) = results
+    assert plain.shape == (5, 5, len(tokenizer))
+    torch.testing.assert_close(shared, plain)
+    for ours, theirs in zip(shared_gradient, plain_gradient):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_ratio_is_exactly_one(tokenizer, tmp_path):
+    """Whatever the micro batch, and although the model's config asks for attention dropout."""
+    for micro in (4, 16):
+        trainer = build(tokenizer, tmp_path / str(micro), micro_batch_size=micro)
+        trainer.model.train()
+        batch = trainer._prepare_inputs(one_round(trainer))
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        now, _, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, batch["completion_ids"].size(1)
+        )
+        assert len(now) == micro and torch.equal(now, batch["old_per_token_logps"])
+
+
+def test_truncated_completions_are_left_out(tokenizer, tmp_path):
+    trainer = build(
+        tokenizer, tmp_path, rewards=RewardOf(first_label), trainer={"max_refill": 0}, max_reasoning=20,
+        mask_truncated=True,
+    )  # fmt: skip
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(one_round(trainer))
+    cut = torch.tensor([trainer.grammar.was_truncated(ids) for ids in batch["completion_ids"].tolist()])
+    assert 0 < cut.sum() < 16
+    assert not batch["tool_mask"][cut].any() and batch["tool_mask"][~cut].any(1).all()
+    assert batch["completion_mask"][cut].any(1).all()  # still read by the model
+
+
+# --- groups and refill -----------------------------------------------------------------------------------------------
+
+
+def test_refill_replaces_dead_groups_only(tokenizer, tmp_path):
+    dead = {"r1", "r3"}
+    reward = RewardOf(lambda name, ranking: 1.0 if name in dead else float(ranking[0]))
+    trainer = build(tokenizer, tmp_path, rewards=reward, trainer={"max_refill": 4}, max_reasoning=0)
+    trainer.model.train()
+    before = trainer._sample(["r0", "r1", "r2", "r3"], attempt=0)
+    batch = trainer._generate_and_score_completions(one_round(trainer))
+    lines = rollouts(tmp_path)
+    kept = {line["request_id"] for line in lines if line["kept"]}
+    assert len(kept) == 4 and {"r0", "r2"} <= kept and not kept & dead
+    assert {line["request_id"] for line in lines if not line["kept"]} >= dead
+    for position, group in ((0, before[0]), (2, before[2])):  # what was alive stays where it is, token for token
+        own = batch["completion_ids"][4 * position : 4 * position + 4].tolist()
+        assert own == group.completions
+        assert batch["advantages"][4 * position : 4 * position + 4].tolist() == pytest.approx(group.advantages)
+    assert trainer._metrics["train"]["frac_groups_kept"] == [1.0]
+    assert trainer._metrics["train"]["refill_rounds"][0] >= 1
+
+
+def test_advantages_are_of_the_own_group(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, rewards=RewardOf(lambda name, r: int(name[1:]) * 100 + r[0]))
+    trainer.model.train()
+    trainer._generate_and_score_completions(one_round(trainer))
+    for name in ("r0", "r1", "r2", "r3"):
+        lines = [line for line in rollouts(tmp_path) if line["request_id"] == name]
+        rewards = torch.tensor([float(line["reward"]) for line in lines])
+        if rewards.std() > 0:
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            assert [line["advantage"] for line in lines] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert sum(line["advantage"] for line in lines) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_group_without_a_reward_is_dead(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, target=99, trainer={"max_refill": 0, "max_dead": 3})
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(one_round(trainer))
+    assert batch["advantages"].eq(0).all() and batch["num_items_in_batch"] == 0
+    assert "reward" not in trainer._metrics["train"] and trainer._metrics["train"]["reward/unchanged"]
+
+
+def test_only_dead_groups_stop_the_run(tokenizer, tmp_path):
+    trainer = build(tokenizer, tmp_path, steps=4, rewards=RewardOf(lambda *_: 1.0), trainer={"max_dead": 3})
+    with pytest.raises(GateError, match="3 rounds in a row"):
+        trainer.train()
+    lines = rollouts(tmp_path)
+    assert {line["step"] for line in lines} == {0, 2, 4} and not any(line["kept"] for line in lines)
+    assert {line["attempt"] for line in lines} == {0, 1, 2}
+    again = build(tokenizer, tmp_path, steps=4, rewards=RewardOf(lambda *_: 1.0), trainer={"max_dead": 3})
+    with pytest.raises(GateError, match="3 rounds in a row"):  # the two dead rounds before the checkpoint count
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert rollouts(tmp_path) == lines
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_config_counts_rounds(tmp_path):
+    args = dapo_config(
+        str(tmp_path), steps=10, prompts_per_step=8, num_generations=4, num_iterations=3, learning_rate=1e-6, seed=1,
+        save_steps=5, minibatches=2, micro_batch_size=4, warmup_steps=1, use_cpu=True,
+    )  # fmt: skip
+    assert args.generation_batch_size == 32
+    assert (args.max_steps, args.save_steps, args.logging_steps, args.warmup_steps) == (60, 30, 6, 6)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation) == (4, 4, 8)
+    assert (args.epsilon, args.epsilon_high, args.loss_type, args.beta) == (0.2, 0.28, "dapo", 0.0)
+
+
+@pytest.mark.parametrize(("minibatches", "micro"), [(3, None), (1, 5)])
+def test_config_refuses_what_does_not_divide(minibatches, micro):
+    with pytest.raises(ConfigurationError, match="do not divide"):
+        dapo_config(
+            "x", steps=1, prompts_per_step=2, num_generations=4, num_iterations=2, learning_rate=1e-6, seed=1,
+            save_steps=1, minibatches=minibatches, micro_batch_size=micro, use_cpu=True,
+        )  # fmt: skip
+
+
+def test_trainer_refuses_an_inexact_run(tokenizer, tmp_path):
+    known = requests(4)
+    args = dapo_config(
+        str(tmp_path), steps=2, prompts_per_step=4, num_generations=2, num_iterations=2, learning_rate=1e-3, seed=1,
+        save_steps=1, use_cpu=True,
+    )  # fmt: skip
+    args.save_steps, args.beta = 3, 0.1
+    rows = [{"request_id": name, "prompt_ids": [2], "label_items": list(ITEMS)} for name in ("r0", "r0", "r9")]
+    with pytest.raises(ConfigurationError) as error:
+        DAPOTrainer(
+            tiny_model(tokenizer), args, rows, requests=known, rewards=WeightedRewards(GR2),
+            grammar=Grammar.of(tokenizer, RANKING, label_tokens(K), 2), tokenizer=tokenizer,
+        )  # fmt: skip
+    for part in ("save_steps is 3", "beta is 0.1", "1 request ids appear twice", "2 requests are fewer", "e.g. r9"):
+        assert part in str(error.value)
+
+
+def test_rounds_order():
+    sampler = Rounds(size=5, rounds=5, prompts=2, generations=3, repeats=2, seed=1)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 5 * 2 * 3 * 2 and order == list(sampler)
+    rounds = [order[start : start + 12] for start in range(0, 60, 12)]
+    for rows in rounds:
+        assert rows[:6] == rows[6:] and rows[0:3] == [rows[0]] * 3 and rows[3:6] == [rows[3]] * 3
+    assert len({*rounds[0], *rounds[1]}) == 4 and len({*rounds[2], *rounds[3]}) == 4  # an epoch draws no prompt twice
+    assert rounds[0] + rounds[1] != rounds[2] + rounds[3]
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    """The run ends here, without a chance to tidy up."""
+
+
+def test_resume_is_exact(tokenizer, tmp_path):
+    """4 rounds = 2 rounds, killed in the third, resumed: weights, log and rollouts; the second epoch begins within."""
+    options = {"steps": 4, "minibatches": 2, "micro_batch_size": 4, "max_reasoning": 2}
+    whole = build(tokenizer, tmp_path / "whole", **options)
+    whole.train()
+
+    half = build(tokenizer, tmp_path / "half", **options)
+    step_of = half.training_step
+
+    def killed_in_round_three(*args, **kwargs):
+        if half.state.global_step == 10:
+            raise Killed
+        return step_of(*args, **kwargs)
+
+    half.training_step = killed_in_round_three
+    with pytest.raises(Killed):
+        half.train()
+    assert {line["step"] for line in rollouts(tmp_path / "half")} == {0, 4, 8}  # ahead of the checkpoint at 8
+    torch.manual_seed(999)  # another process has another random state
+    resumed = build(tokenizer, tmp_path / "half", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-8"))
+
+    assert rollouts(tmp_path / "half") == rollouts(tmp_path / "whole")
+    expected, got = weights(whole), weights(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert any(not torch.equal(value, expected[name]) for name, value in tiny_model(tokenizer).state_dict().items())
+
+    def log(run):  # the last line is the Trainer's own, about time
+        return [{k: v for k, v in line.items() if k != "step_time"} for line in run.state.log_history[:-1]]
+
+    assert len(log(whole)) == 4 and log(resumed) == log(whole)
+
+
+def test_micro_batches_are_a_matter_of_speed(tokenizer, tmp_path):
+    runs = []
+    for name, micro in (("one", None), ("four", 4)):
+        options = {"micro_batch_size": micro, "trainer": {"decode_batch": micro or 64}}
+        trainer = build(tokenizer, tmp_path / name, steps=1, **options)
+        trainer.train()
+        runs.append(weights(trainer))
+    for name in runs[0]:
+        torch.testing.assert_close(runs[0][name], runs[1][name], atol=1e-4, rtol=1e-3)
+
+
+def test_learns_to_put_the_target_first(tokenizer, tmp_path):
+    """The target is always what label C stands for; a random policy puts it at rank 2.5 on average."""
+    trainer = build(
+        tokenizer, tmp_path, steps=14, prompts_per_step=8, num_generations=8, save_steps=14, max_reasoning=1
+    )
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "reward" in line]
+    assert len(log) == 14
+    first, last = log[0], log[-1]
+    assert first["reward/rank_gain"] < 0.25 and last["reward/rank_gain"] > 0.4  # 0.5 is perfect
+    assert last["reward/ndcg"] > 0.85
+    assert max(line["clip_ratio/high_mean"] for line in log) > 0  # two passes: the clip fires
+    expected = {"reward", "unchanged", "truncated", "frac_groups_kept", "refill_rounds", "entropy"}
+    expected |= {"clip_ratio/low_mean", "clip_ratio/high_mean"}
+    expected |= {f"reward/{name}" for name in ("rank_gain", "format", "conditional_format", "ndcg", "unchanged")}
+    assert expected <= set(first)
+    shutil.rmtree(tmp_path / "checkpoint-28")

@@ -1,0 +1,122 @@
+"""Rewards: every one against eight kinds of answers, by hand, and the hack that the conditional reward closes."""
+
+import math
+
+import pytest
+
+from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
+from recbole_gr2.types import Answer, Candidate, Request
+
+ITEMS = (10, 20, 30, 40)
+
+
+def request(target: int = 30) -> Request:
+    candidates = tuple(Candidate(item_id=item, score=-rank, rank=rank) for rank, item in enumerate(ITEMS, 1))
+    return Request(
+        request_id="r1", user_token="u", split="train", history=(1, 2), candidates=candidates, target=target,
+        provider="p",
+    )  # fmt: skip
+
+
+def answer(*ranking: int, status: str = "ok", **counts: int) -> Answer:
+    return Answer(request_id="r1", ranking=ranking, status=status, **counts)
+
+
+# The target is item 30, at rank 3 of 4. Columns: rank_gain, format, conditional_format, ndcg, unchanged.
+ANSWERS = {
+    "empty": (answer(10, 20, 30, 40, status="unreadable", missing=4), 0.0, 0, 0, 1 / 2, 1),
+    "junk": (answer(10, 20, 30, 40, status="unreadable", missing=4, foreign=9), 0.0, 0, 0, 1 / 2, 1),
+    "copy": (answer(10, 20, 30, 40), 0.0, 1, 0, 1 / 2, 1),
+    "reversed": (answer(40, 30, 20, 10), 1 / 4, 1, 1, 1 / math.log2(3), 0),
+    "missing": (answer(30, 10, 20, 40, status="repaired", missing=3), 2 / 4, 0, 0, 1.0, 0),
+    "repeated": (answer(20, 30, 10, 40, status="repaired", missing=1, repeated=1), 1 / 4, 0, 0, 1 / math.log2(3), 0),
+    "foreign": (answer(40, 10, 20, 30, status="repaired", foreign=1), -1 / 4, 0, 0, 1 / math.log2(5), 0),
+    "truncated": (answer(30, 10, 20, 40, status="truncated"), 2 / 4, 0, 0, 1.0, 0),
+    "worse": (answer(10, 20, 40, 30), -1 / 4, 1, 0, 1 / math.log2(5), 0),
+    "perfect": (answer(30, 10, 20, 40), 2 / 4, 1, 1, 1.0, 0),
+}
+NAMES = ("rank_gain", "format", "conditional_format", "ndcg", "unchanged")
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_each_reward_by_hand(kind):
+    said, *expected = ANSWERS[kind]
+    assert {name: REWARDS[name](request(), said) for name in NAMES} == dict(zip(NAMES, expected))
+
+
+def test_the_table_covers_every_reward():
+    assert set(NAMES) == set(REWARDS) and len(ANSWERS) == 10
+
+
+def test_a_target_already_first_earns_the_format_by_staying_first():
+    conditional = REWARDS["conditional_format"]
+    assert conditional(request(10), answer(10, 20, 30, 40)) == 1
+    assert conditional(request(10), answer(20, 10, 30, 40)) == 0
+    assert conditional(request(10), answer(10, 20, 30, 40, status="repaired", missing=1)) == 0
+
+
+def test_without_its_target_a_request_has_no_reward():
+    terms = WeightedRewards({"rank_gain": 1, "conditional_format": 0.2}).terms(request(99), answer(10, 20, 30, 40))
+    assert terms == {"rank_gain": None, "format": 1, "conditional_format": None, "ndcg": None, "unchanged": 1}
+    assert WeightedRewards({"rank_gain": 1, "conditional_format": 0.2}).total(terms) is None
+    assert WeightedRewards({"rank_gain": 1, "format": 0.2}).total(terms) == 0.2
+
+
+@pytest.mark.parametrize(("reasoning", "expected"), [(0, 0), (12, 0), (13, -0.25), (14, -0.5), (16, -1), (20, -1)])
+def test_overlong_is_linear_over_the_buffer(reasoning, expected):
+    said = answer(10, 20, 30, 40, output_tokens=reasoning + 1 + 4 + 1)  # mark, labels, eos
+    assert overlong(max_reasoning=16, buffer=4)(request(), said) == expected
+
+
+def test_overlong_refuses_a_buffer_that_does_not_fit():
+    with pytest.raises(ConfigurationError, match="overlong buffer of 17"):
+        overlong(max_reasoning=16, buffer=17)
+
+
+# Policies, asked about three requests whose target is at ranks 1, 3 and 4.
+POLICIES = {
+    "oracle": lambda r: answer(r.target, *(item for item in ITEMS if item != r.target)),
+    "honest": lambda r: answer(30, 10, 20, 40),  # finds one of the three
+    "copy-cat": lambda r: answer(*ITEMS),
+    "junk": lambda r: answer(*ITEMS, status="unreadable", missing=4),
+}
+
+
+def earned(rewards: WeightedRewards, policy: str) -> float:
+    return sum(rewards.total(rewards.terms(r, POLICIES[policy](r))) for r in map(request, (10, 30, 40)))
+
+
+def test_the_conditional_reward_orders_the_policies():
+    rewards = WeightedRewards({"rank_gain": 1.0, "conditional_format": 0.2})
+    scores = {name: earned(rewards, name) for name in POLICIES}
+    # honest: demotes 10 by one (-1/4), promotes 30 by two (1/2 + 0.2), leaves 40 last (0)
+    assert scores == pytest.approx({"oracle": 1.25 + 0.6, "honest": 0.45, "copy-cat": 0.2, "junk": 0.0})
+    assert scores["oracle"] > scores["honest"] > scores["copy-cat"] >= scores["junk"]
+
+
+def test_the_plain_reward_is_hacked_by_copying():
+    plain, conditional = (WeightedRewards({"rank_gain": 1.0, form: 0.2}) for form in ("format", "conditional_format"))
+    r, copy = request(30), answer(*ITEMS)
+    assert plain.total(plain.terms(r, copy)) == 0.2  # alpha, for nothing
+    assert conditional.total(conditional.terms(r, copy)) == 0.0
+    assert earned(plain, "copy-cat") == pytest.approx(0.6)  # more than twice the honest policy's gain in rank (0.25)
+
+
+def test_weights():
+    rewards = WeightedRewards({"rank_gain": 2, "ndcg": 0})
+    assert rewards.total(rewards.terms(request(), answer(30, 10, 20, 40))) == 1.0
+    with pytest.raises(ConfigurationError, match="did you mean rank_gain"):
+        WeightedRewards({"rank_gian": 1})
+    with pytest.raises(ConfigurationError, match="no reward has a weight"):
+        WeightedRewards({"ndcg": 0})
+
+
+def test_a_failing_reward_stops_everything():
+    def broken(request, answer):
+        raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match="no such column"):
+        WeightedRewards({"broken": 1}, {"broken": broken}).terms(request(), answer(*ITEMS))
+    with pytest.raises(GR2Error, match="'endless' is inf"):
+        WeightedRewards({"endless": 1}, {"endless": lambda r, a: math.inf}).terms(request(), answer(*ITEMS))

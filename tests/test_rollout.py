@@ -1,0 +1,278 @@
+"""The grammar, constrained generation on a tiny model, and reading completions back."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
+
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.constraint import FREE, Grammar, GrammarProcessor, constrained_log_probs
+from recbole_gr2.llm.rollout import generate_rankings, left_pad, read_answer
+from recbole_gr2.sid.tokens import RANKING, label_tokens
+from recbole_gr2.types import Candidate, Request
+
+WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(48))]
+LABELS = label_tokens(5)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.add_tokens([RANKING, *LABELS])
+    return tokenizer
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3,
+            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def grammar(tokenizer):
+    return Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=4)
+
+
+MARK, A, B, C, D, E = range(50, 56)
+EOS, PAD = 1, 0
+PROMPTS = [[2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13], [3]]
+COUNTS = [5, 3, 4, 1]
+
+
+def request(items=(10, 20, 30)) -> Request:
+    candidates = tuple(Candidate(item_id=item, score=-rank, rank=rank) for rank, item in enumerate(items, 1))
+    return Request(
+        request_id="r", user_token="u", split="train", history=(), candidates=candidates, target=20, provider="p"
+    )
+
+
+# --- the grammar ---------------------------------------------------------------------------------------------------
+
+
+def test_grammar_of_a_tokenizer(tokenizer, grammar):
+    assert (grammar.ranking_id, grammar.label_ids, grammar.eos_id, grammar.pad_id) == (MARK, (A, B, C, D, E), EOS, PAD)
+    assert grammar.max_tokens == 4 + 1 + 5 + 1
+    with pytest.raises(ConfigurationError, match=r"no token for <\|F\|>"):
+        Grammar.of(tokenizer, RANKING, label_tokens(6), max_reasoning=4)
+
+
+def test_allowed_position_by_position(grammar):
+    reasoning = set(range(56)) - {A, B, C, D, E, EOS, PAD}
+    ids = torch.tensor([[7, 8, MARK, B, A, C, EOS, PAD], [7, 8, 9, 9, MARK, A, B, EOS], [MARK, A, EOS] + [PAD] * 5])
+    expected = [
+        [reasoning, reasoning, reasoning, {A, B, C}, {A, C}, {C}, {EOS}, {PAD}],
+        [reasoning, reasoning, reasoning, reasoning, {MARK}, {A, B}, {B}, {EOS}],  # the limit of 4 forces the mark
+        [reasoning, {A}, {EOS}, {PAD}, {PAD}, {PAD}, {PAD}, {PAD}],
+    ]
+    allowed, forced = grammar.allowed(ids, torch.tensor([3, 2, 1]), vocabulary=56)
+    assert [[set(cell.nonzero().flatten().tolist()) for cell in row] for row in allowed] == expected
+    assert forced.tolist() == [[len(cell) == 1 for cell in row] for row in expected]
+
+
+def test_without_reasoning_the_mark_is_forced_at_once(tokenizer):
+    grammar = Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=0)
+    phases = grammar.phases(torch.tensor([[MARK, B, A, EOS]]), torch.tensor([2]))
+    assert phases.only.tolist() == [[MARK, FREE, A, EOS]]
+    assert not grammar.was_truncated([MARK, B, A, EOS])
+
+
+def test_was_truncated(grammar):
+    assert grammar.was_truncated([7, 7, 7, 7, MARK, A, B, EOS])
+    assert not grammar.was_truncated([7, 7, 7, MARK, A, B, EOS])
+    assert not grammar.was_truncated([7, 7])
+
+
+def test_log_probs_by_hand(grammar):
+    logits = torch.zeros(1, 5, 56)
+    logits[0, 0, 7], logits[0, 0, A] = math.log(3), 100.0  # a label in the reasoning is forbidden, however likely
+    logits[0, 1, MARK] = 2 * math.log(2)
+    logits[0, 2, A], logits[0, 2, B], logits[0, 2, D] = math.log(2), 0.0, 50.0  # D is beyond K
+    ids = torch.tensor([[7, MARK, B, A, EOS]])
+    log_probs, entropy, forced = constrained_log_probs(logits, ids, torch.tensor([2]), grammar, temperature=2.0)
+    words = 56 - 7  # all but five labels, eos and pad
+    root3, root2 = math.sqrt(3), math.sqrt(2)
+    expected = [math.log(root3 / (root3 + words - 1)), math.log(2 / (2 + words - 1)), math.log(1 / (1 + root2)), 0, 0]
+    torch.testing.assert_close(log_probs, torch.tensor([expected]))
+    p = root2 / (1 + root2)
+    torch.testing.assert_close(entropy[0, 2].item(), -(p * math.log(p) + (1 - p) * math.log(1 - p)))
+    assert forced.tolist() == [[False, False, False, True, True]] and entropy[0, 3:].tolist() == [0, 0]
+
+
+def test_what_the_grammar_forbids_has_no_probability(grammar):
+    logits, counts = torch.zeros(1, 4, 56), torch.tensor([3])
+    for ids, position in [([A, 7, 7, 7], 0), ([MARK, A, A, B], 2), ([MARK, A, B, A], 3), ([MARK, 7, A, B], 1)]:
+        log_probs, _, _ = constrained_log_probs(logits, torch.tensor([ids]), counts, grammar, 1.0)
+        assert log_probs[0, position] == -math.inf and log_probs[0, :position].isfinite().all()
+
+
+def test_probabilities_sum_to_one_and_match_the_full_mask(model, grammar):
+    """Over every ranking of 3 labels behind one word, and against a softmax under the (B, O, V) mask."""
+    from itertools import permutations
+
+    ids = torch.tensor([[7, MARK, A + a, A + b, A + c, EOS] for a, b, c in permutations(range(3))])
+    counts = torch.full((6,), 3)
+    logits = model(torch.cat([torch.tensor([[2]] * 6), ids], dim=1)).logits[:, :-1]
+    log_probs, _, forced = constrained_log_probs(logits, ids, counts, grammar, 0.7)
+    assert log_probs[:, 2:].sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    allowed, all_forced = grammar.allowed(ids, counts, 56)
+    reference = (logits / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1).gather(-1, ids.unsqueeze(-1))[..., 0]
+    torch.testing.assert_close(log_probs, reference)
+    assert torch.equal(forced, all_forced)
+
+
+def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
+    logits = torch.randn(1, 6, 56, requires_grad=True)
+    ids = torch.tensor([[7, MARK, B, A, C, EOS]])
+    constrained_log_probs(logits, ids, torch.tensor([3]), grammar, 1.0)[0].sum().backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [True, True, True, True, False, False]
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+def plain_generation(model, grammar, prompt, count):
+    """One prompt through transformers' `generate`, no shared cache, no padding."""
+    ids = torch.tensor([prompt])
+    config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD)
+    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), torch.tensor([count]))])
+    output = model.generate(ids, generation_config=config, logits_processor=processors)
+    return output[0, len(prompt) :].tolist()
+
+
+def is_legal(grammar, ids, count) -> bool:
+    allowed, _ = grammar.allowed(torch.tensor([ids]), torch.tensor([count]), 56)
+    return ids[-1] == EOS and allowed[0].gather(-1, torch.tensor(ids).unsqueeze(-1)).all().item()
+
+
+def test_greedy_equals_plain_generation(model, grammar):
+    got = generate_rankings(model, PROMPTS, COUNTS, grammar=grammar, num_generations=3, batch_size=6)
+    plain = [plain_generation(model, grammar, prompt, count) for prompt, count in zip(PROMPTS, COUNTS)]
+    assert got == [ids for ids in plain for _ in range(3)]
+    assert len({tuple(ids) for ids in plain}) == 4
+
+
+def test_samples_are_legal_and_depend_on_seed_and_prompt_alone(model, grammar):
+    def sample(prompts, counts, **changes):
+        settings_ = {"num_generations": 4, "temperature": 1.0, "batch_size": 64, "seed": 7} | changes
+        return generate_rankings(model, prompts, counts, grammar=grammar, **settings_)
+
+    first = sample(PROMPTS, COUNTS)
+    assert len(first) == 16 and len({tuple(ids) for ids in first}) > 10
+    assert all(is_legal(grammar, ids, COUNTS[row // 4]) for row, ids in enumerate(first))
+    torch.manual_seed(123)  # the global generator plays no part, nor is it moved
+    state = torch.get_rng_state()
+    assert sample(PROMPTS, COUNTS, batch_size=4) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample(PROMPTS[::-1], COUNTS[::-1]) == [ids for i in (3, 2, 1, 0) for ids in first[4 * i : 4 * i + 4]]
+    assert sample(PROMPTS, COUNTS, seed=8) != first
+
+
+def test_sampled_frequencies_follow_the_log_probs(model, tokenizer):
+    grammar = Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=0)
+    got = generate_rankings(
+        model, [PROMPTS[0]], [3], grammar=grammar, num_generations=1500, temperature=1.3, batch_size=1500
+    )
+    rankings = sorted({tuple(ids) for ids in got})
+    ids = torch.tensor(rankings)
+    logits = model(torch.cat([torch.tensor([PROMPTS[0]] * len(ids)), ids], dim=1)).logits[:, len(PROMPTS[0]) - 1 : -1]
+    expected = constrained_log_probs(logits, ids, torch.full((len(ids),), 3), grammar, 1.3)[0].sum(1).exp()
+    shares = torch.tensor([got.count(list(ranking)) / 1500 for ranking in rankings])
+    assert len(rankings) >= 4 and (shares - expected).abs().max() < 0.05  # four standard errors of a share
+
+
+def test_the_models_own_generation_config_and_mode_are_left_alone(model, grammar):
+    expected = generate_rankings(model, PROMPTS, COUNTS, grammar=grammar)
+    theirs = model.generation_config
+    leaking = GenerationConfig(do_sample=True, repetition_penalty=5.0, num_beams=3, suppress_tokens=[A, B, MARK])
+    model.generation_config = leaking
+    model.train()
+    try:
+        assert generate_rankings(model, PROMPTS, COUNTS, grammar=grammar) == expected
+        assert model.generation_config is leaking and model.training
+    finally:
+        model.generation_config = theirs
+        model.eval()
+
+
+def test_generation_refuses_what_it_cannot_rank(model, grammar):
+    with pytest.raises(ConfigurationError, match="a prompt of 1 tokens with 6 candidates"):
+        generate_rankings(model, [[3]], [6], grammar=grammar)
+    with pytest.raises(ConfigurationError, match="a prompt of 0 tokens"):
+        generate_rankings(model, [[]], [2], grammar=grammar)
+
+
+def test_left_pad():
+    ids, mask = left_pad([[5, 6, 7], [8]], 0, torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "ranking", "status", "counts"),
+    [
+        ([7, MARK, C, A, B, EOS], (30, 10, 20), "ok", (0, 0, 0)),
+        ([MARK, B, C, A], (20, 30, 10), "ok", (0, 0, 0)),  # no eos
+        ([7, 7, 7, 7, MARK, C, A, B, EOS], (30, 10, 20), "truncated", (0, 0, 0)),
+        ([MARK, C, EOS, A, B], (30, 10, 20), "repaired", (2, 0, 0)),  # behind eos nothing counts
+        ([MARK, C, C, B, EOS], (30, 20, 10), "repaired", (1, 1, 0)),
+        ([MARK, C, D, B, A, EOS], (30, 20, 10), "repaired", (0, 0, 1)),  # D labels nothing
+        ([MARK, C, 7, MARK, B, A, EOS], (30, 20, 10), "repaired", (0, 0, 2)),
+        ([C, B, A, EOS], (10, 20, 30), "unreadable", (3, 0, 0)),  # labels, but no ranking
+        ([7, EOS, MARK, C, B, A], (10, 20, 30), "unreadable", (3, 0, 0)),
+        ([MARK, 9, EOS], (10, 20, 30), "unreadable", (3, 0, 1)),
+        ([], (10, 20, 30), "unreadable", (3, 0, 0)),
+    ],
+)
+def test_read_answer(ids, ranking, status, counts, grammar, tokenizer):
+    answer = read_answer(request(), ids, (10, 20, 30), grammar, tokenizer)
+    assert (answer.ranking, answer.status) == (ranking, status)
+    assert (answer.missing, answer.repeated, answer.foreign) == counts
+
+
+def test_read_answer_follows_the_labels_not_the_base_order(grammar, tokenizer):
+    answer = read_answer(request(), [9, 8, MARK, A, EOS, PAD], (30, 10, 20), grammar, tokenizer)
+    assert answer.ranking == (30, 10, 20)  # A is item 30; the rest in base order
+    assert (answer.reasoning, answer.output_tokens) == ("w7 w6", 5)
+    assert read_answer(request(), [], (30, 10, 20), grammar, tokenizer).ranking == (10, 20, 30)
+    with pytest.raises(ConfigurationError, match="do not stand for the candidates"):
+        read_answer(request(), [], (30, 10, 21), grammar, tokenizer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ids=st.lists(st.sampled_from([PAD, EOS, 7, 8, MARK, A, B, C, D, E, 999]), max_size=14),
+    order=st.permutations([10, 20, 30]),
+)
+def test_read_answer_is_total(ids, order, grammar, tokenizer):
+    answer = read_answer(request(), ids, order, grammar, tokenizer)
+    assert sorted(answer.ranking) == [10, 20, 30]
+    assert answer.status in ("ok", "repaired", "truncated", "unreadable")
+    if answer.status == "ok":
+        assert answer.missing == answer.repeated == answer.foreign == 0
+    if answer.status == "unreadable":
+        assert answer.ranking == (10, 20, 30) and answer.missing == 3
+    assert 0 <= answer.output_tokens <= len(ids)

@@ -1,0 +1,460 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
+from recbole_gr2.sid.embed import embed_texts, hash_embeddings
+from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, assign, check, fit_rqvae, health
+from recbole_gr2.types import Health
+
+SMALL = RQVAEConfig(
+    levels=3, codes=8, latent=4, hidden=(16,), reset_after=0, random_last=0, epochs=3, batch_size=32, seed=7
+)
+
+
+def clustered(items_each: int = 40, clusters: int = 4, dim: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors in well-separated clusters, (N, D), and the cluster of each, (N,)."""
+    generator = np.random.default_rng(seed)
+    labels = np.tile(np.arange(clusters), items_each)
+    points = np.eye(dim)[labels] + 0.1 * generator.normal(size=(len(labels), dim))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+def bare(dim: int, **settings) -> RQVAE:
+    """A model whose encoder and decoder are the identity, so that codebooks can be set and read by hand."""
+    model = RQVAE(dim, replace(SMALL, latent=dim, hidden=(), **settings))
+    with torch.no_grad():
+        for layer in (model.encoder[0], model.decoder[0]):
+            layer.weight.copy_(torch.eye(dim))
+            layer.bias.zero_()
+    return model
+
+
+def set_codebooks(model: RQVAE, values: list, counts: list | None = None) -> None:
+    with torch.no_grad():
+        model.codebooks.copy_(torch.tensor(values))
+        model.ema_count.copy_(torch.tensor(counts) if counts else torch.ones_like(model.ema_count))
+        model.ema_sum.copy_(model.codebooks * model.ema_count.unsqueeze(-1))
+
+
+# --- quantisation -----------------------------------------------------------------------------------------------------
+
+small_integers = st.integers(-8, 8).map(float)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    latents=hnp.arrays(np.float32, (5, 3), elements=small_integers),
+    codebooks=hnp.arrays(np.float32, (3, 4, 3), elements=small_integers),
+)
+def test_quantise_is_brute_force_nearest_code_of_each_residual(latents, codebooks):
+    """Integers keep every distance exact in float32, so ties must fall the same way too."""
+    model = bare(3, codes=4)
+    set_codebooks(model, codebooks.tolist())
+    got = model.quantise(torch.from_numpy(latents))
+    for row, latent in enumerate(latents):
+        residual = latent.copy()
+        for level in range(3):
+            code = int(((residual - codebooks[level]) ** 2).sum(1).argmin())
+            assert got.codes[row, level] == code
+            np.testing.assert_array_equal(got.residuals[row, level].detach().numpy(), residual)
+            np.testing.assert_array_equal(got.chosen[row, level].detach().numpy(), codebooks[level, code])
+            residual = residual - codebooks[level, code]
+
+
+def test_forward_decodes_the_sum_of_codes_and_passes_gradients_straight_through():
+    model = bare(1, levels=2, codes=2)
+    set_codebooks(model, [[[0.0], [4.0]], [[0.0], [1.0]]])
+    embeddings = torch.tensor([[5.2]], requires_grad=True)
+    decoded, _ = model(embeddings)
+    assert decoded.item() == pytest.approx(5.0)
+    decoded.backward()
+    assert embeddings.grad.item() == pytest.approx(1.0)
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_loss_terms_by_hand():
+    """x = 5.2 and 0.5; level 1 picks 4 and 0 (residuals 5.2, 0.5), level 2 picks 1 and 0 (residuals 1.2, 0.5)."""
+    model = bare(1, levels=2, codes=2, ema=False, commitment=0.25, diversity=0.1)
+    set_codebooks(model, [[[0.0], [4.0]], [[0.0], [1.0]]])
+    embeddings = torch.tensor([[5.2], [0.5]])
+    decoded, quantised = model(embeddings)
+    terms = model.losses(embeddings, decoded, quantised)
+    assert quantised.codes.tolist() == [[1, 1], [0, 0]]
+    squares = (1.2**2 + 0.2**2 + 0.5**2 + 0.5**2) / 2
+    assert terms["reconstruction"].item() == pytest.approx((0.2**2 + 0.5**2) / 2)
+    assert terms["commitment"].item() == pytest.approx(0.25 * squares)
+    assert terms["codebook"].item() == pytest.approx(squares)
+    assert terms["diversity"].item() == pytest.approx(0.1 * (1 + 1))  # even use: C * 2 * (1/2)^2 = 1 a level
+    assert set(replaced_terms(model, embeddings, ema=True, diversity=0.0)) == {"reconstruction", "commitment"}
+
+
+def replaced_terms(model: RQVAE, embeddings: torch.Tensor, **settings) -> dict:
+    model.config = replace(model.config, **settings)
+    return model.losses(embeddings, *model(embeddings))
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [([0, 0, 0, 0], 4.0), ([0, 10, 20, 30], 1.0), ([0, 0, 0, 10], 4 * (9 / 16 + 1 / 16)), ([0, 0, 10, 10], 2.0)],
+)
+def test_diversity_value_by_hand(values, expected):
+    model = bare(1, levels=1, codes=4, diversity=1.0)
+    set_codebooks(model, [[[0.0], [10.0], [20.0], [30.0]]])
+    embeddings = torch.tensor(values, dtype=torch.float32).unsqueeze(1) + 0.5
+    assert model.losses(embeddings, *model(embeddings))["diversity"].item() == pytest.approx(expected)
+
+
+def test_diversity_gradient_moves_the_crowd_towards_the_empty_code():
+    """All three rows sit on code 0 at 0, nearer than code 1 at 10: descent must push them up."""
+    model = bare(1, levels=1, codes=2, diversity=1.0)
+    set_codebooks(model, [[[0.0], [10.0]]])
+    embeddings = torch.tensor([[2.0], [3.0], [4.0]], requires_grad=True)
+    model.losses(embeddings, *model(embeddings))["diversity"].backward()
+    assert (embeddings.grad < 0).all()
+
+
+# --- codebook updates -------------------------------------------------------------------------------------------------
+
+
+def batch_of(model: RQVAE, values: list[float]) -> Quantised:
+    return model.quantise(torch.tensor(values).unsqueeze(1))
+
+
+def test_ema_update_by_hand():
+    """g = 0.9; code 0 (at 0, count 2) gets 1, 2, 3; code 1 (at 10, count 1) gets 9."""
+    model = bare(1, levels=1, codes=2, ema_decay=0.9)
+    set_codebooks(model, [[[0.0], [10.0]]], [[2.0, 1.0]])
+    model.update_codebooks(batch_of(model, [1.0, 2.0, 3.0, 9.0]), torch.zeros(4))
+    assert model.ema_count.tolist() == [pytest.approx([0.9 * 2 + 0.1 * 3, 0.9 * 1 + 0.1 * 1])]
+    assert model.ema_sum.flatten().tolist() == pytest.approx([0.1 * 6, 0.9 * 10 + 0.1 * 9])
+    assert model.codebooks.flatten().tolist() == pytest.approx([0.6 / 2.1, 9.9 / 1.0])
+
+
+def test_ema_at_even_use_is_the_papers_form_and_unused_codes_stay():
+    """Counts that equal the batch's: e <- g * e + (1 - g) * mean. The unused code neither moves nor becomes nan."""
+    model = bare(1, levels=1, codes=2, ema_decay=0.9)
+    set_codebooks(model, [[[1.0], [50.0]]], [[2.0, 3.0]])
+    model.update_codebooks(batch_of(model, [2.0, 4.0]), torch.zeros(2))
+    assert model.codebooks.flatten().tolist() == pytest.approx([0.9 * 1 + 0.1 * 3, 50.0])
+    for _ in range(3000):  # long enough for the unused code's sum and count to be denormal
+        model.update_codebooks(batch_of(model, [3.0]), torch.zeros(1))
+    assert model.ema_count[0, 1] < 1e-40
+    assert model.codebooks.flatten().tolist() == pytest.approx([3.0, 50.0])
+
+
+def test_without_ema_the_codebook_learns_by_gradient_only():
+    model = bare(1, levels=1, codes=2, ema=False)
+    set_codebooks(model, [[[0.0], [10.0]]])
+    before = model.codebooks.detach().clone()
+    model.update_codebooks(batch_of(model, [1.0, 9.0]), torch.zeros(2))
+    assert model.codebooks.requires_grad and torch.equal(model.codebooks, before)
+    assert not bare(1, ema=True).codebooks.requires_grad
+
+
+def test_reset_replaces_exactly_the_dead_code_by_the_worst_sample():
+    """tau = 2: codes 1 and 3 rest for one batch, code 3 comes back, code 1 rests again and is replaced."""
+    model = bare(1, levels=1, codes=4, reset_after=2, ema_decay=0.0)
+    set_codebooks(model, [[[0.0], [10.0], [20.0], [30.0]]])
+    model.update_codebooks(batch_of(model, [0.0, 20.0]), torch.tensor([9.0, 0.0]))
+    assert model.age.tolist() == [[0, 1, 0, 1]]
+    assert model.codebooks.flatten().tolist() == [0, 10, 20, 30]
+    model.update_codebooks(batch_of(model, [0.0, 23.0, 30.0]), torch.tensor([0.0, 5.0, 1.0]))
+    assert model.codebooks.flatten().tolist() == [0, 23, 23, 30]  # code 2 by EMA with g = 0, code 1 by the reset
+    assert model.age.tolist() == [[0, 0, 0, 0]]
+    assert model.ema_sum[0, 1].item() / model.ema_count[0, 1].item() == 23
+
+
+def test_reset_takes_different_samples_for_different_codes_and_waits_when_samples_run_out():
+    model = bare(1, levels=1, codes=4, reset_after=1, ema_decay=0.0)
+    set_codebooks(model, [[[0.0], [100.0], [200.0], [300.0]]])
+    model.update_codebooks(batch_of(model, [1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert model.codebooks.flatten().tolist() == [1.5, 2, 1, 300]  # worst first; code 3 waits
+    assert model.age.tolist() == [[0, 0, 0, 1]]
+
+
+# --- initialisation, fit, files ---------------------------------------------------------------------------------------
+
+
+def test_kmeans_init_finds_the_clusters_of_each_level():
+    """Four tight clusters at +-10 +-1: level 1 of 2 codes finds +-10, level 2 finds the +-1 that is left."""
+    model = bare(1, levels=2, codes=2, batch_size=6)
+    data = torch.tensor([[11.0], [9.0], [-9.0], [-11.0]]).repeat(3, 1)
+    model.initialise(data)
+    assert sorted(model.codebooks[0].flatten().tolist()) == pytest.approx([-10, 10])
+    assert sorted(model.codebooks[1].flatten().tolist()) == pytest.approx([-1, 1])
+    assert model.ema_count.tolist() == [[3, 3], [3, 3]]  # 6 of 12 items a code; a batch holds half of them
+    torch.testing.assert_close(model(data)[0], data)
+
+
+def test_kmeans_init_happens_once_and_the_flag_survives_a_round_trip(tmp_path):
+    vectors, _ = clustered()
+    model = fit_rqvae(vectors, SMALL)
+    assert model.initted.item() is True
+    model.save(tmp_path)
+    loaded = RQVAE.load(tmp_path)
+    before = loaded.codebooks.detach().clone()
+    assert loaded.initted.item() is True
+    loaded.initialise(torch.from_numpy(vectors) + 1)
+    loaded(torch.from_numpy(vectors) + 1)
+    assert torch.equal(loaded.codebooks, before)
+    fresh = RQVAE(vectors.shape[1], SMALL)
+    start = fresh.codebooks.detach().clone()
+    assert fresh.initted.item() is False
+    fresh.initialise(torch.from_numpy(vectors))
+    assert not torch.equal(fresh.codebooks, start)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_save_and_load_give_the_same_model(tmp_path, ema):
+    vectors, _ = clustered()
+    model = fit_rqvae(vectors, replace(SMALL, ema=ema, reset_after=2, diversity=0.01, random_last=1))
+    model.save(tmp_path / "new" / "folder")
+    loaded = RQVAE.load(tmp_path / "new" / "folder")
+    assert loaded.config == model.config and loaded.dim == 12
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert {"codebooks", "ema_count", "ema_sum", "age", "initted"} <= loaded.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    np.testing.assert_array_equal(assign(loaded, vectors, seed=3), assign(model, vectors, seed=3))
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["rqvae.json", "rqvae.safetensors"]
+
+
+def test_load_names_the_missing_file(tmp_path):
+    RQVAE(3, SMALL).save(tmp_path)
+    (tmp_path / "rqvae.safetensors").unlink()
+    with pytest.raises(MissingFileError, match="rqvae.safetensors"):
+        RQVAE.load(tmp_path)
+
+
+@pytest.mark.parametrize("kmeans_init", [True, False])
+def test_fit_is_a_function_of_the_seed_and_leaves_torch_alone(kmeans_init):
+    vectors, _ = clustered()
+    config = replace(SMALL, kmeans_init=kmeans_init)
+    torch.manual_seed(1)
+    first = fit_rqvae(vectors, config).state_dict()
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = fit_rqvae(vectors, config).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = fit_rqvae(vectors, replace(config, seed=8)).state_dict()
+    assert not torch.equal(first["codebooks"], other["codebooks"])
+
+
+def test_fit_learns_and_reports_every_epoch():
+    vectors, _ = clustered()
+    seen: list[tuple[int, dict]] = []
+    config = replace(SMALL, epochs=30, learning_rate=1e-2, diversity=0.01)
+    fit_rqvae(vectors, config, on_epoch=lambda *call: seen.append(call))
+    assert [epoch for epoch, _ in seen] == list(range(1, 31))
+    assert set(seen[0][1]) == {"reconstruction", "commitment", "diversity"}
+    assert seen[-1][1]["reconstruction"] < 0.5 * seen[0][1]["reconstruction"]
+
+
+def test_reported_terms_are_means_over_items():
+    """100 + 60 rows a batch, and a model that stands still: the epoch's means are those of one pass over all rows."""
+    vectors, _ = clustered()
+    seen: list[dict] = []
+    config = replace(SMALL, epochs=1, batch_size=100, learning_rate=1e-12, ema_decay=0.9999999)
+    model = fit_rqvae(vectors, config, on_epoch=lambda epoch, terms: seen.append(terms))
+    data = torch.from_numpy(vectors)
+    expected = {name: value.item() for name, value in model.losses(data, *model(data)).items()}
+    assert seen == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_items_of_a_cluster_share_first_codes():
+    vectors, labels = clustered()
+    codes = assign(fit_rqvae(vectors, replace(SMALL, codes=4, epochs=20, learning_rate=1e-2)), vectors, seed=0)
+    same_code = codes[:, None, 0] == codes[None, :, 0]
+    same_cluster = labels[:, None] == labels[None, :]
+    pairs = ~np.eye(len(labels), dtype=bool)
+    assert same_code[pairs & same_cluster].mean() > 0.9
+    assert same_code[pairs & ~same_cluster].mean() < 0.1
+
+
+# --- drawn last levels ------------------------------------------------------------------------------------------------
+
+
+def one_prefix(codes: int, **settings) -> RQVAE:
+    """A model whose first-level prefix is the sign of a 1-d input."""
+    model = bare(1, codes=codes, **settings)
+    values = np.full((model.config.levels, codes, 1), 1e3, dtype=np.float32)
+    values[0, :2, 0] = -1, 1
+    values[1:, 0] = 0
+    set_codebooks(model, values.tolist())
+    return model
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    negatives=st.integers(0, 16), positives=st.integers(1, 16), random_last=st.integers(1, 2), seed=st.integers(0, 99)
+)
+def test_unused_first_is_unique_while_a_prefix_has_room(negatives, positives, random_last, seed):
+    """Up to C^M items a prefix: 16 = 4^2, and for M = 1 at most the 4 codes."""
+    room = 4**random_last
+    negatives, positives = min(negatives, room), min(positives, room)
+    model = one_prefix(4, levels=1 + random_last, random_last=random_last)
+    vectors = np.array([[-1.0]] * negatives + [[1.0]] * positives, dtype=np.float32)
+    codes = assign(model, vectors, seed=seed)
+    assert codes[:, 0].tolist() == [0] * negatives + [1] * positives
+    assert len(np.unique(codes, axis=0)) == negatives + positives
+    assert codes.min() >= 0 and codes.max() < 4
+    np.testing.assert_array_equal(codes, assign(model, vectors, seed=seed))
+
+
+def test_unused_first_spreads_over_all_codes_and_then_starts_a_new_round():
+    model = one_prefix(4, levels=2, random_last=1)
+    codes = assign(model, np.ones((10, 1), dtype=np.float32), seed=5)[:, 1]
+    assert sorted(codes[:4]) == [0, 1, 2, 3] and sorted(codes[4:8]) == [0, 1, 2, 3] and len(set(codes[8:])) == 2
+    firsts = [assign(model, np.ones((1, 1), dtype=np.float32), seed=seed)[0, 1] for seed in range(40)]
+    assert set(firsts) == {0, 1, 2, 3}  # a draw, not the lowest free code
+
+
+def test_unused_first_over_a_huge_space_is_cheap_and_unique():
+    """256^4 tuples under one prefix: the draw must not build the space."""
+    model = one_prefix(256, levels=5, random_last=4)
+    codes = assign(model, np.ones((2000, 1), dtype=np.float32), seed=0)
+    assert len(np.unique(codes, axis=0)) == 2000
+    assert all(200 < len(np.unique(codes[:, level])) <= 256 for level in range(1, 5))
+
+
+def test_uniform_draws_each_code_equally_often_and_collides():
+    model = one_prefix(4, levels=2, random_last=1, random_mode="uniform")
+    codes = assign(model, np.ones((4000, 1), dtype=np.float32), seed=0)[:, 1]
+    counts = np.bincount(codes, minlength=4)
+    assert counts.sum() == 4000 and abs(counts - 1000).max() < 5 * math.sqrt(4000 * 0.25 * 0.75)
+    four = [tuple(assign(model, np.ones((4, 1), dtype=np.float32), seed=seed)[:, 1]) for seed in range(50)]
+    assert sum(len(set(draw)) < 4 for draw in four) > 30  # chance of no collision: 4!/4^4 = 9 %
+
+
+def test_draws_touch_only_the_last_levels():
+    vectors, _ = clustered()
+    model = fit_rqvae(vectors, SMALL)
+    nearest = assign(model, vectors, seed=0)
+    model.config = replace(SMALL, random_last=1)
+    drawn = assign(model, vectors, seed=0)
+    np.testing.assert_array_equal(nearest[:, :2], drawn[:, :2])
+    assert (nearest[:, 2] != drawn[:, 2]).any()
+    _, prefixes, counts = np.unique(drawn[:, :2], axis=0, return_inverse=True, return_counts=True)
+    roomy = counts[prefixes.reshape(-1)] <= SMALL.codes
+    assert roomy.sum() > 40 and len(np.unique(drawn[roomy], axis=0)) == roomy.sum()
+    assert (drawn != assign(model, vectors, seed=1)).any()
+
+
+# --- health and gates -------------------------------------------------------------------------------------------------
+
+
+def test_health_by_hand():
+    """Four items, one pair collides. Level 1: 2 + 2, 1 bit; level 2: 2 + 1 + 1, 1.5 bit; level 3: one code, 0 bit."""
+    model = bare(2, levels=1, codes=2)
+    set_codebooks(model, [[[1.0, 0.0], [0.0, 1.0]]])
+    vectors = np.array([[1, 0], [0, 1], [3, 4], [2, 0]], dtype=np.float32)  # (3, 4) is decoded as (0, 1): cosine 0.8
+    codes = np.array([[0, 5, 1], [0, 5, 1], [1, 6, 1], [1, 7, 1]])
+    found = health(codes, model, vectors)
+    assert (found.items, found.uniqueness, found.largest_collision) == (4, 0.75, 2)
+    assert found.used_codes == (2, 3, 1)
+    assert found.entropy == pytest.approx((1.0, 1.5, 0.0))
+    assert found.reconstruction == pytest.approx((1 + 1 + 0.8 + 1) / 4)
+
+
+def test_check_passes_at_the_bound_and_names_everything_below_it():
+    good = Health(
+        items=100, uniqueness=0.99, largest_collision=2, used_codes=(2, 9), entropy=(1.0, 3.0), reconstruction=0.9
+    )
+    check(good, 0.99)
+    with pytest.raises(GateError, match="99.00% of semantic IDs are unique, below 99.90%"):
+        check(good, 0.999)
+    with pytest.raises(GateError, match="fewer than 2 codes in use on level 2") as caught:
+        check(replace(good, uniqueness=0.5, used_codes=(2, 1)), 0.99)
+    assert "50.00%" in caught.value.what and caught.value.do
+
+
+def test_fit_gates_on_a_loss_that_is_not_finite():
+    vectors, _ = clustered()
+    with pytest.raises(GateError, match="not finite in epoch 1"):
+        fit_rqvae(vectors, replace(SMALL, kmeans_init=False, learning_rate=1e30))
+
+
+def test_fit_refuses_what_it_cannot_learn_from():
+    vectors, _ = clustered()
+    with pytest.raises(ConfigurationError, match="5 items cannot start 8 codes"):
+        fit_rqvae(vectors[:5], SMALL)
+    for broken in (vectors * np.nan, vectors[0], vectors[:0]):
+        with pytest.raises(ConfigurationError, match="finite"):
+            fit_rqvae(broken, SMALL)
+
+
+def test_config_names_every_broken_value_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        RQVAEConfig(levels=2, random_last=2, random_mode="nearest", ema_decay=1.0)
+    for word in ("random_last", "random_mode", "ema_decay"):
+        assert word in caught.value.what
+    assert "levels must" not in caught.value.what
+
+
+def test_config_is_plain_data():
+    assert json.loads(json.dumps(RQVAEConfig().__dict__))["hidden"] == list(RQVAEConfig().hidden)
+
+
+# --- embeddings -------------------------------------------------------------------------------------------------------
+
+TEXTS = ["Red nail polish", "red nail polish, glossy", "moisturising shampoo for dry hair", "", "Red nail polish"]
+
+
+def test_hash_embeddings_are_unit_deterministic_and_alike_for_like_texts():
+    vectors = hash_embeddings(TEXTS, dim=64)
+    assert vectors.shape == (5, 64) and vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, hash_embeddings(TEXTS, dim=64))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 1, 0, 1], rtol=1e-5)
+    np.testing.assert_allclose(vectors[0], vectors[4])
+    assert vectors[0] @ vectors[1] > 0.5 > abs(vectors[0] @ vectors[2]) + 0.1
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A two-layer BERT with a word vocabulary, saved as a local folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "nail", "polish", "shampoo", "hair", "dry"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_embed_texts_is_the_masked_mean_of_each_text_alone(encoder_folder):
+    """Lengths differ, so a wrong mask, order or un-sorting shows against one-text-at-a-time mean pooling."""
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["red", "dry hair shampoo", "nail polish red red red", "", "hair " * 400, "polish"]
+    got = embed_texts(texts, encoder_folder, batch_size=3, progress=False)
+    assert got.dtype == np.float32 and got.shape == (6, 16)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder_folder), AutoModel.from_pretrained(encoder_folder).eval()
+    for text, row in zip(texts, got):
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
+        with torch.no_grad():
+            mean = model(**ids).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(row, (mean / mean.norm()).numpy(), atol=1e-5)
+    assert embed_texts([], encoder_folder, progress=False).shape == (0, 16)
+
+
+def test_embed_texts_names_a_missing_encoder(tmp_path):
+    with pytest.raises(MissingFileError, match="no text encoder"):
+        embed_texts(TEXTS, tmp_path / "nothing")
