@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from typing import Any
 
 from recbole_gr2.config import Settings
 from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
 from recbole_gr2.types import StageRecord
@@ -36,17 +39,18 @@ class Stage:
     recbole: bool = False
 
 
-LLM = ("llm", "prompt_")
 STAGES = (
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole=True),
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
-    Stage(name="midtrain", version=1, settings=("llm", "mid_", "prompt_", "cand_num", "seed"), needs=("tokenizer",)),
+    Stage(name="midtrain", version=1, needs=("tokenizer",),
+          settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="traces", version=1, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "midtrain")),
-    Stage(name="sft", version=1, settings=("sft_", "prompt_", "seed"),
+    Stage(name="sft", version=1, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "midtrain", "traces")),
-    Stage(name="rl", version=1, settings=("rl_", "prompt_", "seed"), needs=("candidates", "tokenizer", "sft")),
-    Stage(name="evaluate", version=1, settings=("eval_", "prompt_", "cand_exclude_seen", "seed"), recbole=True,
+    Stage(name="rl", version=1, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+          needs=("candidates", "tokenizer", "sft")),
+    Stage(name="evaluate", version=1, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole=True,
           needs=("candidates", "tokenizer", "midtrain", "sft", "rl")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
@@ -89,6 +93,7 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
         values = settings.results(stage.settings)
         if stage.recbole:
             values |= {f"recbole.{k}": v for k, v in settings.recbole_results().items()}
+        values |= _extension_hashes(values)
         needs = {name: keys[name] for name in stage.needs}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
         folder = root / stage.name / key
@@ -120,6 +125,27 @@ def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[st
         changes += [f"new {name}" for name in needs if record.needs.get(name) != needs[name]]
         return "run", "; ".join(changes[:3]) or "data or code changed"
     return "run", "first time"
+
+
+def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
+    """Content hashes of what a user may edit behind a setting: a prompt template, a teacher's module, a candidate file."""
+    hashes = {}
+    if "prompt_template" in values:
+        hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
+    if ":" in values.get("trace_teacher", ""):
+        spec = importlib.util.find_spec(values["trace_teacher"].split(":")[0])
+        if spec and spec.origin:
+            hashes["trace_teacher.sha"] = _file_hash(spec.origin)
+    if values.get("cand_file"):
+        hashes["cand_file.sha"] = _file_hash(values["cand_file"])
+    return hashes
+
+
+def _file_hash(file: str) -> str:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise MissingFileError(f"cannot read {file}: {error}", do="check the setting that names it") from error
 
 
 def _plain(value: Any) -> Any:

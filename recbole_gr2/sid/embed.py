@@ -50,7 +50,7 @@ def embed_texts(
         return vectors
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     longest_first = np.argsort([-len(ids) for ids in tokens], kind="stable")  # running out of memory shows at once
-    with torch.inference_mode(), tqdm(total=len(texts), desc="embed", unit="text", disable=not progress) as bar:
+    with torch.inference_mode(), tqdm(total=len(texts), desc="embed", unit="text", disable=None if progress else True) as bar:
         for start in range(0, len(texts), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.prompts import PromptMaker, kind
@@ -50,9 +51,9 @@ def run(context: Context) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     context.say(f"{settings['llm']}: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens")
     rows = mixture(items, histories, tokenizer, settings, seed)
-    first = tokenizer.convert_tokens_to_ids(SID_BEGIN)
-    before = model.get_input_embeddings().weight[first:].detach().clone()
+    before = model.get_input_embeddings().weight[new_tokens(tokenizer)].detach().clone()
     bf16 = use_bf16(settings, device)
+    model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = finetune(
         model, tokenizer, [row for task in rows.values() for row in task], context.folder / "checkpoints",
         part_weights={"text": 1.0}, epochs=1, batch_size=settings["mid_batch_size"],
@@ -60,7 +61,8 @@ def run(context: Context) -> dict:
         warmup_share=settings["mid_warmup_share"], max_length=settings["mid_max_length"], seed=seed, bf16=bf16,
         save_steps=settings["mid_save_steps"], say=context.say,
     )  # fmt: skip
-    moved = (model.get_input_embeddings().weight[first:] - before).norm(dim=1)
+    model = merged(model)
+    moved = (model.get_input_embeddings().weight[new_tokens(tokenizer)] - before).norm(dim=1)
     if not bool((moved > 0).any()):
         raise GateError("the rows of the new tokens did not change", where="midtrain", do="raise mid_learning_rate")
     save_backbone(model, tokenizer, context.folder / "model")
@@ -76,6 +78,11 @@ def run(context: Context) -> dict:
         "loss_last": log[-1]["loss"],
         "new_rows_moved": float((moved > 0).float().mean()),
     }
+
+
+def new_tokens(tokenizer) -> list[int]:
+    """Ids of the tokens that this package added: they are the last ones of the vocabulary."""
+    return list(range(tokenizer.convert_tokens_to_ids(SID_BEGIN), len(tokenizer)))
 
 
 def use_bf16(settings: Mapping, device: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from recbole_gr2.errors import GateError
+from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.finetune import ProgressLines
 from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.sft import answer_grammar
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import training_requests
@@ -61,13 +62,14 @@ def run(context: Context) -> dict:
         epsilon_high=settings["rl_epsilon_high"], mask_truncated=settings["rl_mask_truncated"], bf16=bf16, seed=seed,
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
     )  # fmt: skip
+    model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     trainer = DAPOTrainer(
         model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),
         grammar=grammar, tokenizer=tokenizer, max_refill=settings["rl_max_refill"], max_dead=settings["rl_max_dead"],
         callbacks=[ProgressLines(context.say, SHOWN)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    save_backbone(model, tokenizer, context.folder / "model")
+    save_backbone(merged(model), tokenizer, context.folder / "model")
     log = [line for line in trainer.state.log_history if "reward" in line]
     write_json(context.folder / "log.json", log)
     return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1]}

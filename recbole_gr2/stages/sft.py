@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 from recbole_gr2.errors import GateError
+from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import Row, finetune
@@ -15,7 +16,7 @@ from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import RANKING, label_tokens
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import accepted_traces, training_requests
 from recbole_gr2.store import write_json
@@ -43,6 +44,7 @@ def run(context: Context) -> dict:
     seed = derive_seed(settings["seed"], "sft")
     seed_everything(seed)
     bf16 = use_bf16(settings, model.device.type)
+    model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = finetune(
         model, tokenizer, rows, context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
@@ -51,6 +53,7 @@ def run(context: Context) -> dict:
         warmup_share=settings["sft_warmup_share"], max_length=settings["sft_max_length"], seed=seed, bf16=bf16,
         save_steps=settings["sft_save_steps"], say=context.say,
     )  # fmt: skip
+    model = merged(model)
     save_backbone(model, tokenizer, context.folder / "model")
     write_json(context.folder / "log.json", log)
 

@@ -20,7 +20,7 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
-from recbole_gr2.teachers import LocalLLMTeacher, RulesTeacher, build_teacher
+from recbole_gr2.teachers import LocalLLMTeacher, RulesTeacher, Teacher, build_teacher
 from recbole_gr2.types import Item, Request, Trace
 
 MODES = ("targeted", "rejection")
@@ -46,9 +46,17 @@ def run(context: Context) -> dict:
         return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed,
                                temperature=settings["trace_temperature"], bf16=use_bf16(settings, model.device.type))  # fmt: skip
 
+    def openai_api() -> Teacher:
+        from recbole_gr2.teachers.openai_api import OpenAITeacher
+
+        return OpenAITeacher(PromptMaker.of(settings, items), model=settings["trace_endpoint_model"],
+                             base_url=settings["trace_endpoint"], concurrency=settings["trace_concurrency"],
+                             temperature=settings["trace_temperature"])  # fmt: skip
+
     teacher = build_teacher(settings["trace_teacher"], {
         "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"]),
         "local_llm": local_llm,
+        "openai_api": openai_api,
     })  # fmt: skip
     accepted, rejected, pending = [], [], requests
     for attempt in range(settings["trace_tries"] if mode == "rejection" else 1):
