@@ -185,6 +185,8 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
     _reset_peak_memory()
     started = time.monotonic()
     facts = run(context)
+    for checkpoint in entry.folder.glob("checkpoints/checkpoint-*"):  # of no use once the stage is finished
+        shutil.rmtree(checkpoint)
     record = StageRecord(
         stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
         seconds=round(time.monotonic() - started, 1), peak_memory_mb=round(_peak_memory_mb()), facts=facts,

@@ -76,7 +76,7 @@ class PartsTrainer(SFTTrainer):
 
 
 def finetune(
-    model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], epochs: float,
+    model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
     batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
     bf16: bool, save_steps: int, say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:  # fmt: skip
@@ -84,6 +84,7 @@ def finetune(
 
     Args:
         part_weights: weight of each part by name, in the order of `Row.parts`.
+        steps: optimizer steps, over as many passes as that takes; None for one pass.
         batch_size: texts of an optimizer step; `micro_batch_size` of them go through the model at once.
         warmup_share: share of the steps in which the learning rate rises; it then falls linearly to 0.
         max_length: longest text in tokens; a longer one is an error, never cut.
@@ -104,9 +105,9 @@ def finetune(
             where=str(folder), why="texts are never cut silently",
             do="raise the stage's max_length or show less (prompt_history, prompt_title_chars)",
         )  # fmt: skip
-    steps = math.ceil(len(rows) / batch_size) * epochs
+    steps = steps or math.ceil(len(rows) / batch_size)
     config = SFTConfig(
-        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=micro_batch_size,
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=micro_batch_size,
         gradient_accumulation_steps=batch_size // micro_batch_size, learning_rate=learning_rate,
         lr_scheduler_type="linear", warmup_steps=round(warmup_share * steps), max_length=None, seed=seed,
         data_seed=seed, bf16=bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,

@@ -56,7 +56,7 @@ def run(context: Context) -> dict:
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = finetune(
         model, tokenizer, [row for task in rows.values() for row in task], context.folder / "checkpoints",
-        part_weights={"text": 1.0}, epochs=1, batch_size=settings["mid_batch_size"],
+        part_weights={"text": 1.0}, batch_size=settings["mid_batch_size"],
         micro_batch_size=settings["mid_micro_batch_size"], learning_rate=settings["mid_learning_rate"],
         warmup_share=settings["mid_warmup_share"], max_length=settings["mid_max_length"], seed=seed, bf16=bf16,
         save_steps=settings["mid_save_steps"], say=context.say,

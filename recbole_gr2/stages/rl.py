@@ -62,6 +62,7 @@ def run(context: Context) -> dict:
         epsilon_high=settings["rl_epsilon_high"], mask_truncated=settings["rl_mask_truncated"], bf16=bf16, seed=seed,
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
     )  # fmt: skip
+    config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     trainer = DAPOTrainer(
         model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),

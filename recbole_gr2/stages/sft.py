@@ -48,7 +48,7 @@ def run(context: Context) -> dict:
     log = finetune(
         model, tokenizer, rows, context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
-        epochs=settings["sft_epochs"], batch_size=settings["sft_batch_size"],
+        steps=settings["sft_steps"], batch_size=settings["sft_batch_size"],
         micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
         warmup_share=settings["sft_warmup_share"], max_length=settings["sft_max_length"], seed=seed, bf16=bf16,
         save_steps=settings["sft_save_steps"], say=context.say,
@@ -73,7 +73,7 @@ def run(context: Context) -> dict:
         raise GateError(
             f"{share:.0%} of {len(answers)} validation answers end their reasoning by themselves", where="sft",
             why="RL cannot rescue a policy that has not learnt the form of an answer",
-            do="train longer (sft_epochs), raise prompt_max_reasoning, or lower sft_min_ok",
+            do="train longer (sft_steps), raise prompt_max_reasoning, or lower sft_min_ok",
         )  # fmt: skip
     return {
         "texts": len(rows),

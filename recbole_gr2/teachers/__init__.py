@@ -18,7 +18,7 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.prompts import kind, shorten
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import label_tokens, sid_text
+from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.types import Item, Request
 
 
@@ -84,7 +84,6 @@ class RulesTeacher:
         chosen, last = self.items[pick - 1], history[-1]
         kinds = Counter(kind(item) for item in history if kind(item))
         usual = " and ".join(name for name, _ in kinds.most_common(2)) or "items like " + shorten(last.title, 30)
-        label = label_tokens(len(request.items))[request.items.index(pick)]
         related = max(history, key=lambda item: (overlap(chosen, item), item.brand == chosen.brand != ""))
         if chosen.brand and chosen.brand in {item.brand for item in history}:
             why = f"the same brand, {chosen.brand}"
@@ -94,9 +93,9 @@ class RulesTeacher:
             why = f"it goes with {sid_text(related.sid)}"
         else:
             why = "something new beside them"
-        return (
+        return (  # the pick comes last, next to its label, which the prompt shows behind the same ID
             f"The shopper takes {usual}, last {sid_text(last.sid)}. "
-            f"Next: {kind(chosen) or shorten(chosen.title, 30)}. Best is {sid_text(chosen.sid)}: {why}."
+            f"Next {kind(chosen) or shorten(chosen.title, 30)}: {why}. Best is {sid_text(chosen.sid)}"
         )
 
 
@@ -155,8 +154,8 @@ class LocalLLMTeacher:
 def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
-        "The shopper takes A and B, last <. Next: A. Best is <: the same brand, A.", "the same kind as <", "it goes with <",
-        "something new beside them", " items like A", "The shopper took A. Say why, in one sentence.",
+        "The shopper takes A and B, last <. Next A: the same brand, A. Best is <", ": the same kind as <", ": it goes with <",
+        ": something new beside them.", " items like A", "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip
 
 
