@@ -145,6 +145,11 @@ def _exact_time_dataset(*, sequential: bool) -> type:
             # RecBole stores Unix seconds as float32, which loses up to 128 s and with them the order of events
             # (dataset.py:2207): 149 of 943 ml-100k test targets come out wrong. A per-user rank is exact.
             frame = self.inter_feat
+            if self.time_field not in frame:
+                raise ConfigurationError(
+                    f"the interactions have no column {self.time_field!r}", where="TIME_FIELD, load_col",
+                    why="histories, splits and targets are made by time", do=f"choose from {list(frame.columns)}",
+                )  # fmt: skip
             exact = frame[self.time_field].to_numpy(dtype=np.float64)
             order = np.lexsort((np.arange(len(frame)), exact, frame[self.uid_field].to_numpy()))
             users = frame[self.uid_field].to_numpy()[order]
