@@ -60,6 +60,7 @@ class Data:
         # Any sequential model gives the same rows; SASRec's class is only asked for its type.
         self.config = recbole_config(settings, "SASRec", loss_type="CE")
         _check_protocol(self.config)
+        _check_files(self.config)
         self.dataset = _exact_time_dataset(sequential=True)(self.config)
         self.uid, self.iid = self.dataset.uid_field, self.dataset.iid_field
         self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
@@ -120,9 +121,12 @@ class Data:
         """Items before the split's target, oldest first, never cut."""
         behind = {"test": 1, "valid": 2, "train": 3}[split]
         items = self.sequences[user]
-        if split == "test" and len(items) == 3:  # RecBole gives such a user a test row and no valid row
-            behind = 1
-        return tuple(int(item) for item in items[: len(items) - behind])
+        return tuple(int(item) for item in items[: max(len(items) - behind, 0)])
+
+    def target(self, user: int, split: str) -> int | None:
+        """The item that the split's row asks for; None for a user with too few items to have that row."""
+        behind = {"test": 1, "valid": 2, "train": 3}[split]
+        return int(self.sequences[user][-behind]) if len(self.sequences[user]) > behind else None
 
 
 def _check_protocol(config) -> None:
@@ -134,6 +138,14 @@ def _check_protocol(config) -> None:
             why="candidates without leakage are defined for leave-one-out in time order, one row per user and split",
             do="leave eval_args at {split: {LS: valid_and_test}, order: TO, mode: full}",
         )
+
+
+def _check_files(config) -> None:
+    """A folder without interactions; where there is no folder at all, RecBole downloads."""
+    folder, name = Path(config["data_path"]), f"{config['dataset']}.inter"
+    if folder.is_dir() and not (folder / name).is_file():
+        raise MissingFileError(f"the data set's folder has no {name}", where=str(folder.resolve()),
+                               do=f"put {name} (RecBole atomic file) there, or remove the folder to download")  # fmt: skip
 
 
 def _exact_time_dataset(*, sequential: bool) -> type:
@@ -499,11 +511,12 @@ def tie_free(scores, heads: Sequence[Sequence[int] | None], reach: int):
     """Score rows (B, N + 1) that put each head first, in its order, and leave the rest in base order, without ties.
 
     Ties in a score row would let `torch.topk` pick the target by position. The base order is that of `torch.topk` at
-    the evaluator's own reach, so that untouched rows rank exactly as RecBole ranks the base model.
+    the evaluator's own reach, so that untouched rows rank exactly as RecBole ranks the base model. Items at -inf stay
+    there: RecBole's GAUC counts the items of a row up to the first of them (collector.py:183).
 
     >>> import torch
-    >>> tie_free(torch.tensor([[-torch.inf, 5.0, 5.0, 9.0]]), [(1, 3)], reach=2)
-    tensor([[-4., -1., -3., -2.]])
+    >>> tie_free(torch.tensor([[-torch.inf, 5.0, 4.0, 9.0]]), [(1, 3)], reach=2)
+    tensor([[-inf, -1., -3., -2.]])
     """
     import torch
 
@@ -525,4 +538,5 @@ def tie_free(scores, heads: Sequence[Sequence[int] | None], reach: int):
             order[row, : len(head)] = head
     ranks = torch.empty_like(order)
     ranks.scatter_(1, order, torch.arange(1, width + 1).expand_as(order).contiguous())
-    return -ranks.float()  # integers below 2 ** 24 are exact in float32
+    # Integers below 2 ** 24 are exact in float32.
+    return (-ranks.float()).masked_fill(scores == -torch.inf, -torch.inf)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
+
+NUMBER = re.compile(r"[-+]?[\d.,]*(%| s| MiB|)( \[.*\])?$")  # what a cell of a number column looks like, or nothing
 
 
 class Console:
@@ -24,7 +27,7 @@ class Console:
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned plain-text table; the first column is left-aligned, the others right-aligned.
+    """An aligned plain-text table; columns of numbers are right-aligned, the others left-aligned.
 
     >>> print(render_table(["row", "n"], [["base", "12"]]))
     row    n
@@ -32,11 +35,12 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     base  12
     """
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    ]  # fmt: skip
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(NUMBER.match(cell) for cell in column[1:]) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])

@@ -133,12 +133,22 @@ def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
     if "prompt_template" in values:
         hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
     if ":" in values.get("trace_teacher", ""):
-        spec = importlib.util.find_spec(values["trace_teacher"].split(":")[0])
-        if spec and spec.origin:
-            hashes["trace_teacher.sha"] = _file_hash(spec.origin)
+        hashes["trace_teacher.sha"] = _file_hash(_module_file(values["trace_teacher"].split(":")[0]))
     if values.get("cand_file"):
         hashes["cand_file.sha"] = _file_hash(values["cand_file"])
     return hashes
+
+
+def _module_file(module: str) -> str:
+    """Source file of a module that a setting names; told now, not after the stages before it."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # of a package on the way to it
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ConfigurationError(f"there is no module {module!r}", where="trace_teacher",
+                                 do="install it, or add its folder to PYTHONPATH")  # fmt: skip
+    return spec.origin
 
 
 def _file_hash(file: str) -> str:

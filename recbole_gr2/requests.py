@@ -69,9 +69,9 @@ def read_requests(file: Path, items: Sequence[Item]) -> list[Request]:
                 ),
                 provider=line.get("provider", file.name),
             )
-        except KeyError as error:
+        except (KeyError, TypeError, ValueError) as error:  # ValueError: as many scores as candidates
             raise ConfigurationError(
-                f"unknown item or missing field {error}", where=where,
+                f"unknown item, missing or unreadable field: {error}", where=where,
                 do="use item tokens of this data set and the fields user_id, split, history, target, candidates",
             ) from error  # fmt: skip
         if len(set(request.items)) < len(request.items) or name in requests:

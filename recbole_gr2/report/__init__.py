@@ -69,7 +69,7 @@ def metrics_table(result: dict, scope: str) -> str:
     for row in rows:
         versus = row["vs_base"].get("ndcg@5")
         change = f"{versus['diff']:+.4f} [{versus['low']:+.4f}, {versus['high']:+.4f}]" if versus else ""
-        p = f"{versus['p_holm']:.4f}" if versus and row["row"] not in ("oracle", "shuffled") else ""
+        p = f"{versus['p_holm']:.4f}" if versus and "p_holm" in versus else ""
         closed = f"{versus['diff'] / gap:+.1%}" if versus and gap else ""
         lines.append([row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed, f"{row['unchanged']:.1%}"])
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)

@@ -14,6 +14,7 @@ import numpy as np
 from recbole_gr2.bridge import SPLITS, BaseModel, train_base
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.requests import read_requests, request_id, write_requests
+from recbole_gr2.sid.tokens import MAX_CANDIDATES
 from recbole_gr2.stages import Context
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Candidate, Request
@@ -23,9 +24,15 @@ def run(context: Context) -> dict:
     """Writes base/, hold_out_base/ (weights), train.jsonl, valid.jsonl, test.jsonl and stats.json.
 
     Raises:
+        ConfigurationError: K is below 2 or above the number of labels.
         GateError: recall@K of a split is 0, so that there is nothing to re-rank.
     """
     data, settings = context.data, context.settings
+    if not 2 <= settings["cand_num"] <= MAX_CANDIDATES:
+        raise ConfigurationError(
+            f"cand_num is {settings['cand_num']}", why="a list has something to order, and a label for every candidate",
+            do=f"choose 2 to {MAX_CANDIDATES}",
+        )  # fmt: skip
     if settings["cand_file"]:
         lists, facts = _imported(context), {"imported": settings["cand_file"]}
     else:
@@ -46,7 +53,8 @@ def run(context: Context) -> dict:
             f"recall@{settings['cand_num']}": len(ranks) / max(len(requests), 1),
             "recall@1": ranks.count(1) / max(len(requests), 1),
         }
-        context.say(f"{split}: {len(requests)} lists, {len(ranks)} hold their target ({len(ranks) / len(requests):.4f})")
+        context.say(f"{split}: {len(requests)} lists, {len(ranks)} hold their target "
+                    f"({len(ranks) / max(len(requests), 1):.4f})")  # fmt: skip
         if not ranks:
             raise GateError(
                 f"no {split} list holds its target: recall@{settings['cand_num']} is 0",
@@ -65,7 +73,6 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
     import torch
 
     data, requests = base.data, []
-    target_row = {"test": -1, "valid": -2, "train": -3}[split]
     for users, scores in base.scores(split):
         # The evaluator's own reach, so that ties at the end of a list break as they break there.
         top = torch.topk(scores, data.reach(count), dim=-1)
@@ -83,7 +90,7 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
                     candidates=tuple(
                         Candidate(item_id=i, score=v, rank=rank) for rank, (i, v) in enumerate(real, start=1)
                     ),
-                    target=int(data.sequences[user][target_row]),
+                    target=data.target(user, split),
                     provider=f"{base.name}{' hold-out' if base.facts['hold_out'] else ''}",
                 )
             )
@@ -101,11 +108,18 @@ def _imported(context: Context) -> dict[str, list[Request]]:
     lists = {split: [] for split in SPLITS}
     for request in read_requests(Path(context.settings["cand_file"]), data.items):
         user = users.get(request.user_token)
-        if request.split not in SPLITS or user is None or request.history != data.history(user, request.split):
+        row = (data.history(user, request.split), data.target(user, request.split)) \
+            if request.split in SPLITS and user is not None else None  # fmt: skip
+        if row != (request.history, request.target):
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set", where=request.request_id,
                 why="a longer history would leak the target",
-                do="export lists with this plugin to see the form, and keep history and split as they are there",
+                do="export lists with this plugin to see the form, and keep history, target and split as they are there",
+            )  # fmt: skip
+        if not 2 <= len(request.items) <= context.settings["cand_num"]:
+            raise ConfigurationError(
+                f"an imported list has {len(request.items)} candidates", where=request.request_id,
+                do="import lists of 2 to cand_num candidates",
             )  # fmt: skip
         lists[request.split].append(request)
     return lists
