@@ -474,69 +474,87 @@ def _load_weights(model, weights: Path, folder: Path) -> None:
         model.load_other_parameter(other)
 
 
-def evaluate_scores(data: Data, base: BaseModel | ListedBase, rankings: Mapping[int, Sequence[int]] | None, *, split: str,
-                    users: Sequence[int] | None = None) -> dict[str, float]:  # fmt: skip
-    """RecBole's metrics of the base model, or of its lists re-ranked.
+def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, Mapping[int, Sequence[int]] | None], *,
+                  split: str, users: Sequence[int] | None = None) -> dict[str, dict[str, float]]:  # fmt: skip
+    """RecBole's metrics of several rankings of the same lists, scored together.
 
     Args:
-        rankings: user id -> item ids (K,), a permutation of the base model's first K; users without one keep their
-            order; None hands RecBole the base model's own score rows, untouched.
+        rows: for each row of the table, user id -> item ids (K,), a permutation of the base model's first K; users
+            without one keep their order; None hands RecBole the base model's own score rows, untouched.
         users: evaluate these users alone (the in_list scope); None for all.
 
     Returns:
-        RecBole's metrics in its lower case, e.g. `ndcg@5`.
+        For each row RecBole's metrics in its lower case, e.g. `ndcg@5`.
     """
     import torch
     from recbole.evaluator import Collector, Evaluator
 
-    collector, evaluator = Collector(data.config), Evaluator(data.config)
-    collector.data_collect(SimpleNamespace(dataset=data.built[0]))  # item counts, for coverage and popularity
+    collectors = {name: Collector(data.config) for name in rows}
+    for collector in collectors.values():
+        collector.data_collect(SimpleNamespace(dataset=data.built[0]))  # item counts, for coverage and popularity
     feat, row_users = data.rows(split)
     if users is not None:
         feat = feat[np.flatnonzero(np.isin(row_users, np.asarray(sorted(users))))]
     size, reach = int(data.config["eval_batch_size"]), data.reach(data.settings["cand_num"])
     for start in range(0, len(feat), size):
-        rows = feat[start : start + size]
+        batch = feat[start : start + size]
         with torch.no_grad():
-            scores = base.score_rows(rows, split)
-        if rankings is not None:
-            heads = [rankings.get(user) for user in rows[data.uid].tolist()]
-            scores = tie_free(scores, heads, reach)
-        collector.eval_batch_collect(scores, rows, torch.arange(len(rows)), rows[data.iid])
-    collector.model_collect(base.model)
-    return {name: float(value) for name, value in evaluator.evaluate(collector.get_data_struct()).items()}
+            scores = base.score_rows(batch, split)
+        order = base_order(scores, reach)
+        for name, rankings in rows.items():
+            given = scores
+            if rankings is not None:
+                given = tie_free(order, [rankings.get(user) for user in batch[data.uid].tolist()])
+            collectors[name].eval_batch_collect(given, batch, torch.arange(len(batch)), batch[data.iid])
+    evaluator, metrics = Evaluator(data.config), {}
+    for name, collector in collectors.items():
+        collector.model_collect(base.model)
+        metrics[name] = {m: float(v) for m, v in evaluator.evaluate(collector.get_data_struct()).items()}
+    return metrics
 
 
-def tie_free(scores, heads: Sequence[Sequence[int] | None], reach: int):
-    """Score rows (B, N + 1) that put each head first, in its order, and leave the rest in base order, without ties.
+def base_order(scores, reach: int):
+    """Item ids by descending score, (B, N + 1).
 
-    Ties in a score row would let `torch.topk` pick the target by position. The base order is that of `torch.topk` at
-    the evaluator's own reach, so that untouched rows rank exactly as RecBole ranks the base model. Items at -inf stay
-    there: RecBole's GAUC counts the items of a row up to the first of them (collector.py:183).
+    The first `reach` are those of `torch.topk`, as RecBole's evaluator takes them, so that ties break as they break there.
 
     >>> import torch
-    >>> tie_free(torch.tensor([[-torch.inf, 5.0, 4.0, 9.0]]), [(1, 3)], reach=2)
-    tensor([[-inf, -1., -3., -2.]])
+    >>> base_order(torch.tensor([[-torch.inf, 5.0, 4.0, 9.0]]), reach=2)
+    tensor([[3, 1, 2, 0]])
     """
     import torch
 
-    width = scores.size(1)
     first = torch.topk(scores, reach, dim=-1).indices
     rest = scores.clone()
     rest.scatter_(1, first, torch.inf)  # +inf, then skipped: other items may be at -inf
     order = torch.sort(rest, dim=-1, descending=True, stable=True).indices[:, reach:]
-    order = torch.cat([first, order], dim=1)
+    return torch.cat([first, order], dim=1)
+
+
+def tie_free(order, heads: Sequence[Sequence[int] | None]):
+    """Score rows (B, N + 1) that put each head first, in its order, and leave the rest in base order, without ties.
+
+    Ties in a score row would let `torch.topk` pick the target by position.
+
+    Raises:
+        GR2Error: a head is not a permutation of the first items of its row.
+
+    >>> import torch
+    >>> tie_free(torch.tensor([[3, 1, 2, 0]]), [(1, 3)])
+    tensor([[-4., -1., -3., -2.]])
+    """
+    import torch
+
+    order = order.clone()
     for row, head in enumerate(heads):
         if head is not None:
-            head = torch.as_tensor(head, dtype=order.dtype)
-            if set(order[row, : len(head)].tolist()) != set(head.tolist()):
+            if set(order[row, : len(head)].tolist()) != set(head):
                 raise GR2Error(
                     "a ranking is no permutation of the base model's list",
                     where=f"row {row}", why="re-ranking K items must not change Recall@K",
                     do="re-run from the candidates stage: --from_stage candidates",
                 )  # fmt: skip
-            order[row, : len(head)] = head
+            order[row, : len(head)] = torch.as_tensor(head, dtype=order.dtype)
     ranks = torch.empty_like(order)
-    ranks.scatter_(1, order, torch.arange(1, width + 1).expand_as(order).contiguous())
-    # Integers below 2 ** 24 are exact in float32.
-    return (-ranks.float()).masked_fill(scores == -torch.inf, -torch.inf)
+    ranks.scatter_(1, order, torch.arange(1, order.size(1) + 1).expand_as(order).contiguous())
+    return -ranks.float()  # integers below 2 ** 24 are exact in float32

@@ -102,16 +102,18 @@ def test_readme_lines_are_complete(name, last):
 
 
 def test_ci_runs_the_readme_line(tmp_path):
-    """.ci/run with a README whose line fails half-way, and with one whose line succeeds."""
+    """A line that fails half-way fails the run, one that succeeds passes, and a README without a line fails."""
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
-    for line, code in (("true && false && true", 1), ("true && echo tested", 0), ("", 1)):
+    for line, code, said in (
+        ("true && false && echo tested", 1, []), ("true && echo tested", 0, ["tested"]), ("", 1, None)
+    ):  # fmt: skip
         (tmp_path / "README.md").write_text(f"<!-- set-up-and-test -->\n```bash\n{line}\n```\n" if line else "no line\n")
         done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True)
         assert done.returncode == code
-        assert not code or "tested" not in done.stdout
+        assert done.stdout.splitlines() == ([f"+ {line}", *said] if line else [])
     real = (ROOT / ".ci" / "run").read_text()
-    assert "pip" not in real and "pytest" not in real  # the README's line is the only copy
+    assert "pip install" not in real and "pytest" not in real  # the README's line is the only copy
 
 
 def test_readme_links_lead_somewhere():

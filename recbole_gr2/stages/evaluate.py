@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recbole_gr2.bridge import ListedBase, evaluate_scores, train_base
+from recbole_gr2.bridge import ListedBase, evaluate_rows, train_base
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
@@ -29,6 +29,7 @@ from recbole_gr2.store import write_json, write_lines
 from recbole_gr2.types import Item, Request
 
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
+OWN = "the base model's own scores"
 MODELS = ("midtrain", "sft", "rl", "shuffled")
 Rankings = dict[str, tuple[int, ...]]
 
@@ -153,19 +154,19 @@ def _metrics(context: Context, requests: list[Request], in_list: list[Request], 
     everyone = None if settings["eval_max_lists"] is None and not settings["cand_file"] else [
         users[r.user_token] for r in requests]  # fmt: skip
     scopes = {"all": everyone, "in_list": [users[r.user_token] for r in in_list]}
-    own = {scope: evaluate_scores(data, base, None, split="test", users=ids) for scope, ids in scopes.items()}
-    rows = []
+    by_user = {name: {users[r.user_token]: given[r.request_id] for r in requests if r.request_id in given}
+               for name, given in rankings.items()}  # fmt: skip
     ranks = {name: _ranks(in_list, given) for name, given in rankings.items()}
-    for name, given in rankings.items():
-        by_user = {users[r.user_token]: given[r.request_id] for r in requests if r.request_id in given}
-        for scope, ids in scopes.items():
-            metrics = evaluate_scores(data, base, by_user, split="test", users=ids)
-            count = len(in_list) if scope == "in_list" else (len(ids) if ids is not None else len(data.rows("test")[1]))
-            row = {"row": name, "scope": scope, "n": count, "metrics": metrics, "vs_base": {},
-                   "unchanged": float(np.mean([given[r.request_id] == r.items for r in in_list if r.request_id in given]))}  # fmt: skip
-            if name != "base":
-                row["vs_base"] = _comparisons(ranks[name], ranks["base"], count, settings)
-            rows.append(row)
+    rows, own = [], {}
+    for scope, ids in scopes.items():
+        metrics = evaluate_rows(data, base, {**by_user, OWN: None}, split="test", users=ids)
+        own[scope] = metrics.pop(OWN)
+        count = len(data.rows("test")[1]) if ids is None else len(ids)
+        for name, given in rankings.items():
+            unchanged = float(np.mean([given[r.request_id] == r.items for r in in_list]))
+            versus = {} if name == "base" else _comparisons(ranks[name], ranks["base"], count, settings)
+            rows.append({"row": name, "scope": scope, "n": count, "metrics": metrics[name], "unchanged": unchanged,
+                         "vs_base": versus})  # fmt: skip
     for scope in scopes:
         _adjust([row["vs_base"] for row in rows if row["scope"] == scope and row["row"] not in DIAGNOSTIC])
     _check_invariants(rows, own, settings["cand_num"])

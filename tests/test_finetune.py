@@ -1,0 +1,126 @@
+"""Supervised training: the weighted loss by hand, exact resume, LoRA that merges to what was trained."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.finetune import Collator, Row, finetune
+
+
+@pytest.fixture
+def tokenizer():
+    """A real fast tokenizer of single letters: TRL reads more of it than a stand-in could promise."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{chr(ord("a") + n): n + 2 for n in range(26)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="a")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def tiny(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=28, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=1, tie_word_embeddings=tied, pad_token_id=0, eos_token_id=1)
+    )  # fmt: skip
+
+
+ROWS = [
+    Row(input_ids=[2 + n % 5, 3, 4 + n % 3, 5, 6, 1], parts=[0, 0, 1, 1, 2, 2]) for n in range(12)
+] + [Row(input_ids=[7, 8 + n % 2, 9, 1], parts=[0, 1, 2, 2]) for n in range(4)]  # fmt: skip
+WEIGHTS = {"reasoning": 0.5, "ranking": 1.0}
+
+
+def train(model, tokenizer, folder, **changes):
+    options = dict(part_weights=WEIGHTS, steps=6, batch_size=8, micro_batch_size=4, learning_rate=1e-2,
+                   warmup_share=0.0, max_length=16, seed=7, bf16=False, save_steps=2)  # fmt: skip
+    return finetune(model, tokenizer, ROWS, folder, **{**options, **changes})
+
+
+def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
+    rows = ROWS[:2]
+    model = tiny()
+    batch = Collator(0)([vars(row) | {"labels": [t if p else -100 for t, p in zip(row.input_ids, row.parts)]}
+                         for row in rows])  # fmt: skip
+    log_probs = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    expected = {1: [], 2: []}
+    for r, row in enumerate(rows):
+        for t in range(1, len(row.input_ids)):
+            if row.parts[t]:
+                expected[row.parts[t]].append(-log_probs[r, t - 1, row.input_ids[t]].item())
+    total = 0.5 * sum(expected[1]) + 1.0 * sum(expected[2])
+    log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights=WEIGHTS, steps=1, batch_size=2, micro_batch_size=1,
+                   learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False, save_steps=5)  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(total / (len(expected[1]) + len(expected[2])), rel=1e-4)
+    assert log[0]["loss/reasoning"] == pytest.approx(sum(expected[1]) / len(expected[1]), rel=1e-4)
+    assert log[0]["loss/ranking"] == pytest.approx(sum(expected[2]) / len(expected[2]), rel=1e-4)
+
+
+def test_a_killed_run_ends_with_the_same_weights(tokenizer, tmp_path):
+    whole = tiny()
+    train(whole, tokenizer, tmp_path / "whole")
+
+    def kill(text):
+        if text.startswith("step 4/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tokenizer, tmp_path / "killed", say=kill)
+    resumed, seen = tiny(seed=99), []  # other weights: what counts is in the checkpoint
+    train(resumed, tokenizer, tmp_path / "killed", say=seen.append)
+    assert seen and not seen[0].startswith("step 1/"), "the run must go on, not start again"
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_training_lowers_every_part(tokenizer, tmp_path):
+    log = train(tiny(), tokenizer, tmp_path, steps=30, save_steps=100)
+    for part in ("loss/reasoning", "loss/ranking"):
+        assert log[-1][part] < 0.7 * log[0][part]
+
+
+@pytest.mark.parametrize("change", [{"max_length": 5}, {"micro_batch_size": 3}])
+def test_what_does_not_fit_is_an_error(tokenizer, tmp_path, change):
+    with pytest.raises(ConfigurationError, match="do not fit"):
+        train(tiny(), tokenizer, tmp_path, **change)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_merges_to_what_was_trained(tokenizer, tmp_path, tied):
+    new = [24, 25, 26, 27]
+    model = tiny(tied=tied)
+    before = model.get_input_embeddings().weight.detach().clone()
+    adapted = with_lora(model, 2, new)
+    rows = [Row(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
+    log = finetune(adapted, tokenizer, rows, tmp_path, part_weights={"text": 1.0}, steps=8, batch_size=4,
+                   micro_batch_size=4, learning_rate=3e-2, warmup_share=0.0, max_length=16, seed=7, bf16=False,
+                   save_steps=100)  # fmt: skip
+    assert log[-1]["loss"] < log[0]["loss"]
+    tokens = torch.tensor([[2, 24, 25, 3, 26, 27]])
+    adapted.eval()
+    with torch.no_grad():
+        trained = adapted(tokens).logits
+        plain = merged(adapted)
+        assert torch.allclose(plain(tokens).logits, trained, atol=1e-5)
+    after = plain.get_input_embeddings().weight
+    assert not torch.allclose(after[new], before[new]), "new tokens must train"
+    assert torch.equal(after[2:24], before[2:24]), "known tokens must not"
+
+
+def test_rank_zero_trains_the_model_itself():
+    model = tiny()
+    assert with_lora(model, 0, [3]) is model and merged(model) is model
+
+
+def test_collator_masks_padding_that_looks_like_a_token():
+    batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1]},
+                         {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7]}])  # fmt: skip
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 1, -100], [-100, 6, 7]]
+    assert batch["parts"].tolist() == [[0, 1, 0], [0, 1, 1]]
+    assert batch["input_ids"].tolist() == [[5, 1, 1], [5, 6, 7]]

@@ -1,0 +1,127 @@
+"""Permutations, ranks, and the statistics of paired comparisons."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from recbole_gr2.ranking import complete, holm, ndcg_at, paired_comparison, promote, recall_at
+
+items = st.lists(st.integers(0, 50), min_size=1, max_size=12, unique=True)
+
+
+@given(items, st.data())
+def test_promote_moves_one_item_to_the_front_and_keeps_the_order_of_the_rest(given_items, data):
+    first = data.draw(st.sampled_from(given_items))
+    promoted = promote(given_items, first)
+    assert promoted[0] == first
+    assert list(promoted[1:]) == [item for item in given_items if item != first]
+
+
+def test_promote_refuses_a_foreign_item():
+    with pytest.raises(ValueError, match="item 5 is not in the list"):
+        promote((1, 2), 5)
+
+
+@given(st.lists(st.integers(0, 60), max_size=15), items)
+def test_complete_gives_a_permutation_that_starts_with_what_was_named(partial, given_items):
+    full = complete(partial, given_items)
+    assert sorted(full) == sorted(given_items)
+    named = [item for item in dict.fromkeys(partial) if item in given_items]
+    assert list(full[: len(named)]) == named
+    rest = [item for item in given_items if item not in named]
+    assert list(full[len(named) :]) == rest
+
+
+def test_complete_by_hand():
+    assert complete((), (4, 7, 9)) == (4, 7, 9)
+    assert complete((7,), (4, 7, 9)) == (7, 4, 9)
+    assert complete((1, 9, 9, 1), (4, 7, 9)) == (9, 4, 7)
+
+
+def test_metrics_by_hand():
+    ranks = np.array([1, 2, 3, 5, 6, 10**9])
+    assert recall_at(ranks, 5).tolist() == [1, 1, 1, 1, 0, 0]
+    # 1 / log2(rank + 1)
+    expected = [1.0, 0.6309297535714575, 0.5, 0.38685280723454163, 0.0, 0.0]
+    assert ndcg_at(ranks, 5) == pytest.approx(expected, abs=1e-15)
+
+
+@given(st.integers(1, 40), st.integers(1, 20))
+def test_ndcg_lies_between_zero_and_recall(rank, k):
+    ndcg, recall = float(ndcg_at(rank, k)), float(recall_at(rank, k))
+    assert 0 <= ndcg <= recall
+    assert (ndcg > 0) == (recall == 1)
+    assert ndcg_at(1, k) == 1
+
+
+def test_paired_comparison_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    base = rng.random(200)
+    ours = base + np.where(rng.random(200) < 0.3, rng.normal(0.05, 0.3, 200), 0.0)  # 7 of 10 users do not move
+    compared = paired_comparison(ours, base, seed=0)
+    assert compared["diff"] == pytest.approx(float((ours - base).mean()), abs=1e-12)
+    bootstrap = stats.bootstrap(
+        (ours - base,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    width = bootstrap.high - bootstrap.low
+    assert compared["low"] == pytest.approx(bootstrap.low, abs=0.03 * width)
+    assert compared["high"] == pytest.approx(bootstrap.high, abs=0.03 * width)
+    test = stats.permutation_test(
+        (ours, base), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=20_000,
+        vectorized=True, rng=np.random.default_rng(2),
+    )  # fmt: skip
+    assert 0.01 < test.pvalue < 0.9  # a value that tells
+    assert compared["p"] == pytest.approx(test.pvalue, abs=0.02)
+
+
+def test_p_value_is_exact_on_a_case_that_can_be_counted():
+    # Four users move by the same amount: 2 of the 16 sign patterns are as extreme.
+    compared = paired_comparison(np.array([1.0, 1, 1, 1, 0, 0]), np.zeros(6), seed=3)
+    assert compared["p"] == pytest.approx(2 / 16, abs=0.01)
+
+
+def test_a_clear_shift_is_found_and_a_missing_one_is_not():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, 500)
+    shifted = paired_comparison(noise + 0.5, noise * 0, seed=0)
+    assert shifted["p"] == pytest.approx(1 / 10_001) and shifted["low"] > 0.3
+    p_values = [
+        paired_comparison(rng.normal(0, 1, 60), np.zeros(60), seed=s, draws=500)["p"] for s in range(200)
+    ]  # under the null the share of p <= .1 is .1, give or take .04
+    assert np.mean(np.array(p_values) <= 0.1) == pytest.approx(0.1, abs=0.06)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.integers(0, 9))
+def test_paired_comparison_is_symmetric(differences, seed):
+    difference, zero = np.array(differences), np.zeros(len(differences))
+    one = paired_comparison(difference, zero, seed=seed, draws=400)
+    other = paired_comparison(zero, difference, seed=seed, draws=400)
+    assert one["diff"] == -other["diff"] and one["p"] == other["p"]
+    assert (one["low"], one["high"]) == pytest.approx((-other["high"], -other["low"]), abs=1e-12)
+    assert 0 < one["p"] <= 1
+
+
+def test_nobody_moved():
+    assert paired_comparison(np.ones(3), np.ones(3), seed=0) == {"diff": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+def test_holm_by_hand():
+    # Sorted .01 .02 .03 .04: x4 = .04, x3 = .06, x2 = .06, x1 = .04 -> never below the one before.
+    adjusted = holm({"d": 0.04, "a": 0.01, "c": 0.03, "b": 0.02})
+    assert adjusted == pytest.approx({"a": 0.04, "b": 0.06, "c": 0.06, "d": 0.06})
+    assert list(adjusted) == ["d", "a", "c", "b"]
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
+    assert holm({}) == {}
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0, 1), max_size=8))
+def test_holm_never_lowers_a_p_value_nor_swaps_two(p_values):
+    adjusted = holm(p_values)
+    assert set(adjusted) == set(p_values)
+    for name, p in p_values.items():
+        assert p <= adjusted[name] <= 1.0
+    order = sorted(p_values, key=p_values.get)
+    assert [adjusted[name] for name in order] == sorted(adjusted.values())
