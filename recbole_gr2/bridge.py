@@ -43,7 +43,7 @@ def find_model(name: str) -> type:
 
     try:
         return get_model(name)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: its last guess is a folder that needs lightgbm
         raise ConfigurationError(
             f"there is no base model named {name!r}",
             where="base_model",
@@ -505,6 +505,8 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
             given = scores
             if rankings is not None:
                 given = tie_free(order, [rankings.get(user) for user in batch[data.uid].tolist()])
+                # RecBole's GAUC counts a row's items up to the first at -inf (collector.py:183), so they stay there.
+                given.masked_fill_(scores == -torch.inf, -torch.inf)
             collectors[name].eval_batch_collect(given, batch, torch.arange(len(batch)), batch[data.iid])
     evaluator, metrics = Evaluator(data.config), {}
     for name, collector in collectors.items():
