@@ -361,6 +361,8 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     overrides = {"checkpoint_dir": str(folder), "show_progress": False}
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
+    if model_class.type != ModelType.SEQUENTIAL:
+        overrides["repeatable"] = False  # with True RecBole draws negatives from the user's own items (sampler.py:371)
     config = recbole_config(settings, model_class, **overrides)
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
@@ -464,7 +466,8 @@ def _load_weights(model, weights: Path, folder: Path) -> None:
     from safetensors.torch import load_file
 
     state = load_file(weights)
-    other = {name.removeprefix(OTHER): state.pop(name) for name in list(state) if name.startswith(OTHER)}
+    device = next(model.parameters()).device
+    other = {n.removeprefix(OTHER): state.pop(n).to(device) for n in list(state) if n.startswith(OTHER)}
     model.load_state_dict(state)
     for name, value in (model.other_parameter() or {}).items():
         if (folder / f"{name}.npz").is_file():
@@ -558,5 +561,5 @@ def tie_free(order, heads: Sequence[Sequence[int] | None]):
                 )  # fmt: skip
             order[row, : len(head)] = torch.as_tensor(head, dtype=order.dtype)
     ranks = torch.empty_like(order)
-    ranks.scatter_(1, order, torch.arange(1, order.size(1) + 1).expand_as(order).contiguous())
+    ranks.scatter_(1, order, torch.arange(1, order.size(1) + 1, device=order.device).expand_as(order).contiguous())
     return -ranks.float()  # integers below 2 ** 24 are exact in float32

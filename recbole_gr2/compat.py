@@ -79,13 +79,11 @@ def _patch_recbole() -> None:
 
     # recbole/model/sequential_recommender/sine.py:25 turns autograd's anomaly detection on for the whole process as soon
     # as any sequential model is imported; every backward pass, the language model's too, then checks each gradient twice.
-    anomaly = torch.is_anomaly_enabled()
     import recbole.model.sequential_recommender  # noqa: F401
-
-    torch.autograd.set_detect_anomaly(anomaly)
 
     if getattr(Collector.get_data_struct, "_recbole_gr2", False):
         return
+    torch.autograd.set_detect_anomaly(False)
 
     def get_data_struct(self):
         """RecBole's own, but values that are no tensors (counts, Counters) stay as they are (collector.py:226)."""

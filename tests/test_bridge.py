@@ -194,7 +194,7 @@ def test_the_mask_is_that_of_recboles_general_protocol(ml100k):
     from recbole_gr2.bridge import _exact_time_dataset
 
     trained = ml100k("BPR")
-    config = recbole_config(trained.settings, "BPR")
+    config = recbole_config(trained.settings, "BPR", repeatable=False)
     dataset = _exact_time_dataset(sequential=False)(config)
     built = dataset.build()
     sampler = create_samplers(config, dataset, built)[2]
@@ -394,8 +394,24 @@ def test_the_hold_out_base_differs_from_the_base(ml100k, tmp_path):
     assert held.facts["training_rows"] == trained.open.facts["training_rows"] - 943
 
 
+def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_path, monkeypatch):
+    data, drawn = ml100k("BPR").data, []
+
+    def look(trainer, loader, *args, **kwargs):
+        for batch in loader:
+            drawn.extend(zip(batch[data.uid].tolist(), batch[f"neg_{data.iid}"].tolist(), strict=True))
+        raise StopTraining
+
+    monkeypatch.setattr("recbole.trainer.Trainer.fit", look)
+    with pytest.raises(StopTraining):
+        train_base(data, tmp_path, hold_out=False, epochs=1)
+    trained = {user: set(items.tolist()) for user, items in data.train_sequences().items()}
+    assert len(drawn) == sum(map(len, trained.values()))
+    assert not [pair for pair in drawn if pair[1] in trained[pair[0]]]
+
+
 @pytest.mark.parametrize(
-    ("name", "text"), [("Nobody", "no base model named 'Nobody'"), ("FM", "FM is a context_aware model")]
+    ("name", "text"), [("Nobody", "no base model named 'Nobody'"), ("FM", "FM is a context model")]
 )
 def test_models_that_cannot_be_a_base(ml100k, name, text, tmp_path):
     data = ml100k("BPR").data
@@ -463,10 +479,7 @@ def test_hidden_states_and_predictions_are_recboles(ml100k):
 
     trained = ml100k("CausalSASRec")
     model = trained.open.model.eval()
-    stock = SASRec(recbole_config(trained.settings, SASRec, **{k: model.config[k] for k in (
-        "n_layers", "n_heads", "hidden_size", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act",
-        "layer_norm_eps", "initializer_range", "loss_type")} if hasattr(model, "config") else {}),
-        trained.data.built[0]).eval()  # fmt: skip
+    stock = SASRec(recbole_config(trained.settings, find_model("CausalSASRec")), trained.data.built[0]).eval()
     stock.load_state_dict(model.state_dict())
     interaction = toy_interaction(model, toy_sequences(1))
     with torch.no_grad():

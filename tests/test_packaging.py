@@ -81,7 +81,8 @@ def test_help_needs_no_heavy_import():
         "import sys; from recbole_gr2.quick_start import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'trl', 'recbole', 'pandas'}))"
+        "heavy = {'torch', 'transformers', 'trl', 'recbole', 'pandas'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
     done = run([sys.executable, "-c", code], cwd=ROOT)
     assert "--dry_run" in done.stdout and done.stdout.splitlines()[-1] == "[]"
@@ -108,7 +109,8 @@ def test_ci_runs_the_readme_line(tmp_path):
     for line, code, said in (
         ("true && false && echo tested", 1, []), ("true && echo tested", 0, ["tested"]), ("", 1, None)
     ):  # fmt: skip
-        (tmp_path / "README.md").write_text(f"<!-- set-up-and-test -->\n```bash\n{line}\n```\n" if line else "no line\n")
+        readme = f"<!-- set-up-and-test -->\n```bash\n{line}\n```\n" if line else "no line\n"
+        (tmp_path / "README.md").write_text(readme)
         done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True)
         assert done.returncode == code
         assert done.stdout.splitlines() == ([f"+ {line}", *said] if line else [])
@@ -136,6 +138,7 @@ def test_constraints_pin_every_requirement():
     names = [pin.split("==")[0] for pin in pins]
     assert len(set(names)) == len(names)
     setup = (ROOT / "setup.cfg").read_text()
-    asked = re.findall(r"^    ([a-z0-9-]+)(?:[<>=].*)?$", setup.split("install_requires =")[1].split("[options.package")[0], re.M)
+    block = setup.split("install_requires =")[1].split("[options.package")[0]
+    asked = re.findall(r"^    ([a-z0-9-]+)(?:[<>=].*)?$", block, flags=re.MULTILINE)
     assert len(asked) > 15
     assert set(asked) - set(names) == set()

@@ -162,7 +162,7 @@ def _load_gguf(folder: Path) -> tuple:
             "The package gguf is missing.",
             where=str(files[0]),
             why="It reads GGUF model files.",
-            do="pip install 'recbole-gr2[gguf]'",
+            do="pip install gguf",
         )
     model = AutoModelForCausalLM.from_pretrained(
         folder,

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from recbole.model.sequential_recommender.sasrec import SASRec
-from torch import Tensor
+
+from recbole_gr2 import compat
+
+compat.apply()  # before RecBole's models are imported: one of them slows every backward pass of the process
+
+from recbole.model.sequential_recommender.sasrec import SASRec  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 SLICE = 32  # rows of similar length that are encoded together
 BLOCK = 128  # positions whose scores over the catalogue are held at once
@@ -36,6 +41,14 @@ class CausalSASRec(SASRec):
         positions = torch.arange(item_seq.size(1), device=item_seq.device).expand_as(item_seq)
         hidden = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + self.position_embedding(positions)))
         return self.trm_encoder(hidden, self.get_attention_mask(item_seq), output_all_encoded_layers=True)[-1]
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Hidden state at the last item, (B, D): RecBole's `forward`, in slices of similar length."""
+        last = item_seq.new_empty(len(item_seq), self.hidden_size, dtype=self.item_embedding.weight.dtype)
+        for rows in item_seq_len.argsort().split(8 * SLICE):
+            lengths = item_seq_len[rows]
+            last[rows] = self.gather_indexes(self.encode(item_seq[rows, : int(lengths.max())]), lengths - 1)
+        return last
 
     def calculate_loss(self, interaction) -> Tensor:
         """Mean cross-entropy over all positions that hold an item.
