@@ -3,9 +3,8 @@
 import json
 import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,9 +111,9 @@ def test_history_and_candidates_as_they_are_shown():
     prompt = maker.render(toy_request(11), order=(2, 0, 1))
     user = prompt.messages[1]["content"]
     assert "Title1x" not in user and user.index("Title2x") < user.index("Title3x")  # the last two, oldest first
-    assert [user.index(f"<|{label}|><|sid_begin|><s_a_{n}>") for label, n in zip("ABC", (12, 10, 11), strict=True)] == sorted(
-        user.index(f"Title{n}x") - len(f"<|A|><|sid_begin|><s_a_{n}><s_b_{n + 1}><|sid_end|> ") for n in (12, 10, 11)
-    )
+    places = [user.index(f"<s_a_{n}><s_b_{n + 1}><|sid_end|><|{label}|> Title{n}x (Kind{n % 3})")
+              for label, n in zip("ABC", (12, 10, 11), strict=True)]  # fmt: skip
+    assert places == sorted(places)
     assert prompt.labels == ("<|A|>", "<|B|>", "<|C|>") and prompt.order == (2, 0, 1)
     assert maker.label_items(toy_request(11), prompt) == (12, 10, 11)
 
@@ -200,12 +199,8 @@ def test_lists_of_other_tools(smoke, items, tmp_path):
     ],
 )
 def test_wrong_lines_of_a_candidate_file(exported, tmp_path, change, text):
-    first, *rest = lines(exported)
-    wrong = {**first, "target": first["target"]}
-    for _ in range(1):
-        change(wrong)
-    if wrong.get("target") == first["target"] and "row" in text and wrong == first:
-        pytest.fail("the change changed nothing")
+    wrong, *rest = lines(exported)
+    change(wrong)
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [wrong, *rest[:5]]))
     context = context_of_candidates(tmp_path / "lists.jsonl", tmp_path)
     from recbole_gr2.stages import candidates
@@ -434,13 +429,10 @@ def test_fitting_loses_no_piece_and_is_never_too_long(pieces, head, longest):
         whole += ids[head:-1]
     room = longest - head - 1
     assert whole == [ord(letter) for piece in pieces for letter in piece[:room]]
-    if all(len(piece) <= room for piece in pieces):  # and pieces stay in one text
-        starts = []
-        for ids in texts:
-            starts.append(sum(map(len, starts)) if not starts else starts[-1] + before)
-            before = len(ids) - head - 1
-        ends = {sum(map(len, pieces[:n])) for n in range(len(pieces))}
-        assert set(starts) <= ends | {0}
+    cuts, borders = [0], {sum(len(piece[:room]) for piece in pieces[:n]) for n in range(len(pieces) + 1)}
+    for ids in texts:
+        cuts.append(cuts[-1] + len(ids) - head - 1)
+    assert set(cuts) <= borders  # texts end between pieces
     assert len(texts) <= max(1, len(pieces))
 
 
@@ -512,10 +504,10 @@ def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
 # --- a run that was killed -----------------------------------------------------------------------------------------------
 
 TINY = {
-    "preset": "smoke", "base_epochs": 1, "sid_epochs": 3, "mid_tokens": 9000, "mid_batch_size": 8,
+    "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 7, "sft_save_steps": 2, "sft_check_lists": 4,
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
-    "sid_min_unique": 0.9, "trace_mode": "rejection", "trace_tries": 3, "trace_min_accepted": 0.0,
+    "trace_mode": "rejection", "trace_tries": 3, "trace_min_accepted": 0.0,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
 FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128, "eval_batch_size": 2048,
@@ -524,11 +516,11 @@ FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_ba
 KILLS = {
     "candidates": "hold-out base: 1 epochs",
     "tokenizer": "texts embedded",
-    "midtrain": "step 5/",
+    "midtrain": "  step 5/",
     "traces": "try 2:",
-    "sft": "step 5/",
-    "rl": "step 4/",
-    "evaluate": "rl: ",
+    "sft": "  step 5/7",
+    "rl": "step 4/6",
+    "evaluate": "sft: 7",
 }
 
 
@@ -582,7 +574,7 @@ def killed(tmp_path_factory):
 
             def kill(self, line, text=text, died=died):
                 say(self, line)
-                if line.strip().startswith(text) or text in line and text.startswith(("hold", "texts")):
+                if text in line:
                     died.append(line)
                     raise KeyboardInterrupt
 
@@ -660,13 +652,6 @@ def test_every_setting_a_stage_reads_is_in_its_key(uninterrupted):
     for name in stages:
         missing = chosen.read[name] - covered[name] - speed
         assert {(name, key) for key in missing} <= KNOWN
-
-
-def test_traces_of_the_tiny_run_may_not_be_empty(uninterrupted):
-    _, folders = uninterrupted
-    assert lines(folders["traces"] / "accepted.jsonl")
-    assert asdict(read_requests(folders["candidates"] / "train.jsonl", [SimpleNamespace(token=t, item_id=n) for n, t in enumerate(
-        sorted({i for line in lines(folders["candidates"] / "train.jsonl") for i in (*line["history"], *line["candidates"], line["target"])}), 1)])[0])
 
 
 def test_a_stage_folder_can_be_moved(killed, tmp_path):

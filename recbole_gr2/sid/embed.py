@@ -14,9 +14,9 @@ HASHED_NGRAMS = 2**18  # before folding: wide enough that document frequencies b
 
 
 def embed_texts(
-    texts: Sequence[str], model_folder: str | Path, *, batch_size: int = 64, device: str = "cpu", progress: bool = True
+    texts: Sequence[str], encoder: str | Path, *, batch_size: int = 64, device: str = "cpu", progress: bool = True
 ) -> np.ndarray:
-    """Sentence embeddings of N texts by a local Hugging Face encoder, (N, D) float32, each of length 1.
+    """Sentence embeddings of N texts by a Hugging Face encoder, (N, D) float32, each of length 1.
 
     Token states are averaged under the attention mask, as sentence-transformers' MiniLM and MPNet models are trained
     to be read (Reimers and Gurevych, arXiv 1908.10084, section 3). Batches hold texts of similar length; the rows come
@@ -24,33 +24,35 @@ def embed_texts(
 
     Args:
         texts: N texts, cut at 128 tokens; an empty text is embedded as such.
-        model_folder: a folder that AutoTokenizer and AutoModel can load.
+        encoder: a folder or hub id that AutoTokenizer and AutoModel can load.
         batch_size: texts a forward pass.
         device: a torch device.
         progress: show a progress bar.
 
     Raises:
-        MissingFileError: `model_folder` is not a folder.
+        MissingFileError: there is no such encoder.
     """
-    if not Path(model_folder).is_dir():
-        raise MissingFileError(
-            f"no text encoder at {str(model_folder)!r}",
-            where="sid.embed.embed_texts",
-            why="items get their semantic IDs from embeddings of their text",
-            do="point it at the folder of a sentence encoder such as all-MiniLM-L6-v2, or use the hashing embedding",
-        )
     import torch
     from tqdm import tqdm
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModel.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(device).eval()
+    except OSError as error:  # what transformers raises for a folder or hub id that it cannot load
+        raise MissingFileError(
+            f"no text encoder at {str(encoder)!r}: {error}",
+            where="sid_encoder",
+            why="items get their semantic IDs from embeddings of their text",
+            do="name a packaged encoder (all-minilm-l6-v2), the folder of one, a hub id, or hash",
+        ) from error
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     if not len(texts):
         return vectors
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     longest_first = np.argsort([-len(ids) for ids in tokens], kind="stable")  # running out of memory shows at once
-    with torch.inference_mode(), tqdm(total=len(texts), desc="embed", unit="text", disable=None if progress else True) as bar:
+    bar = tqdm(total=len(texts), desc="embed", unit="text", disable=None if progress else True)  # None: only on a TTY
+    with torch.inference_mode(), bar:
         for start in range(0, len(texts), batch_size):
             rows = longest_first[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)

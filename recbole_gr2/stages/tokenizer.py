@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from recbole_gr2.llm.packages import resolve
 from recbole_gr2.seeding import derive_seed
@@ -29,7 +30,8 @@ def run(context: Context) -> dict:
     if settings["sid_encoder"] == "hash":
         embeddings = hash_embeddings(texts)
     else:
-        embeddings = embed_texts(texts, resolve(settings["sid_encoder"]), batch_size=settings["sid_encode_batch"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        embeddings = embed_texts(texts, resolve(settings["sid_encoder"]), batch_size=settings["sid_encode_batch"], device=device)
     np.save(context.folder / "embeddings.npy", embeddings)
     context.say(f"{len(texts):,} texts embedded, {embeddings.shape[1]} dimensions")
 
