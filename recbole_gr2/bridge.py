@@ -1,7 +1,7 @@
 """The door to RecBole: data, base models, and its evaluator. Past this module nothing knows RecBole.
 
-Rows are those of RecBole's SequentialDataset under leave-one-out (`LS: valid_and_test`, `TO`), whatever the base model is:
-one test and one valid row per user, and as train row of a request the user's last training interaction.
+Rows are those of RecBole's SequentialDataset under leave-one-out (`LS: valid_and_test`, `TO`), whatever the base
+model is: one test and one valid row per user, and as train row of a request the user's last training interaction.
 """
 
 from __future__ import annotations
@@ -144,8 +144,11 @@ def _check_files(config) -> None:
     """A folder without interactions; where there is no folder at all, RecBole downloads."""
     folder, name = Path(config["data_path"]), f"{config['dataset']}.inter"
     if folder.is_dir() and not (folder / name).is_file():
-        raise MissingFileError(f"the data set's folder has no {name}", where=str(folder.resolve()),
-                               do=f"put {name} (RecBole atomic file) there, or remove the folder to download")  # fmt: skip
+        raise MissingFileError(
+            f"the data set's folder has no {name}",
+            where=str(folder.resolve()),
+            do=f"put {name} (RecBole atomic file) there, or remove the folder to download",
+        )
 
 
 def _exact_time_dataset(*, sequential: bool) -> type:
@@ -201,7 +204,8 @@ def read_item_texts(file: Path, settings: Settings) -> dict[str, dict[str, str]]
     """Title, categories and brand of every item of an atomic `.item` file, by item token.
 
     RecBole would split text on blanks, add items nobody touched to the id space, and stop at a title that starts with a
-    quotation mark; so the file is read beside it. HTML entities are resolved, lists in Python notation joined with ` > `.
+    quotation mark; so the file is read beside it. HTML entities are resolved, lists in Python notation joined
+    with ` > `.
 
     Raises:
         MissingFileError: there is no such file.
@@ -399,7 +403,9 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     if facts_file.is_file():
         _load_weights(model, weights, folder)
         facts = json.loads(facts_file.read_text())
-        return BaseModel(name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
+        return BaseModel(
+            name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts
+        )
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer_class = _plugin_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), data, exclude_seen, weights)
@@ -521,7 +527,8 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
 def base_order(scores, reach: int):
     """Item ids by descending score, (B, N + 1).
 
-    The first `reach` are those of `torch.topk`, as RecBole's evaluator takes them, so that ties break as they break there.
+    The first `reach` are those of `torch.topk`, as RecBole's evaluator takes them, so that ties break as they break
+    there.
 
     >>> import torch
     >>> base_order(torch.tensor([[-torch.inf, 5.0, 4.0, 9.0]]), reach=2)

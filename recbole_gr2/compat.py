@@ -1,8 +1,8 @@
 """What RecBole 1.2.1 needs to run beside current numpy, scipy, torch and without ray.
 
-Called once by `bridge` before anything of RecBole is imported. Each patch is applied only where the thing it replaces is
-missing or broken, so calling `apply` again changes nothing. pandas 3 is refused: under copy-on-write RecBole silently
-turns missing values into garbage (dataset.py:501, 648, 650), and a wrong number is worse than no number.
+Called once by `bridge` before anything of RecBole is imported. Each patch is applied only where the thing it replaces
+is missing or broken, so calling `apply` again changes nothing. pandas 3 is refused: under copy-on-write RecBole
+silently turns missing values into garbage (dataset.py:501, 648, 650), and a wrong number is worse than no number.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def _patch_recbole() -> None:
     import torch
     from recbole.evaluator.collector import Collector
 
-    # recbole/model/sequential_recommender/sine.py:25 turns autograd's anomaly detection on for the whole process as soon
-    # as any sequential model is imported; every backward pass, the language model's too, then checks each gradient twice.
+    # recbole/model/sequential_recommender/sine.py:25 turns autograd's anomaly detection on for the whole process as
+    # soon as any sequential model is imported; every backward pass, the language model's too, then checks each
+    # gradient twice.
     import recbole.model.sequential_recommender  # noqa: F401
 
     if getattr(Collector.get_data_struct, "_recbole_gr2", False):

@@ -294,8 +294,8 @@ def recbole_properties() -> Path:
 def recbole_config(settings: Settings, model: type | str, **overrides: Any):
     """RecBole's Config for one model, isolated from argv and from `eval`.
 
-    RecBole reads `sys.argv` and evaluates strings in every Config it builds (configurator.py:122, 165); here both are off,
-    because values have been parsed and checked already.
+    RecBole reads `sys.argv` and evaluates strings in every Config it builds (configurator.py:122, 165); here both are
+    off, because values have been parsed and checked already.
 
     Args:
         settings: the run's settings.
@@ -326,6 +326,4 @@ def recbole_config(settings: Settings, model: type | str, **overrides: Any):
     if ours.is_file():
         words = {**base_model_properties(name), **words}
     gpu = words.get("gpu_id", "0")
-    return IsolatedConfig(
-        model=model, dataset=settings["dataset"], config_dict={**words, "gpu_id": gpu, **overrides}
-    )
+    return IsolatedConfig(model=model, dataset=settings["dataset"], config_dict={**words, "gpu_id": gpu, **overrides})

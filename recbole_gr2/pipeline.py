@@ -99,7 +99,9 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
         folder = root / stage.name / key
         renewed = renewed or force or stage.name == from_stage
         action, why = _decide(folder, values, needs, again=renewed)
-        planned.append(Planned(stage=stage, key=key, folder=folder, needs=needs, settings=values, action=action, why=why))
+        planned.append(
+            Planned(stage=stage, key=key, folder=folder, needs=needs, settings=values, action=action, why=why)
+        )
     return planned
 
 
@@ -128,7 +130,7 @@ def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[st
 
 
 def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
-    """Content hashes of what a user may edit behind a setting: a prompt template, a teacher's module, a candidate file."""
+    """Content hashes of what a user may edit behind a setting: prompt template, teacher's module, candidate file."""
     hashes = {}
     if "prompt_template" in values:
         hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
@@ -162,7 +164,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def execute(planned: Sequence[Planned], settings: Settings, data: Any, console: Console) -> list[tuple[StageRecord, bool]]:
+def execute(
+    planned: Sequence[Planned], settings: Settings, data: Any, console: Console
+) -> list[tuple[StageRecord, bool]]:
     """Run what the plan says; returns every stage's record and whether it was cached."""
     records: dict[str, StageRecord] = {}
     folders: dict[str, Path] = {}
@@ -203,7 +207,7 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
     )  # fmt: skip
     write_manifest(entry.folder, record)
-    return record
+    return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
 
 
 def _reset_peak_memory() -> None:

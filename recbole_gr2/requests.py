@@ -1,7 +1,8 @@
 """Requests on disk: the candidate lists of every split, portable as JSON lines.
 
-One line a request: `request_id, user_id, split, history, target, candidates, scores, provider`, all ids as tokens of the data
-files, so that lists can be exchanged with other tools. `candidate_item_ids` is read as another name of `candidates`.
+One line a request: `request_id, user_id, split, history, target, candidates, scores, provider`, all ids as tokens of
+the data files, so that lists can be exchanged with other tools. `candidate_item_ids` is read as another name of
+`candidates`.
 """
 
 from __future__ import annotations

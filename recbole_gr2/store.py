@@ -1,7 +1,8 @@
 """Where results live: content-addressed stage folders, finished by a manifest that is written last.
 
-`<checkpoint_dir>/gr2/<dataset>/stages/<stage>/<key>/` holds one stage's files; its key hashes everything that can change
-them. A folder without a manifest belongs to a run that was stopped: the stage goes on from what it finds there.
+`<checkpoint_dir>/gr2/<dataset>/stages/<stage>/<key>/` holds one stage's files; its key hashes everything that can
+change them. A folder without a manifest belongs to a run that was stopped: the stage goes on from what it finds
+there.
 """
 
 from __future__ import annotations

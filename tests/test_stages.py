@@ -505,9 +505,8 @@ def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
 
 TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_batch_size": 8,
-    "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 7, "sft_save_steps": 2, "sft_check_lists": 4,
+    "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
-    "trace_mode": "rejection", "trace_tries": 3, "trace_min_accepted": 0.0,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
 FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128, "eval_batch_size": 2048,
@@ -517,10 +516,10 @@ KILLS = {
     "candidates": "hold-out base: 1 epochs",
     "tokenizer": "texts embedded",
     "midtrain": "  step 5/",
-    "traces": "try 2:",
-    "sft": "  step 5/7",
+    "traces": "try 1:",
+    "sft": "  step 7/11",
     "rl": "step 4/6",
-    "evaluate": "sft: 7",
+    "evaluate": "  sft: ",
 }
 
 
@@ -532,8 +531,9 @@ class Recorded(Settings):
         self.stage, self.read = "", {}
 
     def __getitem__(self, key):
+        value = super().__getitem__(key)
         self.read.setdefault(self.stage, set()).add(key)
-        return super().__getitem__(key)
+        return value
 
 
 class Watching(Console):
@@ -564,30 +564,31 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """(exit codes, stage -> folder) of the same run, killed in each of its stages and started again."""
-    root, codes = tmp_path_factory.mktemp("killed"), []
+    """(exit code and lines said of every start, stage -> folder) of the same run, killed once in each of its stages."""
+    root, starts = tmp_path_factory.mktemp("killed"), []
     argv = [*(f"--{key}={value}" for key, value in TINY.items()), f"--checkpoint_dir={root}"]
-    with pytest.MonkeyPatch.context() as patch:
-        say = Console.say
-        for text in KILLS.values():
-            died = []
+    say = Console.say
+    for text in (*KILLS.values(), "nothing that is ever said"):
+        said = []
 
-            def kill(self, line, text=text, died=died):
-                say(self, line)
-                if text in line:
-                    died.append(line)
-                    raise KeyboardInterrupt
+        def kill(self, line, text=text, said=said):
+            say(self, line)
+            said.append(line)
+            if text in line:
+                raise KeyboardInterrupt
 
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Console, "say", kill)
-            codes.append((main(argv), len(died)))
-    codes.append((main(argv), 0))
+            starts.append((main(argv), said))
     stages = root / "gr2" / "ml-100k" / "stages"
-    return codes, {name: next((stages / name).iterdir()) for name in pipeline.NAMES}
+    return starts, {name: next((stages / name).iterdir()) for name in pipeline.NAMES}
 
 
 def test_it_was_killed_once_in_every_stage(killed):
-    codes, folders = killed
-    assert codes == [(130, 1)] * 7 + [(0, 0)]
+    starts, folders = killed
+    assert [code for code, _ in starts] == [130] * 7 + [0]
+    for (_, said), text in zip(starts, KILLS.values()):
+        assert text in said[-1]
     for name, folder in folders.items():
         assert len(list(folder.parent.iterdir())) == 1, name
 
@@ -626,12 +627,13 @@ def test_a_killed_run_ends_as_one_that_was_not(uninterrupted, killed, stage, fil
 
 def test_checkpoints_were_used(killed):
     """A run that starts from the beginning again would pass the comparison, too."""
-    _, folders = killed
-    for stage, first in (("midtrain", 1), ("sft", 1), ("rl", 2)):
-        state = max((folders[stage] / "checkpoints").glob("checkpoint-*/trainer_state.json"),
-                    key=lambda file: int(file.parent.name.split("-")[1]))  # fmt: skip
-        log = json.loads(state.read_text())["log_history"]
-        assert log[0]["step"] == first and [line["step"] for line in log] == sorted({line["step"] for line in log})
+    starts, _ = killed
+    for stage, first in (("midtrain", "  step 5/"), ("sft", "  step 7/"), ("rl", "  step 4/")):
+        _, said = starts[pipeline.NAMES.index(stage) + 1]
+        assert any(line.startswith(f"{stage}: resume") for line in said)
+        assert next(line for line in said if line.startswith("  step ")).startswith(first)
+    assert sum("epoch 1: " in line for line in starts[0][1]) == 1  # the base of the first start is loaded, not trained
+    assert sum("epoch 1: " in line for line in starts[1][1]) == 0
 
 
 ALWAYS = {"dataset", "checkpoint_dir", "data_path", "preset"}  # in the folder's path, or without an effect

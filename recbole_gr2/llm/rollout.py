@@ -184,9 +184,7 @@ def _generate_batch(
         use_cache=True,
     )
     with _generation_config(base, config):
-        output = base.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors
-        )
+        output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors)
     rows = output[:, ids.size(1) :].tolist()
     return [row[: row.index(grammar.eos_id) + 1] for row in rows]
 

@@ -2,7 +2,8 @@
 
 RecBole augments each sequence of n items into n - 1 rows and encodes every prefix again. A causal encoder gives the
 same predictions for all prefixes at once (that is how the paper trains: Kang and McAuley, ICDM 2018, section III-E), so
-an epoch costs about as many forward positions as there are interactions. Model, scores and hyper-parameters are RecBole's.
+an epoch costs about as many forward positions as there are interactions. Model, scores and hyper-parameters are
+RecBole's.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class CausalSASRec(SASRec):
 class CatalogueCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of hidden states (P, D) against every item's embedding (N, D), a block of positions at a time.
 
-    Equal to `cross_entropy(hidden @ weight.T, targets)`, but the (P, N) scores never exist as a whole: a block fits into
-    the processor's cache, and its gradients are taken while it is there.
+    Equal to `cross_entropy(hidden @ weight.T, targets)`, but the (P, N) scores never exist as a whole: a block fits
+    into the processor's cache, and its gradients are taken while it is there.
     """
 
     @staticmethod

@@ -60,7 +60,7 @@ def scope_title(result: dict, scope: str) -> str:
 
 
 def metrics_table(result: dict, scope: str) -> str:
-    """One line a row: metrics, difference to the base row in NDCG@5 with interval and Holm-adjusted p, unchanged share."""
+    """One line a row: metrics, difference to base in NDCG@5 with interval and adjusted p, unchanged share."""
     rows = [row for row in result["rows"] if row["scope"] == scope]
     shown = [metric for metric in SHOWN if metric in rows[0]["metrics"]]
     by_name = {row["row"]: row["metrics"] for row in rows}
@@ -71,7 +71,9 @@ def metrics_table(result: dict, scope: str) -> str:
         change = f"{versus['diff']:+.4f} [{versus['low']:+.4f}, {versus['high']:+.4f}]" if versus else ""
         p = f"{versus['p_holm']:.4f}" if versus and "p_holm" in versus else ""
         closed = f"{versus['diff'] / gap:+.1%}" if versus and gap else ""
-        lines.append([row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed, f"{row['unchanged']:.1%}"])
+        lines.append(
+            [row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed, f"{row['unchanged']:.1%}"]
+        )
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
 
@@ -93,7 +95,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         f"Caution: one seed{caveat(result)}."
     )
     answers = [
-        [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]), f"{facts['unchanged']:.1%}",
+        [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
+         f"{facts['unchanged']:.1%}",
          str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
         for row, facts in evaluate["rankings"].items() if "readable" in facts
     ]  # fmt: skip
@@ -105,9 +108,9 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
              for split, facts in stats.items()]  # fmt: skip
     parts.append(f"## Candidates\n\n```\n{render_table(['split', *next(iter(stats.values()))], lists)}\n```")
     parts.append(
-        f"## Semantic IDs\n\nUniqueness {sids['uniqueness']:.4%} ({sids['uniqueness_without_random_level']:.2%} by nearest "
-        f"codes alone), largest collision {sids['largest_collision']}, codes in use {sids['used_codes']}, entropy "
-        f"{[round(e, 2) for e in sids['entropy']]} bits, reconstruction (cosine) {sids['reconstruction']:.3f}."
+        f"## Semantic IDs\n\nUniqueness {sids['uniqueness']:.4%} ({sids['uniqueness_without_random_level']:.2%} "
+        f"by nearest codes alone), largest collision {sids['largest_collision']}, codes in use {sids['used_codes']}, "
+        f"entropy {[round(e, 2) for e in sids['entropy']]} bits, reconstruction (cosine) {sids['reconstruction']:.3f}."
     )
     parts.append(
         f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
@@ -115,7 +118,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         f"{traces['grounded']:.1%} cite the item they put first. Rejected for: {traces['rejected_for']}."
     )
     rl = records["rl"].facts
-    shown = ("reward", "rank_gain", "unchanged", "frac_groups_kept", "clip_ratio/low_mean", "clip_ratio/high_mean", "entropy")
+    shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
+             "clip_ratio/high_mean", "entropy")  # fmt: skip
     rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))] for name in shown if name in rl["last"]]
     parts.append(f"## RL\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
                  f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip

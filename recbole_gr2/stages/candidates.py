@@ -1,8 +1,9 @@
 """Candidates: the base model's top-K list of every row, without leakage.
 
 * Valid and test lists come from the base model, trained on train rows alone. The target is never inserted.
-* Train lists come from a hold-out base, trained without each user's last train interaction, which is their target: lists
-  of a model that has seen the target rank it first far too often, and a re-ranker trained on them learns "keep the order".
+* Train lists come from a hold-out base, trained without each user's last train interaction, which is their target.
+  Lists of a model that has seen the target rank it first far too often, and a re-ranker that is trained on them learns
+  to keep the order.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
     for users, scores in base.scores(split):
         # The evaluator's own reach, so that ties at the end of a list break as they break there.
         top = torch.topk(scores, data.reach(count), dim=-1)
-        for user, items, values in zip(users.tolist(), top.indices[:, :count].tolist(), top.values.tolist(), strict=True):
+        for user, items, values in zip(
+            users.tolist(), top.indices[:, :count].tolist(), top.values.tolist(), strict=True
+        ):
             history = data.history(user, split)
             real = [(i, v) for i, v in zip(items, values, strict=False) if np.isfinite(v)]
             if not history or len(real) < 2:
@@ -114,7 +117,7 @@ def _imported(context: Context) -> dict[str, list[Request]]:
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set", where=request.request_id,
                 why="a longer history would leak the target",
-                do="export lists with this plugin to see the form, and keep history, target and split as they are there",
+                do="export lists with this plugin, and keep history, target and split as they are there",
             )  # fmt: skip
         if not 2 <= len(request.items) <= context.settings["cand_num"]:
             raise ConfigurationError(

@@ -139,7 +139,9 @@ def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[
     }
 
 
-def _metrics(context: Context, requests: list[Request], in_list: list[Request], rankings: dict[str, Rankings]) -> list[dict]:
+def _metrics(
+    context: Context, requests: list[Request], in_list: list[Request], rankings: dict[str, Rankings]
+) -> list[dict]:
     """RecBole's metrics of every row in both scopes, with paired comparisons to the base row.
 
     Raises:

@@ -1,7 +1,7 @@
 """Mid-training: a language model learns what semantic IDs stand for and how they follow on each other.
 
-Three tasks of next-token prediction (GR2 section 3): `sequential`, a user's history as IDs; `persona`, the same with titles
-and categories between the IDs; `caption`, an ID and its text.
+Three tasks of next-token prediction (GR2 section 3): `sequential`, a user's history as IDs; `persona`, the same with
+titles and categories between the IDs; `caption`, an ID and its text.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
         block = [item.item_id for item in plain[start : start + size]]
         request = Request(
             request_id="corpus", user_token="", split="train", history=tuple(block[-maker.history :]), target=block[0],
-            candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)), provider="",
+            provider="",
+            candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)),
         )  # fmt: skip
         texts += [message["content"] for message in maker.render(request).messages]
     texts += ["".join(text) for text in caption_texts(plain, (), settings)]

@@ -16,7 +16,16 @@ from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import training_requests
 from recbole_gr2.store import write_json
 
-SHOWN = ("reward", "unchanged", "rank_gain", "clip_ratio/low_mean", "clip_ratio/high_mean", "frac_groups_kept", "entropy")
+SHOWN = (
+    "reward",
+    "unchanged",
+    "reward/rank_gain",
+    "truncated",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "frac_groups_kept",
+    "entropy",
+)
 
 
 def run(context: Context) -> dict:
@@ -35,7 +44,7 @@ def run(context: Context) -> dict:
     requests = training_requests(context, items, None, "rl")
     if len(requests) < settings["rl_prompts_per_step"]:
         raise GateError(
-            f"{len(requests)} train lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
+            f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
             where="rl_prompts_per_step", do="lower it, or train a better base model",
         )  # fmt: skip
     model, tokenizer = load_stage_model(context, "sft")

@@ -94,7 +94,8 @@ def training_row(prompt: Prompt, request: Request, trace: Trace, tokenizer, gram
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on mark, labels and end.
 
     A trace longer than the grammar allows ends at its limit, as it would in generation. Without reasoning
-    (`max_reasoning` 0) the trace is left out. The last label and the end are forced in generation, so they carry no loss.
+    (`max_reasoning` 0) the trace is left out. The last label and the end are forced in generation, so they carry no
+    loss.
     """
     head = encode_prompt(prompt, tokenizer)
     reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]

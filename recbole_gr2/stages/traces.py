@@ -1,7 +1,7 @@
 """Traces: a teacher argues for a ranking of each train list; accepted arguments become training texts.
 
-Only train lists that hold their target are used. Targeted: the teacher is told the target. Rejection: it is not, and its
-argument is kept if its first item is the target, up to `trace_tries` times (GR2 section 4).
+Only train lists that hold their target are used. Targeted: the teacher is told the target. Rejection: it is not, and
+its argument is kept if its first item is the target, up to `trace_tries` times (GR2 section 4).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def run(context: Context) -> dict:
     def local_llm() -> LocalLLMTeacher:
         model, tokenizer = _teacher_model(context)
         grammar = Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
-        return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed,
-                               temperature=settings["trace_temperature"], bf16=use_bf16(settings, model.device.type))  # fmt: skip
+        bf16, temperature = use_bf16(settings, model.device.type), settings["trace_temperature"]
+        return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed, bf16=bf16,
+                               temperature=temperature)  # fmt: skip
 
     def openai_api() -> Teacher:
         from recbole_gr2.teachers.openai_api import OpenAITeacher
@@ -66,7 +67,8 @@ def run(context: Context) -> dict:
             reason = objection(request, argument.ranking, argument.reasoning)
             trace = Trace(
                 request_id=request.request_id, teacher=teacher.name, mode=mode, reasoning=argument.reasoning,
-                ranking=argument.ranking, accepted=not reason, reason=reason or "top-1 is the target", tries=attempt + 1,
+                ranking=argument.ranking, accepted=not reason, reason=reason or "top-1 is the target",
+                tries=attempt + 1,
             )  # fmt: skip
             (rejected if reason else accepted).append(trace)
             if reason:

@@ -1,7 +1,7 @@
 """Trace teachers: they look at a request and argue for a ranking.
 
-A teacher is built by `teacher(context) -> Teacher` and writes one argument per request and try. Under targeted sampling it is
-told the target, under rejection sampling it is not (GR2 section 4).
+A teacher is built by `teacher(context) -> Teacher` and writes one argument per request and try. Under targeted
+sampling it is told the target, under rejection sampling it is not (GR2 section 4).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RulesTeacher:
 
 
 def overlap(one: Item, other: Item) -> float:
-    """Share of their category path, from its root, that two items have in common; words in common where it has no path."""
+    """Share of their category paths, from the root, that two items have in common; of their words without a path."""
     if not one.categories or not other.categories:
         return 0.0
     if " > " in one.categories or " > " in other.categories:
@@ -119,7 +119,9 @@ class LocalLLMTeacher:
 
     name = "local_llm"
 
-    def __init__(self, model: Any, tokenizer: Any, maker: Any, grammar: Any, *, seed: int, temperature: float, bf16: bool):
+    def __init__(
+        self, model: Any, tokenizer: Any, maker: Any, grammar: Any, *, seed: int, temperature: float, bf16: bool
+    ):
         self.model, self.tokenizer, self.maker, self.grammar = model, tokenizer, maker, grammar
         self.seed, self.temperature, self.bf16 = seed, temperature, bf16
 
@@ -154,8 +156,9 @@ class LocalLLMTeacher:
 def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
-        "The shopper takes A and B, last <. Next A: the same brand, A. Best is <", ": the same kind as <", ": it goes with <",
-        ": something new beside them.", " items like A", "The shopper took A. Say why, in one sentence.",
+        "The shopper takes A and B, last <. Next A: the same brand, A. Best is <", ": the same kind as <",
+        ": it goes with <", ": something new beside them.", " items like A",
+        "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from recbole_gr2.teachers import Argument
 from recbole_gr2.types import Prompt, Request
 
 FORM = (
-    'Answer with one JSON object: {"explanation": "...", "recommendations": ["<label>", ...]}. The explanation has three '
-    "steps: the pattern in the history, what goes with it, and which candidate matches; it cites items by their ID and has "
-    "at most 60 words. The recommendations hold every label once, best first."
+    'Answer with one JSON object: {"explanation": "...", "recommendations": ["<label>", ...]}. The explanation has '
+    "three steps: the pattern in the history, what goes with it, and which candidate matches; it cites items by their "
+    "ID and has at most 60 words. The recommendations hold every label once, best first."
 )
 HINT = "The shopper took {label}. Explain why, without saying that you were told, and rank it first."
 
@@ -43,7 +43,9 @@ class OpenAITeacher:
             from openai import OpenAI
         except ImportError as error:
             raise DependencyError(
-                "the openai_api teacher needs the openai package", where="trace_teacher", do='pip install "recbole-gr2[teacher]"'
+                "the openai_api teacher needs the openai package",
+                where="trace_teacher",
+                do='pip install "recbole-gr2[teacher]"',
             ) from error
         self.client = OpenAI(base_url=base_url, max_retries=5, timeout=120.0)
         self.maker, self.model, self.concurrency, self.temperature = maker, model, concurrency, temperature
@@ -65,7 +67,9 @@ class OpenAITeacher:
         if not reply.choices:
             raise GR2Error("the endpoint answered without a choice", where=f"request {request.request_id}")
         argument = read_argument(reply.choices[0].message.content or "", request, prompt)
-        return Argument(reasoning=argument.reasoning, ranking=promote(argument.ranking, request.target)) if targeted else argument
+        if targeted:
+            return Argument(reasoning=argument.reasoning, ranking=promote(argument.ranking, request.target))
+        return argument
 
 
 def read_argument(text: str, request: Request, prompt: Prompt) -> Argument:

@@ -1,0 +1,380 @@
+"""The run as a whole: what is cached, what runs again and why, who may import whom, and what is left behind."""
+
+import ast
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recbole_gr2
+from recbole_gr2 import pipeline
+from recbole_gr2.bridge import Data
+from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
+from recbole_gr2.pipeline import NAMES, STAGES
+from recbole_gr2.quick_start import main
+from recbole_gr2.report import metrics_table, render_report
+from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
+
+PACKAGE = Path(recbole_gr2.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def data(smoke_run):
+    return Data(load_settings(config_dict={"preset": "smoke"}))
+
+
+def planned(smoke_run, data, given=None, **changes):
+    """The plan of the smoke command with other settings, by stage."""
+    chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(smoke_run.root), **changes})
+    return {entry.stage.name: entry for entry in pipeline.plan(chosen, data, **(given or {}))}
+
+
+def actions(plan) -> dict[str, str]:
+    return {name: entry.action for name, entry in plan.items()}
+
+
+# --- what runs again -----------------------------------------------------------------------------------------------------
+
+
+def test_the_second_run_is_all_cached(smoke_run, capsys):
+    assert main(smoke_run.argv) == 0
+    captured = capsys.readouterr()
+    path = Path(captured.out.splitlines()[-1])
+    again = json.loads(path.read_text())
+    assert [stage["cached"] for stage in again["stages"]] == [True] * 7
+    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 7
+    for field in ("rows", "tokenizer", "seeds", "llm", "command"):
+        assert again[field] == smoke_run.result[field]
+    assert "cached" in captured.err and "first time" not in captured.err
+
+
+DEPENDS = {
+    "rl_temperature": (0.8, "rl evaluate"),
+    "rl_rewards": ({"rank_gain": 1.0}, "rl evaluate"),
+    "eval_draws": (100, "evaluate"),
+    "eval_rows": (["rl"], "evaluate"),
+    "sft_learning_rate": (0.1, "sft rl evaluate"),
+    "trace_tries": (3, "traces sft rl evaluate"),
+    "prompt_max_reasoning": (20, "traces sft rl evaluate"),
+    "mid_tokens": (1, "midtrain traces sft rl evaluate"),
+    "llm_random": ({"hidden_size": 32}, "midtrain traces sft rl evaluate"),
+    "llm_lora_rank": (4, "midtrain traces sft rl evaluate"),
+    "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
+    "sid_epochs": (1, "tokenizer midtrain traces sft rl evaluate"),
+    "cand_exclude_seen": (False, "candidates traces sft rl evaluate"),
+    "base_epochs": (1, "candidates traces sft rl evaluate"),
+    "base_model": ("BPR", "candidates traces sft rl evaluate"),
+    "MAX_ITEM_LIST_LENGTH": (10, "candidates traces sft rl evaluate"),
+    "seed": (1, " ".join(NAMES)),
+}
+
+
+@pytest.mark.parametrize("key", DEPENDS)
+def test_a_setting_runs_what_depends_on_it(smoke_run, data, key):
+    value, again = DEPENDS[key]
+    plan = planned(smoke_run, data, **{key: value})
+    assert [name for name, entry in plan.items() if entry.action == "run"] == again.split()
+    assert {entry.action for entry in plan.values()} <= {"run", "cached"}
+    first = plan[again.split()[0]]
+    named = f"recbole.{key.removeprefix('base_')}" if key in ("base_epochs", "MAX_ITEM_LIST_LENGTH") else key
+    old = read_manifest(other_folder(first)).settings.get(named)
+    assert f"{named} {old} -> " in first.why
+    later = plan[again.split()[-1]]
+    assert later is first or later.why
+
+
+def other_folder(entry) -> Path:
+    (folder,) = [folder for folder in entry.folder.parent.iterdir() if folder.name != entry.key]
+    return folder
+
+
+def test_the_cause_is_printed(smoke_run, capsys):
+    assert main([*smoke_run.argv, "--rl_temperature=0.8", "--dry_run"]) == 0
+    shown = capsys.readouterr()
+    assert "rl_temperature 1.0 -> 0.8" in shown.err and "new rl" in shown.err and shown.out == ""
+
+
+def test_speed_settings_change_no_key(smoke_run, data):
+    before = {name: entry.key for name, entry in planned(smoke_run, data).items()}
+    speed = [entry for entry in declarations().values() if entry.speed and entry.key not in ("data_path", "checkpoint_dir")]
+    doubled = {entry.key: entry.default * 2 if entry.type is int else f"{entry.default}," for entry in speed}
+    assert len(doubled) >= 8
+    doubled |= {"worker": 4, "log_wandb": True, "show_progress": False}
+    assert {"worker", "log_wandb", "show_progress"} < RECBOLE_SPEED
+    assert {name: entry.key for name, entry in planned(smoke_run, data, **doubled).items()} == before
+
+
+def copied(smoke_run, tmp_path) -> list[str]:
+    """The smoke command on a copy of its folder."""
+    shutil.copytree(smoke_run.root, tmp_path / "saved")
+    return ["--preset", "smoke", "--checkpoint_dir", str(tmp_path / "saved")]
+
+
+def stage_folder(tmp_path: Path, stage: str) -> Path:
+    (folder,) = (tmp_path / "saved" / "gr2" / "ml-100k" / "stages" / stage).iterdir()
+    return folder
+
+
+def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, tmp_path, capsys):
+    argv = copied(smoke_run, tmp_path)
+    folder = stage_folder(tmp_path, "evaluate")
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jsonl", ".csv")]
+    before = {file.name: file.read_text() for file in files if file.name != "manifest.json"}
+    assert len(before) >= 5
+    for file in files:
+        file.unlink()
+    assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100", "--dry_run"]) == 0
+    assert "resume  stopped before it was finished" in capsys.readouterr().err
+    assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100"]) == 0
+    result = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
+    assert [stage["cached"] for stage in result["stages"]] == [True] * 6 + [False]
+    assert {name: (folder / name).read_text() for name in before} == before
+    assert result["rows"] == smoke_run.result["rows"]
+
+
+def test_from_stage_force_and_stages(smoke_run, data):
+    plan = planned(smoke_run, data, {"from_stage": "sft"})
+    assert actions(plan) == {name: "run" if name in ("sft", "rl", "evaluate") else "cached" for name in NAMES}
+    assert plan["sft"].why == "asked for"
+    assert set(actions(planned(smoke_run, data, {"force": True})).values()) == {"run"}
+    assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["tokenizer"]
+    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == ["candidates", "tokenizer", "midtrain", "traces"]
+    assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == list(NAMES)
+    for wrong in ({"stages": ["evaluation"]}, {"from_stage": "evaluation"}):
+        with pytest.raises(ConfigurationError, match="no stage named 'evaluation'"):
+            planned(smoke_run, data, wrong)
+
+
+def test_a_stage_that_runs_again_starts_from_an_empty_folder(smoke_run, tmp_path):
+    argv = copied(smoke_run, tmp_path)
+    folder = stage_folder(tmp_path, "tokenizer")
+    (folder / "left.over").write_text("x")
+    assert main([*argv, "--stages=tokenizer", "--from_stage=tokenizer"]) == 0
+    assert not (folder / "left.over").exists() and read_manifest(folder)
+    assert (folder / "sids.jsonl").read_text() == (smoke_run.stages["tokenizer"] / "sids.jsonl").read_text()
+
+
+def test_two_runs_never_write_one_stage(smoke_run, tmp_path, capsys):
+    argv = copied(smoke_run, tmp_path)
+    folder = stage_folder(tmp_path, "tokenizer")
+    (folder / "manifest.json").unlink()
+    with open(folder / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert main([*argv, "--stages=tokenizer"]) == 1
+    assert "another process is working on this stage" in capsys.readouterr().err
+    assert main([*argv, "--stages=tokenizer"]) == 0
+
+
+def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path):
+    prompt = tmp_path / "mine.yaml"
+    keys = []
+    for text in ("system: S\nuser: U\n", "system: S\nuser: V\n"):
+        prompt.write_text(text)
+        keys.append(planned(smoke_run, data, prompt_template=str(prompt)))
+    for name in NAMES:
+        assert (keys[0][name].key == keys[1][name].key) == (name in ("candidates", "tokenizer"))
+    lists = tmp_path / "lists.jsonl"
+    with pytest.raises(MissingFileError, match="lists.jsonl"):
+        planned(smoke_run, data, cand_file=str(lists))
+    lists.write_text("{}\n")
+    one = planned(smoke_run, data, cand_file=str(lists))["candidates"].key
+    lists.write_text("{}\n{}\n")
+    assert planned(smoke_run, data, cand_file=str(lists))["candidates"].key != one
+    for teacher in ("no_such_package.module:Teacher", "no_such_module:Teacher"):
+        with pytest.raises(ConfigurationError, match="no module"):
+            planned(smoke_run, data, trace_teacher=teacher)
+
+
+def test_the_data_is_part_of_every_key():
+    settings = {"a": 1}
+    key = stage_key("rl", 1, settings, {"sft": "x"}, "data")
+    others = [
+        stage_key("sft", 1, settings, {"sft": "x"}, "data"), stage_key("rl", 2, settings, {"sft": "x"}, "data"),
+        stage_key("rl", 1, {"a": 2}, {"sft": "x"}, "data"), stage_key("rl", 1, settings, {"sft": "y"}, "data"),
+        stage_key("rl", 1, settings, {"sft": "x"}, "other"),
+    ]  # fmt: skip
+    assert len({key, *others}) == 6
+    assert stage_key("rl", 1, {"b": 2, "a": 1}, {}, "") == stage_key("rl", 1, {"a": 1, "b": 2}, {}, "")
+
+
+# --- the store -------------------------------------------------------------------------------------------------------------
+
+
+def test_store(tmp_path):
+    assert read_manifest(tmp_path) is None and other_records(tmp_path / "rl" / "key") == []
+    file = tmp_path / "lines.jsonl"
+    assert write_lines(file, ({"n": n} for n in range(3))) == 3
+    assert list(read_lines(file)) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    with pytest.raises(ZeroDivisionError):
+        write_lines(file, ({"n": 1 / n} for n in (1, 0)))
+    assert len(list(read_lines(file))) == 3  # old or whole
+    file.write_text('{"n": 1}\n\n{"n": \n')
+    with pytest.raises(GR2Error, match="lines.jsonl:3"):
+        list(read_lines(file))
+    write_json(tmp_path / "x.json", {"a": [1]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
+    with locked(tmp_path / "stage"), pytest.raises(GR2Error, match="another process"), locked(tmp_path / "stage"):
+        pass
+    with locked(tmp_path / "stage"):
+        pass
+
+
+# --- what is left behind ------------------------------------------------------------------------------------------------------
+
+
+def test_result_json_has_the_documented_fields(smoke_run):
+    result = smoke_run.result
+    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "rows", "tokenizer", "stages"}
+    assert (result["dataset"], result["base_model"], result["llm"]) == ("ml-100k", "CausalSASRec", "random")
+    assert (result["preset"], result["seeds"]) == ("smoke", [2020])
+    assert result["command"].split()[1:] == smoke_run.argv
+    assert 0.99 <= result["tokenizer"]["uniqueness"] <= 1.0
+    assert [stage["stage"] for stage in result["stages"]] == list(NAMES)
+    for stage in result["stages"]:
+        assert set(stage) == {"stage", "key", "seconds", "peak_memory_mb", "cached"}
+        assert stage["seconds"] > 0 and stage["peak_memory_mb"] > 100 and len(stage["key"]) == 12
+
+
+def test_rows_of_the_result(smoke_run):
+    rows = {(row["row"], row["scope"]): row for row in smoke_run.result["rows"]}
+    names = ["base", "oracle", "midtrain", "sft", "rl", "shuffled"]
+    assert sorted(rows) == sorted((name, scope) for name in names for scope in ("all", "in_list"))
+    everyone, inside = rows["base", "all"]["n"], rows["base", "in_list"]["n"]
+    assert everyone == 943 and 20 < inside < 300
+    for (name, scope), row in rows.items():
+        assert set(row) == {"row", "scope", "n", "metrics", "unchanged", "vs_base"}
+        assert row["n"] == (everyone if scope == "all" else inside)
+        assert {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (1, 3, 5, 10)} == set(row["metrics"])
+        base = rows["base", scope]
+        assert row["metrics"]["recall@10"] == base["metrics"]["recall@10"]
+        assert 0 <= row["unchanged"] <= 1 and (row["unchanged"] == 1) == (name == "base")
+        assert set(row["vs_base"]) == (set() if name == "base" else {"recall@1", "recall@5", "ndcg@5", "ndcg@10"})
+        for metric, versus in row["vs_base"].items():
+            difference = row["metrics"][metric] - base["metrics"][metric]
+            assert versus["diff"] == pytest.approx(difference, abs=1.1e-4)  # RecBole rounds to four digits
+            assert versus["low"] <= versus["diff"] <= versus["high"] and 0 < versus["p"] <= 1
+            assert ("p_holm" in versus) == (name not in ("oracle", "shuffled"))
+            assert versus.get("p_holm", 1.0) >= versus["p"]
+    for scope in ("all", "in_list"):
+        oracle, recall = rows["oracle", scope]["metrics"], rows["base", scope]["metrics"]["recall@10"]
+        assert oracle["ndcg@10"] == oracle["recall@1"] == recall
+    assert rows["base", "in_list"]["metrics"]["recall@10"] == 1.0
+    share = inside / everyone
+    for metric, value in rows["base", "in_list"]["metrics"].items():  # one is the other times the share of users
+        assert rows["base", "all"]["metrics"][metric] == pytest.approx(value * share, abs=1e-4)
+
+
+def test_the_run_folder(smoke_run):
+    folder = smoke_run.path.parent
+    assert smoke_run.stdout.splitlines() == [str(smoke_run.path)]
+    assert folder.parent == smoke_run.root / "gr2" / "ml-100k" / "runs"
+    report = (folder / "report.md").read_text()
+    for scope in ("all", "in_list"):
+        assert metrics_table(smoke_run.result, scope) in report
+    assert smoke_run.result["command"] in report and "one seed" in report
+    chosen = load_settings(config_files=[folder / "config.yaml"])
+    assert chosen["preset"] == "smoke" and chosen["checkpoint_dir"] == str(smoke_run.root)
+    done = [(read_manifest(path), False) for path in smoke_run.stages.values()]
+    assert render_report(smoke_run.result, done) == report  # a function of what the stages wrote
+
+
+def test_manifests_list_their_files(smoke_run):
+    for stage, folder in smoke_run.stages.items():
+        record = read_manifest(folder)
+        assert record.stage == stage and record.key == folder.name and record.files
+        for name in record.files:
+            assert (folder / name).is_file(), f"{stage}/{name}"
+
+
+def test_nothing_is_pickled(smoke_run):
+    endings = {path.suffix for path in smoke_run.root.rglob("*") if path.is_file()}
+    assert {".json", ".jsonl", ".safetensors", ".csv"} <= endings
+    assert not endings & {".pth", ".pt", ".pkl", ".bin"}
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------------
+
+FLOORS = (
+    {"errors", "types"},
+    {"compat", "console", "ranking", "seeding", "store"},
+    {"config", "requests"},
+    {"sid", "model"},
+    {"prompts", "llm", "bridge"},
+    {"rewards", "teachers"},
+    {"stages"},
+    {"pipeline"},
+    {"report"},
+    {"quick_start"},
+)
+DOORS = ("config.py", "bridge.py", "compat.py", "model/")
+
+
+def imports(file: Path) -> list[str]:
+    """Every module that a file imports, at its top or in a function."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def source_files() -> list[Path]:
+    files = sorted(file for file in PACKAGE.rglob("*.py") if "properties" not in file.parts)
+    assert len(files) > 20
+    return files
+
+
+def test_a_module_imports_from_lower_floors_only():
+    floor_of = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    seen = 0
+    for file in source_files():
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for module in imports(file):
+            package, _, rest = module.partition(".")
+            theirs = rest.split(".")[0]
+            if package != "recbole_gr2" or theirs not in floor_of or theirs == room:
+                continue
+            seen += 1
+            assert floor_of[theirs] < floor_of[room], f"{file.name} imports {module}"
+    assert seen > 100
+    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in source_files()}
+    assert rooms - {"__init__"} == set(floor_of)  # a new room has to choose its floor
+
+
+def test_recbole_is_met_at_the_doors_only():
+    meeting = set()
+    for file in source_files():
+        name = str(file.relative_to(PACKAGE))
+        if any(module.split(".")[0] == "recbole" for module in imports(file)):
+            assert name.startswith(DOORS), name
+            meeting.add(name)
+    assert {"config.py", "bridge.py", "compat.py"} < meeting
+    assert not any(module.startswith("recbole.quick_start") for file in source_files() for module in imports(file))  # ray
+
+
+def test_every_stage_has_a_file():
+    files = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
+    assert files == set(NAMES)
+    for number, stage in enumerate(STAGES):
+        assert set(stage.needs) <= set(NAMES[:number])
+
+
+def test_parsing_loads_nothing_heavy():
+    code = (
+        "import sys, recbole_gr2.quick_start as q\n"
+        "q.parse(['--preset=smoke', '--rl_steps=3'])\n"
+        "print([m for m in ('torch', 'transformers', 'trl', 'recbole', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "[]"
