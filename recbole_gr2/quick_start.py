@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GateError, GR2Error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,15 +30,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run=options.dry_run,
             command=" ".join(["run_recbole_gr2.py", *argv]),
         )
+        if result is not None:
+            print(result)
+            check_result(result)
     except GR2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-    if result is not None:
-        print(result)
     return 0
+
+
+def check_result(path: Path) -> None:
+    """Refuse to call a run a success in which a model copied its input; its table and report are written all the same.
+
+    Raises:
+        GateError: a model left every list as it was.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    trained = ("midtrain", "sft", "rl")
+    copies = sorted({row["row"] for row in rows if row["row"] in trained and row["unchanged"] == 1.0})
+    if copies:
+        raise GateError(
+            f"{', '.join(copies)} left every list as it was",
+            where=str(path),
+            why="a re-ranker that copies its input has learnt nothing: its row is the base row again",
+            do="look at log.json and samples.json of its stage: reward, unchanged and entropy say when it gave up",
+        )
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:

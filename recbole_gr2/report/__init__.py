@@ -138,4 +138,6 @@ def caveat(result: dict) -> str:
         if r["scope"] == "in_list" and r["row"] not in ("base", "oracle", "shuffled")
         and r["vs_base"]["ndcg@5"]["low"] < 0 < r["vs_base"]["ndcg@5"]["high"]
     ]  # fmt: skip
+    copies = sorted({r["row"] for r in result["rows"] if r["row"] not in ("base", "oracle") and r["unchanged"] == 1.0})
+    small += f"; {', '.join(copies)} left every list as it was" if copies else ""
     return small + (f"; the interval of {', '.join(crossing)} holds 0" if crossing else "")
