@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import compat
 from recbole_gr2.bridge import (
-    Data, ListedBase, base_order, clean_text, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free, train_base,
-    unquote,
+    Data, ListedBase, base_order, clean_text, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free,
+    train_base, unquote,
 )  # fmt: skip
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error, MissingFileError
@@ -42,7 +42,7 @@ def raw() -> dict[str, list[str]]:
     return {user: list(items) for user, items in frame.groupby("user_id")["item_id"]}
 
 
-# --- rows ----------------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def target_tokens(data: Data, dataset) -> dict[str, str]:
@@ -99,7 +99,8 @@ def write_atomic(folder: Path, name: str, sequences: dict[str, list[str]], times
     (folder / name).mkdir(parents=True)
     lines = [f"{user}\t{item}\t{times[user][n] if times else n}" for user, items in sequences.items()
              for n, item in enumerate(items)]  # fmt: skip
-    (folder / name / f"{name}.inter").write_text("\n".join(["user_id:token\titem_id:token\ttimestamp:float", *lines]) + "\n")
+    head = "user_id:token\titem_id:token\ttimestamp:float"
+    (folder / name / f"{name}.inter").write_text("\n".join([head, *lines]) + "\n")
     tokens = sorted({item for items in sequences.values() for item in items})
     texts = [f"{token}\tThing {token}" for token in tokens]
     (folder / name / f"{name}.item").write_text("\n".join(["item_id:token\ttitle:token_seq", *texts]) + "\n")
@@ -143,7 +144,7 @@ def test_users_with_few_items(tmp_path):
         assert data.history(user, "train") == tuple(data.sequences[user][:-3])
 
 
-# --- the three invariants ------------------------------------------------------------------------------------------------
+# --- the three invariants --------------------------------------------------------------------------------------------
 
 
 def stock_metrics(data: Data, base, mask: str | None = None) -> dict[str, float]:
@@ -290,7 +291,7 @@ def test_tie_free_rows(rows, reach, rng):
         assert [before[i] for i in ranked[reach:]] == sorted((before[i] for i in ranked[reach:]), reverse=True)
 
 
-# --- seen items ------------------------------------------------------------------------------------------------------------
+# --- seen items ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
@@ -325,7 +326,7 @@ def test_scores_of_some_users_and_in_batches(ml100k):
         assert torch.allclose(row, every[user], atol=1e-5)
 
 
-# --- training --------------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
 def capture_training(monkeypatch) -> list:
@@ -422,7 +423,7 @@ def test_models_that_cannot_be_a_base(ml100k, name, text, tmp_path):
         train_base(wrong, tmp_path, hold_out=False)
 
 
-# --- SASRec on whole sequences ---------------------------------------------------------------------------------------------
+# --- SASRec on whole sequences ---------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(2, 23), min_size=1, max_size=6), st.integers(1, 7))
@@ -500,11 +501,12 @@ def test_catalogue_cross_entropy_is_torchs(positions):
     ours = CatalogueCrossEntropy.apply(hidden, weight, targets)
     theirs = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
     assert torch.allclose(ours, theirs, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * theirs, (hidden, weight))):
+    gradients = [torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs)]
+    for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
 
 
-# --- item texts ------------------------------------------------------------------------------------------------------------
+# --- item texts ------------------------------------------------------------------------------------------------------
 
 TEXT = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": None}
 
@@ -564,7 +566,7 @@ def test_ml100k_items(ml100k):
     assert all(item.title and item.item_id == number for number, item in enumerate(data.items, start=1))
 
 
-# --- what is not there -------------------------------------------------------------------------------------------------------
+# --- what is not there -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -617,7 +619,7 @@ def test_other_protocols_are_refused(tmp_path, capsys):
     assert "leave-one-out" in capsys.readouterr().err
 
 
-# --- RecBole beside current libraries ------------------------------------------------------------------------------------------
+# --- RecBole beside current libraries --------------------------------------------------------------------------------
 
 
 def test_anomaly_detection_stays_off():
@@ -648,7 +650,7 @@ def test_importing_the_package_leaves_torch_load_safe():
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-# --- candidate lists as a base ---------------------------------------------------------------------------------------------
+# --- candidate lists as a base ---------------------------------------------------------------------------------------
 
 
 def test_listed_base_ranks_as_the_model_does(ml100k):
@@ -659,7 +661,7 @@ def test_listed_base_ranks_as_the_model_does(ml100k):
     assert {m: v for m, v in ours.items() if m != "gauc"} == {m: v for m, v in own.items() if m != "gauc"}
 
 
-# --- Beauty ------------------------------------------------------------------------------------------------------------------
+# --- Beauty ----------------------------------------------------------------------------------------------------------
 
 
 def test_amazon_beauty(beauty, record_property):

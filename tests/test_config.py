@@ -20,7 +20,7 @@ def problems(**settings) -> str:
     return str(error.value)
 
 
-# --- where a value comes from ------------------------------------------------------------------------------------------
+# --- where a value comes from ----------------------------------------------------------------------------------------
 
 
 def test_precedence(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_missing_files_and_presets():
     assert "laptop" in error.value.do
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_all_problems_together_with_the_nearest_names():
@@ -117,7 +117,7 @@ def test_types_that_are_converted():
     assert settings["gpu_id"] == "1"
 
 
-# --- ours, RecBole's, the base model's -----------------------------------------------------------------------------------
+# --- ours, RecBole's, the base model's -------------------------------------------------------------------------------
 
 
 def test_a_training_word_alone_names_the_alternatives():
@@ -174,7 +174,7 @@ def test_yaml_numbers():
     assert read_yaml("[1e, e4, 1.2.3, '1e-4']") == ["1e", "e4", "1.2.3", "1e-4"]
 
 
-# --- the property files --------------------------------------------------------------------------------------------------
+# --- the property files ----------------------------------------------------------------------------------------------
 
 
 def test_every_key_is_documented():
@@ -231,7 +231,7 @@ def test_every_recbole_word_of_ours_means_the_same_there():
     assert (built["topk"], built["valid_metric"], built["eval_batch_size"]) == ([2, 4], "MRR@4", 77)
 
 
-# --- a config file that reproduces a run -----------------------------------------------------------------------------------
+# --- a config file that reproduces a run -----------------------------------------------------------------------------
 
 
 def test_as_yaml_round_trip(tmp_path):
@@ -260,17 +260,18 @@ def test_speed_settings_are_in_no_result():
     assert "eval_batch_size" in settings.recbole and "metrics" in settings.recbole_results()
 
 
-# --- the command line ------------------------------------------------------------------------------------------------------
+# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_both_ways_to_write_a_setting():
     options, settings = parse(
         ["-d", "ml-100k", "--seed=3", "--rl_steps", "7", "--rl_rewards={ndcg: 1e-1}", "--topk", "[1, 2]",
-         "--eval_max_lists=", "--llm=~", "--base_model", "BPR", "--stages", "sft,rl", "--rl_temperature", "-1", "--dry_run"]
+         "--eval_max_lists=", "--llm=~", "--base_model", "BPR", "--stages", "sft,rl",
+         "--rl_temperature", "-1", "--dry_run"]
     )  # fmt: skip
     assert settings == {
-        "dataset": "ml-100k", "base_model": "BPR", "seed": 3, "rl_steps": 7, "rl_rewards": {"ndcg": 0.1}, "topk": [1, 2],
-        "eval_max_lists": None, "llm": None, "rl_temperature": -1,
+        "dataset": "ml-100k", "base_model": "BPR", "seed": 3, "rl_steps": 7, "rl_rewards": {"ndcg": 0.1},
+        "topk": [1, 2], "eval_max_lists": None, "llm": None, "rl_temperature": -1,
     }  # fmt: skip
     assert options.dry_run and options.stages == "sft,rl" and not options.force
 

@@ -38,7 +38,7 @@ def actions(plan) -> dict[str, str]:
     return {name: entry.action for name, entry in plan.items()}
 
 
-# --- what runs again -----------------------------------------------------------------------------------------------------
+# --- what runs again -------------------------------------------------------------------------------------------------
 
 
 def test_the_second_run_is_all_cached(smoke_run, capsys):
@@ -101,7 +101,8 @@ def test_the_cause_is_printed(smoke_run, capsys):
 
 def test_speed_settings_change_no_key(smoke_run, data):
     before = {name: entry.key for name, entry in planned(smoke_run, data).items()}
-    speed = [entry for entry in declarations().values() if entry.speed and entry.key not in ("data_path", "checkpoint_dir")]
+    folders = ("data_path", "checkpoint_dir")
+    speed = [entry for entry in declarations().values() if entry.speed and entry.key not in folders]
     doubled = {entry.key: entry.default * 2 if entry.type is int else f"{entry.default}," for entry in speed}
     assert len(doubled) >= 8
     doubled |= {"worker": 4, "log_wandb": True, "show_progress": False}
@@ -202,7 +203,7 @@ def test_the_data_is_part_of_every_key():
     assert stage_key("rl", 1, {"b": 2, "a": 1}, {}, "") == stage_key("rl", 1, {"a": 1, "b": 2}, {}, "")
 
 
-# --- the store -------------------------------------------------------------------------------------------------------------
+# --- the store -------------------------------------------------------------------------------------------------------
 
 
 def test_store(tmp_path):
@@ -224,7 +225,7 @@ def test_store(tmp_path):
         pass
 
 
-# --- what is left behind ------------------------------------------------------------------------------------------------------
+# --- what is left behind ---------------------------------------------------------------------------------------------
 
 
 def test_result_json_has_the_documented_fields(smoke_run):
@@ -297,7 +298,7 @@ def test_nothing_is_pickled(smoke_run):
     assert not endings & {".pth", ".pt", ".pkl", ".bin"}
 
 
-# --- floors -----------------------------------------------------------------------------------------------------------------
+# --- floors ----------------------------------------------------------------------------------------------------------
 
 FLOORS = (
     {"errors", "types"},
@@ -360,7 +361,8 @@ def test_recbole_is_met_at_the_doors_only():
             assert name.startswith(DOORS), name
             meeting.add(name)
     assert {"config.py", "bridge.py", "compat.py"} < meeting
-    assert not any(module.startswith("recbole.quick_start") for file in source_files() for module in imports(file))  # ray
+    modules = [module for file in source_files() for module in imports(file)]
+    assert not any(module.startswith("recbole.quick_start") for module in modules)  # it imports ray
 
 
 def test_every_stage_has_a_file():

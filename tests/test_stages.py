@@ -56,7 +56,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-# --- the target reaches nothing ----------------------------------------------------------------------------------------
+# --- the target reaches nothing --------------------------------------------------------------------------------------
 
 
 def test_scrambled_targets_give_the_same_rankings(smoke, items, student, tmp_path):
@@ -138,7 +138,7 @@ def test_item_text_is_never_empty():
     assert item_text(Item(item_id=1, token="t", title="")) == "t"
 
 
-# --- candidate files ---------------------------------------------------------------------------------------------------
+# --- candidate files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,8 @@ def test_requests_are_read_as_they_were_written(smoke, items, tmp_path):
     requests = read_requests(smoke.folders["candidates"] / "valid.jsonl", items)
     assert write_requests(tmp_path / "again.jsonl", requests, items) == len(requests) == 943
     assert read_requests(tmp_path / "again.jsonl", items) == requests
-    assert all(r.history == smoke.data.history(smoke.data.user_tokens.index(r.user_token), "valid") for r in requests[:50])
+    users = smoke.data.user_tokens
+    assert all(r.history == smoke.data.history(users.index(r.user_token), "valid") for r in requests[:50])
 
 
 def test_lists_of_other_tools(smoke, items, tmp_path):
@@ -241,12 +242,13 @@ def test_candidates_hold_no_seen_item_and_no_inserted_target(smoke, items):
         requests = read_requests(smoke.folders["candidates"] / f"{split}.jsonl", items)
         assert len(requests) == 943
         assert not any(set(r.items) & set(r.history) for r in requests)
-        assert all([c.score for c in r.candidates] == sorted((c.score for c in r.candidates), reverse=True) for r in requests)
+        scores = [[candidate.score for candidate in r.candidates] for r in requests]
+        assert all(row == sorted(row, reverse=True) for row in scores)
         assert 0 < sum(r.target_rank is not None for r in requests) < 300
         assert all(r.provider == ("CausalSASRec hold-out" if split == "train" else "CausalSASRec") for r in requests)
 
 
-# --- traces ------------------------------------------------------------------------------------------------------------
+# --- traces ----------------------------------------------------------------------------------------------------------
 
 
 def test_targeted_traces(smoke, items, tmp_path):
@@ -310,7 +312,8 @@ class Mine:
 
     def argue(self, requests, *, targeted, attempt):
         first = [r.items.index(r.target) for r in requests]
-        return [Argument(reasoning=f"try {attempt}", ranking=(*r.items[n:], *r.items[:n])) for r, n in zip(requests, first)]
+        rankings = [(*r.items[n:], *r.items[:n]) for r, n in zip(requests, first)]
+        return [Argument(reasoning=f"try {attempt}", ranking=ranking) for ranking in rankings]
 """
 
 
@@ -365,7 +368,7 @@ def test_a_local_llm_teaches(smoke, tmp_path):
     assert len(everything) == 6 and {line["teacher"] for line in everything} == {"local_llm"}
 
 
-# --- sft ---------------------------------------------------------------------------------------------------------------
+# --- sft -------------------------------------------------------------------------------------------------------------
 
 
 def toy_trace(request: Request, ranking: tuple[int, ...], reasoning: str) -> Trace:
@@ -381,7 +384,8 @@ def test_a_training_row_by_hand(student, longest):
     labels = tuple(tokenizer.convert_tokens_to_ids(f"<|{letter}|>") for letter in "ABC")
     grammar = Grammar(ranking_id=tokenizer.convert_tokens_to_ids("<|ranking|>"), label_ids=labels,
                       eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, max_reasoning=longest)  # fmt: skip
-    row = training_row(prompt, request, toy_trace(request, (11, 10, 12), "The shopper takes comedies."), tokenizer, grammar)
+    trace = toy_trace(request, (11, 10, 12), "The shopper takes comedies.")
+    row = training_row(prompt, request, trace, tokenizer, grammar)
     head = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
     head = tokenizer(head, add_special_tokens=False)["input_ids"]
     said = tokenizer("The shopper takes comedies.", add_special_tokens=False)["input_ids"]
@@ -406,7 +410,7 @@ def test_sft_rows_of_the_run_fit(smoke, items, student):
         assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in row.input_ids
 
 
-# --- midtrain ----------------------------------------------------------------------------------------------------------
+# --- midtrain --------------------------------------------------------------------------------------------------------
 
 
 class Letters:
@@ -419,7 +423,7 @@ class Letters:
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(alphabet="abcdef", min_size=1, max_size=9), max_size=12), st.integers(3, 4), st.integers(12, 30))
+@given(st.lists(st.text("abcdef", min_size=1, max_size=9), max_size=12), st.integers(3, 4), st.integers(12, 30))
 def test_fitting_loses_no_piece_and_is_never_too_long(pieces, head, longest):
     texts = list(fitting(["H" * head, *pieces], Letters(), longest))
     whole = []
@@ -467,7 +471,8 @@ def test_mixture_fills_each_share(smoke, items):
         assert share * 6000 <= count < share * 6000 + 40 * chosen["mid_max_length"]
         assert all(len(row.input_ids) <= chosen["mid_max_length"] for row in rows[task])
         assert all(set(row.parts) == {1} for row in rows[task])
-    assert rows == mixture(items, histories, tokenizer, chosen, seed=1) != mixture(items, histories, tokenizer, chosen, seed=2)
+    assert rows == mixture(items, histories, tokenizer, chosen, seed=1)
+    assert rows != mixture(items, histories, tokenizer, chosen, seed=2)
     with pytest.raises(ConfigurationError, match="unknown tasks"):
         mixture(items, histories, tokenizer, {**chosen, "mid_mix": {"poems": 1.0}}, seed=1)
 
@@ -478,7 +483,7 @@ def test_the_corpus_depends_on_nothing_outside_midtrains_key(smoke):
     assert texts[0] == texts[1]
 
 
-# --- likelihood --------------------------------------------------------------------------------------------------------
+# --- likelihood ------------------------------------------------------------------------------------------------------
 
 
 def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
@@ -501,7 +506,7 @@ def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
                 assert score == pytest.approx(plain, abs=1e-3)
 
 
-# --- a run that was killed -----------------------------------------------------------------------------------------------
+# --- a run that was killed -------------------------------------------------------------------------------------------
 
 TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_batch_size": 8,
@@ -509,8 +514,8 @@ TINY = {
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
-FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128, "eval_batch_size": 2048,
-          "sid_encode_batch": 128}  # fmt: skip
+FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128,
+          "eval_batch_size": 2048, "sid_encode_batch": 128}  # fmt: skip
 # Stage -> what its console line says when the process is killed. Steps are behind a checkpoint but not at one.
 KILLS = {
     "candidates": "hold-out base: 1 epochs",
