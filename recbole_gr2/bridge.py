@@ -131,6 +131,13 @@ class Data:
 
 def _check_protocol(config) -> None:
     split, order = config["eval_args"]["split"], config["eval_args"]["order"]
+    if config["benchmark_filename"] is not None:
+        raise ConfigurationError(
+            f"benchmark_filename names ready-made splits {config['benchmark_filename']}",
+            where="benchmark_filename",
+            why="candidates without leakage are defined for leave-one-out in time order, one row per user and split",
+            do="give one .inter file with all interactions",
+        )
     if split != {"LS": "valid_and_test"} or order != "TO":
         raise ConfigurationError(
             f"eval_args asks for split {split}, order {order}",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.config import Settings
+from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.prompts import load_template
@@ -93,6 +93,7 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
         values = settings.results(stage.settings)
         if stage.recbole:
             values |= {f"recbole.{k}": v for k, v in settings.recbole_results().items()}
+            values["base_model.defaults"] = base_model_properties(settings["base_model"])
         values |= _extension_hashes(values)
         needs = {name: keys[name] for name in stage.needs}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
@@ -203,7 +204,7 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
         shutil.rmtree(checkpoint)
     record = StageRecord(
         stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
-        seconds=round(time.monotonic() - started, 1), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
+        seconds=round(time.monotonic() - started, 3), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
     )  # fmt: skip
     write_manifest(entry.folder, record)

@@ -80,7 +80,7 @@ class PromptMaker:
         order = tuple(order if order is not None else range(len(request.candidates)))
         labels = tuple(label_tokens(len(order)))
         values = {
-            "history": [self.shown(item) for item in request.history[-self.history :]],
+            "history": [self.shown(item) for item in request.history[max(len(request.history) - self.history, 0) :]],
             "candidates": [self.shown(request.items[p], label) for p, label in zip(order, labels, strict=True)],
         }
         return Prompt(

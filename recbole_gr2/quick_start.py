@@ -78,6 +78,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     options, rest = parser.parse_known_args(argv)
+    # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.
+    rest += [word for word in options.config_files if word.startswith("--")]
+    options.config_files = [word for word in options.config_files if not word.startswith("--")]
     settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
     return options, settings | _extra_settings(rest)
 

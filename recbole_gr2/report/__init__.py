@@ -18,9 +18,10 @@ SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, data: object,
               command: str, console: Console) -> Path:  # fmt: skip
     """Write `runs/<name>/` and print the table; returns the path of result.json."""
-    name = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    runs, name = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs", time.strftime("%Y%m%d-%H%M%S")
+    runs.mkdir(parents=True, exist_ok=True)
+    folder = runs / f"{name}-{len(list(runs.glob(name + '*'))) + 1}" if (runs / name).exists() else runs / name
+    folder.mkdir()
     result = build_result(done, settings, command)
     (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
     write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})

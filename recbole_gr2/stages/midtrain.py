@@ -180,12 +180,12 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
     from dataclasses import replace
 
     plain = [replace(item, sid=()) for item in items]
-    maker = PromptMaker.of(settings, plain)
     size, texts = settings["cand_num"], [SEQUENTIAL, *phrases()]
+    maker = replace(PromptMaker.of(settings, plain), history=size)  # whatever a prompt will show of it
     for start in range(0, len(plain), size):
         block = [item.item_id for item in plain[start : start + size]]
         request = Request(
-            request_id="corpus", user_token="", split="train", history=tuple(block[-maker.history :]), target=block[0],
+            request_id="corpus", user_token="", split="train", history=tuple(block), target=block[0],
             provider="",
             candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)),
         )  # fmt: skip

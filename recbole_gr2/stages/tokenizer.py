@@ -31,9 +31,7 @@ def run(context: Context) -> dict:
         embeddings = hash_embeddings(texts)
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        embeddings = embed_texts(
-            texts, resolve(settings["sid_encoder"]), batch_size=settings["sid_encode_batch"], device=device
-        )
+        embeddings = embed_texts(texts, resolve(settings["sid_encoder"]), device=device)
     np.save(context.folder / "embeddings.npy", embeddings)
     context.say(f"{len(texts):,} texts embedded, {embeddings.shape[1]} dimensions")
 

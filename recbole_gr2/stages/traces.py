@@ -80,7 +80,7 @@ def run(context: Context) -> dict:
     write_lines(context.folder / "accepted.jsonl", map(asdict, accepted))
     write_lines(context.folder / "rejected.jsonl", map(asdict, rejected))
     share = len(accepted) / len(requests)
-    if share < settings["trace_min_accepted"]:
+    if not accepted or share < settings["trace_min_accepted"]:
         raise GateError(
             f"{share:.1%} of {len(requests)} requests have an accepted trace", where=f"teacher {teacher.name}, {mode}",
             why="the rest would be dropped, and too little would be left to learn from",
