@@ -48,7 +48,7 @@ STAGES = (
           needs=("candidates", "tokenizer", "midtrain")),
     Stage(name="sft", version=1, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "midtrain", "traces")),
-    Stage(name="rl", version=1, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="rl", version=2, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "sft")),
     Stage(name="evaluate", version=1, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole=True,
           needs=("candidates", "tokenizer", "midtrain", "sft", "rl")),

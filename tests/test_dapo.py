@@ -421,3 +421,15 @@ def test_learns_to_put_the_target_first(tokenizer, tmp_path):
     expected |= {f"reward/{name}" for name in ("rank_gain", "format", "conditional_format", "ndcg", "unchanged")}
     assert expected <= set(first)
     shutil.rmtree(tmp_path / "checkpoint-28")
+
+
+def test_length_alone_keeps_no_group():
+    """Copies of the input that differ in length differ in reward, by the overlong penalty, and yet teach no ranking."""
+    from recbole_gr2.llm.dapo import Group
+
+    def group(verified: list[float]) -> Group:
+        size = len(verified)
+        return Group("r", 0, [[1]] * size, [[1]] * size, [], [{}] * size, [0.2, 0.1], verified)
+
+    assert not group([0.2, 0.2]).alive and group([0.2, 0.2]).advantages == [0.0, 0.0]
+    assert group([0.2, 0.0]).alive and group([0.2, 0.0]).advantages[0] > 0

@@ -32,6 +32,7 @@ from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
 
 SPREAD = 1e-6  # rewards of a group that differ by less are equal: the group teaches nothing
+SHAPING = ("overlong",)  # terms that make no group worth keeping: copies that differ in length alone teach length alone
 
 
 class Rewards(Protocol):
@@ -53,6 +54,7 @@ class Group:
     answers: list[Answer]
     terms: list[dict[str, float | None]]
     rewards: list[float | None]
+    verified: list[float | None]  # the rewards without their shaping terms
     kept: bool = False
     advantages: list[float] = field(init=False)
 
@@ -64,10 +66,10 @@ class Group:
 
     @property
     def alive(self) -> bool:
-        """Whether the rewards differ (DAPO eq. 11) and some token is there to learn from."""
-        if any(reward is None for reward in self.rewards) or not any(map(any, self.learnt)):
+        """Whether the verified rewards differ (DAPO eq. 11) and some token is there to learn from."""
+        if any(reward is None for reward in self.verified) or not any(map(any, self.learnt)):
             return False
-        return max(self.rewards) - min(self.rewards) > SPREAD
+        return max(self.verified) - min(self.verified) > SPREAD
 
 
 def dapo_config(
@@ -322,7 +324,9 @@ class DAPOTrainer(GRPOTrainer):
             terms = [self.rewards.terms(request, answer) for answer in answers]
             rewards = [self.rewards.total(term) for term in terms]
             learnt = [self._learnt(ids, counts[index]) for ids in own]
-            groups.append(Group(row["request_id"], attempt, own, learnt, answers, terms, rewards))
+            unshaped = [{name: None if name in SHAPING else value for name, value in term.items()} for term in terms]
+            verified = [self.rewards.total(term) for term in unshaped]
+            groups.append(Group(row["request_id"], attempt, own, learnt, answers, terms, rewards, verified))
         return groups
 
     def _learnt(self, completion_ids: list[int], label_count: int) -> list[int]:
