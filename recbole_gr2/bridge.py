@@ -25,6 +25,7 @@ from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Item, Request
 
 SPLITS = ("train", "valid", "test")
+BEHIND = {"train": 3, "valid": 2, "test": 1}  # where a split's target stands, counted from the end of a sequence
 OTHER = "other_parameter."  # prefix of tensors that RecBole keeps outside state_dict
 
 
@@ -119,13 +120,13 @@ class Data:
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
         """Items before the split's target, oldest first, never cut."""
-        behind = {"test": 1, "valid": 2, "train": 3}[split]
+        behind = BEHIND[split]
         items = self.sequences[user]
         return tuple(int(item) for item in items[: max(len(items) - behind, 0)])
 
     def target(self, user: int, split: str) -> int | None:
         """The item that the split's row asks for; None for a user with too few items to have that row."""
-        behind = {"test": 1, "valid": 2, "train": 3}[split]
+        behind = BEHIND[split]
         return int(self.sequences[user][-behind]) if len(self.sequences[user]) > behind else None
 
 
