@@ -42,16 +42,17 @@ class Stage:
 STAGES = (
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole=True),
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
+    Stage(name="evidence", version=1, needs=("candidates", "tokenizer"), settings=("evidence_", "seed")),
     Stage(name="midtrain", version=1, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
-    Stage(name="traces", version=1, settings=("trace_", "prompt_", "seed"),
-          needs=("candidates", "tokenizer", "midtrain")),
-    Stage(name="sft", version=1, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
-          needs=("candidates", "tokenizer", "midtrain", "traces")),
-    Stage(name="rl", version=2, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
-          needs=("candidates", "tokenizer", "sft")),
-    Stage(name="evaluate", version=1, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole=True,
-          needs=("candidates", "tokenizer", "midtrain", "sft", "rl")),
+    Stage(name="traces", version=2, settings=("trace_", "prompt_", "seed"),
+          needs=("candidates", "tokenizer", "evidence", "midtrain")),
+    Stage(name="sft", version=2, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+          needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
+    Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+          needs=("candidates", "tokenizer", "evidence", "sft")),
+    Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole=True,
+          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 

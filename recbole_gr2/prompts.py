@@ -99,6 +99,10 @@ class PromptMaker:
         """Item id behind each label, (K,)."""
         return tuple(request.items[position] for position in prompt.order)
 
+    def label_prior(self, request: Request, prompt: Prompt) -> list[float]:
+        """Log-prior of each label, (K,); zeros where there is no evidence."""
+        return [request.prior[position] if request.prior else 0.0 for position in prompt.order]
+
 
 def encode_prompt(prompt: Prompt, tokenizer) -> list[int]:
     """Token ids up to the start of the assistant's turn, (P,)."""

@@ -41,7 +41,8 @@ class Request:
     """One list to re-rank.
 
     `history` holds item ids, oldest first. `target` is the item the user took next: it is kept for training
-    targets, rewards and metrics and never reaches a prompt, a feature or a score.
+    targets, rewards and metrics and never reaches a prompt, a feature or a score. `prior` holds the evidence's
+    log-probability of each candidate, in base order; () before the evidence stage, and without evidence.
     """
 
     request_id: str
@@ -51,11 +52,18 @@ class Request:
     candidates: tuple[Candidate, ...]
     target: int
     provider: str
+    prior: tuple[float, ...] = ()
 
     @property
     def items(self) -> tuple[int, ...]:
         """Candidate item ids in base order, (K,)."""
         return tuple(c.item_id for c in self.candidates)
+
+    @property
+    def by_prior(self) -> tuple[int, ...]:
+        """Candidate item ids in the order of the prior, ties and no prior in base order, (K,)."""
+        order = sorted(range(len(self.prior)), key=lambda position: -self.prior[position])
+        return tuple(self.items[position] for position in order) or self.items
 
     @property
     def target_rank(self) -> int | None:

@@ -75,7 +75,8 @@ def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2
     """A trainer over `count` requests whose prompts have different lengths."""
     known = requests(count, target)
     rows = [
-        {"request_id": name, "prompt_ids": [2 + i % 40, *range(3, 5 + i % 5)], "label_items": list(ITEMS)}
+        {"request_id": name, "prompt_ids": [2 + i % 40, *range(3, 5 + i % 5)], "label_items": list(ITEMS),
+         "label_prior": [(i + n) % K / 2 for n in range(K)]}  # fmt: skip
         for i, name in enumerate(known)
     ]
     settings = {
@@ -165,6 +166,8 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path):
     logits = model(ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
     counts = torch.full((len(ids),), K)
     allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1))
+    labels = list(trainer.grammar.label_ids)
+    logits = logits.index_add(-1, torch.tensor(labels), batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1))
     log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     log_probs = log_probs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     ratio = (log_probs - batch["old_per_token_logps"]).exp()

@@ -61,6 +61,25 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
     assert log[0]["loss/ranking"] == pytest.approx(sum(expected[2]) / len(expected[2]), rel=1e-4)
 
 
+def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):
+    labels, gone = [10, 11, 12], -float("inf")
+    row = Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 0], choices={2: [0.5, 0.0, -1.0], 3: [0.5, gone, -1.0]})
+    rows = [row, Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]
+    expected = []
+    for text in rows:
+        logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
+        for t in range(1, len(text.input_ids)):
+            if t in text.choices:
+                among = (logits[t - 1, labels] + torch.tensor(text.choices[t])).log_softmax(-1)
+                expected.append(-among[labels.index(text.input_ids[t])].item())
+            elif text.parts[t]:
+                expected.append(-logits[t - 1].log_softmax(-1)[text.input_ids[t]].item())
+    log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"ranking": 1.0}, steps=1, batch_size=2,
+                   micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
+                   save_steps=5, label_ids=labels)  # fmt: skip
+    assert len(expected) == 4 and log[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
+
+
 def test_a_killed_run_ends_with_the_same_weights(tokenizer, tmp_path):
     whole = tiny()
     train(whole, tokenizer, tmp_path / "whole")

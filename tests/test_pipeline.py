@@ -46,8 +46,8 @@ def test_the_second_run_is_all_cached(smoke_run, capsys):
     captured = capsys.readouterr()
     path = Path(captured.out.splitlines()[-1])
     again = json.loads(path.read_text())
-    assert [stage["cached"] for stage in again["stages"]] == [True] * 7
-    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 7
+    assert [stage["cached"] for stage in again["stages"]] == [True] * 8
+    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 8
     for field in ("rows", "tokenizer", "seeds", "llm", "command"):
         assert again[field] == smoke_run.result[field]
     assert "cached" in captured.err and "first time" not in captured.err
@@ -65,11 +65,12 @@ DEPENDS = {
     "llm_random": ({"hidden_size": 32}, "midtrain traces sft rl evaluate"),
     "llm_lora_rank": (4, "midtrain traces sft rl evaluate"),
     "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
-    "sid_epochs": (1, "tokenizer midtrain traces sft rl evaluate"),
-    "cand_exclude_seen": (False, "candidates traces sft rl evaluate"),
-    "base_epochs": (1, "candidates traces sft rl evaluate"),
-    "base_model": ("BPR", "candidates traces sft rl evaluate"),
-    "MAX_ITEM_LIST_LENGTH": (10, "candidates traces sft rl evaluate"),
+    "evidence_hidden": (8, "evidence traces sft rl evaluate"),
+    "sid_epochs": (1, "tokenizer evidence midtrain traces sft rl evaluate"),
+    "cand_exclude_seen": (False, "candidates evidence traces sft rl evaluate"),
+    "base_epochs": (1, "candidates evidence traces sft rl evaluate"),
+    "base_model": ("BPR", "candidates evidence traces sft rl evaluate"),
+    "MAX_ITEM_LIST_LENGTH": (10, "candidates evidence traces sft rl evaluate"),
     "seed": (1, " ".join(NAMES)),
 }
 
@@ -133,7 +134,7 @@ def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, t
     assert "resume  stopped before it was finished" in capsys.readouterr().err
     assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100"]) == 0
     result = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
-    assert [stage["cached"] for stage in result["stages"]] == [True] * 6 + [False]
+    assert [stage["cached"] for stage in result["stages"]] == [True] * 7 + [False]
     assert {name: (folder / name).read_text() for name in before} == before
     assert result["rows"] == smoke_run.result["rows"]
 
@@ -144,7 +145,7 @@ def test_from_stage_force_and_stages(smoke_run, data):
     assert plan["sft"].why == "asked for"
     assert set(actions(planned(smoke_run, data, {"force": True})).values()) == {"run"}
     assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["tokenizer"]
-    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == ["candidates", "tokenizer", "midtrain", "traces"]
+    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == ["candidates", "tokenizer", "evidence", "midtrain", "traces"]
     assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == list(NAMES)
     for wrong in ({"stages": ["evaluation"]}, {"from_stage": "evaluation"}):
         with pytest.raises(ConfigurationError, match="no stage named 'evaluation'"):
@@ -243,7 +244,7 @@ def test_result_json_has_the_documented_fields(smoke_run):
 
 def test_rows_of_the_result(smoke_run):
     rows = {(row["row"], row["scope"]): row for row in smoke_run.result["rows"]}
-    names = ["base", "oracle", "midtrain", "sft", "rl", "shuffled"]
+    names = ["base", "oracle", "evidence", "midtrain", "sft", "rl", "shuffled"]
     assert sorted(rows) == sorted((name, scope) for name in names for scope in ("all", "in_list"))
     everyone, inside = rows["base", "all"]["n"], rows["base", "in_list"]["n"]
     assert everyone == 943 and 20 < inside < 300
@@ -304,7 +305,7 @@ FLOORS = (
     {"errors", "types"},
     {"compat", "console", "ranking", "seeding", "store"},
     {"config", "requests"},
-    {"sid", "model"},
+    {"sid", "model", "evidence"},
     {"prompts", "llm", "bridge"},
     {"rewards", "teachers"},
     {"stages"},

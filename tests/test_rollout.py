@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Logits
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.constraint import FREE, Grammar, GrammarProcessor, constrained_log_probs
-from recbole_gr2.llm.rollout import generate_rankings, left_pad, read_answer
+from recbole_gr2.llm.rollout import generate_rankings, left_pad, prior_tensor, read_answer
 from recbole_gr2.sid.tokens import RANKING, label_tokens
 from recbole_gr2.types import Candidate, Request
 
@@ -58,6 +58,12 @@ MARK, A, B, C, D, E = range(50, 56)
 EOS, PAD = 1, 0
 PROMPTS = [[2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13], [3]]
 COUNTS = [5, 3, 4, 1]
+PRIORS = [[0.0, 1.0, -1.0, 0.5, 0.2][:count] for count in COUNTS]
+
+
+def flat(grammar, count) -> torch.Tensor:
+    """No evidence for one list of `count`."""
+    return prior_tensor([[0.0] * count], grammar, torch.device("cpu"))
 
 
 def request(items=(10, 20, 30)) -> Request:
@@ -109,7 +115,7 @@ def test_log_probs_by_hand(grammar):
     logits[0, 1, MARK] = 2 * math.log(2)
     logits[0, 2, A], logits[0, 2, B], logits[0, 2, D] = math.log(2), 0.0, 50.0  # D is beyond K
     ids = torch.tensor([[7, MARK, B, A, EOS]])
-    log_probs, entropy, forced = constrained_log_probs(logits, ids, torch.tensor([2]), grammar, temperature=2.0)
+    log_probs, entropy, forced = constrained_log_probs(logits, ids, flat(grammar, 2), grammar, temperature=2.0)
     words = 56 - 7  # all but five labels, eos and pad
     root3, root2 = math.sqrt(3), math.sqrt(2)
     expected = [math.log(root3 / (root3 + words - 1)), math.log(2 / (2 + words - 1)), math.log(1 / (1 + root2)), 0, 0]
@@ -120,9 +126,9 @@ def test_log_probs_by_hand(grammar):
 
 
 def test_what_the_grammar_forbids_has_no_probability(grammar):
-    logits, counts = torch.zeros(1, 4, 56), torch.tensor([3])
+    logits = torch.zeros(1, 4, 56)
     for ids, position in [([A, 7, 7, 7], 0), ([MARK, A, A, B], 2), ([MARK, A, B, A], 3), ([MARK, 7, A, B], 1)]:
-        log_probs, _, _ = constrained_log_probs(logits, torch.tensor([ids]), counts, grammar, 1.0)
+        log_probs, _, _ = constrained_log_probs(logits, torch.tensor([ids]), flat(grammar, 3), grammar, 1.0)
         assert log_probs[0, position] == -math.inf and log_probs[0, :position].isfinite().all()
 
 
@@ -133,18 +139,38 @@ def test_probabilities_sum_to_one_and_match_the_full_mask(model, grammar):
     ids = torch.tensor([[7, MARK, A + a, A + b, A + c, EOS] for a, b, c in permutations(range(3))])
     counts = torch.full((6,), 3)
     logits = model(torch.cat([torch.tensor([[2]] * 6), ids], dim=1)).logits[:, :-1]
-    log_probs, _, forced = constrained_log_probs(logits, ids, counts, grammar, 0.7)
+    prior = prior_tensor([[0.0, 2.0, -1.0]] * 6, grammar, torch.device("cpu"))
+    log_probs, _, forced = constrained_log_probs(logits, ids, prior, grammar, 0.7)
     assert log_probs[:, 2:].sum(1).exp().sum().item() == pytest.approx(1, abs=1e-5)
     allowed, all_forced = grammar.allowed(ids, counts, 56)
+    logits[..., A : A + 3] += torch.tensor([0.0, 2.0, -1.0])
     reference = (logits / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1).gather(-1, ids.unsqueeze(-1))[..., 0]
     torch.testing.assert_close(log_probs, reference)
     assert torch.equal(forced, all_forced)
 
 
+def test_the_prior_by_hand(grammar):
+    """P(label) is proportional to P_LLM(label) * P_prior(label), and -inf closes a label."""
+    logits = torch.zeros(1, 3, 56)
+    logits[0, 1, A], logits[0, 1, B] = math.log(3), math.log(2)
+    prior = prior_tensor([[math.log(0.2), math.log(0.5), math.log(0.3)]], grammar, torch.device("cpu"))
+    assert prior.tolist()[0][3:] == [-math.inf, -math.inf]
+    log_probs, _, _ = constrained_log_probs(logits, torch.tensor([[MARK, B, A]]), prior, grammar, 1.0)
+    assert log_probs[0, 1].exp().item() == pytest.approx(2 * 0.5 / (3 * 0.2 + 2 * 0.5 + 1 * 0.3))
+    assert log_probs[0, 2].exp().item() == pytest.approx(0.2 / (0.2 + 0.3))  # no logits at that position
+
+
+def test_a_strong_prior_decides(model, grammar):
+    for wanted in ([2, 0, 1], [1, 2, 0]):
+        prior = [-50.0 * wanted.index(n) for n in range(3)]
+        (ids,) = generate_rankings(model, [PROMPTS[1]], [prior], grammar=grammar)
+        assert ids[ids.index(MARK) + 1 :] == [*(A + n for n in wanted), EOS]
+
+
 def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
     logits = torch.randn(1, 6, 56, requires_grad=True)
     ids = torch.tensor([[7, MARK, B, A, C, EOS]])
-    constrained_log_probs(logits, ids, torch.tensor([3]), grammar, 1.0)[0].sum().backward()
+    constrained_log_probs(logits, ids, flat(grammar, 3), grammar, 1.0)[0].sum().backward()
     assert logits.grad.isfinite().all()
     assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [True, True, True, True, False, False]
 
@@ -152,11 +178,11 @@ def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
 # --- generation ----------------------------------------------------------------------------------------------------
 
 
-def plain_generation(model, grammar, prompt, count):
+def plain_generation(model, grammar, prompt, prior):
     """One prompt through transformers' `generate`, no shared cache, no padding."""
     ids = torch.tensor([prompt])
     config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), torch.tensor([count]))])
+    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), prior_tensor([prior], grammar, model.device))])
     output = model.generate(ids, generation_config=config, logits_processor=processors)
     return output[0, len(prompt) :].tolist()
 
@@ -167,49 +193,50 @@ def is_legal(grammar, ids, count) -> bool:
 
 
 def test_greedy_equals_plain_generation(model, grammar):
-    got = generate_rankings(model, PROMPTS, COUNTS, grammar=grammar, num_generations=3, batch_size=6)
-    plain = [plain_generation(model, grammar, prompt, count) for prompt, count in zip(PROMPTS, COUNTS)]
+    got = generate_rankings(model, PROMPTS, PRIORS, grammar=grammar, num_generations=3, batch_size=6)
+    plain = [plain_generation(model, grammar, prompt, prior) for prompt, prior in zip(PROMPTS, PRIORS)]
     assert got == [ids for ids in plain for _ in range(3)]
     assert len({tuple(ids) for ids in plain}) == 4
 
 
 def test_samples_are_legal_and_depend_on_seed_and_prompt_alone(model, grammar):
-    def sample(prompts, counts, **changes):
+    def sample(prompts, priors, **changes):
         settings_ = {"num_generations": 4, "temperature": 1.0, "batch_size": 64, "seed": 7} | changes
-        return generate_rankings(model, prompts, counts, grammar=grammar, **settings_)
+        return generate_rankings(model, prompts, priors, grammar=grammar, **settings_)
 
-    first = sample(PROMPTS, COUNTS)
+    first = sample(PROMPTS, PRIORS)
     assert len(first) == 16 and len({tuple(ids) for ids in first}) > 10
     assert all(is_legal(grammar, ids, COUNTS[row // 4]) for row, ids in enumerate(first))
     torch.manual_seed(123)  # the global generator plays no part, nor is it moved
     state = torch.get_rng_state()
-    assert sample(PROMPTS, COUNTS, batch_size=4) == first
+    assert sample(PROMPTS, PRIORS, batch_size=4) == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert sample(PROMPTS[::-1], COUNTS[::-1]) == [ids for i in (3, 2, 1, 0) for ids in first[4 * i : 4 * i + 4]]
-    assert sample(PROMPTS, COUNTS, seed=8) != first
+    assert sample(PROMPTS[::-1], PRIORS[::-1]) == [ids for i in (3, 2, 1, 0) for ids in first[4 * i : 4 * i + 4]]
+    assert sample(PROMPTS, PRIORS, seed=8) != first
 
 
 def test_sampled_frequencies_follow_the_log_probs(model, tokenizer):
     grammar = Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=0)
     got = generate_rankings(
-        model, [PROMPTS[0]], [3], grammar=grammar, num_generations=1500, temperature=1.3, batch_size=1500
+        model, [PROMPTS[0]], [[1.0, 0.0, 0.5]], grammar=grammar, num_generations=1500, temperature=1.3, batch_size=1500
     )
     rankings = sorted({tuple(ids) for ids in got})
     ids = torch.tensor(rankings)
     logits = model(torch.cat([torch.tensor([PROMPTS[0]] * len(ids)), ids], dim=1)).logits[:, len(PROMPTS[0]) - 1 : -1]
-    expected = constrained_log_probs(logits, ids, torch.full((len(ids),), 3), grammar, 1.3)[0].sum(1).exp()
+    prior = prior_tensor([[1.0, 0.0, 0.5]] * len(ids), grammar, torch.device("cpu"))
+    expected = constrained_log_probs(logits, ids, prior, grammar, 1.3)[0].sum(1).exp()
     shares = torch.tensor([got.count(list(ranking)) / 1500 for ranking in rankings])
     assert len(rankings) >= 4 and (shares - expected).abs().max() < 0.05  # four standard errors of a share
 
 
 def test_the_models_own_generation_config_and_mode_are_left_alone(model, grammar):
-    expected = generate_rankings(model, PROMPTS, COUNTS, grammar=grammar)
+    expected = generate_rankings(model, PROMPTS, PRIORS, grammar=grammar)
     theirs = model.generation_config
     leaking = GenerationConfig(do_sample=True, repetition_penalty=5.0, num_beams=3, suppress_tokens=[A, B, MARK])
     model.generation_config = leaking
     model.train()
     try:
-        assert generate_rankings(model, PROMPTS, COUNTS, grammar=grammar) == expected
+        assert generate_rankings(model, PROMPTS, PRIORS, grammar=grammar) == expected
         assert model.generation_config is leaking and model.training
     finally:
         model.generation_config = theirs
@@ -218,9 +245,9 @@ def test_the_models_own_generation_config_and_mode_are_left_alone(model, grammar
 
 def test_generation_refuses_what_it_cannot_rank(model, grammar):
     with pytest.raises(ConfigurationError, match="a prompt of 1 tokens with 6 candidates"):
-        generate_rankings(model, [[3]], [6], grammar=grammar)
+        generate_rankings(model, [[3]], [[0.0] * 6], grammar=grammar)
     with pytest.raises(ConfigurationError, match="a prompt of 0 tokens"):
-        generate_rankings(model, [[]], [2], grammar=grammar)
+        generate_rankings(model, [[]], [[0.0] * 2], grammar=grammar)
 
 
 def test_left_pad():

@@ -385,7 +385,7 @@ def test_a_training_row_by_hand(student, longest):
     grammar = Grammar(ranking_id=tokenizer.convert_tokens_to_ids("<|ranking|>"), label_ids=labels,
                       eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, max_reasoning=longest)  # fmt: skip
     trace = toy_trace(request, (11, 10, 12), "The shopper takes comedies.")
-    row = training_row(prompt, request, trace, tokenizer, grammar)
+    row = training_row(toy_maker(), request, prompt, trace, tokenizer, grammar)
     head = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
     head = tokenizer(head, add_special_tokens=False)["input_ids"]
     said = tokenizer("The shopper takes comedies.", add_special_tokens=False)["input_ids"]
@@ -402,7 +402,7 @@ def test_sft_rows_of_the_run_fit(smoke, items, student):
     maker, grammar = PromptMaker.of(smoke.settings, items), answer_grammar(tokenizer, smoke.settings)
     accepted = traces.accepted_traces(smoke)
     requests = [r for r in traces.training_requests(smoke, items, None, "sft") if r.request_id in accepted]
-    rows = [training_row(maker.render(r), r, accepted[r.request_id], tokenizer, grammar) for r in requests]
+    rows = [training_row(maker, r, maker.render(r), accepted[r.request_id], tokenizer, grammar) for r in requests]
     assert len(rows) > 30
     for row in rows:
         assert len(row.input_ids) == len(row.parts) <= smoke.settings["sft_max_length"]
@@ -519,6 +519,7 @@ FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_ba
 KILLS = {
     "candidates": "hold-out base: 1 epochs",
     "tokenizer": "texts embedded",
+    "evidence": "test: ",
     "midtrain": "  step 5/",
     "traces": "try 1:",
     "sft": "  step 7/11",
@@ -561,7 +562,7 @@ def uninterrupted(tmp_path_factory):
     chosen = Recorded(load_settings(config_dict={**TINY, **FASTER, "checkpoint_dir": str(root)}))
     data = Data(chosen)
     planned = pipeline.plan(chosen, data)
-    assert [entry.action for entry in planned] == ["run"] * 7
+    assert [entry.action for entry in planned] == ["run"] * 8
     pipeline.execute(planned, chosen, data, Watching(chosen))
     return chosen, {entry.stage.name: entry.folder for entry in planned}
 
@@ -590,7 +591,7 @@ def killed(tmp_path_factory):
 
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
-    assert [code for code, _ in starts] == [130] * 7 + [0]
+    assert [code for code, _ in starts] == [130] * 8 + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
     for name, folder in folders.items():
@@ -616,6 +617,7 @@ def same_files(one: Path, two: Path) -> int:
         ("candidates", ["train.jsonl", "valid.jsonl", "test.jsonl", "stats.json", "base/model.safetensors",
                         "hold_out_base/model.safetensors"]),
         ("tokenizer", ["rqvae.safetensors", "embeddings.npy", "sids.jsonl", "health.json"]),
+        ("evidence", ["prior.safetensors", "train.jsonl", "valid.jsonl", "test.jsonl", "facts.json"]),
         ("midtrain", ["model/model.safetensors", "model/tokenizer.json", "samples.json"]),
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),
         ("sft", ["model/model.safetensors", "samples.json"]),

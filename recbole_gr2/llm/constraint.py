@@ -115,26 +115,35 @@ class Grammar:
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Lets `generate` choose only what the grammar allows. `label_counts` (B,), one per row of the batch."""
+    """Lets `generate` choose only what the grammar allows, with the log-prior of the labels added to their logits.
 
-    def __init__(self, grammar: Grammar, prompt_length: int, label_counts: torch.Tensor) -> None:
-        self.grammar, self.prompt_length, self.label_counts = grammar, prompt_length, label_counts
+    `label_prior` (B, labels), one row per row of the batch; -inf behind a list's last label.
+    """
+
+    def __init__(self, grammar: Grammar, prompt_length: int, label_prior: torch.Tensor) -> None:
+        self.grammar, self.prompt_length, self.label_prior = grammar, prompt_length, label_prior
+        self.labels = torch.tensor(grammar.label_ids, device=label_prior.device)
+        self.label_counts = label_prior.isfinite().sum(-1)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # `phases` looks at the tokens before a position: append one position, and ask about it.
         asked = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
         phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts)))
+        scores = scores.index_add(-1, self.labels, self.label_prior.to(scores.dtype))
         return scores.masked_fill(~self.grammar.mask(phases, scores.size(-1)).squeeze(1), -torch.inf)
 
 
 def constrained_log_probs(
     logits: torch.Tensor,
     completion_ids: torch.Tensor,
-    label_counts: torch.Tensor,
+    label_prior: torch.Tensor,
     grammar: Grammar,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities under the grammar, for logits (B, O, V) that predict completion_ids (B, O).
+
+    Args:
+        label_prior: (B, labels), added to the logits of the labels; -inf behind a list's last label.
 
     Returns:
         log-probabilities (B, O) in nats, 0 where the token is forced, -inf where the grammar forbids it; entropy
@@ -142,7 +151,7 @@ def constrained_log_probs(
 
     Reasoning positions share one vocabulary mask and label positions read K logits, so no (B, O, V) mask is made.
     """
-    phases = grammar.phases(completion_ids, label_counts)
+    phases = grammar.phases(completion_ids, label_prior.isfinite().sum(-1))
     forced = phases.only != FREE
     wrong = forced & (completion_ids != phases.only)
     log_probs = torch.zeros(completion_ids.shape, device=logits.device).masked_fill(wrong, -torch.inf)
@@ -156,7 +165,7 @@ def constrained_log_probs(
 
     labels = torch.tensor(grammar.label_ids, device=logits.device)
     rows = phases.labels.any(-1)
-    scores = logits[rows][:, labels].float() / temperature
+    scores = (logits[rows][:, labels].float() + label_prior[rows.nonzero()[:, 0]]) / temperature
     scores = scores.masked_fill(~phases.labels[rows], -torch.inf)
     is_label = completion_ids[rows].unsqueeze(-1) == labels
     chosen, spread = _choose(scores, is_label.int().argmax(-1))

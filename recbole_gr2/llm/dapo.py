@@ -27,7 +27,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.constraint import FREE, Grammar, constrained_log_probs
-from recbole_gr2.llm.rollout import generate_rankings, left_pad, positions, read_answer
+from recbole_gr2.llm.rollout import generate_rankings, left_pad, positions, prior_tensor, read_answer
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
 
@@ -161,8 +161,8 @@ class DAPOTrainer(GRPOTrainer):
     """Trains a language model to rank by DAPO.
 
     Args:
-        rows: one dict per request: `request_id`, `prompt_ids` (token ids up to the assistant turn) and `label_items`
-            (item id of label A, B, ..). The target is in none of them.
+        rows: one dict per request: `request_id`, `prompt_ids` (token ids up to the assistant turn), `label_items`
+            (item id of label A, B, ..) and `label_prior` (their log-priors). The target is in none of them.
         requests: request by id, for the rewards.
         rewards: measures and pays answers (`rewards.WeightedRewards`).
         max_refill: how often a round draws further prompts in place of groups whose rewards are all equal.
@@ -302,11 +302,10 @@ class DAPOTrainer(GRPOTrainer):
         """Generate, read and reward G completions of each request."""
         size = self.num_generations
         rows = [self.rows[request_id] for request_id in request_ids]
-        counts = [len(row["label_items"]) for row in rows]
         completions = generate_rankings(
             self.model,
             [row["prompt_ids"] for row in rows],
-            counts,
+            [row["label_prior"] for row in rows],
             grammar=self.grammar,
             num_generations=size,
             temperature=self.temperature,
@@ -323,7 +322,7 @@ class DAPOTrainer(GRPOTrainer):
             ]
             terms = [self.rewards.terms(request, answer) for answer in answers]
             rewards = [self.rewards.total(term) for term in terms]
-            learnt = [self._learnt(ids, counts[index]) for ids in own]
+            learnt = [self._learnt(ids, len(row["label_items"])) for ids in own]
             unshaped = [{name: None if name in SHAPING else value for name, value in term.items()} for term in terms]
             verified = [self.rewards.total(term) for term in unshaped]
             groups.append(Group(row["request_id"], attempt, own, learnt, answers, terms, rewards, verified))
@@ -351,12 +350,18 @@ class DAPOTrainer(GRPOTrainer):
             "completion_ids": completion_ids,
             "completion_mask": pad_sequence(real, batch_first=True).to(device),
             "tool_mask": pad_sequence(learnt, batch_first=True).to(device),
+            "label_prior": prior_tensor(
+                [self.rows[group.request_id]["label_prior"] for group in batch for _ in group.completions],
+                self.grammar,
+                device,
+            ),
             "advantages": torch.tensor([a for group in batch for a in group.advantages], device=device),
             # Dead groups stay in the batch with advantage 0; they must not dilute the mean over tokens either.
             "num_items_in_batch": torch.tensor(
                 sum(map(sum, (mask for group in batch if group.alive for mask in group.learnt))), device=device
             ),
         }
+        self._label_prior = tensors["label_prior"]
         with torch.no_grad():
             tensors["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
@@ -366,6 +371,11 @@ class DAPOTrainer(GRPOTrainer):
                 batch_size=self.args.per_device_train_batch_size,  # the loss's own pieces: the first ratio is exactly 1
             )
         return tensors
+
+    def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """TRL's; what it hands to the method below does not say whose prior a row has."""
+        self._label_prior = inputs["label_prior"]
+        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -387,17 +397,14 @@ class DAPOTrainer(GRPOTrainer):
             )
         share_prompts = not self.args.gradient_checkpointing  # checkpointing and a key-value cache exclude each other
         log_probs, entropies = [], []
-        for ids, mask in zip(
-            input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids))
+        size = batch_size or len(input_ids)
+        for ids, mask, prior in zip(
+            input_ids.split(size), attention_mask.split(size), self._label_prior.split(size), strict=True
         ):
             completion_ids = ids[:, -logits_to_keep:]
             with self.accelerator.autocast():
                 logits = completion_logits(model, ids, mask, logits_to_keep, share_prompts)
-            # A finished completion names each of its K labels once, so K is in the tokens.
-            is_label = torch.isin(completion_ids, torch.tensor(self.grammar.label_ids, device=ids.device))
-            log_prob, entropy, _ = constrained_log_probs(
-                logits, completion_ids, is_label.sum(1), self.grammar, self.temperature
-            )
+            log_prob, entropy, _ = constrained_log_probs(logits, completion_ids, prior, self.grammar, self.temperature)
             log_probs.append(log_prob)
             entropies.append(entropy)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,17 +25,23 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss."""
+    """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss.
+
+    `choices` maps a position to the log-prior of every label there, -inf for those that are not open: such a token is
+    a choice among the open labels, as it is in generation, not among the whole vocabulary.
+    """
 
     input_ids: list[int]
     parts: list[int]
+    choices: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
 
 class PartsTrainer(SFTTrainer):
     """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
 
-    def __init__(self, *args, part_weights: Mapping[str, float], **kwargs) -> None:
+    def __init__(self, *args, part_weights: Mapping[str, float], label_ids: Sequence[int] = (), **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.label_ids = torch.tensor(label_ids, dtype=torch.long)
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
         self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
@@ -57,6 +63,14 @@ class PartsTrainer(SFTTrainer):
             ).last_hidden_state[:, :-1]
             logits = head(hidden[scored])
         losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
+        if "choices" in inputs:  # (B, T, labels), nan where a token is no choice among labels
+            bias = inputs["choices"][:, 1:][scored]
+            chosen, label_ids = ~bias[:, 0].isnan(), self.label_ids.to(labels.device)
+            which = (labels[scored][chosen].unsqueeze(-1) == label_ids).int().argmax(-1)
+            among = functional.cross_entropy(
+                logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none"
+            )
+            losses = losses.masked_scatter(chosen, among)
         parts = parts[scored]
         count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
         for number in range(1, len(self.part_weights)):
@@ -78,7 +92,7 @@ class PartsTrainer(SFTTrainer):
 def finetune(
     model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
     batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
-    bf16: bool, save_steps: int, say: Callable[[str], None] = lambda text: None,
+    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
 
@@ -89,6 +103,7 @@ def finetune(
         warmup_share: share of the steps in which the learning rate rises; it then falls linearly to 0.
         max_length: longest text in tokens; a longer one is an error, never cut.
         bf16: bfloat16 autocast.
+        label_ids: the labels that `Row.choices` are about.
 
     Returns:
         The log, one dict a line, `loss` and `loss/<part>` among its keys.
@@ -121,11 +136,13 @@ def finetune(
             "parts": [row.parts for row in rows],
             "labels": [[t if p else IGNORED for t, p in zip(row.input_ids, row.parts, strict=True)] for row in rows],
             "length": [len(row.input_ids) for row in rows],
+            "choice_at": [list(row.choices) for row in rows],
+            "choice_prior": [[list(prior) for prior in row.choices.values()] for row in rows],
         }
     )
     trainer = PartsTrainer(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        data_collator=Collator(tokenizer.pad_token_id), callbacks=[ProgressLines(say)],
+        label_ids=label_ids, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)), callbacks=[ProgressLines(say)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
@@ -138,8 +155,8 @@ def finetune(
 class Collator:
     """Pads rows on the right."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.fill = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}
+    def __init__(self, pad_id: int, label_count: int = 0) -> None:
+        self.fill, self.label_count = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}, label_count
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Tensors (B, T), with an attention mask, since padding may equal another token."""
@@ -148,6 +165,11 @@ class Collator:
             name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
             for name, fill in self.fill.items()
         }
+        if self.label_count:
+            batch["choices"] = torch.full((len(rows), width, self.label_count), torch.nan)
+            for number, row in enumerate(rows):
+                for position, prior in zip(row["choice_at"], row["choice_prior"], strict=True):
+                    batch["choices"][number, position] = torch.tensor(prior)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
         return batch

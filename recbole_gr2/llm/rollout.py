@@ -19,7 +19,7 @@ from recbole_gr2.types import Answer, Request
 def generate_rankings(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
-    label_counts: Sequence[int],
+    label_priors: Sequence[Sequence[float]],
     *,
     grammar: Grammar,
     num_generations: int = 1,
@@ -31,12 +31,13 @@ def generate_rankings(
     """Completions of B prompts, G each, prompt-major: B * G token lists that end with eos.
 
     Every completion is legal under the grammar. Each prompt is read once, however large G is. A sample depends on
-    (seed, its prompt, its number in the group) alone, not on what else is in the batch, so `batch_size` is a matter
+    (seed, its prompt and prior, its number in the group) alone, not on what else is in the batch, so `batch_size` is a matter
     of speed.
 
     Args:
         prompt_ids: token ids of each prompt, up to the start of the assistant turn.
-        label_counts: K of each prompt, 1 <= K <= labels of the grammar.
+        label_priors: log-prior of each prompt's K labels, added to their logits; zeros leave the choice to the model.
+            1 <= K <= labels of the grammar.
         temperature: 0 takes the likeliest token; above, logits / temperature are sampled without top-k or top-p.
         batch_size: completions decoded side by side (at least one prompt's G).
         bf16: run the model under bfloat16 autocast.
@@ -44,10 +45,10 @@ def generate_rankings(
     Raises:
         ConfigurationError: an empty prompt, or a K outside the grammar.
     """
-    for ids, count in zip(prompt_ids, label_counts, strict=True):
-        if not ids or not 1 <= count <= len(grammar.label_ids):
+    for ids, prior in zip(prompt_ids, label_priors, strict=True):
+        if not ids or not 1 <= len(prior) <= len(grammar.label_ids):
             raise ConfigurationError(
-                f"a prompt of {len(ids)} tokens with {count} candidates cannot be ranked",
+                f"a prompt of {len(ids)} tokens with {len(prior)} candidates cannot be ranked",
                 why=f"a prompt needs a token, and 1 to {len(grammar.label_ids)} candidates",
                 do="fewer candidates (cand_topk) or more labels in the tokenizer",
             )
@@ -57,8 +58,8 @@ def generate_rankings(
     with _evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
         for start in range(0, len(by_length), prompts_per_batch):
             chunk = by_length[start : start + prompts_per_batch]
-            prompts, counts = [prompt_ids[i] for i in chunk], [label_counts[i] for i in chunk]
-            rows = _generate_batch(model, prompts, counts, grammar, num_generations, temperature, seed)
+            prompts, priors = [prompt_ids[i] for i in chunk], [label_priors[i] for i in chunk]
+            rows = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
             for position, ids in enumerate(rows):
                 prompt, sample = divmod(position, num_generations)
                 completions[chunk[prompt] * num_generations + sample] = ids
@@ -146,6 +147,12 @@ def left_pad(sequences: Sequence[Sequence[int]], value: int, device: torch.devic
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def prior_tensor(priors: Sequence[Sequence[float]], grammar: Grammar, device: torch.device) -> torch.Tensor:
+    """Log-priors of B lists as one tensor (B, labels), -inf behind a list's last label."""
+    labels = len(grammar.label_ids)
+    return torch.tensor([[*prior, *[-torch.inf] * (labels - len(prior))] for prior in priors], device=device)
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids (B, P) that count real tokens, as `generate` does: padding does not shift a prompt."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -154,7 +161,7 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
 def _generate_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    counts: Sequence[int],
+    priors: Sequence[Sequence[float]],
     grammar: Grammar,
     num_generations: int,
     temperature: float,
@@ -171,14 +178,14 @@ def _generate_batch(
         ).past_key_values
         cache.batch_repeat_interleave(num_generations)
     ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
-    label_counts = torch.tensor(counts, device=ids.device).repeat_interleave(num_generations)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, ids.size(1), label_counts)])
+    label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids.size(1), label_prior)])
     if temperature > 0:
         seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
         processors.append(GumbelSampler(temperature, seeds, ids.device))
     config = GenerationConfig(
         do_sample=False,  # sampling is the Gumbel noise
-        max_new_tokens=grammar.max_reasoning + 1 + max(counts) + 1,
+        max_new_tokens=grammar.max_reasoning + 1 + max(map(len, priors)) + 1,
         eos_token_id=grammar.eos_id,
         pad_token_id=grammar.pad_id,
         use_cache=True,

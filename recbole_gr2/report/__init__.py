@@ -90,19 +90,20 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
     for scope in ("all", "in_list"):
         parts.append(f"## {scope_title(result, scope)}\n\n```\n{metrics_table(result, scope)}\n```")
     parts.append(
-        "Rows: `base` is the base model's own order, `oracle` the target first; `shuffled` is the RL model on shuffled "
+        "Rows: `base` is the base model's own order, `oracle` the target first, `evidence` the order of the prior that "
+        "sft and rl start from, without a language model; `shuffled` is the RL model on shuffled "
         "candidates. Intervals are 95 % bootstrap intervals over users, p-values two-sided paired randomisation tests, "
         "Holm-adjusted over the rows and metrics of a scope. `gap closed` is the share of the way from base to oracle. "
         f"Caution: one seed{caveat(result)}."
     )
     answers = [
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
-         f"{facts['unchanged']:.1%}",
+         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}",
          str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
         for row, facts in evaluate["rankings"].items() if "readable" in facts
     ]  # fmt: skip
     if answers:
-        header = ["row", "readable", "statuses", "tokens", "unchanged", "lists/s", "first place goes to base rank"]
+        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "lists/s", "first place goes to base rank"]
         parts.append(f"## Answers\n\n```\n{render_table(header, answers)}\n```")
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
@@ -113,6 +114,16 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         f"by nearest codes alone), largest collision {sids['largest_collision']}, codes in use {sids['used_codes']}, "
         f"entropy {[round(e, 2) for e in sids['entropy']]} bits, reconstruction (cosine) {sids['reconstruction']:.3f}."
     )
+    evidence = records["evidence"].facts
+    if evidence["facts"]:
+        found = [[split, f"{q['lists']:,}", *(f"{q[name]:.4f}" for name in list(q)[1:])]
+                 for split, q in evidence["quality"].items()]  # fmt: skip
+        header = ["split", *next(iter(evidence["quality"].values()))]
+        parts.append(
+            f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. The prior "
+            f"took {evidence['steps']} steps, chosen by validation lists; its orders of train lists come from fits that did "
+            f"not see them.\n\n```\n{render_table(header, found)}\n```"
+        )
     parts.append(
         f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
         f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "

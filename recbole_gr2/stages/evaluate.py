@@ -1,7 +1,7 @@
 """Evaluate: every stage's model re-ranks the test lists, and RecBole's evaluator has the last word.
 
-Rows: base (the base model's own order), oracle (the target first), each stage's model, and the RL model on shuffled
-candidates, which shows how far it goes by position. Two scopes: all users, and in_list, the users whose list holds the
+Rows: base (the base model's own order), oracle (the target first), evidence (the prior alone, which the language model
+starts from), each stage's model, and the RL model on shuffled candidates, which shows how far it goes by position. Two scopes: all users, and in_list, the users whose list holds the
 target. With one target a ranking metric depends on the lists that hold it alone, so these are the ones re-ranked.
 """
 
@@ -18,10 +18,10 @@ from recbole_gr2.bridge import ListedBase, evaluate_rows, train_base
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
-from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import SEQUENTIAL, load_stage_model, use_bf16
 from recbole_gr2.stages.sft import answer_grammar, answer_requests
 from recbole_gr2.stages.tokenizer import load_items
@@ -48,7 +48,7 @@ def run(context: Context) -> dict:
             do=f"choose rows from {', '.join(MODELS)} and scope in_list or all",
         )
     items = load_items(context.folders["tokenizer"], data.items)
-    requests = read_requests(context.folders["candidates"] / "test.jsonl", items)
+    requests = load_requests(context, "test", items)
     limit = settings["eval_max_lists"]
     if limit is not None and limit < len(requests):
         requests = random.Random(derive_seed(settings["seed"], "test lists")).sample(requests, limit)
@@ -60,12 +60,16 @@ def run(context: Context) -> dict:
         "base": {r.request_id: r.items for r in requests},
         "oracle": {r.request_id: promote(r.items, r.target) for r in in_list},
     }
+    by_prior = {r.request_id: r.by_prior for r in requests}
+    if by_prior != rankings["base"]:
+        rankings["evidence"] = by_prior
     for row in settings["eval_rows"]:
         started = time.monotonic()
         rankings[row], how = _rank(context, row, items, scored)
         seconds = time.monotonic() - started
         unchanged = float(np.mean([rankings[row][r.request_id] == r.items for r in scored]))
-        facts["rankings"][row] = {**how, "unchanged": unchanged, "seconds": round(seconds, 1),
+        as_evidence = float(np.mean([rankings[row][r.request_id] == by_prior[r.request_id] for r in scored]))
+        facts["rankings"][row] = {**how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
                                   "lists_per_second": round(len(scored) / seconds, 2)}  # fmt: skip
         context.say(f"{row}: {len(scored):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
     facts["rows"] = _metrics(context, requests, in_list, rankings)

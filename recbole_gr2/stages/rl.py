@@ -53,7 +53,8 @@ def run(context: Context) -> dict:
     for request in requests:
         prompt = maker.render(request)
         rows.append({"request_id": request.request_id, "prompt_ids": encode_prompt(prompt, tokenizer),
-                     "label_items": maker.label_items(request, prompt)})  # fmt: skip
+                     "label_items": maker.label_items(request, prompt),
+                     "label_prior": maker.label_prior(request, prompt)})  # fmt: skip
     rewards, weights = dict(REWARDS), dict(settings["rl_rewards"])
     if settings["rl_overlong_buffer"] and grammar.max_reasoning:
         rewards["overlong"] = overlong(grammar.max_reasoning, settings["rl_overlong_buffer"])

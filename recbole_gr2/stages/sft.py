@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
+
+import torch
 
 from recbole_gr2.errors import GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import Row, finetune
-from recbole_gr2.llm.rollout import generate_rankings, read_answer
+from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
 from recbole_gr2.prompts import PromptMaker, encode_prompt
-from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import RANKING, label_tokens
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import accepted_traces, training_requests
@@ -38,7 +41,7 @@ def run(context: Context) -> dict:
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)
-    rows = [training_row(maker.render(r), r, traces[r.request_id], tokenizer, grammar) for r in requests]
+    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar) for r in requests]
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "sft")
@@ -48,7 +51,9 @@ def run(context: Context) -> dict:
     log = finetune(
         model, tokenizer, rows, context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
-        steps=settings["sft_steps"], batch_size=settings["sft_batch_size"],
+        label_ids=grammar.label_ids,
+        steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(rows) / settings["sft_batch_size"])),
+        batch_size=settings["sft_batch_size"],
         micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
         warmup_share=settings["sft_warmup_share"], max_length=settings["sft_max_length"], seed=seed, bf16=bf16,
         save_steps=settings["sft_save_steps"], say=context.say,
@@ -57,7 +62,7 @@ def run(context: Context) -> dict:
     save_backbone(model, tokenizer, context.folder / "model")
     write_json(context.folder / "log.json", log)
 
-    checked = read_requests(context.folders["candidates"] / "valid.jsonl", items)
+    checked = load_requests(context, "valid", items)
     checked = random.Random(seed).sample(checked, min(settings["sft_check_lists"], len(checked)))
     answers, completions = answer_requests(model, tokenizer, maker, grammar, checked, bf16=bf16)
     statuses = Counter(answer.status for answer in answers)
@@ -90,21 +95,28 @@ def answer_grammar(tokenizer, settings) -> Grammar:
     return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
 
 
-def training_row(prompt: Prompt, request: Request, trace: Trace, tokenizer, grammar: Grammar) -> Row:
+def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar
+                 ) -> Row:  # fmt: skip
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on mark, labels and end.
 
-    A trace longer than the grammar allows ends at its limit, as it would in generation. Without reasoning
-    (`max_reasoning` 0) the trace is left out. The last label and the end are forced in generation, so they carry no
-    loss.
+    A label is a choice among the open ones, under the prior, as it is in generation. A trace longer than the grammar
+    allows ends at its limit, as it would in generation. Without reasoning (`max_reasoning` 0) the trace is left out.
+    The last label and the end are forced in generation, so they carry no loss.
     """
     head = encode_prompt(prompt, tokenizer)
     reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
     labels = [label_of[item] for item in trace.ranking]
+    prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))[0]
+    choices, first = {}, len(head) + len(reasoning) + 1
+    for place, label in enumerate(labels[:-1]):
+        choices[first + place] = prior.tolist()
+        prior[grammar.label_ids.index(label)] = -torch.inf
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *[REASONING] * len(reasoning), ANSWER if grammar.max_reasoning else 0,
                *[ANSWER] * (len(labels) - 1), 0, 0],
+        choices=choices,
     )  # fmt: skip
 
 
@@ -117,8 +129,9 @@ def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requ
     """
     prompts = [maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
     completions = generate_rankings(
-        model, [encode_prompt(p, tokenizer) for p in prompts], [len(r.items) for r in requests], grammar=grammar,
-        temperature=0.0, batch_size=batch_size, bf16=bf16,
+        model, [encode_prompt(p, tokenizer) for p in prompts],
+        [maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)], grammar=grammar, temperature=0.0,
+        batch_size=batch_size, bf16=bf16,
     )  # fmt: skip
     answers = [
         read_answer(request, completion, maker.label_items(request, prompt), grammar, tokenizer)

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker
-from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import RANKING, label_tokens, sid_text
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
@@ -113,7 +113,7 @@ def grounding(traces: list[Trace], requests: list[Request], items: tuple[Item, .
 
 def training_requests(context: Context, items: tuple[Item, ...], limit: int | None, purpose: str) -> list[Request]:
     """Train lists that hold their target; at most `limit` of them, drawn by seed."""
-    requests = [r for r in read_requests(context.folders["candidates"] / "train.jsonl", items) if r.target_rank]
+    requests = [r for r in load_requests(context, "train", items) if r.target_rank]
     if limit is not None and limit < len(requests):
         requests = random.Random(derive_seed(context.settings["seed"], purpose, "lists")).sample(requests, limit)
     return requests

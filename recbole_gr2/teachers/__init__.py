@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.evidence import overlap
 from recbole_gr2.prompts import kind, shorten
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed
@@ -45,8 +46,8 @@ class Teacher(Protocol):
 class RulesTeacher:
     """A deterministic teacher that needs no model: it compares kinds, brands and titles with the history.
 
-    Its first attempt takes the best candidate by its own score, later ones sample by it, so that rejection sampling has
-    something to choose from.
+    Its first attempt takes the best candidate by the prior, or by its own score where there is no evidence; later ones
+    sample by it, so that rejection sampling has something to choose from. The others follow in the prior's order.
     """
 
     name = "rules"
@@ -59,7 +60,8 @@ class RulesTeacher:
         return [self._argue(request, targeted, attempt) for request in requests]
 
     def _argue(self, request: Request, targeted: bool, attempt: int) -> Argument:
-        scores = {c.item_id: self.score(request, c.item_id, c.rank) for c in request.candidates}
+        scores = dict(zip(request.items, request.prior, strict=True)) if request.prior else {
+            c.item_id: self.score(request, c.item_id, c.rank) for c in request.candidates}  # fmt: skip
         if targeted:
             pick = request.target
         elif attempt == 0:
@@ -68,7 +70,7 @@ class RulesTeacher:
             rng = random.Random(derive_seed(self.seed, request.request_id, attempt))
             weights = [math.exp(score / self.temperature) for score in scores.values()]
             pick = rng.choices(list(scores), weights)[0]
-        return Argument(reasoning=self.text(request, pick), ranking=promote(request.items, pick))
+        return Argument(reasoning=self.text(request, pick), ranking=promote(request.by_prior, pick))
 
     def score(self, request: Request, item_id: int, rank: int) -> float:
         """How well a candidate fits: kinds and brands in common with the last items, and its base rank."""
@@ -97,18 +99,6 @@ class RulesTeacher:
             f"The shopper takes {usual}, last {sid_text(last.sid)}. "
             f"Next {kind(chosen) or shorten(chosen.title, 30)}: {why}. Best is {sid_text(chosen.sid)}"
         )
-
-
-def overlap(one: Item, other: Item) -> float:
-    """Share of their category paths, from the root, that two items have in common; of their words without a path."""
-    if not one.categories or not other.categories:
-        return 0.0
-    if " > " in one.categories or " > " in other.categories:
-        a, b = one.categories.split(" > "), other.categories.split(" > ")
-        depth = next((d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        return depth / max(len(a), len(b))
-    a, b = set(one.categories.split()), set(other.categories.split())
-    return len(a & b) / len(a | b)
 
 
 class LocalLLMTeacher:
@@ -140,7 +130,8 @@ class LocalLLMTeacher:
                 prompt = type(prompt)(**{**vars(prompt), "messages": (*before, hint)})
             ids.append(encode_prompt(prompt, self.tokenizer))
         completions = generate_rankings(
-            self.model, ids, [len(r.items) for r in requests], grammar=self.grammar, bf16=self.bf16,
+            self.model, ids, [self.maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
+            grammar=self.grammar, bf16=self.bf16,
             temperature=self.temperature if attempt or targeted else 0.0, seed=derive_seed(self.seed, attempt),
         )  # fmt: skip
         arguments = []
@@ -148,7 +139,7 @@ class LocalLLMTeacher:
             answer = read_answer(
                 request, completion, self.maker.label_items(request, prompt), self.grammar, self.tokenizer
             )
-            ranking = promote(request.items, request.target) if targeted else answer.ranking
+            ranking = promote(request.by_prior, request.target) if targeted else answer.ranking
             arguments.append(Argument(reasoning=answer.reasoning, ranking=ranking))
         return arguments
 

@@ -73,7 +73,7 @@ class OpenAITeacher:
 
 
 def read_argument(text: str, request: Request, prompt: Prompt) -> Argument:
-    """The JSON object in a reply: reasoning, and the ranking completed in base order; no reasoning if there is none."""
+    """The JSON object in a reply: reasoning, and the ranking completed in the prior's order; no reasoning if there is none."""
     found = re.search(r"\{.*\}", text, flags=re.DOTALL)
     try:
         said = json.loads(found.group()) if found else {}
@@ -82,5 +82,5 @@ def read_argument(text: str, request: Request, prompt: Prompt) -> Argument:
     item_of = {label: request.items[position] for label, position in zip(prompt.labels, prompt.order, strict=True)}
     named = said.get("recommendations") if isinstance(said.get("recommendations"), list) else []
     explanation = said.get("explanation") if isinstance(said.get("explanation"), str) and named else ""
-    ranking = complete([item_of[label] for label in map(str, named) if label in item_of], request.items)
+    ranking = complete([item_of[label] for label in map(str, named) if label in item_of], request.by_prior)
     return Argument(reasoning=" ".join(explanation.split()), ranking=ranking)

@@ -1,0 +1,233 @@
+"""Evidence: short facts about each candidate of a list that a re-ranker needs and a language model cannot know.
+
+A provider is a function `provider(observed) -> describe`, and `describe(request)` gives named facts, one number per
+candidate. It sees training interactions and item texts alone; the target of a list reaches none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.types import Item, Request
+
+RECENT = 10  # items of a history that transitions and texts are compared with; ours
+Facts = dict[str, np.ndarray]
+Describe = Callable[[Request], Facts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """What evidence is computed from.
+
+    Attributes:
+        items: the catalogue; `items[item_id - 1]`.
+        sequences: item ids of every user, oldest first, without the targets of the lists that are described.
+        embeddings: text embedding of every item, (N, D), of length 1 (or 0 without a text).
+    """
+
+    items: Sequence[Item]
+    sequences: Sequence[Sequence[int]]
+    embeddings: np.ndarray
+
+
+def base(observed: Observed) -> Describe:
+    """Where the base model puts a candidate: rank, score below the first one, log-softmax of the scores."""
+
+    def describe(request: Request) -> Facts:
+        scores = np.array([c.score for c in request.candidates])
+        ranks = np.arange(1, len(scores) + 1)
+        log_softmax = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+        return {"rank": ranks, "1 / rank": 1 / ranks, "gap": scores.max() - scores, "log share": log_softmax}
+
+    return describe
+
+
+def popularity(observed: Observed) -> Describe:
+    """How often a candidate was taken, log(1 + n)."""
+    counts = np.zeros(len(observed.items) + 1)
+    for sequence in observed.sequences:
+        np.add.at(counts, list(sequence), 1)
+
+    def describe(request: Request) -> Facts:
+        return {"popularity": np.log1p(counts[list(request.items)])}
+
+    return describe
+
+
+def transition(observed: Observed) -> Describe:
+    """How often a candidate was taken right after, or soon after (three steps), the last items of the history."""
+    size = len(observed.items) + 1
+    steps = [_steps(observed.sequences, step, size) for step in (1, 2, 3)]
+    direct, soon = Counts(steps[0]), Counts(steps[0] + steps[1] + steps[2])
+    followed = np.maximum(np.asarray(steps[0].sum(axis=1)).ravel(), 1)
+
+    def describe(request: Request) -> Facts:
+        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
+        last = recent[-1]
+        fade = 0.7 ** np.arange(len(recent))[::-1, None]
+        return {
+            "next": np.log1p(direct.of(last, items)),
+            "share of next": direct.of(last, items) / followed[last],
+            "soon after last": np.log1p(soon.of(last, items)),
+            "soon after": np.log1p((fade * soon.of(recent[:, None], items)).sum(axis=0)),
+            "soon before last": np.log1p(soon.of(items, last)),
+        }
+
+    return describe
+
+
+def together(observed: Observed) -> Describe:
+    """How many users took a candidate and an item of the history, as a cosine: n(a, b) / sqrt(n(a) n(b))."""
+    from scipy.sparse import csr_matrix
+
+    size = len(observed.items) + 1
+    users = np.repeat(np.arange(len(observed.sequences)), [len(sequence) for sequence in observed.sequences])
+    taken = np.concatenate([np.asarray(sequence, dtype=int) for sequence in observed.sequences])
+    rows = csr_matrix((np.ones(len(taken), dtype=np.float32), (users, taken)), shape=(len(observed.sequences), size))
+    rows.data[:] = 1.0
+    product = rows.T @ rows
+    both, counts = Counts(product), np.maximum(product.diagonal(), 1)
+
+    def describe(request: Request) -> Facts:
+        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
+        number = both.of(recent[:, None], items)
+        cosine = number / np.sqrt(counts[recent][:, None] * counts[items])
+        return {"together": cosine.sum(axis=0), "most together": cosine.max(axis=0),
+                "together with last": cosine[-1], "users together": np.log1p(number.sum(axis=0))}  # fmt: skip
+
+    return describe
+
+
+def text(observed: Observed) -> Describe:
+    """Cosine of a candidate's text with those of the history: the last one, the closest, and their mean."""
+
+    def describe(request: Request) -> Facts:
+        recent = observed.embeddings[np.array(request.history[-RECENT:]) - 1]
+        cosine = recent @ observed.embeddings[np.array(request.items) - 1].T
+        return {"text of last": cosine[-1], "closest text": cosine.max(axis=0), "text": cosine.mean(axis=0)}
+
+    return describe
+
+
+def brand(observed: Observed) -> Describe:
+    """Whether a candidate's brand is that of the last item, and the share of the history with that brand."""
+
+    def describe(request: Request) -> Facts:
+        theirs = [observed.items[i - 1].brand for i in request.history]
+        ours = [observed.items[i - 1].brand for i in request.items]
+        return {
+            "brand of last": np.array([float(b != "" and b == theirs[-1]) for b in ours]),
+            "brand": np.array([theirs.count(b) / len(theirs) if b else 0.0 for b in ours]),
+        }
+
+    return describe
+
+
+def category(observed: Observed) -> Describe:
+    """Share of a candidate's category path that the last items have in common with it: the last one, and the mean."""
+
+    def describe(request: Request) -> Facts:
+        recent = [observed.items[i - 1] for i in request.history[-RECENT:]]
+        shared = np.array([[overlap(observed.items[c - 1], past) for c in request.items] for past in recent])
+        return {"category of last": shared[-1], "category": shared.mean(axis=0)}
+
+    return describe
+
+
+PROVIDERS: Mapping[str, Callable[[Observed], Describe]] = {
+    "base": base, "popularity": popularity, "transition": transition, "together": together, "text": text,
+    "brand": brand, "category": category,
+}  # fmt: skip
+
+
+def overlap(one: Item, other: Item) -> float:
+    """Share of their category paths, from the root, that two items have in common; of their words without a path."""
+    if not one.categories or not other.categories:
+        return 0.0
+    if " > " in one.categories or " > " in other.categories:
+        a, b = one.categories.split(" > "), other.categories.split(" > ")
+        depth = next((d for d, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return depth / max(len(a), len(b))
+    a, b = set(one.categories.split()), set(other.categories.split())
+    return len(a & b) / len(a | b)
+
+
+def find_providers(names: Sequence[str]) -> list[Callable[[Observed], Describe]]:
+    """Providers by name: built-in ones, or `module:attribute`.
+
+    Raises:
+        ConfigurationError: neither.
+    """
+    found = []
+    for name in names:
+        if name in PROVIDERS:
+            found.append(PROVIDERS[name])
+            continue
+        module, _, attribute = name.partition(":")
+        try:
+            found.append(getattr(importlib.import_module(module), attribute) if attribute else PROVIDERS[name])
+        except (ImportError, AttributeError, KeyError) as error:
+            raise ConfigurationError(
+                f"there is no evidence provider {name!r}: {error}", where="evidence_providers",
+                do=f"choose from {', '.join(PROVIDERS)}, or module:attribute",
+            ) from error  # fmt: skip
+    return found
+
+
+def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed) -> tuple[list[str], list[np.ndarray]]:
+    """Names of the F facts, and for each request their values, (K, F) float32.
+
+    Raises:
+        GR2Error: a provider gave something else than one finite number per candidate, or a name twice.
+    """
+    describes = [provider(observed) for provider in find_providers(names)]
+    labels: list[str] = []
+    values = []
+    for request in requests:
+        facts = [pair for describe in describes for pair in describe(request).items()]
+        columns = [np.asarray(column, dtype=np.float32) for _, column in facts]
+        wrong = [name for (name, _), column in zip(facts, columns, strict=True)
+                 if column.shape != (len(request.items),) or not np.isfinite(column).all()]  # fmt: skip
+        if wrong:
+            raise GR2Error(
+                f"the fact {wrong[0]!r} is not one finite number per candidate", where=request.request_id,
+                do=f"mend its provider, one of evidence_providers {list(names)}",
+            )  # fmt: skip
+        labels = labels or [name for name, _ in facts]
+        values.append(np.stack(columns, axis=1))
+    if len(set(labels)) < len(labels):
+        raise GR2Error(f"two facts have one name: {labels}", where="evidence_providers", do="rename one of them")
+    return labels, values
+
+
+class Counts:
+    """Look-up of many entries of a sparse matrix at once, many times faster than its own indexing."""
+
+    def __init__(self, matrix) -> None:
+        matrix = matrix.tocsr()
+        matrix.sum_duplicates()  # sorts, too
+        self.size = matrix.shape[1]
+        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+        self.keys, self.values = rows * self.size + matrix.indices, matrix.data
+
+    def of(self, rows, columns) -> np.ndarray:
+        """Entries at (rows, columns), which are broadcast against each other; 0 where there is none."""
+        wanted = np.asarray(rows, dtype=np.int64) * self.size + columns
+        if not len(self.keys):
+            return np.zeros(wanted.shape, dtype=np.float32)
+        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[place] == wanted, self.values[place], 0.0)
+
+
+def _steps(sequences: Sequence[Sequence[int]], step: int, size: int):
+    """Sparse (size, size): how often item b stands `step` places behind item a."""
+    from scipy.sparse import csr_matrix
+
+    before = np.concatenate([np.asarray(sequence[:-step], dtype=int) for sequence in sequences])
+    behind = np.concatenate([np.asarray(sequence[step:], dtype=int) for sequence in sequences])
+    return csr_matrix((np.ones(len(before), dtype=np.float32), (before, behind)), shape=(size, size))

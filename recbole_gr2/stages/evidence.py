@@ -1,0 +1,94 @@
+"""Evidence: facts about the candidates of every list, and the prior that a small model makes of them.
+
+Facts of train lists come from the training data without their targets, as their base model does; facts of valid and
+test lists from all of the training data. The prior is fitted on the train lists that hold their target, and validation
+lists choose when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from safetensors.torch import save_file
+
+from recbole_gr2.evidence import Observed, collect
+from recbole_gr2.evidence.prior import cross_fit, fit_prior, log_prior
+from recbole_gr2.ranking import ndcg_at
+from recbole_gr2.requests import read_requests
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.stages import Context
+from recbole_gr2.store import read_lines, write_json, write_lines
+from recbole_gr2.types import Item, Request
+
+SPLITS = ("train", "valid", "test")
+
+
+def run(context: Context) -> dict:
+    """Writes prior.safetensors, facts.json and <split>.jsonl: the log-prior of every candidate.
+
+    Train lists without their target get no line: nothing is learnt from them.
+    """
+    settings, data = context.settings, context.data
+    if not settings["evidence_providers"]:
+        for split in SPLITS:
+            write_lines(context.folder / f"{split}.jsonl", ())
+        context.say("no evidence: the policy starts from the language model alone")
+        return {"facts": []}
+    requests = {
+        split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS
+    }
+    requests["train"] = [r for r in requests["train"] if r.target_rank]
+    embeddings = np.load(context.folders["tokenizer"] / "embeddings.npy")
+    training = [sequence.tolist() for sequence in data.train_sequences().values()]
+    seen = {"train": [s[:-1] for s in training], "valid": training, "test": training}
+    names, facts = [], {}
+    for split in SPLITS:
+        observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
+        names, facts[split] = collect(requests[split], settings["evidence_providers"], observed)
+        context.say(f"{split}: {len(names)} facts about each candidate of {len(facts[split]):,} lists")
+
+    options = {name: settings[f"evidence_{name}"] for name in ("hidden", "dropout", "learning_rate", "weight_decay")}
+    seed = derive_seed(settings["seed"], "evidence")
+    goals = [r.target_rank - 1 for r in requests["train"]]
+    held = [number for number, r in enumerate(requests["valid"]) if r.target_rank]
+    checked = [facts["valid"][n] for n in held], [requests["valid"][n].target_rank - 1 for n in held]
+    prior, steps, error = fit_prior(facts["train"], goals, valid=checked, steps=settings["evidence_steps"], seed=seed,
+                                    **options)  # fmt: skip
+    rows = {split: log_prior(prior, facts[split]) for split in ("valid", "test")}
+    rows["train"] = cross_fit(facts["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed,
+                              **options)  # fmt: skip
+    save_file(prior.state_dict(), context.folder / "prior.safetensors")
+    for split in SPLITS:
+        write_lines(context.folder / f"{split}.jsonl", (
+            {"request_id": r.request_id, "log_prior": row} for r, row in zip(requests[split], rows[split], strict=True)
+        ))  # fmt: skip
+    quality = {
+        "train": _quality(requests["train"], rows["train"]),
+        "valid": _quality([requests["valid"][n] for n in held], [rows["valid"][n] for n in held]),
+    }
+    for split, found in quality.items():
+        context.say(f"{split}: target first {found['recall@1']:.4f} (base {found['base recall@1']:.4f}), ndcg@5 "
+                    f"{found['ndcg@5']:.4f} (base {found['base ndcg@5']:.4f}), {found['lists']:,} lists")  # fmt: skip
+    write_json(context.folder / "facts.json", names)
+    return {"facts": names, "steps": steps, "valid_cross_entropy": error, "quality": quality}
+
+
+def load_requests(context: Context, split: str, items: Sequence[Item]) -> list[Request]:
+    """The lists of a split with their prior."""
+    lines = read_lines(context.folders["evidence"] / f"{split}.jsonl")
+    priors = {line["request_id"]: tuple(line["log_prior"]) for line in lines}
+    requests = read_requests(context.folders["candidates"] / f"{split}.jsonl", items)
+    return [replace(r, prior=priors.get(r.request_id, ())) for r in requests]
+
+
+def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> dict:
+    """How well the prior orders lists that hold their target, beside the base order."""
+    base = np.array([r.target_rank for r in requests])
+    ours = np.array([replace(r, prior=tuple(row)).by_prior.index(r.target) + 1 for r, row in zip(requests, rows)])
+    return {
+        "lists": len(requests),
+        "recall@1": float((ours == 1).mean()), "base recall@1": float((base == 1).mean()),
+        "ndcg@5": float(ndcg_at(ours, 5).mean()), "base ndcg@5": float(ndcg_at(base, 5).mean()),
+    }  # fmt: skip

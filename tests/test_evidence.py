@@ -1,0 +1,171 @@
+"""Evidence: facts by hand, nothing of the target in them, and a prior that learns what is there to learn."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.evidence import PROVIDERS, Counts, Observed, collect, overlap
+from recbole_gr2.evidence.prior import cross_fit, fit_prior, log_prior
+from recbole_gr2.types import Candidate, Item, Request
+
+ITEMS = tuple(
+    Item(item_id=n, token=f"t{n}", title=f"Title {n}", brand=brand, categories=categories)
+    for n, (brand, categories) in enumerate(
+        [("X", "A > B > C"), ("X", "A > B"), ("Y", "A > D"), ("", "E"), ("Y", ""), ("X", "A > B > C")], start=1
+    )
+)
+SEQUENCES = [[1, 2, 3], [1, 2, 4], [2, 5], [6, 1, 2]]
+VECTORS = np.eye(6, dtype=np.float32)
+OBSERVED = Observed(items=ITEMS, sequences=SEQUENCES, embeddings=VECTORS)
+
+
+def request(history=(1, 2), candidates=(3, 4, 5), scores=(3.0, 2.0, 0.0), target=4) -> Request:
+    listed = tuple(Candidate(item_id=i, score=s, rank=r) for r, (i, s) in enumerate(zip(candidates, scores), start=1))
+    return Request(request_id="r", user_token="u", split="test", history=tuple(history), candidates=listed,
+                   target=target, provider="p")  # fmt: skip
+
+
+def facts(name: str, **changes) -> dict[str, list[float]]:
+    return {key: np.round(np.asarray(value, dtype=float), 6).tolist() for key, value in PROVIDERS[name](OBSERVED)(request(**changes)).items()}
+
+
+def logs(*counts: float) -> list[float]:
+    return [round(math.log1p(count), 6) for count in counts]
+
+
+def test_facts_by_hand():
+    total = math.exp(0) + math.exp(-1) + math.exp(-3)
+    base = facts("base")
+    assert base["rank"] == [1, 2, 3] and base["gap"] == [0, 1, 3]
+    assert base["log share"] == pytest.approx([score - math.log(total) for score in (0, -1, -3)], abs=1e-6)
+    assert facts("popularity") == {"popularity": logs(1, 1, 1)}
+    assert facts("popularity", candidates=(1, 2, 6)) == {"popularity": logs(3, 4, 1)}
+    after = facts("transition")
+    assert after["next"] == logs(1, 1, 1) and after["share of next"] == [0.333333] * 3
+    assert after["soon after last"] == logs(1, 1, 1)
+    assert after["soon after"] == logs(1.7, 1.7, 1)  # behind item 2 (the last), and behind item 1 at 0.7
+    assert facts("transition", history=(1,), candidates=(6, 2, 3))["soon before last"] == logs(1, 0, 0)
+    pair = facts("together", candidates=(3, 4, 6))
+    assert pair["together with last"] == pytest.approx([0.5, 0.5, 0.5])  # n = 1, sqrt(4 * 1)
+    assert pair["together"] == pytest.approx([0.5 + 1 / math.sqrt(3)] * 3, abs=1e-6)
+    assert pair["most together"] == pytest.approx([1 / math.sqrt(3)] * 3, abs=1e-6)
+    assert pair["users together"] == logs(2, 2, 2)
+    assert facts("text", candidates=(2, 1, 3)) == {
+        "text of last": [1, 0, 0], "closest text": [1, 1, 0], "text": [0.5, 0.5, 0]}  # fmt: skip
+    assert facts("brand", candidates=(6, 3, 4)) == {"brand of last": [1, 0, 0], "brand": [1, 0, 0]}
+    same = facts("category", candidates=(6, 3, 5))
+    assert same["category of last"] == [0.666667, 0.5, 0] and same["category"] == [0.833333, 0.416667, 0]
+
+
+def test_overlap():
+    assert overlap(ITEMS[0], ITEMS[1]) == 2 / 3 and overlap(ITEMS[0], ITEMS[5]) == 1 and overlap(ITEMS[0], ITEMS[4]) == 0
+    words = [Item(item_id=n, token="", title="", categories=c) for n, c in enumerate(["Drama War", "War"], start=1)]
+    assert overlap(*words) == 0.5
+
+
+def test_the_target_is_in_no_fact():
+    names = list(PROVIDERS)
+    rows = [collect([request(target=target)], names, OBSERVED) for target in (3, 4, 5, 0)]
+    for labels, (table,) in rows:
+        assert labels == rows[0][0] and len(labels) == len(set(labels)) == table.shape[1] > 15
+        assert np.array_equal(table, rows[0][1][0]) and table.shape[0] == 3
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=40))
+def test_counts_look_up_what_the_matrix_holds(pairs):
+    from scipy.sparse import csr_matrix
+
+    rows, columns = (np.array(part, dtype=int) for part in (zip(*pairs) if pairs else ((), ())))
+    matrix = csr_matrix((np.ones(len(pairs)), (rows, columns)), shape=(7, 7))
+    grid = np.arange(7)
+    assert np.array_equal(Counts(matrix).of(grid[:, None], grid), matrix.toarray())
+
+
+def two_names(observed):
+    return lambda request: {"rank": np.zeros(len(request.items))}
+
+
+def too_short(observed):
+    return lambda request: {"x": np.zeros(1)}
+
+
+def not_finite(observed):
+    return lambda request: {"x": np.full(len(request.items), np.nan)}
+
+
+def test_providers_of_a_user():
+    labels, (table,) = collect([request()], ["popularity", f"{__name__}:two_names"], OBSERVED)
+    assert labels == ["popularity", "rank"] and table.shape == (3, 2)
+    with pytest.raises(GR2Error, match="two facts have one name"):
+        collect([request()], ["base", f"{__name__}:two_names"], OBSERVED)
+    for wrong in ("too_short", "not_finite"):
+        with pytest.raises(GR2Error, match="one finite number per candidate"):
+            collect([request()], ["popularity", f"{__name__}:{wrong}"], OBSERVED)
+    for wrong in ("weather", "no_such_module:x", f"{__name__}:no_such_name"):
+        with pytest.raises(ConfigurationError, match="no evidence provider"):
+            collect([request()], [wrong], OBSERVED)
+
+
+# --- the prior -------------------------------------------------------------------------------------------------------
+
+OPTIONS = dict(hidden=8, dropout=0.0, learning_rate=0.02, weight_decay=0.0)
+
+
+def planted(count: int, seed: int):
+    """Lists of five in which the target is the candidate with the largest first fact, seven times out of ten."""
+    rng = np.random.default_rng(seed)
+    tables = [rng.normal(size=(5, 3)).astype(np.float32) for _ in range(count)]
+    targets = [int(t[:, 0].argmax()) if rng.random() < 0.7 else int(rng.integers(5)) for t in tables]
+    return tables, targets
+
+
+def test_the_prior_finds_a_planted_pattern():
+    tables, targets = planted(300, 0)
+    prior, steps, error = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
+    new, truth = planted(200, 2)
+    rows = log_prior(prior, new)
+    right = np.mean([np.argmax(row) == target for row, target in zip(rows, truth)])
+    assert right > 0.65 and 10 <= steps <= 200 and error < math.log(5) - 0.3
+    assert all(math.fsum(map(math.exp, row)) == pytest.approx(1, abs=1e-5) for row in rows)
+    again, _, _ = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
+    assert log_prior(again, new) == rows
+
+
+def test_padding_of_short_lists_takes_no_probability():
+    tables, targets = planted(50, 0)
+    short = [table[:2] for table in tables[:25]] + tables[25:]
+    prior, _, _ = fit_prior(short, [min(t, 1) for t in targets[:25]] + targets[25:], valid=None, steps=20, seed=3,
+                            **OPTIONS)  # fmt: skip
+    rows = log_prior(prior, short)
+    assert [len(row) for row in rows] == [2] * 25 + [5] * 25
+    assert all(math.fsum(map(math.exp, row)) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert rows[0] == pytest.approx(log_prior(prior, [short[0]])[0], abs=1e-5)
+
+
+def test_a_cross_fitted_list_does_not_know_its_own_target():
+    tables, targets = planted(40, 0)
+    before = cross_fit(tables, targets, folds=4, steps=30, seed=1, **OPTIONS)
+    changed = list(targets)
+    changed[7] = (targets[7] + 1) % 5
+    after = cross_fit(tables, changed, folds=4, steps=30, seed=1, **OPTIONS)
+    assert before[7] == after[7] and before != after
+    assert len(before) == 40 and all(len(row) == 5 for row in before)
+
+
+def test_the_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    fit_prior(*planted(20, 0), valid=None, steps=5, seed=1, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_order_by_prior():
+    plain = request()
+    assert plain.by_prior == plain.items == (3, 4, 5)
+    assert replace(plain, prior=(-2.0, -1.0, -2.0)).by_prior == (4, 3, 5)
