@@ -15,6 +15,7 @@ from typing import Any
 from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.evidence import find_providers
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
@@ -132,25 +133,29 @@ def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[st
 
 
 def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
-    """Content hashes of what a user may edit behind a setting: prompt template, teacher's module, candidate file."""
+    """Content hashes of what a user may edit behind a setting: prompt template, modules, candidate file."""
     hashes = {}
     if "prompt_template" in values:
         hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
-    if ":" in values.get("trace_teacher", ""):
-        hashes["trace_teacher.sha"] = _file_hash(_module_file(values["trace_teacher"].split(":")[0]))
+    for key in ("trace_teacher", "evidence_providers"):
+        named = values.get(key) or []
+        for name in [named] if isinstance(named, str) else named:
+            if ":" in name:
+                hashes[f"{name}.sha"] = _file_hash(_module_file(name.split(":")[0], key))
+    find_providers(values.get("evidence_providers", ()))  # an unknown one is told now, not after the stages before it
     if values.get("cand_file"):
         hashes["cand_file.sha"] = _file_hash(values["cand_file"])
     return hashes
 
 
-def _module_file(module: str) -> str:
+def _module_file(module: str, key: str) -> str:
     """Source file of a module that a setting names; told now, not after the stages before it."""
     try:
         spec = importlib.util.find_spec(module)
     except ImportError:  # of a package on the way to it
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigurationError(f"there is no module {module!r}", where="trace_teacher",
+        raise ConfigurationError(f"there is no module {module!r}", where=key,
                                  do="install it, or add its folder to PYTHONPATH")  # fmt: skip
     return spec.origin
 

@@ -118,6 +118,9 @@ def run(
     Raises:
         GR2Error: with what, where, why and do; nothing that is finished is lost.
     """
+    # torch reads it at its first allocation. Huge pages on the CPU: generation 1.4 times as fast, a third of the kernel's
+    # time, the same numbers (measured on two cores; without effect where the kernel does not offer them).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from recbole_gr2.config import load_settings
     from recbole_gr2.console import Console
 

@@ -172,14 +172,14 @@ def test_two_runs_never_write_one_stage(smoke_run, tmp_path, capsys):
     assert main([*argv, "--stages=tokenizer"]) == 0
 
 
-def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path):
+def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch):
     prompt = tmp_path / "mine.yaml"
     keys = []
     for text in ("system: S\nuser: U\n", "system: S\nuser: V\n"):
         prompt.write_text(text)
         keys.append(planned(smoke_run, data, prompt_template=str(prompt)))
     for name in NAMES:
-        assert (keys[0][name].key == keys[1][name].key) == (name in ("candidates", "tokenizer"))
+        assert (keys[0][name].key == keys[1][name].key) == (name in ("candidates", "tokenizer", "evidence"))
     lists = tmp_path / "lists.jsonl"
     with pytest.raises(MissingFileError, match="lists.jsonl"):
         planned(smoke_run, data, cand_file=str(lists))
@@ -187,6 +187,15 @@ def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path):
     one = planned(smoke_run, data, cand_file=str(lists))["candidates"].key
     lists.write_text("{}\n{}\n")
     assert planned(smoke_run, data, cand_file=str(lists))["candidates"].key != one
+    (tmp_path / "my_facts.py").write_text("def facts(observed): ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    providers = {"evidence_providers": ["base", "my_facts:facts"]}
+    one = planned(smoke_run, data, **providers)
+    (tmp_path / "my_facts.py").write_text("def facts(observed): ...  # changed")
+    two = planned(smoke_run, data, **providers)
+    assert one["evidence"].key != two["evidence"].key and one["midtrain"].key == two["midtrain"].key
+    with pytest.raises(ConfigurationError, match="no evidence provider 'weather'"):
+        planned(smoke_run, data, evidence_providers=["weather"])
     for teacher in ("no_such_package.module:Teacher", "no_such_module:Teacher"):
         with pytest.raises(ConfigurationError, match="no module"):
             planned(smoke_run, data, trace_teacher=teacher)

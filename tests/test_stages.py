@@ -325,9 +325,9 @@ def test_a_teacher_of_the_users_own(smoke, tmp_path, monkeypatch):
     assert {line["teacher"] for line in lines(tmp_path / "accepted.jsonl")} == {"mine"}
     # Its source is part of the stage's key.
     chosen = load_settings(config_dict={"preset": "smoke", "trace_teacher": "my_teacher:Mine"})
-    keys = [pipeline.plan(chosen, smoke.data)[3].key]
+    keys = [pipeline.plan(chosen, smoke.data, stages=["traces"])[-1].key]
     (tmp_path / "my_teacher.py").write_text(TEACHER + "\n# changed\n")
-    keys.append(pipeline.plan(chosen, smoke.data)[3].key)
+    keys.append(pipeline.plan(chosen, smoke.data, stages=["traces"])[-1].key)
     assert keys[0] != keys[1]
 
 
