@@ -349,9 +349,9 @@ def mask_seen(scores, users: Sequence[int], data: Data, split: str) -> None:
     scores[torch.from_numpy(row), torch.from_numpy(column)] = -torch.inf
 
 
-def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None,
+def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None, model: str | None = None,
                say: Callable[[str], None] = lambda text: None) -> BaseModel:  # fmt: skip
-    """Train the base model with RecBole's trainer, or load it from `folder` if it is complete there.
+    """Train a RecBole model with RecBole's trainer, or load it from `folder` if it is complete there.
 
     Args:
         data: the data set.
@@ -359,6 +359,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         hold_out: train without each user's last training interaction, the target of the train requests.
         epochs: train exactly so long without validation; None stops early by `valid_metric` on the valid rows.
             A hold-out base trains as long as the base did, so that its targets do not choose it.
+        model: another model than the base model; it gets RecBole's words without those of the base model.
         say: told of every validation.
 
     Raises:
@@ -368,23 +369,26 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.utils import ModelType, get_trainer, init_seed
 
-    settings = data.settings
-    model_class = find_model(settings["base_model"])
+    settings, name = data.settings, model or data.settings["base_model"]
+    model_class = find_model(name)
     overrides = {"checkpoint_dir": str(folder), "show_progress": False}
+    if model and settings["models_epochs"]:
+        overrides["epochs"] = settings["models_epochs"]
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
     if model_class.type != ModelType.SEQUENTIAL:
         overrides["repeatable"] = False  # with True RecBole draws negatives from the user's own items (sampler.py:371)
-    config = recbole_config(settings, model_class, **overrides)
+    config = recbole_config(settings, model_class, base=model is None, **overrides)
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
         raise ConfigurationError(
-            f"{settings['base_model']} is a {config['MODEL_TYPE'].name.lower()} model",
-            where="base_model",
+            f"{name} is a {config['MODEL_TYPE'].name.lower()} model",
+            where="models" if model else "base_model",
             why="candidates need scores for the whole catalogue from a user and a history alone",
             do="choose a sequential or a general model, e.g. SASRec, GRU4Rec, BPR, ItemKNN",
         )
-    init_seed(derive_seed(settings["seed"], "base", hold_out), config["reproducibility"])
+    purpose = ("base", hold_out) if model is None else ("models", name)
+    init_seed(derive_seed(settings["seed"], *purpose), config["reproducibility"])
     if sequential:
         dataset, built = data.dataset, data.built
     else:
@@ -405,33 +409,31 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     loader = get_dataloader(config, "train")(config, train, samplers[0], shuffle=config["shuffle"])
     valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
 
-    model = model_class(config, train).to(config["device"])
+    network = model_class(config, train).to(config["device"])
     weights, facts_file = folder / "model.safetensors", folder / "facts.json"
     exclude_seen = settings["cand_exclude_seen"]
     if facts_file.is_file():
-        _load_weights(model, weights, folder)
+        _load_weights(network, weights, folder)
         facts = json.loads(facts_file.read_text())
-        return BaseModel(
-            name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts
-        )
+        return BaseModel(name=name, model=network.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer_class = _plugin_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), data, exclude_seen, weights)
-    trainer = trainer_class(config, model)
+    trainer = trainer_class(config, network)
     metric = str(config["valid_metric"]).lower()
     score, _ = trainer.fit(
         loader, None if epochs else valid_loader, verbose=False,
         callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric} {value:.4f}"),
     )  # fmt: skip
     if epochs is None and not np.isfinite(float(score)):
-        raise GateError("base model training has no finite validation score", where=f"base_model {config['model']}")
-    _load_weights(model, weights, folder)
+        raise GateError("training has no finite validation score", where=f"model {config['model']}")
+    _load_weights(network, weights, folder)
     best_epoch = trainer.saved_epoch + 1
-    facts = {"model": settings["base_model"], "hold_out": hold_out, "epochs": best_epoch, "training_rows": len(train)}
+    facts = {"model": name, "hold_out": hold_out, "epochs": best_epoch, "training_rows": len(train)}
     if epochs is None:
         facts["best_valid"] = {str(config["valid_metric"]): float(score)}
     facts_file.write_text(json.dumps(facts, indent=1))
-    return BaseModel(name=settings["base_model"], model=model.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
+    return BaseModel(name=name, model=network.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
 
 
 def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights: Path) -> type:

@@ -147,9 +147,10 @@ class Settings(Mapping):
         prefixes = tuple(prefixes)
         return {k: v for k, v in sorted(self._values.items()) if k.startswith(prefixes) and not self._known[k].speed}
 
-    def recbole_results(self) -> dict:
-        """RecBole's words that can change a result."""
-        return {k: v for k, v in sorted(self.recbole.items()) if k not in RECBOLE_SPEED}
+    def recbole_results(self, base: bool = True) -> dict:
+        """RecBole's words that can change a result, those of the base model alone included or not."""
+        words = self.recbole if base else self.shared_words
+        return {k: v for k, v in sorted(words.items()) if k not in RECBOLE_SPEED}
 
     def as_yaml(self) -> str:
         """A config file that reproduces these settings with `--config_files`."""
@@ -157,6 +158,12 @@ class Settings(Mapping):
         return yaml.safe_dump(
             {**self._values, **plain, **{f"base_{k}": self.recbole[k] for k in self.base_words}}, sort_keys=True
         )
+
+    @property
+    def shared_words(self) -> dict:
+        """RecBole's words without those of the base model alone."""
+        return {k: self._values.get(k, v) for k, v in self.recbole.items()
+                if k not in self.base_words or k in self._values}  # fmt: skip
 
     @property
     def base_words(self) -> list[str]:
@@ -291,7 +298,7 @@ def recbole_properties() -> Path:
     return Path(spec.submodule_search_locations[0]) / "properties"
 
 
-def recbole_config(settings: Settings, model: type | str, **overrides: Any):
+def recbole_config(settings: Settings, model: type | str, *, base: bool = True, **overrides: Any):
     """RecBole's Config for one model, isolated from argv and from `eval`.
 
     RecBole reads `sys.argv` and evaluates strings in every Config it builds (configurator.py:122, 165); here both are
@@ -300,6 +307,7 @@ def recbole_config(settings: Settings, model: type | str, **overrides: Any):
     Args:
         settings: the run's settings.
         model: a RecBole model class, or the name of one.
+        base: whether it is the base model, so that `base_<word>` is meant for it.
         **overrides: RecBole words on top of the settings.
     """
     compat.apply()
@@ -320,7 +328,7 @@ def recbole_config(settings: Settings, model: type | str, **overrides: Any):
                 final["train_neg_sample_args"] = None  # RecBole refuses its own default beside CE
             return final
 
-    words = dict(settings.recbole)
+    words = dict(settings.recbole) if base else settings.shared_words
     name = model if isinstance(model, str) else model.__name__
     ours = properties_folder() / "model" / f"{name}.yaml"
     if ours.is_file():

@@ -30,21 +30,22 @@ class Stage:
         version: raise it when the stage's code changes its result; older folders are then left alone.
         settings: prefixes of the settings that can change its result.
         needs: stages whose files it reads.
-        recbole: whether RecBole's words can change its result.
+        recbole: which of RecBole's words can change its result: "" none, "shared" those that are not for the base
+            model alone, "base" all of them.
     """
 
     name: str
     version: int
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    recbole: bool = False
+    recbole: str = ""
 
 
 STAGES = (
-    Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole=True),
+    Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
     Stage(name="evidence", version=1, needs=("candidates", "tokenizer"), settings=("evidence_", "seed")),
-    Stage(name="midtrain", version=1, needs=("tokenizer",),
+    Stage(name="midtrain", version=2, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="traces", version=2, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
@@ -52,8 +53,9 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole=True,
-          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl")),
+    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "seed"), recbole="shared"),
+    Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole="base",
+          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl", "baselines")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -77,7 +79,7 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
 
     Args:
         stages: run these alone, and what they need; all by default.
-        from_stage: run this stage and the later ones again, even if they are finished.
+        from_stage: run this stage and those that depend on it again, even if they are finished.
         force: run every stage again.
 
     Raises:
@@ -88,20 +90,23 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
             raise ConfigurationError(f"there is no stage named {name!r}", do=f"choose from {', '.join(NAMES)}")
     wanted = _with_needs(stages or NAMES)
     root = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "stages"
-    planned, keys, renewed = [], {}, False
+    planned, keys, renewed = [], {}, set()
     for stage in STAGES:
         if stage.name not in wanted:
             continue
         values = settings.results(stage.settings)
         if stage.recbole:
-            values |= {f"recbole.{k}": v for k, v in settings.recbole_results().items()}
-            values["base_model.defaults"] = base_model_properties(settings["base_model"])
+            words = settings.recbole_results(base=stage.recbole == "base")
+            values |= {f"recbole.{k}": v for k, v in words.items()}
+            models = [settings["base_model"]] if stage.recbole == "base" else settings["models"]
+            values |= {f"{name}.defaults": base_model_properties(name) for name in models}
         values |= _extension_hashes(values)
         needs = {name: keys[name] for name in stage.needs}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
         folder = root / stage.name / key
-        renewed = renewed or force or stage.name == from_stage
-        action, why = _decide(folder, values, needs, again=renewed)
+        if force or stage.name == from_stage or renewed & set(stage.needs):
+            renewed.add(stage.name)
+        action, why = _decide(folder, values, needs, again=stage.name in renewed)
         planned.append(
             Planned(stage=stage, key=key, folder=folder, needs=needs, settings=values, action=action, why=why)
         )
@@ -133,7 +138,7 @@ def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[st
 
 
 def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
-    """Content hashes of what a user may edit behind a setting: prompt template, modules, candidate file."""
+    """Content hashes of what a user may edit behind a setting: prompt template, modules, other files."""
     hashes = {}
     if "prompt_template" in values:
         hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
@@ -143,8 +148,9 @@ def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
             if ":" in name:
                 hashes[f"{name}.sha"] = _file_hash(_module_file(name.split(":")[0], key))
     find_providers(values.get("evidence_providers", ()))  # an unknown one is told now, not after the stages before it
-    if values.get("cand_file"):
-        hashes["cand_file.sha"] = _file_hash(values["cand_file"])
+    for key in ("cand_file", "mid_general"):
+        if values.get(key):
+            hashes[f"{key}.sha"] = _file_hash(values[key])
     return hashes
 
 
@@ -206,7 +212,7 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
     _reset_peak_memory()
     started = time.monotonic()
     facts = run(context)
-    for checkpoint in entry.folder.glob("checkpoints/checkpoint-*"):  # of no use once the stage is finished
+    for checkpoint in entry.folder.glob("checkpoints/**/checkpoint-*"):  # of no use once the stage is finished
         shutil.rmtree(checkpoint)
     record = StageRecord(
         stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
 from recbole_gr2.errors import ConfigurationError, GateError
-from recbole_gr2.llm.constraint import Grammar, constrained_log_probs
+from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.dapo import DAPOTrainer, Rounds, completion_logits, dapo_config
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.sid.tokens import RANKING, label_tokens
@@ -167,8 +167,8 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path):
     logits = model(ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
     counts = torch.full((len(ids),), K)
     allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1))
-    labels = list(trainer.grammar.label_ids)
-    logits = logits.index_add(-1, torch.tensor(labels), batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1))
+    prior = batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1)
+    logits = logits.index_add(-1, torch.tensor(trainer.grammar.label_ids), prior)
     log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     log_probs = log_probs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     ratio = (log_probs - batch["old_per_token_logps"]).exp()

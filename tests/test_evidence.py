@@ -32,7 +32,8 @@ def request(history=(1, 2), candidates=(3, 4, 5), scores=(3.0, 2.0, 0.0), target
 
 
 def facts(name: str, **changes) -> dict[str, list[float]]:
-    return {key: np.round(np.asarray(value, dtype=float), 6).tolist() for key, value in PROVIDERS[name](OBSERVED)(request(**changes)).items()}
+    described = PROVIDERS[name](OBSERVED)(request(**changes))
+    return {key: np.round(np.asarray(value, dtype=float), 6).tolist() for key, value in described.items()}
 
 
 def logs(*counts: float) -> list[float]:
@@ -64,7 +65,7 @@ def test_facts_by_hand():
 
 
 def test_overlap():
-    assert overlap(ITEMS[0], ITEMS[1]) == 2 / 3 and overlap(ITEMS[0], ITEMS[5]) == 1 and overlap(ITEMS[0], ITEMS[4]) == 0
+    assert [overlap(ITEMS[0], ITEMS[n]) for n in (1, 5, 4)] == [2 / 3, 1, 0]
     words = [Item(item_id=n, token="", title="", categories=c) for n, c in enumerate(["Drama War", "War"], start=1)]
     assert overlap(*words) == 0.5
 

@@ -46,8 +46,8 @@ def test_the_second_run_is_all_cached(smoke_run, capsys):
     captured = capsys.readouterr()
     path = Path(captured.out.splitlines()[-1])
     again = json.loads(path.read_text())
-    assert [stage["cached"] for stage in again["stages"]] == [True] * 8
-    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 8
+    assert [stage["cached"] for stage in again["stages"]] == [True] * 9
+    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 9
     for field in ("rows", "tokenizer", "seeds", "llm", "command"):
         assert again[field] == smoke_run.result[field]
     assert "cached" in captured.err and "first time" not in captured.err
@@ -67,10 +67,11 @@ DEPENDS = {
     "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
     "evidence_hidden": (8, "evidence traces sft rl evaluate"),
     "sid_epochs": (1, "tokenizer evidence midtrain traces sft rl evaluate"),
-    "cand_exclude_seen": (False, "candidates evidence traces sft rl evaluate"),
+    "cand_exclude_seen": (False, "candidates evidence traces sft rl baselines evaluate"),
     "base_epochs": (1, "candidates evidence traces sft rl evaluate"),
     "base_model": ("BPR", "candidates evidence traces sft rl evaluate"),
-    "MAX_ITEM_LIST_LENGTH": (10, "candidates evidence traces sft rl evaluate"),
+    "MAX_ITEM_LIST_LENGTH": (10, "candidates evidence traces sft rl baselines evaluate"),
+    "models": (["Pop"], "baselines evaluate"),
     "seed": (1, " ".join(NAMES)),
 }
 
@@ -134,7 +135,7 @@ def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, t
     assert "resume  stopped before it was finished" in capsys.readouterr().err
     assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100"]) == 0
     result = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
-    assert [stage["cached"] for stage in result["stages"]] == [True] * 7 + [False]
+    assert [stage["cached"] for stage in result["stages"]] == [True] * 8 + [False]
     assert {name: (folder / name).read_text() for name in before} == before
     assert result["rows"] == smoke_run.result["rows"]
 
@@ -179,7 +180,8 @@ def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch)
         prompt.write_text(text)
         keys.append(planned(smoke_run, data, prompt_template=str(prompt)))
     for name in NAMES:
-        assert (keys[0][name].key == keys[1][name].key) == (name in ("candidates", "tokenizer", "evidence"))
+        same = name in ("candidates", "tokenizer", "evidence", "baselines")
+        assert (keys[0][name].key == keys[1][name].key) == same, name
     lists = tmp_path / "lists.jsonl"
     with pytest.raises(MissingFileError, match="lists.jsonl"):
         planned(smoke_run, data, cand_file=str(lists))
@@ -253,7 +255,7 @@ def test_result_json_has_the_documented_fields(smoke_run):
 
 def test_rows_of_the_result(smoke_run):
     rows = {(row["row"], row["scope"]): row for row in smoke_run.result["rows"]}
-    names = ["base", "oracle", "evidence", "midtrain", "sft", "rl", "shuffled"]
+    names = ["base", "oracle", "evidence", "lambdamart", "midtrain", "sft", "rl", "shuffled"]
     assert sorted(rows) == sorted((name, scope) for name in names for scope in ("all", "in_list"))
     everyone, inside = rows["base", "all"]["n"], rows["base", "in_list"]["n"]
     assert everyone == 943 and 20 < inside < 300
@@ -316,7 +318,7 @@ FLOORS = (
     {"config", "requests"},
     {"sid", "model", "evidence"},
     {"prompts", "llm", "bridge"},
-    {"rewards", "teachers"},
+    {"rewards", "teachers", "rerankers"},
     {"stages"},
     {"pipeline"},
     {"report"},

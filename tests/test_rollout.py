@@ -182,7 +182,8 @@ def plain_generation(model, grammar, prompt, prior):
     """One prompt through transformers' `generate`, no shared cache, no padding."""
     ids = torch.tensor([prompt])
     config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), prior_tensor([prior], grammar, model.device))])
+    label_prior = prior_tensor([prior], grammar, model.device)
+    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), label_prior)])
     output = model.generate(ids, generation_config=config, logits_processor=processors)
     return output[0, len(prompt) :].tolist()
 

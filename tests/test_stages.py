@@ -1,6 +1,7 @@
 """The stages: nothing leaks, nothing is cut, and a run that was killed equals one that was not."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -15,14 +16,14 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data, ListedBase, evaluate_rows
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.stages import Context, midtrain, traces
 from recbole_gr2.stages.evaluate import likelihood_rankings, shuffled_order
-from recbole_gr2.stages.midtrain import corpus, fitting, load_stage_model, mixture
+from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
 from recbole_gr2.stages.tokenizer import item_text, load_items
 from recbole_gr2.types import Candidate, Item, Request, Trace
@@ -447,7 +448,7 @@ def captured_histories(smoke, tmp_path, monkeypatch, **changes) -> dict:
         caught["histories"] = histories
         raise StopIteration
 
-    monkeypatch.setattr(midtrain, "mixture", stop)
+    monkeypatch.setattr(midtrain, "task_texts", stop)
     with pytest.raises(StopIteration):
         midtrain.run(other(smoke, tmp_path, **changes))
     return dict(zip(smoke.data.train_sequences(), caught["histories"], strict=True))
@@ -464,17 +465,46 @@ def test_midtrain_leaves_the_targets_of_the_train_lists_out(smoke, tmp_path, mon
 def test_mixture_fills_each_share(smoke, items):
     _, tokenizer = load_stage_model(smoke, "midtrain")
     histories = [tuple(s[:-3]) for s in smoke.data.train_sequences().values()]
-    chosen = {**dict(smoke.settings), "mid_tokens": 6000}
-    rows = mixture(items, histories, tokenizer, chosen, seed=1)
-    for task, share in chosen["mid_mix"].items():
+    learnt, _ = general_texts(None, 2000, seed=1)
+    texts, mix = task_texts(items, histories, learnt, smoke.settings), smoke.settings["mid_mix"]
+    rows, longest = mixture(texts, tokenizer, mix, 6000, 256, seed=1), 256
+    assert list(rows) == ["sequential", "persona", "caption", "general"]
+    for part, (task, share) in enumerate(mix.items(), start=1):
         count = sum(len(row.input_ids) for row in rows[task])
-        assert share * 6000 <= count < share * 6000 + 40 * chosen["mid_max_length"]
-        assert all(len(row.input_ids) <= chosen["mid_max_length"] for row in rows[task])
-        assert all(set(row.parts) == {1} for row in rows[task])
-    assert rows == mixture(items, histories, tokenizer, chosen, seed=1)
-    assert rows != mixture(items, histories, tokenizer, chosen, seed=2)
+        assert share * 6000 <= count < share * 6000 + 40 * longest, task
+        assert all(len(row.input_ids) <= longest and set(row.parts) == {part} for row in rows[task])
+    assert rows == mixture(texts, tokenizer, mix, 6000, 256, seed=1)
+    assert rows != mixture(texts, tokenizer, mix, 6000, 256, seed=2)
+    assert mixture(texts, tokenizer, {"persona": 1.0}, 0, 256, seed=1) == {"persona": []}
     with pytest.raises(ConfigurationError, match="unknown tasks"):
-        mixture(items, histories, tokenizer, {**chosen, "mid_mix": {"poems": 1.0}}, seed=1)
+        task_texts(items, histories, (), {**dict(smoke.settings), "mid_mix": {"poems": 1.0}})
+
+
+def test_general_texts(tmp_path):
+    learnt, held = general_texts(None, 500, seed=1)
+    assert len(held) == midtrain.HELD_OUT and not set(held) & set(learnt) and 2000 <= sum(map(len, learnt)) < 12000
+    assert general_texts(None, 500, seed=1) == (learnt, held) != general_texts(None, 500, seed=2)
+    assert general_texts(None, 0, seed=1) == ([], held)
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"Paragraph {letter} is " + "long " * 40 for letter in "ABC") + "\n\nshort\n\n")
+    learnt, held = general_texts(str(file), 1000, seed=1)
+    assert len(learnt) == 1 and len(held) == 2 and all(part.startswith("Paragraph ") for part in learnt + held)
+    file.write_text("short\n")
+    with pytest.raises(ConfigurationError, match="no paragraph"):
+        general_texts(str(file), 1000, seed=1)
+    with pytest.raises(MissingFileError, match="there is no text file"):
+        general_texts(str(tmp_path / "absent.txt"), 1000, seed=1)
+
+
+def test_midtrain_trains_the_embeddings_first(uninterrupted):
+    """Two logs in one: the first phase knows one task, the second logs each task's loss by itself."""
+    folder = uninterrupted[1]["midtrain"]
+    log, facts = json.loads((folder / "log.json").read_text()), pipeline.read_manifest(folder).facts
+    assert "loss/persona" in log[0] and not {"loss/sequential", "loss/general"} & set(log[0])
+    assert {f"loss/{task}" for task in ("sequential", "persona", "caption", "general")} <= set().union(*log)
+    assert facts["embedding_tokens"] >= 1500 and facts["tokens"]["general"] > 0
+    assert 1 < facts["perplexity"]["after"] and 1 < facts["perplexity"]["before"] < 1e6
+    assert not list((folder / "checkpoints").rglob("checkpoint-*"))
 
 
 def test_the_corpus_depends_on_nothing_outside_midtrains_key(smoke):
@@ -505,11 +535,28 @@ def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
                 assert score == pytest.approx(plain, abs=1e-3)
 
 
+def test_perplexity_is_that_of_a_plain_forward(student):
+    from recbole_gr2.llm.likelihood import perplexity
+
+    model, tokenizer = student
+    texts = [[5, 9, 30, 31], [7, 8], [40, 41, 42, 43, 44, 45, 46]]
+    total, count = 0.0, 0
+    for ids in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logits[n - 1, ids[n]].item() for n in range(1, len(ids)))
+        count += len(ids) - 1
+    for batch_size in (1, 2, 8):
+        found = perplexity(model, texts, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
+        assert found == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
 # --- a run that was killed -------------------------------------------------------------------------------------------
 
 TINY = {
-    "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_batch_size": 8,
+    "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_embedding_tokens": 1500, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
+    "models": ["BPR", "Pop"], "models_epochs": 1,
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
@@ -524,6 +571,7 @@ KILLS = {
     "traces": "try 1:",
     "sft": "  step 7/11",
     "rl": "step 4/6",
+    "baselines": "Pop: ",
     "evaluate": "  sft: ",
 }
 
@@ -562,7 +610,7 @@ def uninterrupted(tmp_path_factory):
     chosen = Recorded(load_settings(config_dict={**TINY, **FASTER, "checkpoint_dir": str(root)}))
     data = Data(chosen)
     planned = pipeline.plan(chosen, data)
-    assert [entry.action for entry in planned] == ["run"] * 8
+    assert [entry.action for entry in planned] == ["run"] * 9
     pipeline.execute(planned, chosen, data, Watching(chosen))
     return chosen, {entry.stage.name: entry.folder for entry in planned}
 
@@ -591,7 +639,7 @@ def killed(tmp_path_factory):
 
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
-    assert [code for code, _ in starts] == [130] * 8 + [0]
+    assert [code for code, _ in starts] == [130] * 9 + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
     for name, folder in folders.items():
@@ -622,6 +670,7 @@ def same_files(one: Path, two: Path) -> int:
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),
         ("sft", ["model/model.safetensors", "samples.json"]),
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
+        ("baselines", ["BPR/model.safetensors", "BPR/test.json", "Pop/test.json"]),
         ("evaluate", ["rows.json", "per_user.csv", "answers-sft.jsonl", "answers-rl.jsonl", "answers-shuffled.jsonl"]),
     ],
 )  # fmt: skip
@@ -629,6 +678,37 @@ def test_a_killed_run_ends_as_one_that_was_not(uninterrupted, killed, stage, fil
     whole, again = uninterrupted[1][stage], killed[1][stage]
     assert whole.name == again.name  # the key
     assert sum(same_files(whole / file, again / file) for file in files) == len(files)
+
+
+def test_baselines_have_rows_over_all_users(uninterrupted):
+    folders = uninterrupted[1]
+    rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
+    base = rows["base", "all"]
+    for name in ("BPR", "Pop"):
+        assert (name, "in_list") not in rows
+        row, test = rows[name, "all"], json.loads((folders["baselines"] / name / "test.json").read_text())
+        assert row["n"] == len(test["ranks"]) == len(set(test["users"])) == base["n"] and row["unchanged"] is None
+        for k in (1, 5, 10):  # RecBole's metrics and our ranks say the same
+            hits = sum(rank <= k for rank in test["ranks"]) / row["n"]
+            assert row["metrics"][f"recall@{k}"] == pytest.approx(hits, abs=6e-5)
+        difference = row["metrics"]["recall@5"] - base["metrics"]["recall@5"]
+        assert row["vs_base"]["recall@5"]["diff"] == pytest.approx(difference, abs=1.1e-4)
+        assert row["vs_base"]["recall@5"]["p_holm"] >= row["vs_base"]["recall@5"]["p"]
+
+
+def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
+    from recbole_gr2.stages.evaluate import lambdamart_rankings
+    from recbole_gr2.stages.evidence import load_facts, load_requests
+
+    test = load_requests(smoke, "test", items)[:50]
+    rankings, how = lambdamart_rankings(smoke, items, test)
+    assert all(sorted(rankings[r.request_id]) == sorted(r.items) for r in test) and how["trees"] >= 1
+    false = [replace(r, target=r.items[0]) for r in test]
+    assert lambdamart_rankings(smoke, items, false)[0] == rankings
+    facts = load_facts(smoke, "test", test[::-1])
+    assert [len(table) for table in facts] == [len(r.items) for r in test[::-1]]
+    names = json.loads((smoke.folders["evidence"] / "facts.json").read_text())
+    assert [row.tolist() for row in facts[0][:, [names.index("rank")]].T] == [list(range(1, len(facts[0]) + 1))]
 
 
 def test_checkpoints_were_used(killed):

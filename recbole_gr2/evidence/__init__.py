@@ -179,7 +179,8 @@ def find_providers(names: Sequence[str]) -> list[Callable[[Observed], Describe]]
     return found
 
 
-def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed) -> tuple[list[str], list[np.ndarray]]:
+def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed
+            ) -> tuple[list[str], list[np.ndarray]]:  # fmt: skip
     """Names of the F facts, and for each request their values, (K, F) float32.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LoRA, so that a large language model trains on one GPU. The rows of the new tokens train beside it."""
+"""What of a model is trained: LoRA, so that a large one fits on one GPU, or the rows of the new tokens alone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def with_lora(model, rank: int, new_tokens: Sequence[int]):
     return get_peft_model(model, config)
 
 
+def with_token_rows(model, new_tokens: Sequence[int]):
+    """`model` with everything frozen but the embedding rows of these tokens (and the head's, where it is not tied)."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    tied = model.config.tie_word_embeddings
+    config = TrainableTokensConfig(
+        token_indices=list(new_tokens), target_modules=["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    )
+    return get_peft_model(model, config)
+
+
 def merged(model):
-    """The plain model with its LoRA weights added in."""
+    """The plain model with what PEFT trained added in."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

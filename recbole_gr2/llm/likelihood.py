@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,22 @@ def continuation_log_likelihood(
             for i, row in zip(part, scores, strict=True):
                 result[i] = row
     return result
+
+
+@torch.no_grad()
+def perplexity(model, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, bf16: bool = False
+               ) -> float:  # fmt: skip
+    """exp of the mean negative log-likelihood of a token, over texts given as token ids; their first ones are given."""
+    model.eval()
+    total, count = 0.0, 0
+    for start in range(0, len(texts), batch_size):
+        tokens, mask = left_pad(texts[start : start + batch_size], pad_id, model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+        scored = mask[:, :-1].bool() & mask[:, 1:].bool()
+        chosen = logits[:, :-1][scored].float().log_softmax(-1).gather(-1, tokens[:, 1:][scored].unsqueeze(-1))
+        total, count = total - chosen.sum().item(), count + len(chosen)
+    return math.exp(total / count)
 
 
 def _batch(model, prompts, continuations, pad_id: int, bf16: bool) -> list[list[float]]:

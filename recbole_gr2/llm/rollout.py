@@ -31,8 +31,8 @@ def generate_rankings(
     """Completions of B prompts, G each, prompt-major: B * G token lists that end with eos.
 
     Every completion is legal under the grammar. Each prompt is read once, however large G is. A sample depends on
-    (seed, its prompt and prior, its number in the group) alone, not on what else is in the batch, so `batch_size` is a matter
-    of speed.
+    (seed, its prompt and prior, its number in the group) alone, not on what else is in the batch, so `batch_size` is a
+    matter of speed.
 
     Args:
         prompt_ids: token ids of each prompt, up to the start of the assistant turn.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from recbole_gr2.config import Settings
+from recbole_gr2.config import Settings, properties_folder, read_yaml
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.pipeline import Planned
 from recbole_gr2.store import write_json
@@ -73,7 +73,8 @@ def metrics_table(result: dict, scope: str) -> str:
         p = f"{versus['p_holm']:.4f}" if versus and "p_holm" in versus else ""
         closed = f"{versus['diff'] / gap:+.1%}" if versus and gap else ""
         lines.append(
-            [row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed, f"{row['unchanged']:.1%}"]
+            [row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed,
+             "" if row["unchanged"] is None else f"{row['unchanged']:.1%}"]
         )
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
@@ -91,11 +92,13 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         parts.append(f"## {scope_title(result, scope)}\n\n```\n{metrics_table(result, scope)}\n```")
     parts.append(
         "Rows: `base` is the base model's own order, `oracle` the target first, `evidence` the order of the prior that "
-        "sft and rl start from, without a language model; `shuffled` is the RL model on shuffled "
-        "candidates. Intervals are 95 % bootstrap intervals over users, p-values two-sided paired randomisation tests, "
-        "Holm-adjusted over the rows and metrics of a scope. `gap closed` is the share of the way from base to oracle. "
+        "sft and rl start from, without a language model; `lambdamart` is LightGBM over the same evidence and the same "
+        "train lists; `shuffled` is the RL model on shuffled candidates. Intervals are 95 % bootstrap intervals over "
+        "users, p-values two-sided paired randomisation tests, Holm-adjusted over the rows and metrics of a scope. "
+        "`gap closed` is the share of the way from base to oracle. "
         f"Caution: one seed{caveat(result)}."
     )
+    parts += published(result["dataset"])
     answers = [
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
          f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}",
@@ -103,7 +106,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         for row, facts in evaluate["rankings"].items() if "readable" in facts
     ]  # fmt: skip
     if answers:
-        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "lists/s", "first place goes to base rank"]
+        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "lists/s",
+                  "first place goes to base rank"]  # fmt: skip
         parts.append(f"## Answers\n\n```\n{render_table(header, answers)}\n```")
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
@@ -120,9 +124,9 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
                  for split, q in evidence["quality"].items()]  # fmt: skip
         header = ["split", *next(iter(evidence["quality"].values()))]
         parts.append(
-            f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. The prior "
-            f"took {evidence['steps']} steps, chosen by validation lists; its orders of train lists come from fits that did "
-            f"not see them.\n\n```\n{render_table(header, found)}\n```"
+            f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. "
+            f"The prior took {evidence['steps']} steps, chosen by validation lists; its orders of train lists come "
+            f"from fits that did not see them.\n\n```\n{render_table(header, found)}\n```"
         )
     parts.append(
         f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
@@ -139,6 +143,19 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
             for s in result["stages"]]  # fmt: skip
     parts.append(f"## Cost\n\n```\n{render_table(['stage', 'wall time', 'peak memory', 'cached'], cost)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def published(dataset: str) -> list[str]:
+    """Reference figures of papers for this data set, apart from the run's own rows; nothing where there are none."""
+    figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8")).get(dataset)
+    if figures is None:
+        return []
+    parts = ["## Published figures, for reference\n\nThose of papers, on their own lists, splits and budgets."]
+    for scope, rows in figures.items():
+        names = [metric for metric in SHOWN if any(metric in row for row in rows.values())]
+        lines = [[name, *(f"{row[m]:.4f}" if m in row else "" for m in names)] for name, row in rows.items()]
+        parts.append(f"{scope}:\n\n```\n{render_table(['published', *names], lines)}\n```")
+    return parts
 
 
 def caveat(result: dict) -> str:

@@ -1,12 +1,14 @@
 """Evaluate: every stage's model re-ranks the test lists, and RecBole's evaluator has the last word.
 
 Rows: base (the base model's own order), oracle (the target first), evidence (the prior alone, which the language model
-starts from), each stage's model, and the RL model on shuffled candidates, which shows how far it goes by position. Two scopes: all users, and in_list, the users whose list holds the
+starts from), LambdaMART over the same evidence, each stage's model, the RL model on shuffled candidates, which shows
+how far it goes by position, and the baselines. Two scopes: all users, and in_list, the users whose list holds the
 target. With one target a ranking metric depends on the lists that hold it alone, so these are the ones re-ranked.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
@@ -18,10 +20,12 @@ from recbole_gr2.bridge import ListedBase, evaluate_rows, train_base
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
+from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.evidence import load_requests
+from recbole_gr2.stages.baselines import BEYOND
+from recbole_gr2.stages.evidence import load_facts, load_requests
 from recbole_gr2.stages.midtrain import SEQUENTIAL, load_stage_model, use_bf16
 from recbole_gr2.stages.sft import answer_grammar, answer_requests
 from recbole_gr2.stages.tokenizer import load_items
@@ -30,7 +34,7 @@ from recbole_gr2.types import Item, Request
 
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
 OWN = "the base model's own scores"
-MODELS = ("midtrain", "sft", "rl", "shuffled")
+MODELS = ("lambdamart", "midtrain", "sft", "rl", "shuffled")
 Rankings = dict[str, tuple[int, ...]]
 
 
@@ -64,13 +68,18 @@ def run(context: Context) -> dict:
     if by_prior != rankings["base"]:
         rankings["evidence"] = by_prior
     for row in settings["eval_rows"]:
+        if row == "lambdamart" and not context.inputs["evidence"].facts["facts"]:
+            context.say("no evidence, so no lambdamart row")
+            continue
         started = time.monotonic()
         rankings[row], how = _rank(context, row, items, scored)
         seconds = time.monotonic() - started
         unchanged = float(np.mean([rankings[row][r.request_id] == r.items for r in scored]))
         as_evidence = float(np.mean([rankings[row][r.request_id] == by_prior[r.request_id] for r in scored]))
-        facts["rankings"][row] = {**how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
-                                  "lists_per_second": round(len(scored) / seconds, 2)}  # fmt: skip
+        facts["rankings"][row] = {
+            **how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
+            "lists_per_second": round(len(scored) / seconds, 2),
+        }  # fmt: skip
         context.say(f"{row}: {len(scored):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
     facts["rows"] = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", facts["rows"])
@@ -83,6 +92,8 @@ def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Requ
     settings = context.settings
     if row == "midtrain":
         return likelihood_rankings(context, items, requests), {}
+    if row == "lambdamart":
+        return lambdamart_rankings(context, items, requests)
     model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
     orders = None
     if row == "shuffled":
@@ -113,6 +124,22 @@ def shuffled_order(request: Request, seed: int) -> tuple[int, ...]:
     return tuple(order)
 
 
+def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
+    """Candidates by LambdaMART over the evidence that GR2 has, fitted to the train lists that GR2 learns from."""
+    lists = {}
+    for split in ("train", "valid"):
+        held = [r for r in load_requests(context, split, items) if r.target_rank]
+        lists[split] = load_facts(context, split, held), [r.target_rank - 1 for r in held]
+    scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
+                               seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
+    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}
+
+
+def by_score(request: Request, scores: Sequence[float]) -> tuple[int, ...]:
+    """Candidates by descending score, ties in base order."""
+    return tuple(item for _, item in sorted(zip(scores, request.items, strict=True), key=lambda pair: -pair[0]))
+
+
 def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> Rankings:
     """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
     from recbole_gr2.llm.likelihood import continuation_log_likelihood
@@ -131,10 +158,7 @@ def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[
         model, prompts, [[sids[i] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
         batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
     )  # fmt: skip
-    return {
-        r.request_id: tuple(item for _, item in sorted(zip(row, r.items, strict=True), key=lambda pair: -pair[0]))
-        for r, row in zip(requests, scores, strict=True)
-    }
+    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
 
 
 def _metrics(
@@ -167,9 +191,24 @@ def _metrics(
             versus = {} if name == "base" else _comparisons(ranks[name], ranks["base"], count, settings)
             rows.append({"row": name, "scope": scope, "n": count, "metrics": metrics[name], "unchanged": unchanged,
                          "vs_base": versus})  # fmt: skip
+    _check_invariants(rows, own, settings["cand_num"])
+    rows += _model_rows(context, dict(zip((r.user_token for r in in_list), ranks["base"], strict=True)), everyone)
     for scope in scopes:
         _adjust([row["vs_base"] for row in rows if row["scope"] == scope and row["row"] not in DIAGNOSTIC])
-    _check_invariants(rows, own, settings["cand_num"])
+    return rows
+
+
+def _model_rows(context: Context, base: dict[str, int], users: list[int] | None) -> list[dict]:
+    """Rows of the other models, over all users alone: they recommend from the whole catalogue, not from the lists."""
+    rows = []
+    for name, facts in context.inputs["baselines"].facts["rows"].items():
+        if users is not None:
+            context.say(f"{name}: no row, since it is evaluated on every user and this run on {len(users):,}")
+            continue
+        test = json.loads((context.folders["baselines"] / name / "test.json").read_text(encoding="utf-8"))
+        own = np.array([base.get(user, BEYOND) for user in test["users"]])
+        rows.append({"row": name, "scope": "all", "n": len(own), "metrics": facts["metrics"], "unchanged": None,
+                     "vs_base": _comparisons(np.array(test["ranks"]), own, len(own), context.settings)})  # fmt: skip
     return rows
 
 
@@ -180,7 +219,7 @@ def _ranks(requests: list[Request], rankings: Rankings) -> np.ndarray:
 
 def _comparisons(ours: np.ndarray, base: np.ndarray, n: int, settings) -> dict[str, dict[str, float]]:
     """Paired differences to the base order over n users; those whose list lacks the target differ by 0."""
-    missing = np.full(n - len(ours), 10**9)
+    missing = np.full(n - len(ours), BEYOND)
     ours, base = np.concatenate([ours, missing]), np.concatenate([base, missing])
     seed, compared = derive_seed(settings["seed"], "comparisons"), {}
     for metric, value in (("recall@1", lambda r: recall_at(r, 1)), ("recall@5", lambda r: recall_at(r, 5)),

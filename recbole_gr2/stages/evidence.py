@@ -26,9 +26,9 @@ SPLITS = ("train", "valid", "test")
 
 
 def run(context: Context) -> dict:
-    """Writes prior.safetensors, facts.json and <split>.jsonl: the log-prior of every candidate.
+    """Writes facts.json (names), facts-<split>.npy, prior.safetensors and <split>.jsonl: every candidate's log-prior.
 
-    Train lists without their target get no line: nothing is learnt from them.
+    Train lists without their target are left out: nothing is learnt from them.
     """
     settings, data = context.settings, context.data
     if not settings["evidence_providers"]:
@@ -47,6 +47,7 @@ def run(context: Context) -> dict:
     for split in SPLITS:
         observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
         names, facts[split] = collect(requests[split], settings["evidence_providers"], observed)
+        np.save(context.folder / f"facts-{split}.npy", np.concatenate(facts[split]))
         context.say(f"{split}: {len(names)} facts about each candidate of {len(facts[split]):,} lists")
 
     options = {name: settings[f"evidence_{name}"] for name in ("hidden", "dropout", "learning_rate", "weight_decay")}
@@ -83,10 +84,20 @@ def load_requests(context: Context, split: str, items: Sequence[Item]) -> list[R
     return [replace(r, prior=priors.get(r.request_id, ())) for r in requests]
 
 
+def load_facts(context: Context, split: str, requests: Sequence[Request]) -> list[np.ndarray]:
+    """Facts (K, F) of each of these lists of a split, given in any order; train lists have to hold their target."""
+    lines = read_lines(context.folders["evidence"] / f"{split}.jsonl")
+    sizes = {line["request_id"]: len(line["log_prior"]) for line in lines}
+    table = np.load(context.folders["evidence"] / f"facts-{split}.npy")
+    parts = dict(zip(sizes, np.split(table, np.cumsum(list(sizes.values()))[:-1]), strict=True))
+    return [parts[r.request_id] for r in requests]
+
+
 def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> dict:
     """How well the prior orders lists that hold their target, beside the base order."""
     base = np.array([r.target_rank for r in requests])
-    ours = np.array([replace(r, prior=tuple(row)).by_prior.index(r.target) + 1 for r, row in zip(requests, rows)])
+    orders = [replace(r, prior=tuple(row)).by_prior for r, row in zip(requests, rows, strict=True)]
+    ours = np.array([order.index(r.target) + 1 for r, order in zip(requests, orders, strict=True)])
     return {
         "lists": len(requests),
         "recall@1": float((ours == 1).mean()), "base recall@1": float((base == 1).mean()),

@@ -1,20 +1,24 @@
 """Mid-training: a language model learns what semantic IDs stand for and how they follow on each other.
 
-Three tasks of next-token prediction (GR2 section 3): `sequential`, a user's history as IDs; `persona`, the same with
-titles and categories between the IDs; `caption`, an ID and its text.
+Four tasks of next-token prediction (GR2 section 3): `sequential`, a user's history as IDs; `persona`, the same with
+titles and categories between the IDs; `caption`, an ID and its text; `general`, plain English, so that the language
+stays. Two phases (OneRec-Think, section 3.1): first the embeddings of the new tokens alone on the persona task, with
+the rest frozen; then everything (or LoRA) on the mix.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from recbole_gr2.errors import ConfigurationError, GateError
-from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
+from recbole_gr2.llm.adapter import merged, with_lora, with_token_rows
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
 from recbole_gr2.llm.finetune import Row, finetune
+from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.prompts import PromptMaker, kind
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, sid_text
@@ -24,6 +28,8 @@ from recbole_gr2.store import write_json
 from recbole_gr2.teachers import phrases
 from recbole_gr2.types import Candidate, Item, Request
 
+PARAGRAPH = 120  # characters of the shortest paragraph that counts as text
+HELD_OUT = 40  # paragraphs of plain text that perplexity is measured on
 SEQUENTIAL = "Items in the order in which one shopper took them: "
 
 
@@ -41,41 +47,65 @@ def run(context: Context) -> dict:
     ]
     seed = derive_seed(settings["seed"], "midtrain")
     seed_everything(seed)
+    learnt, held = general_texts(settings["mid_general"], settings["mid_tokens"] * share_of("general", settings), seed)
     model, tokenizer = load_backbone(
         settings["llm"], layers=settings["llm_layers"], seed=seed, random_config=settings["llm_random"],
-        corpus=corpus(items, settings), trim=settings["llm_trim_vocabulary"] and settings["llm"] != RANDOM,
+        corpus=corpus(items, settings) + learnt + held,
+        trim=settings["llm_trim_vocabulary"] and settings["llm"] != RANDOM,
         extra_tokens=added_tokens(settings["sid_levels"], settings["sid_codes"], settings["cand_num"]),
     )  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     context.say(f"{settings['llm']}: {parameters / 1e6:.1f} M parameters, {len(tokenizer):,} tokens")
-    rows = mixture(items, histories, tokenizer, settings, seed)
-    before = model.get_input_embeddings().weight[new_tokens(tokenizer)].detach().clone()
     bf16 = use_bf16(settings, device)
+    unseen = [ids for text in held for ids in fitting(["", text], tokenizer, settings["mid_max_length"])]
+    language = {"before": perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)}
+
+    before = model.get_input_embeddings().weight[new_tokens(tokenizer)].detach().clone()
+    common = {"batch_size": settings["mid_batch_size"], "micro_batch_size": settings["mid_micro_batch_size"],
+              "warmup_share": settings["mid_warmup_share"], "max_length": settings["mid_max_length"], "seed": seed,
+              "bf16": bf16, "save_steps": settings["mid_save_steps"], "say": context.say}  # fmt: skip
+    texts = task_texts(items, histories, learnt, settings)
+    longest = settings["mid_max_length"]
+    first = mixture(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
+    logs = []
+    if first["persona"]:
+        context.say(f"embeddings of the new tokens alone, {len(first['persona']):,} texts")
+        model = with_token_rows(model, new_tokens(tokenizer))
+        logs += finetune(
+            model, tokenizer, first["persona"], context.folder / "checkpoints" / "embeddings",
+            part_weights={"persona": 1.0}, learning_rate=settings["mid_embedding_learning_rate"], **common,
+        )  # fmt: skip
+        model = merged(model)
+    rows = mixture(texts, tokenizer, settings["mid_mix"], settings["mid_tokens"], longest, seed)
+    context.say(f"all weights, {sum(map(len, rows.values())):,} texts")
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
-    log = finetune(
-        model, tokenizer, [row for task in rows.values() for row in task], context.folder / "checkpoints",
-        part_weights={"text": 1.0}, batch_size=settings["mid_batch_size"],
-        micro_batch_size=settings["mid_micro_batch_size"], learning_rate=settings["mid_learning_rate"],
-        warmup_share=settings["mid_warmup_share"], max_length=settings["mid_max_length"], seed=seed, bf16=bf16,
-        save_steps=settings["mid_save_steps"], say=context.say,
+    logs += finetune(
+        model, tokenizer, [row for task in rows.values() for row in task], context.folder / "checkpoints" / "all",
+        part_weights=dict.fromkeys(rows, 1.0), learning_rate=settings["mid_learning_rate"], **common,
     )  # fmt: skip
     model = merged(model)
     moved = (model.get_input_embeddings().weight[new_tokens(tokenizer)] - before).norm(dim=1)
     if not bool((moved > 0).any()):
         raise GateError("the rows of the new tokens did not change", where="midtrain", do="raise mid_learning_rate")
+    language["after"] = perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)
+    context.say(f"perplexity of {sum(map(len, unseen)):,} held-out tokens of plain text: "
+                f"{language['before']:.1f} before, {language['after']:.1f} after")  # fmt: skip
     save_backbone(model, tokenizer, context.folder / "model")
-    write_json(context.folder / "log.json", log)
-    write_json(context.folder / "samples.json", {task: tokenizer.decode(r[0].input_ids) for task, r in rows.items()})
+    write_json(context.folder / "log.json", logs)
+    write_json(context.folder / "samples.json",
+               {task: tokenizer.decode(r[0].input_ids) for task, r in rows.items() if r})  # fmt: skip
     return {
         "parameters": parameters,
         "vocabulary": len(tokenizer),
         "bf16": bf16,
         "tokens": {task: sum(len(row.input_ids) for row in r) for task, r in rows.items()},
         "texts": {task: len(r) for task, r in rows.items()},
-        "loss_first": log[0]["loss"],
-        "loss_last": log[-1]["loss"],
+        "embedding_tokens": sum(len(row.input_ids) for row in first["persona"]),
+        "loss_first": {k: v for k, v in logs[0].items() if k.startswith("loss")},
+        "loss_last": {k: v for k, v in logs[-1].items() if k.startswith("loss")},
+        "perplexity": language,
         "new_rows_moved": float((moved > 0).float().mean()),
     }
 
@@ -96,32 +126,84 @@ def load_stage_model(context: Context, stage: str):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def mixture(items: Sequence[Item], histories: Sequence[Sequence[int]], tokenizer, settings: Mapping, seed: int
-            ) -> dict[str, list[Row]]:  # fmt: skip
-    """Texts of every task as rows, drawn without replacement until the task's share of `mid_tokens` is filled.
+def share_of(task: str, settings: Mapping) -> float:
+    """A task's share of the mix."""
+    return settings["mid_mix"].get(task, 0.0) / sum(settings["mid_mix"].values())
 
-    A task with fewer texts than its share is used up once and said so by the token counts of the stage's facts.
+
+def task_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], general: Sequence[str], settings: Mapping
+               ) -> dict[str, list[list[str]]]:  # fmt: skip
+    """Every text of every task, as pieces.
 
     Raises:
-        ConfigurationError: an unknown task.
+        ConfigurationError: an unknown task in `mid_mix`.
     """
-    tasks = {"sequential": sequential_texts, "persona": persona_texts, "caption": caption_texts}
+    tasks = {
+        "sequential": list(sequential_texts(items, histories, settings)),
+        "persona": list(persona_texts(items, histories, settings)),
+        "caption": list(caption_texts(items, histories, settings)),
+        "general": [["", text] for text in general],
+    }
     unknown = set(settings["mid_mix"]) - set(tasks)
     if unknown:
         raise ConfigurationError(f"unknown tasks {sorted(unknown)}", where="mid_mix", do=f"choose from {list(tasks)}")
+    return tasks
+
+
+def mixture(texts: Mapping[str, Sequence[Sequence[str]]], tokenizer, mix: Mapping[str, float], tokens: int,
+            max_length: int, seed: int) -> dict[str, list[Row]]:  # fmt: skip
+    """Texts of each task as rows, drawn without replacement until the task's share of `tokens` is filled.
+
+    A task's number in the mix, from 1, is the part of its rows, so that its loss is logged by itself. A task with
+    fewer texts than its share is used up once and said so by the token counts of the stage's facts.
+    """
     mixed = {}
-    for task, share in settings["mid_mix"].items():
-        texts = list(tasks[task](items, histories, settings))
-        random.Random(derive_seed(seed, task)).shuffle(texts)
-        room, rows = share / sum(settings["mid_mix"].values()) * settings["mid_tokens"], []
-        for text in texts:
-            for ids in fitting(text, tokenizer, settings["mid_max_length"]):
-                rows.append(Row(input_ids=ids, parts=[1] * len(ids)))
-                room -= len(ids)
+    for part, (task, share) in enumerate(mix.items(), start=1):
+        drawn = list(texts[task])
+        random.Random(derive_seed(seed, task)).shuffle(drawn)
+        room, rows = share / sum(mix.values()) * tokens, []
+        for text in drawn:
             if room <= 0:
                 break
+            for ids in fitting(text, tokenizer, max_length):
+                rows.append(Row(input_ids=ids, parts=[part] * len(ids)))
+                room -= len(ids)
         mixed[task] = rows
     return mixed
+
+
+def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str], list[str]]:
+    """Paragraphs of plain English: (to learn, about `tokens` tokens; never learnt, to measure the language by).
+
+    Args:
+        file: a text file with paragraphs between blank lines; None takes the documentation that comes with Python.
+
+    Raises:
+        MissingFileError: the file is not there.
+        ConfigurationError: it holds no paragraph.
+    """
+    if file is None:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+    elif Path(file).is_file():
+        text = Path(file).read_text(encoding="utf-8")
+    else:
+        raise MissingFileError(f"there is no text file {file}", where="mid_general", do="check its path")
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    paragraphs = [part for part in paragraphs if len(part) >= PARAGRAPH and part[0].isalpha()]
+    if not paragraphs:
+        raise ConfigurationError(f"no paragraph of {PARAGRAPH} characters", where=f"mid_general: {file}",
+                                 do="give plain text with blank lines between paragraphs")  # fmt: skip
+    random.Random(derive_seed(seed, "general")).shuffle(paragraphs)
+    held = paragraphs[: min(HELD_OUT, len(paragraphs) // 2 + 1)]
+    learnt, room = [], 4 * tokens  # about four characters a token
+    for part in paragraphs[len(held) :]:
+        if room <= 0:
+            break
+        learnt.append(part)
+        room -= len(part)
+    return learnt, held
 
 
 def fitting(text: Sequence[str], tokenizer, max_length: int) -> Iterator[list[int]]:

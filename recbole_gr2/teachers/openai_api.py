@@ -73,7 +73,7 @@ class OpenAITeacher:
 
 
 def read_argument(text: str, request: Request, prompt: Prompt) -> Argument:
-    """The JSON object in a reply: reasoning, and the ranking completed in the prior's order; no reasoning if there is none."""
+    """The JSON object in a reply: reasoning, and the ranking completed in the prior's order; empty if there is none."""
     found = re.search(r"\{.*\}", text, flags=re.DOTALL)
     try:
         said = json.loads(found.group()) if found else {}

@@ -1,0 +1,45 @@
+"""LambdaMART over the evidence: what an engineer would try first, and the bar that a language model has to pass.
+
+Burges, "From RankNet to LambdaRank to LambdaMART", MSR-TR-2010-82; here LightGBM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Lists = tuple[Sequence[np.ndarray], Sequence[int]]  # facts (K, F) of each list, and the position of its target
+
+
+def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed: int) -> tuple[list[np.ndarray], int]:
+    """Scores (K,) of every asked list by a model that was fitted to the train lists.
+
+    The validation lists choose the number of trees. Small trees and strong shrinkage are ours: with 7 leaves it does
+    best on the validation lists of Amazon Beauty (7: .600, 15: .596, 31: .591 NDCG@5, two seeds).
+
+    Returns:
+        (scores, number of trees).
+    """
+    from lightgbm import LGBMRanker, early_stopping
+
+    model = LGBMRanker(
+        objective="lambdarank", n_estimators=500, learning_rate=0.05, num_leaves=7, min_child_samples=50, subsample=0.8,
+        subsample_freq=1, colsample_bytree=0.8, reg_lambda=1.0, random_state=seed, n_jobs=1, deterministic=True,
+        force_row_wise=True, verbose=-1,
+    )  # fmt: skip
+    rows, goals, sizes = _table(train)
+    checked, wanted, lengths = _table(valid)
+    model.fit(
+        rows, goals, group=sizes, eval_set=[(checked, wanted)], eval_group=[lengths], eval_at=[5],
+        callbacks=[early_stopping(50, verbose=False)],
+    )  # fmt: skip
+    scores = model.predict(np.concatenate(list(asked)))
+    return np.split(scores, np.cumsum([len(table) for table in asked])[:-1]), model.best_iteration_
+
+
+def _table(lists: Lists) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Facts (sum K, F), 1 at the targets (sum K,), and the K of every list."""
+    facts, targets = lists
+    goals = [np.arange(len(table)) == target for table, target in zip(facts, targets, strict=True)]
+    return np.concatenate(list(facts)), np.concatenate(goals).astype(int), [len(table) for table in facts]
