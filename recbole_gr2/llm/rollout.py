@@ -55,7 +55,7 @@ def generate_rankings(
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * num_generations)]
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
     prompts_per_batch = max(1, batch_size // num_generations)
-    with _evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
+    with evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
         for start in range(0, len(by_length), prompts_per_batch):
             chunk = by_length[start : start + prompts_per_batch]
             prompts, priors = [prompt_ids[i] for i in chunk], [label_priors[i] for i in chunk]
@@ -197,7 +197,8 @@ def _generate_batch(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode; its own mode comes back."""
     training = model.training
     model.eval()
     try:
