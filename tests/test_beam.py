@@ -29,7 +29,8 @@ SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.5, "bos_token_id": Non
 
 def llama():
     return LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **SIZES
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        attention_dropout=0.5, **SIZES,
     ))  # fmt: skip
 
 
