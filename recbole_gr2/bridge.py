@@ -317,6 +317,10 @@ class BaseModel:
             mask_seen(scores, rows[self.data.uid].tolist(), self.data, split)
         return scores
 
+    def judged(self, scores, targets):
+        """Scores as RecBole's evaluator gets them. Here untouched: ties break as they do in RecBole."""
+        return scores
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListedBase:
@@ -336,6 +340,10 @@ class ListedBase:
         for row, user in enumerate(rows[self.data.uid].tolist()):
             items = lists[self.data.user_tokens[user]]
             scores[row, list(items)] = torch.arange(len(items), 0, -1).float()
+        return scores
+
+    def judged(self, scores, targets):
+        """See `BaseModel.judged`; there are no ties."""
         return scores
 
 
@@ -518,7 +526,7 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
     for start in range(0, len(feat), size):
         batch = feat[start : start + size]
         with torch.no_grad():
-            scores = base.score_rows(batch, split)
+            scores = base.judged(base.score_rows(batch, split), batch[data.iid])
         order = base_order(scores, reach)
         for name, rankings in rows.items():
             given = scores

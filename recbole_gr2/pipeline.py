@@ -16,6 +16,7 @@ from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
+from recbole_gr2.generator import GENERATOR
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
@@ -29,7 +30,7 @@ class Stage:
     Attributes:
         version: raise it when the stage's code changes its result; older folders are then left alone.
         settings: prefixes of the settings that can change its result.
-        needs: stages whose files it reads.
+        needs: stages whose files it reads, whatever the settings.
         recbole: which of RecBole's words can change its result: "" none, "shared" those that are not for the base
             model alone, "base" all of them.
     """
@@ -42,18 +43,19 @@ class Stage:
 
 
 STAGES = (
-    Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
-    Stage(name="evidence", version=1, needs=("candidates", "tokenizer"), settings=("evidence_", "seed")),
     Stage(name="midtrain", version=2, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
+    Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
+    Stage(name="evidence", version=2, needs=("candidates", "tokenizer"), settings=("evidence_", "seed")),
     Stage(name="traces", version=2, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
-    Stage(name="sft", version=2, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="sft", version=3, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "seed"), recbole="shared"),
+    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "cand_beams", "seed"),
+          recbole="shared"),
     Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl", "baselines")),
 )  # fmt: skip
@@ -88,7 +90,10 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
     for name in (*stages, *([from_stage] if from_stage else [])):
         if name not in NAMES:
             raise ConfigurationError(f"there is no stage named {name!r}", do=f"choose from {', '.join(NAMES)}")
-    wanted = _with_needs(stages or NAMES)
+    needed = {stage.name: _needs(stage, settings) for stage in STAGES}
+    wanted = set(stages or NAMES)
+    for stage in reversed(STAGES):
+        wanted |= set(needed[stage.name]) if stage.name in wanted else set()
     root = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "stages"
     planned, keys, renewed = [], {}, set()
     for stage in STAGES:
@@ -101,10 +106,10 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
             models = [settings["base_model"]] if stage.recbole == "base" else settings["models"]
             values |= {f"{name}.defaults": base_model_properties(name) for name in models}
         values |= _extension_hashes(values)
-        needs = {name: keys[name] for name in stage.needs}
+        needs = {name: keys[name] for name in needed[stage.name]}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
         folder = root / stage.name / key
-        if force or stage.name == from_stage or renewed & set(stage.needs):
+        if force or stage.name == from_stage or renewed & set(needs):
             renewed.add(stage.name)
         action, why = _decide(folder, values, needs, again=stage.name in renewed)
         planned.append(
@@ -113,12 +118,10 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
     return planned
 
 
-def _with_needs(names: Sequence[str]) -> set[str]:
-    wanted = set(names)
-    for stage in reversed(STAGES):
-        if stage.name in wanted:
-            wanted |= set(stage.needs)
-    return wanted
+def _needs(stage: Stage, settings: Settings) -> tuple[str, ...]:
+    """What a stage reads; a stage that uses the generator also reads what mid-training wrote."""
+    models = {"candidates": [settings["base_model"]], "baselines": settings["models"]}.get(stage.name, [])
+    return (*stage.needs, *(("tokenizer", "midtrain") if GENERATOR in models else ()))
 
 
 def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[str, str]:
@@ -206,8 +209,8 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
     run = importlib.import_module(f"recbole_gr2.stages.{entry.stage.name}").run
     context = Context(
         settings=settings, data=data, folder=entry.folder, say=lambda text: console.say(f"  {text}"),
-        inputs={name: records[name] for name in entry.stage.needs},
-        folders={name: folders[name] for name in entry.stage.needs},
+        inputs={name: records[name] for name in entry.needs},
+        folders={name: folders[name] for name in entry.needs},
     )  # fmt: skip
     _reset_peak_memory()
     started = time.monotonic()

@@ -14,6 +14,9 @@ from recbole_gr2.sid.tokens import label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 
+SEQUENTIAL = "Items in the order in which one shopper took them: "
+
+
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """A prompt template: Jinja2 sources of the system and the user message, and the hash of its file."""
@@ -102,6 +105,19 @@ class PromptMaker:
     def label_prior(self, request: Request, prompt: Prompt) -> list[float]:
         """Log-prior of each label, (K,); zeros where there is no evidence."""
         return [request.prior[position] if request.prior else 0.0 for position in prompt.order]
+
+
+def history_ids(history: Sequence[int], items: Sequence[Item], tokenizer, longest: int) -> list[int]:
+    """Token ids of a history as mid-training's sequential task shows it: the last items that fit, oldest first.
+
+    Args:
+        longest: tokens that these and one more semantic ID may have.
+    """
+    head = tokenizer(SEQUENTIAL, add_special_tokens=False)["input_ids"]
+    sid = len(tokenizer(sid_text(items[0].sid), add_special_tokens=False)["input_ids"])
+    room = max(1, (longest - len(head)) // sid - 1)  # [-0:] would be all
+    text = "".join(sid_text(items[item - 1].sid) for item in history[-room:])
+    return head + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def encode_prompt(prompt: Prompt, tokenizer) -> list[int]:

@@ -66,7 +66,7 @@ DEPENDS = {
     "llm_lora_rank": (4, "midtrain traces sft rl evaluate"),
     "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
     "evidence_hidden": (8, "evidence traces sft rl evaluate"),
-    "sid_epochs": (1, "tokenizer evidence midtrain traces sft rl evaluate"),
+    "sid_epochs": (1, "tokenizer midtrain evidence traces sft rl evaluate"),
     "cand_exclude_seen": (False, "candidates evidence traces sft rl baselines evaluate"),
     "base_epochs": (1, "candidates evidence traces sft rl evaluate"),
     "base_model": ("BPR", "candidates evidence traces sft rl evaluate"),
@@ -146,7 +146,7 @@ def test_from_stage_force_and_stages(smoke_run, data):
     assert plan["sft"].why == "asked for"
     assert set(actions(planned(smoke_run, data, {"force": True})).values()) == {"run"}
     assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["tokenizer"]
-    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == ["candidates", "tokenizer", "evidence", "midtrain", "traces"]
+    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == ["tokenizer", "midtrain", "candidates", "evidence", "traces"]
     assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == list(NAMES)
     for wrong in ({"stages": ["evaluation"]}, {"from_stage": "evaluation"}):
         with pytest.raises(ConfigurationError, match="no stage named 'evaluation'"):
@@ -318,7 +318,7 @@ FLOORS = (
     {"config", "requests"},
     {"sid", "model", "evidence"},
     {"prompts", "llm", "bridge"},
-    {"rewards", "teachers", "rerankers"},
+    {"rewards", "teachers", "rerankers", "generator"},
     {"stages"},
     {"pipeline"},
     {"report"},

@@ -396,6 +396,12 @@ def test_a_training_row_by_hand(student, longest):
     mark = 2 if longest else 0  # forced where there is no reasoning to end
     assert row.parts == [0] * len(head) + [1] * len(said) + [mark, 2, 2, 0, 0]  # last label and end are forced
     assert not grammar.was_truncated(row.input_ids[len(head) :])
+    start = len(head) + len(said) + 1
+    assert row.choices == {start: [0, 0, 0], start + 1: [0, 0, -math.inf]}  # no evidence, and C is taken
+    first = training_row(toy_maker(), replace(request, prior=(-1.0, -2.0, -3.0)), prompt, trace, tokenizer, grammar,
+                         first_only=True)  # fmt: skip
+    assert first.input_ids == row.input_ids and first.parts == row.parts[: start + 1] + [0, 0, 0]
+    assert first.choices == {start: [-3.0, -1.0, -2.0]}  # in the order of the labels
 
 
 def test_sft_rows_of_the_run_fit(smoke, items, student):
@@ -407,7 +413,7 @@ def test_sft_rows_of_the_run_fit(smoke, items, student):
     assert len(rows) > 30
     for row in rows:
         assert len(row.input_ids) == len(row.parts) <= smoke.settings["sft_max_length"]
-        assert row.parts.count(2) == smoke.settings["cand_num"]  # mark and nine labels
+        assert row.parts.count(2) == smoke.settings["cand_num"]  # mark and nine labels, of all
         assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in row.input_ids
 
 
@@ -564,10 +570,10 @@ FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_ba
           "eval_batch_size": 2048}  # fmt: skip
 # Stage -> what its console line says when the process is killed. Steps are behind a checkpoint but not at one.
 KILLS = {
-    "candidates": "hold-out base: 1 epochs",
     "tokenizer": "texts embedded",
-    "evidence": "test: ",
     "midtrain": "  step 5/",
+    "candidates": "hold-out base: 1 epochs",
+    "evidence": "test: ",
     "traces": "try 1:",
     "sft": "  step 7/11",
     "rl": "step 4/6",
@@ -639,6 +645,7 @@ def killed(tmp_path_factory):
 
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
+    assert list(KILLS) == list(pipeline.NAMES)
     assert [code for code, _ in starts] == [130] * 9 + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
@@ -718,8 +725,8 @@ def test_checkpoints_were_used(killed):
         _, said = starts[pipeline.NAMES.index(stage) + 1]
         assert any(line.startswith(f"{stage}: resume") for line in said)
         assert next(line for line in said if line.startswith("  step ")).startswith(first)
-    assert sum("epoch 1: " in line for line in starts[0][1]) == 1  # the base of the first start is loaded, not trained
-    assert sum("epoch 1: " in line for line in starts[1][1]) == 0
+    first = pipeline.NAMES.index("candidates")  # the base of that start is loaded by the next one, not trained again
+    assert [sum("epoch 1: " in line for line in starts[n][1]) for n in (first, first + 1)] == [1, 0]
 
 
 ALWAYS = {"dataset", "checkpoint_dir", "data_path", "preset"}  # in the folder's path, or without an effect
@@ -750,3 +757,50 @@ def test_a_stage_folder_can_be_moved(killed, tmp_path):
 
     model, tokenizer = load_saved(moved)
     assert model.get_input_embeddings().weight.size(0) == len(tokenizer)
+
+
+# --- the generator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """(settings, stage -> folder) of a run whose base model is the mid-trained language model."""
+    root = tmp_path_factory.mktemp("generator")
+    chosen = load_settings(config_dict={
+        **TINY, "base_model": "GR2Generator", "models": ["GR2Generator", "Pop"], "evidence_steps": 50,
+        "checkpoint_dir": str(root),
+    })  # fmt: skip
+    data = Data(chosen)
+    planned = pipeline.plan(chosen, data, stages=["baselines", "evidence"])
+    pipeline.execute(planned, chosen, data, Console())
+    return chosen, data, {entry.stage.name: entry.folder for entry in planned}
+
+
+def test_the_generator_is_a_base_model(generated):
+    chosen, data, folders = generated
+    items = load_items(folders["tokenizer"], data.items)
+    for split in ("train", "valid", "test"):
+        requests = read_requests(folders["candidates"] / f"{split}.jsonl", items)
+        assert len(requests) > 900
+        for request in requests[:100]:
+            assert 2 <= len(set(request.items)) == len(request.items) <= 10
+            assert not set(request.items) & set(request.history)
+            scores = [candidate.score for candidate in request.candidates]
+            assert scores == sorted(scores, reverse=True) and -1e3 < scores[-1] and scores[0] < 0
+
+
+def test_the_generators_row_is_that_of_its_lists(generated):
+    """Recall@10 as a recommender is the share of its own lists that hold the target."""
+    _, data, folders = generated
+    facts = pipeline.read_manifest(folders["baselines"]).facts["rows"]["GR2Generator"]
+    stats = json.loads((folders["candidates"] / "stats.json").read_text())["test"]
+    assert facts["metrics"]["recall@10"] == pytest.approx(stats["recall@10"], abs=6e-5)
+    assert facts["metrics"]["recall@1"] == pytest.approx(stats["recall@1"], abs=6e-5)
+
+
+def test_a_generator_that_saw_the_targets_proposes_no_train_lists(smoke, tmp_path):
+    from recbole_gr2.stages.candidates import recommender
+
+    context = other(smoke, tmp_path, base_model="GR2Generator", mid_hold_out=False)
+    with pytest.raises(ConfigurationError, match="has seen their targets"):
+        recommender(context, tmp_path, hold_out=True)

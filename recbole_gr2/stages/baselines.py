@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_gr2.bridge import BaseModel, evaluate_rows, train_base
+from recbole_gr2.bridge import BaseModel, evaluate_rows
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.store import write_json
 
 BEYOND = 10**9  # rank of a target that the evaluator does not reach
@@ -18,7 +19,8 @@ def run(context: Context) -> dict:
     """
     rows = {}
     for name in context.settings["models"]:
-        model = train_base(context.data, context.folder / name, hold_out=False, model=name, say=context.say)
+        (context.folder / name).mkdir(exist_ok=True)
+        model = recommender(context, context.folder / name, model=name, say=context.say)
         metrics = evaluate_rows(context.data, model, {name: None}, split="test")[name]
         users, ranks = target_ranks(model)
         write_json(context.folder / name / "test.json", {"users": users, "ranks": ranks})
@@ -33,9 +35,9 @@ def target_ranks(model: BaseModel) -> tuple[list[str], list[int]]:
 
     data, users, ranks = model.data, [], []
     for batch, scores in model.scores("test"):
-        top = torch.topk(scores, data.reach(1), dim=-1).indices.numpy()
-        targets = np.array([data.target(user, "test") for user in batch.tolist()])
-        hits = top == targets[:, None]
+        targets = torch.tensor([data.target(user, "test") for user in batch.tolist()])
+        top = torch.topk(model.judged(scores, targets), data.reach(1), dim=-1).indices
+        hits = (top == targets.unsqueeze(1)).numpy()
         ranks += np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, BEYOND).tolist()
         users += [data.user_tokens[user] for user in batch.tolist()]
     return users, ranks

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from recbole_gr2.bridge import SPLITS, BaseModel, train_base
 from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.generator import GENERATOR, Generator
+from recbole_gr2.llm.beam import UNREACHED
 from recbole_gr2.requests import read_requests, request_id, write_requests
 from recbole_gr2.sid.tokens import MAX_CANDIDATES
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Candidate, Request
 
@@ -37,9 +39,9 @@ def run(context: Context) -> dict:
     if settings["cand_file"]:
         lists, facts = _imported(context), {"imported": settings["cand_file"]}
     else:
-        base = train_base(data, context.folder / "base", hold_out=False, say=context.say)
+        base = recommender(context, context.folder / "base", say=context.say)
         context.say(f"base model {base.name}: best epoch {base.facts['epochs']}, valid {base.facts.get('best_valid')}")
-        hold_out = train_base(data, context.folder / "hold_out_base", hold_out=True, epochs=base.facts["epochs"])
+        hold_out = recommender(context, context.folder / "hold_out_base", hold_out=True, epochs=base.facts["epochs"])
         context.say(f"hold-out base: {hold_out.facts['epochs']} epochs without the targets of the train lists")
         providers = {"train": hold_out, "valid": base, "test": base}
         lists = {split: top_candidates(providers[split], split, settings["cand_num"]) for split in SPLITS}
@@ -66,6 +68,34 @@ def run(context: Context) -> dict:
     return {**facts, "stats": stats}
 
 
+def recommender(context: Context, folder: Path, *, model: str | None = None, hold_out: bool = False, **options
+                ) -> BaseModel:  # fmt: skip
+    """The base model, or another one by name, trained to `folder` or loaded from it.
+
+    The generator is the mid-trained model, which is there already. It has not seen the targets of the train lists
+    (`mid_hold_out`), so it is its own hold-out base.
+
+    Raises:
+        ConfigurationError: the generator was mid-trained on the targets of the train lists.
+    """
+    if (model or context.settings["base_model"]) != GENERATOR:
+        return train_base(context.data, folder, model=model, hold_out=hold_out, **options)
+    settings = context.settings
+    if hold_out and not settings["mid_hold_out"]:
+        raise ConfigurationError(
+            f"the train lists of {GENERATOR} would come from a model that has seen their targets", where="mid_hold_out",
+            why="a re-ranker would learn to keep their order", do="set mid_hold_out: True",
+        )  # fmt: skip
+    llm, tokenizer = load_stage_model(context, "midtrain")
+    return Generator(
+        name=GENERATOR, model=llm, tokenizer=tokenizer, data=context.data, exclude_seen=settings["cand_exclude_seen"],
+        facts={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
+        items=load_items(context.folders["tokenizer"], context.data.items), longest=settings["mid_max_length"],
+        beams=settings["cand_beams"], batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, llm.device.type),
+    )  # fmt: skip
+
+
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
     """The base model's first `count` unmasked items of every row of a split.
 
@@ -81,7 +111,7 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
             users.tolist(), top.indices[:, :count].tolist(), top.values.tolist(), strict=True
         ):
             history = data.history(user, split)
-            real = [(i, v) for i, v in zip(items, values, strict=False) if np.isfinite(v)]
+            real = [(i, v) for i, v in zip(items, values, strict=False) if v > UNREACHED]
             if not history or len(real) < 2:
                 continue
             requests.append(

@@ -16,17 +16,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recbole_gr2.bridge import ListedBase, evaluate_rows, train_base
+from recbole_gr2.bridge import ListedBase, evaluate_rows
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.prompts import PromptMaker, history_ids
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
 from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.baselines import BEYOND
+from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.stages.evidence import load_facts, load_requests
-from recbole_gr2.stages.midtrain import SEQUENTIAL, load_stage_model, use_bf16
+from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.sft import answer_grammar, answer_requests
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import write_json, write_lines
@@ -147,13 +148,8 @@ def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[
     settings = context.settings
     model, tokenizer = load_stage_model(context, "midtrain")
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    sids = {i.item_id: encode(sid_text(i.sid)) for i in items}
-    head = encode(SEQUENTIAL)
-    room = max(1, (settings["mid_max_length"] - len(head)) // len(sids[1]) - 1)  # items of history; [-0:] would be all
-    prompts = [head + [token for i in r.history[-room:] for token in sids[i]] for r in requests]
+    sids = {i.item_id: tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"] for i in items}
+    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) for r in requests]
     scores = continuation_log_likelihood(
         model, prompts, [[sids[i] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
         batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
@@ -173,7 +169,7 @@ def _metrics(
     if settings["cand_file"]:
         base = ListedBase(data=data, requests=requests)
     else:
-        base = train_base(data, context.folders["candidates"] / "base", hold_out=False)  # loads: it is finished there
+        base = recommender(context, context.folders["candidates"] / "base")  # loads: it is finished there
     users = {token: user for user, token in enumerate(data.user_tokens)}
     everyone = None if settings["eval_max_lists"] is None and not settings["cand_file"] else [
         users[r.user_token] for r in requests]  # fmt: skip

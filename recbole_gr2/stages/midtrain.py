@@ -19,7 +19,7 @@ from recbole_gr2.llm.adapter import merged, with_lora, with_token_rows
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import perplexity
-from recbole_gr2.prompts import PromptMaker, kind
+from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, sid_text
 from recbole_gr2.stages import Context
@@ -30,7 +30,6 @@ from recbole_gr2.types import Candidate, Item, Request
 
 PARAGRAPH = 120  # characters of the shortest paragraph that counts as text
 HELD_OUT = 40  # paragraphs of plain text that perplexity is measured on
-SEQUENTIAL = "Items in the order in which one shopper took them: "
 
 
 def run(context: Context) -> dict:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from recbole_gr2.errors import GateError
+from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.constraint import Grammar
@@ -41,7 +41,11 @@ def run(context: Context) -> dict:
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)
-    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar) for r in requests]
+    learnt = settings["sft_labels"] or ("first" if context.inputs["evidence"].facts["facts"] else "all")
+    if learnt not in ("first", "all"):
+        raise ConfigurationError(f"sft_labels is {learnt!r}", do="choose first or all")
+    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar,
+                         first_only=learnt == "first") for r in requests]  # fmt: skip
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "sft")
@@ -95,11 +99,13 @@ def answer_grammar(tokenizer, settings) -> Grammar:
     return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
 
 
-def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar
-                 ) -> Row:  # fmt: skip
-    """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on mark, labels and end.
+def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,
+                 first_only: bool = False) -> Row:  # fmt: skip
+    """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
-    A label is a choice among the open ones, under the prior, as it is in generation. A trace longer than the grammar
+    A label is a choice among the open ones, under the prior, as it is in generation. With `first_only` the labels
+    behind the first carry no loss: nothing is known of their order but the prior, and to learn that from the prompt
+    counts the base order twice. A trace longer than the grammar
     allows ends at its limit, as it would in generation. Without reasoning (`max_reasoning` 0) the trace is left out.
     The last label and the end are forced in generation, so they carry no loss.
     """
@@ -109,13 +115,14 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
     labels = [label_of[item] for item in trace.ranking]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))[0]
     choices, first = {}, len(head) + len(reasoning) + 1
-    for place, label in enumerate(labels[:-1]):
+    learnt = 1 if first_only else len(labels) - 1
+    for place, label in enumerate(labels[:learnt]):
         choices[first + place] = prior.tolist()
         prior[grammar.label_ids.index(label)] = -torch.inf
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *[REASONING] * len(reasoning), ANSWER if grammar.max_reasoning else 0,
-               *[ANSWER] * (len(labels) - 1), 0, 0],
+               *[ANSWER] * learnt, *[0] * (len(labels) - learnt), 0],
         choices=choices,
     )  # fmt: skip
 
