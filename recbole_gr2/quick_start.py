@@ -48,12 +48,13 @@ def check_result(path: Path) -> None:
     Raises:
         GateError: a model left every list as it was.
     """
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    trained = ("midtrain", "sft", "rl")
-    copies = sorted({row["row"] for row in rows if row["row"] in trained and row["unchanged"] == 1.0})
-    if copies:
+    from recbole_gr2.report import copies
+
+    ours = ("midtrain", "sft", "rl")
+    found = [row for row in copies(json.loads(path.read_text(encoding="utf-8"))) if row in ours]
+    if found:
         raise GateError(
-            f"{', '.join(copies)} left every list as it was",
+            f"{', '.join(found)} left every list as it was",
             where=str(path),
             why="a re-ranker that copies its input has learnt nothing: its row is the base row again",
             do="look at log.json and samples.json of its stage: reward, unchanged and entropy say when it gave up",

@@ -158,6 +158,11 @@ def published(dataset: str) -> list[str]:
     return parts
 
 
+def copies(result: dict) -> list[str]:
+    """Rows of re-rankers that left every list as it was."""
+    return sorted({r["row"] for r in result["rows"] if r["row"] not in ("base", "oracle") and r["unchanged"] == 1.0})
+
+
 def caveat(result: dict) -> str:
     """What the numbers themselves warn of."""
     row = next(r for r in result["rows"] if r["scope"] == "in_list")
@@ -167,6 +172,5 @@ def caveat(result: dict) -> str:
         if r["scope"] == "in_list" and r["row"] not in ("base", "oracle", "shuffled")
         and r["vs_base"]["ndcg@5"]["low"] < 0 < r["vs_base"]["ndcg@5"]["high"]
     ]  # fmt: skip
-    copies = sorted({r["row"] for r in result["rows"] if r["row"] not in ("base", "oracle") and r["unchanged"] == 1.0})
-    small += f"; {', '.join(copies)} left every list as it was" if copies else ""
+    small += f"; {', '.join(copies(result))} left every list as it was" if copies(result) else ""
     return small + (f"; the interval of {', '.join(crossing)} holds 0" if crossing else "")

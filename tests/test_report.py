@@ -1,0 +1,35 @@
+"""The report: reference figures stand apart, and copies are named."""
+
+from recbole_gr2.config import properties_folder, read_yaml
+from recbole_gr2.report import SHOWN, copies, metrics_table, published
+
+
+def row(name: str, scope: str = "in_list", unchanged: float | None = 0.5, ndcg: float = 0.5) -> dict:
+    versus = {"ndcg@5": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
+    return {"row": name, "scope": scope, "n": 10, "metrics": {"recall@1": 0.25, "ndcg@5": ndcg}, "unchanged": unchanged,
+            "vs_base": {} if name == "base" else versus}  # fmt: skip
+
+
+def test_published_figures_have_known_metrics_and_ranges():
+    figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
+    assert set(figures) == {"amazon-beauty", "amazon-sports"}
+    values = [(metric, value) for scopes in figures.values() for rows in scopes.values() for row in rows.values()
+              for metric, value in row.items()]  # fmt: skip
+    assert len(values) > 60 and {metric for metric, _ in values} <= set(SHOWN)
+    assert all(0 < value < 1 for _, value in values)
+    assert all(0.2 < value for rows in figures.values() for r in rows["in_list"].values() for value in r.values())
+
+
+def test_published_figures_are_shown_for_their_data_set_alone():
+    text = "\n".join(published("amazon-beauty"))
+    assert "RL, rejection, KP (GR2)" in text and "0.5234" in text and "for reference" in text
+    assert published("ml-100k") == []
+
+
+def test_copies_and_rows_without_lists():
+    result = {"rows": [row("base", unchanged=1.0), row("oracle", unchanged=1.0, ndcg=1.0), row("sft", unchanged=1.0),
+                       row("rl"), row("SASRec", unchanged=None)]}  # fmt: skip
+    assert copies(result) == ["sft"]
+    table = metrics_table(result, "in_list").splitlines()
+    assert next(line for line in table if line.startswith("SASRec")).rstrip().endswith("%") is True
+    assert next(line for line in table if line.startswith("sft")).rstrip().endswith("100.0%")
