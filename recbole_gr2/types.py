@@ -117,19 +117,39 @@ class Trace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Health:
-    """How well an SID table keeps items apart.
+class Neighbourhood:
+    """Whether items that share codes are alike, counted over pairs of items; levels drawn at random are left out.
 
-    `uniqueness` is distinct SIDs / items. `used_codes[l]` and `entropy[l]` (bits, 0..log2 C) describe level l.
-    `reconstruction` is the mean cosine similarity of decoded and original embedding before random last levels.
+    `pairs[l]` pairs share their first l + 1 codes; `same_path[l]` of them have the same category, `same_top[l]` the
+    same first two parts of it (shares; None where there is no pair). `random_path` and `random_top` are the same shares
+    among all pairs of the `items` that have a category: what codes without meaning would reach.
+    """
+
+    items: int
+    pairs: tuple[int, ...]
+    same_path: tuple[float | None, ...]
+    same_top: tuple[float | None, ...]
+    random_path: float
+    random_top: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """How well an SID table keeps items apart, and alike ones together.
+
+    `uniqueness` is distinct SIDs / items, `uniqueness_without_random_level` that of the nearest codes alone.
+    `used_codes[l]` and `entropy[l]` (bits, 0..log2 C) describe level l. `reconstruction` is the mean cosine similarity
+    of decoded and original embedding before random last levels. `neighbourhood` is None without categories.
     """
 
     items: int
     uniqueness: float
+    uniqueness_without_random_level: float
     largest_collision: int
     used_codes: tuple[int, ...]
     entropy: tuple[float, ...]
     reconstruction: float
+    neighbourhood: Neighbourhood | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

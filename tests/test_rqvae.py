@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings
-from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, assign, check, fit_rqvae, health
+from recbole_gr2.sid.quality import check, health
+from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, assign, fit_rqvae
 from recbole_gr2.types import Health
 
 SMALL = RQVAEConfig(
@@ -362,6 +363,8 @@ def test_health_by_hand():
     codes = np.array([[0, 5, 1], [0, 5, 1], [1, 6, 1], [1, 7, 1]])
     found = health(codes, model, vectors)
     assert (found.items, found.uniqueness, found.largest_collision) == (4, 0.75, 2)
+    assert found.uniqueness_without_random_level == 0.5  # one level of two codes, both in use
+    assert found.neighbourhood is None
     assert found.used_codes == (2, 3, 1)
     assert found.entropy == pytest.approx((1.0, 1.5, 0.0))
     assert found.reconstruction == pytest.approx((1 + 1 + 0.8 + 1) / 4)
@@ -369,8 +372,9 @@ def test_health_by_hand():
 
 def test_check_passes_at_the_bound_and_names_everything_below_it():
     good = Health(
-        items=100, uniqueness=0.99, largest_collision=2, used_codes=(2, 9), entropy=(1.0, 3.0), reconstruction=0.9
-    )
+        items=100, uniqueness=0.99, uniqueness_without_random_level=0.9, largest_collision=2, used_codes=(2, 9),
+        entropy=(1.0, 3.0), reconstruction=0.9,
+    )  # fmt: skip
     check(good, 0.99)
     with pytest.raises(GateError, match="99.00% of semantic IDs are unique, below 99.90%"):
         check(good, 0.999)

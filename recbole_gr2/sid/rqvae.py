@@ -1,7 +1,7 @@
 """Residual-quantised autoencoder: an item's text embedding becomes a short tuple of codes, its semantic ID.
 
 GR2 (arXiv 2602.07774, section 3) after TIGER (arXiv 2305.05065, section 3.1). Every technique of GR2's tokenizer table
-is a switch of `RQVAEConfig`, but the contrastive loss.
+is a switch of `RQVAEConfig`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
-from recbole_gr2.types import Health
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.contrastive import draw_positives, info_nce, known_positives
+
+if TYPE_CHECKING:
+    from recbole_gr2.sid.rqkmeans import RQKMeans
 
 RANDOM_MODES = ("unused_first", "uniform")
 WEIGHTS, CONFIG = "rqvae.safetensors", "rqvae.json"
@@ -29,15 +35,54 @@ KMEANS_POINTS = 256  # rows a centroid that k-means looks at; more do not move t
 
 
 @dataclass(frozen=True)
-class RQVAEConfig:
-    """Settings of the tokenizer; symbols are those of GR2, section 3.
+class SidConfig:
+    """What a semantic ID looks like, whichever tokenizer makes it; symbols are those of GR2, section 3.
+
+    Args:
+        levels: L, codes in a semantic ID, 1..26.
+        codes: C, entries of each level's codebook, at least 2.
+        random_last: M, how many last levels `assign` draws at random, 0..levels-1.
+        random_mode: `unused_first` draws among the codes that are free under the same prefix, `uniform` among all.
+        seed: of the fit.
+
+    Raises:
+        ConfigurationError: a value outside its range; all such values are named together.
+    """
+
+    levels: int = 4
+    codes: int = 256
+    random_last: int = 1
+    random_mode: str = "unused_first"
+    seed: int = 2020
+
+    def rules(self) -> dict[str, bool]:
+        """Every rule in words, and whether it holds."""
+        return {
+            "levels must be 1..26": 1 <= self.levels <= 26,
+            "codes must be at least 2": self.codes >= 2,
+            "random_last must be 0..levels-1": 0 <= self.random_last < self.levels,
+            f"random_mode must be one of {', '.join(RANDOM_MODES)}": self.random_mode in RANDOM_MODES,
+        }
+
+    def __post_init__(self) -> None:
+        broken = [rule for rule, holds in self.rules().items() if not holds]
+        if broken:
+            raise ConfigurationError(
+                "; ".join(broken),
+                where="semantic-ID tokenizer settings",
+                why="such a tokenizer cannot be built",
+                do="correct the values named above",
+            )
+
+
+@dataclass(frozen=True)
+class RQVAEConfig(SidConfig):
+    """Settings of the RQ-VAE.
 
     The defaults are ours, chosen on MiniLM embeddings of Amazon Beauty (12,101 items): every code of every level
     in use, 98.6 % of SIDs unique with `random_last=0` and all of them with 1. GR2 publishes L only.
 
     Args:
-        levels: L, codes in a semantic ID, 1..26.
-        codes: C, entries of each level's codebook, at least 2.
         latent: width of the space that is quantised.
         hidden: widths of the encoder's hidden layers; the decoder mirrors them.
         commitment: beta, weight of |r_k - sg(q_k)|^2.
@@ -46,16 +91,11 @@ class RQVAEConfig:
         kmeans_init: codebooks start at k-means centroids of the first residuals; off: at small random vectors.
         diversity: lambda, weight of C * sum_j p_j^2 with p_j the share of the batch that code j holds.
         reset_after: tau, batches without use after which a code is replaced by the worst-reconstructed sample; 0 never.
-        random_last: M, how many last levels `assign` draws at random, 0..levels-1.
-        random_mode: `unused_first` draws among the codes that are free under the same prefix, `uniform` among all.
-        epochs, batch_size, learning_rate, seed: of the fit, by Adam.
-
-    Raises:
-        ConfigurationError: a value outside its range; all such values are named together.
+        contrastive: weight of InfoNCE between the latents of items that users took one after the other; 0 off.
+        contrastive_temperature: T, its temperature.
+        epochs, batch_size, learning_rate: of the fit, by Adam.
     """
 
-    levels: int = 4
-    codes: int = 256
     latent: int = 32
     hidden: tuple[int, ...] = (512, 256)
     commitment: float = 0.25
@@ -64,34 +104,23 @@ class RQVAEConfig:
     kmeans_init: bool = True
     diversity: float = 0.0
     reset_after: int = 24
-    random_last: int = 1
-    random_mode: str = "unused_first"
+    contrastive: float = 0.0
+    contrastive_temperature: float = 0.1
     epochs: int = 30
     batch_size: int = 256
     learning_rate: float = 1e-3
-    seed: int = 2020
 
-    def __post_init__(self) -> None:
-        rules = {
-            "levels must be 1..26": 1 <= self.levels <= 26,
-            "codes must be at least 2": self.codes >= 2,
+    def rules(self) -> dict[str, bool]:
+        return super().rules() | {
             "latent and hidden must be positive": min((self.latent, *self.hidden)) >= 1,
-            "commitment and diversity must not be negative": min(self.commitment, self.diversity) >= 0,
+            "commitment, diversity and contrastive must not be negative":
+                min(self.commitment, self.diversity, self.contrastive) >= 0,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
             "reset_after must not be negative": self.reset_after >= 0,
-            "random_last must be 0..levels-1": 0 <= self.random_last < self.levels,
-            f"random_mode must be one of {', '.join(RANDOM_MODES)}": self.random_mode in RANDOM_MODES,
+            "contrastive_temperature must be positive": self.contrastive_temperature > 0,
             "epochs and batch_size must be positive": min(self.epochs, self.batch_size) >= 1,
             "learning_rate must be positive": self.learning_rate > 0,
-        }
-        broken = [rule for rule, holds in rules.items() if not holds]
-        if broken:
-            raise ConfigurationError(
-                "; ".join(broken),
-                where="semantic-ID tokenizer settings",
-                why="such a tokenizer cannot be built",
-                do="correct the values named above",
-            )
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,17 +202,23 @@ class RQVAE(nn.Module):
         return total
 
     @torch.no_grad()
+    def encode(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest codes (N, L) int64 and decoded embeddings (N, D) of embeddings (N, D)."""
+        data = torch.from_numpy(np.ascontiguousarray(embeddings, dtype=np.float32))
+        decoded, quantised = zip(*(self(chunk) for chunk in data.split(CHUNK)), strict=True)
+        return torch.cat([part.codes for part in quantised]).numpy(), torch.cat(decoded).numpy()
+
+    @torch.no_grad()
     def initialise(self, embeddings: torch.Tensor) -> None:
         """Put each codebook at k-means centroids (k-means++ seeding) of its residuals, once in a model's life."""
         if self.initted:
             return
         config = self.config
-        rows = np.random.default_rng(config.seed).permutation(len(embeddings))[: KMEANS_POINTS * config.codes]
+        rows = kmeans_rows(len(embeddings), config)
         residual = torch.cat([self.encoder(chunk) for chunk in embeddings[rows].split(CHUNK)])
         batch_share = min(1.0, config.batch_size / len(rows))
         for level in range(config.levels):
-            with threadpool_limits(1):  # k-means adds its threads' sums in the order in which they finish
-                means = KMeans(config.codes, n_init=1, random_state=config.seed + level).fit(residual.cpu().numpy())
+            means = kmeans(residual.cpu().numpy(), config.codes, config.seed + level)
             sizes = np.bincount(means.labels_, minlength=config.codes)
             self.codebooks[level] = torch.from_numpy(means.cluster_centers_).to(residual)
             self.ema_count[level] = torch.from_numpy(sizes).to(residual) * batch_share
@@ -249,33 +284,28 @@ class RQVAE(nn.Module):
 
 
 def fit_rqvae(
-    embeddings: np.ndarray, config: RQVAEConfig, *, on_epoch: Callable[[int, dict[str, float]], None] | None = None
-) -> RQVAE:
+    embeddings: np.ndarray, config: RQVAEConfig, *, pairs: csr_array | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> RQVAE:  # fmt: skip
     """Train a tokenizer on embeddings (N, D), best of length 1. The same seed gives the same model.
 
     Args:
         embeddings: finite, N at least `config.codes` if the codebooks start from k-means.
         config: the settings.
+        pairs: what `co_engaged` gives, (N, N); the contrastive loss needs it.
         on_epoch: called with the 1-based epoch and its mean loss terms.
 
     Raises:
-        ConfigurationError: not a finite (N, D) matrix, or fewer items than codes.
+        ConfigurationError: not a finite (N, D) matrix, fewer items than codes, or a contrastive loss without pairs.
         GateError: the loss is not finite; it names the epoch.
     """
-    data = torch.from_numpy(np.ascontiguousarray(embeddings, dtype=np.float32))
-    if data.ndim != 2 or not len(data) or not torch.isfinite(data).all():
+    data = torch.from_numpy(checked(embeddings, config.codes if config.kmeans_init else 1))
+    if config.contrastive and (pairs is None or not pairs.nnz):
         raise ConfigurationError(
-            f"item embeddings must be a finite (N, D) matrix, got shape {tuple(data.shape)}",
-            where="sid.rqvae.fit_rqvae",
-            why="nothing can be learnt from them",
-            do="look at the texts and the encoder that made them",
-        )
-    if config.kmeans_init and len(data) < config.codes:
-        raise ConfigurationError(
-            f"{len(data)} items cannot start {config.codes} codes a level",
-            where="sid_codes",
-            why="k-means needs an item for each code",
-            do=f"set sid_codes to at most {len(data)}",
+            "the contrastive loss has no pair of items to pull together",
+            where="sid_contrastive",
+            why="its positives are items that a user took one after the other, in the training data",
+            do="set sid_contrastive to 0, or look at the interactions",
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -283,6 +313,7 @@ def fit_rqvae(
     if config.kmeans_init:
         model.initialise(data)
     order = torch.Generator().manual_seed(config.seed)
+    draws = np.random.default_rng(derive_seed(config.seed, "positives"))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     for epoch in range(1, config.epochs + 1):
         totals: dict[str, float] = {}
@@ -290,6 +321,12 @@ def fit_rqvae(
             batch = data[rows]
             decoded, quantised = model(batch)
             terms = model.losses(batch, decoded, quantised)
+            if config.contrastive:
+                with_one, positives = draw_positives(pairs, rows.numpy(), draws)
+                terms["contrastive"] = config.contrastive * info_nce(
+                    quantised.residuals[with_one, 0], model.encoder(data[positives]),
+                    known_positives(pairs, rows.numpy()[with_one], positives), config.contrastive_temperature,
+                )  # fmt: skip
             loss = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(loss):
                 raise GateError(
@@ -309,14 +346,49 @@ def fit_rqvae(
     return model
 
 
-def assign(model: RQVAE, embeddings: np.ndarray, *, seed: int) -> np.ndarray:
+def kmeans_rows(items: int, config: SidConfig) -> np.ndarray:
+    """The rows that k-means is fitted on: all in a drawn order, or as many as it needs."""
+    return np.random.default_rng(config.seed).permutation(items)[: KMEANS_POINTS * config.codes]
+
+
+def kmeans(points: np.ndarray, codes: int, seed: int) -> KMeans:
+    """k-means with k-means++ seeding, the same whatever the number of threads."""
+    with threadpool_limits(1):  # k-means adds its threads' sums in the order in which they finish
+        return KMeans(codes, n_init=1, random_state=seed).fit(points)
+
+
+def checked(embeddings: np.ndarray, least: int) -> np.ndarray:
+    """Embeddings (N, D) as float32.
+
+    Raises:
+        ConfigurationError: not a finite (N, D) matrix, or fewer than `least` items.
+    """
+    data = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if data.ndim != 2 or not len(data) or not np.isfinite(data).all():
+        raise ConfigurationError(
+            f"item embeddings must be a finite (N, D) matrix, got shape {data.shape}",
+            where="tokenizer stage",
+            why="nothing can be learnt from them",
+            do="look at the texts and the encoder that made them",
+        )
+    if len(data) < least:
+        raise ConfigurationError(
+            f"{len(data)} items cannot start {least} codes a level",
+            where="sid_codes",
+            why="k-means needs an item for each code",
+            do=f"set sid_codes to at most {len(data)}",
+        )
+    return data
+
+
+def assign(tokenizer: RQVAE | RQKMeans, embeddings: np.ndarray, *, seed: int) -> np.ndarray:
     """Semantic IDs of N items, (N, L) int64: nearest codes, but for the last `random_last` levels, which are drawn.
 
     `unused_first` gives the items under one prefix distinct tuples while it holds at most C^M of them, and starts a
     new round after that. The same seed gives the same table.
     """
-    config = model.config
-    codes, _ = _encode(model, embeddings)
+    config = tokenizer.config
+    codes, _ = tokenizer.encode(embeddings)
     if config.random_last == 0:
         return codes
     generator, size = np.random.default_rng(seed), config.codes**config.random_last
@@ -336,57 +408,6 @@ def assign(model: RQVAE, embeddings: np.ndarray, *, seed: int) -> np.ndarray:
     return codes
 
 
-def health(codes: np.ndarray, model: RQVAE, embeddings: np.ndarray) -> Health:
-    """Measure a table of semantic IDs `codes` (N, L) against the embeddings (N, D) it was made from."""
-    _, sharing = np.unique(codes, axis=0, return_counts=True)
-    shares = [np.unique(column, return_counts=True)[1] / len(codes) for column in codes.T]
-    _, decoded = _encode(model, embeddings)
-    original = torch.from_numpy(np.asarray(embeddings, dtype=np.float32))
-    cosine = F.cosine_similarity(torch.from_numpy(decoded), original, dim=-1)
-    return Health(
-        items=len(codes),
-        uniqueness=len(sharing) / len(codes),
-        largest_collision=int(sharing.max()),
-        used_codes=tuple(len(share) for share in shares),
-        entropy=tuple(float(-(share * np.log2(share)).sum()) + 0.0 for share in shares),
-        reconstruction=float(cosine.mean()),
-    )
-
-
-def check(health: Health, min_unique: float) -> None:
-    """Stop a table that cannot carry the next stages.
-
-    Raises:
-        GateError: uniqueness below `min_unique` (0..1), or a level with fewer than 2 codes in use.
-    """
-    problems, remedies = [], []
-    if health.uniqueness < min_unique:
-        problems.append(
-            f"{health.uniqueness:.2%} of semantic IDs are unique, below {min_unique:.2%} "
-            f"(largest collision: {health.largest_collision} items)"
-        )
-        remedies.append("set sid_random_last to 1 or more with sid_random_mode unused_first, or raise sid_codes")
-    collapsed = [level for level, used in enumerate(health.used_codes, 1) if used < 2]
-    if collapsed:
-        problems.append(f"fewer than 2 codes in use on level {', '.join(map(str, collapsed))}")
-        remedies.append("turn sid_kmeans_init and sid_ema on")
-    if problems:
-        raise GateError(
-            "; ".join(problems),
-            where="tokenizer stage",
-            why="items that share a semantic ID cannot be told apart by a model, a level with one code says nothing",
-            do="; ".join(remedies),
-        )
-
-
-@torch.no_grad()
-def _encode(model: RQVAE, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest codes (N, L) and decoded embeddings (N, D)."""
-    data = torch.from_numpy(np.ascontiguousarray(embeddings, dtype=np.float32))
-    decoded, quantised = zip(*(model(chunk) for chunk in data.split(CHUNK)))
-    return torch.cat([part.codes for part in quantised]).numpy(), torch.cat(decoded).numpy()
-
-
 def _offset_distances(residual: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """|r - e_j|^2 - |r|^2, (B, C): what an argmin or a softmax over j needs."""
     return codebook.square().sum(-1) - 2 * residual @ codebook.T
@@ -398,6 +419,6 @@ def _mean_square(difference: torch.Tensor) -> torch.Tensor:
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:]):
+    for wide, narrow in zip(widths, widths[1:], strict=False):
         layers += [nn.Linear(wide, narrow), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

@@ -1,31 +1,40 @@
-"""Tokenizer: item texts -> embeddings -> RQ-VAE -> one semantic ID an item."""
+"""Tokenizer: item texts -> embeddings -> RQ-VAE or residual k-means -> one semantic ID an item."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.packages import resolve
 from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.contrastive import co_engaged
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings
-from recbole_gr2.sid.rqvae import RQVAEConfig, assign, check, fit_rqvae, health
+from recbole_gr2.sid.quality import check, health, neighbourhood_line
+from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
+from recbole_gr2.sid.rqvae import RQVAE, RQVAEConfig, SidConfig, assign, fit_rqvae
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Item
 
+METHODS = {"rqvae": RQVAEConfig, "rqkmeans": SidConfig}
+
 
 def run(context: Context) -> dict:
-    """Writes rqvae.safetensors, embeddings.npy, sids.jsonl and health.json.
+    """Writes the tokenizer (rqvae.safetensors or rqkmeans.safetensors), embeddings.npy, sids.jsonl and health.json.
 
     Raises:
+        ConfigurationError: an unknown `sid_method`, or a value that it cannot use.
         GateError: uniqueness below `sid_min_unique`, or a level with fewer than two codes in use.
     """
     settings, items = context.settings, context.data.items
+    config = tokenizer_config(settings)
     texts = [item_text(item) for item in items]
     if settings["sid_encoder"] == "hash":
         embeddings = hash_embeddings(texts)
@@ -35,26 +44,56 @@ def run(context: Context) -> dict:
     np.save(context.folder / "embeddings.npy", embeddings)
     context.say(f"{len(texts):,} texts embedded, {embeddings.shape[1]} dimensions")
 
-    names = RQVAEConfig.__dataclass_fields__
-    values = {name: settings[f"sid_{name}"] for name in names if f"sid_{name}" in settings}
-    config = RQVAEConfig(**{**values, "hidden": tuple(values["hidden"]), "seed": derive_seed(settings["seed"], "sid")})
-    model = fit_rqvae(embeddings, config)
-    model.save(context.folder)
-    codes = assign(model, embeddings, seed=derive_seed(settings["seed"], "last level"))
-    report = health(codes, model, embeddings)
-    model.config = replace(config, random_last=0)
-    nearest = health(assign(model, embeddings, seed=0), model, embeddings)
+    tokenizer = fit(embeddings, config, context.data)
+    tokenizer.save(context.folder)
+    codes = assign(tokenizer, embeddings, seed=derive_seed(settings["seed"], "last level"))
+    report = health(codes, tokenizer, embeddings, [item.categories for item in items])
     check(report, settings["sid_min_unique"])
     write_lines(
         context.folder / "sids.jsonl",
         ({"item_id": i.token, "sid": [int(c) for c in row]} for i, row in zip(items, codes, strict=True)),
     )
-    facts = {**asdict(report), "uniqueness_without_random_level": nearest.uniqueness}
+    facts = asdict(report)
     write_json(context.folder / "health.json", facts)
-    context.say(f"uniqueness {report.uniqueness:.4%} ({nearest.uniqueness:.2%} by nearest codes alone), codes in use "
-                f"{report.used_codes}, entropy {tuple(round(e, 2) for e in report.entropy)} bits, "
+    context.say(f"uniqueness {report.uniqueness:.4%} ({report.uniqueness_without_random_level:.2%} by nearest codes "
+                f"alone), codes in use {report.used_codes}, entropy {tuple(round(e, 2) for e in report.entropy)} bits, "
                 f"reconstruction {report.reconstruction:.3f}; e.g. {sid_text(tuple(map(int, codes[0])))}")  # fmt: skip
+    context.say(neighbourhood_line(facts["neighbourhood"]))
     return facts
+
+
+def tokenizer_config(settings: Mapping[str, Any]) -> SidConfig:
+    """The `sid_` settings of the method that they name.
+
+    Raises:
+        ConfigurationError: there is no such method, it has no loss that a setting weighs, or a value is out of range.
+    """
+    method = settings["sid_method"]
+    if method not in METHODS:
+        raise ConfigurationError(f"there is no tokenizer {method!r}", where="sid_method", do=f"choose {list(METHODS)}")
+    if method != "rqvae" and (settings["sid_contrastive"] or settings["sid_diversity"]):
+        raise ConfigurationError(
+            f"{method} is not trained by a loss", where="sid_contrastive, sid_diversity",
+            why="they would have no effect", do="set them to 0, or sid_method to rqvae",
+        )  # fmt: skip
+    names = METHODS[method].__dataclass_fields__
+    values = {name: settings[f"sid_{name}"] for name in names if f"sid_{name}" in settings}
+    if "hidden" in values:
+        values["hidden"] = tuple(values["hidden"])
+    return METHODS[method](**{**values, "seed": derive_seed(settings["seed"], "sid")})
+
+
+def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMeans:
+    """The tokenizer of a configuration. `data` gives the interactions that a contrastive loss learns from.
+
+    These are training interactions without each user's last one: that is the target of the user's train list.
+    """
+    if not isinstance(config, RQVAEConfig):
+        return fit_rqkmeans(embeddings, config)
+    pairs = None
+    if config.contrastive:
+        pairs = co_engaged([sequence[:-1] for sequence in data.train_sequences().values()], data.item_count)
+    return fit_rqvae(embeddings, config, pairs=pairs)
 
 
 def item_text(item: Item) -> str:
