@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.llm.adapter import merged, with_lora, with_token_rows
+from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.finetune import Collator, Row, finetune
 
 
@@ -137,19 +137,20 @@ def test_token_rows_train_alone(tokenizer, tmp_path, tied):
     model = tiny(tied=tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = [Row(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
-    adapted = with_token_rows(model, new)
-    log = finetune(adapted, tokenizer, rows, tmp_path, part_weights={"text": 1.0}, steps=8, batch_size=4,
-                   micro_batch_size=4, learning_rate=3e-2, warmup_share=0.0, max_length=16, seed=7, bf16=False,
-                   save_steps=100)  # fmt: skip
-    assert log[-1]["loss"] < log[0]["loss"]
-    after = merged(adapted).state_dict()
-    assert after.keys() == before.keys()
+    with new_rows_alone(model, new):
+        log = finetune(model, tokenizer, rows, tmp_path, part_weights={"text": 1.0}, steps=8, batch_size=4,
+                       micro_batch_size=4, learning_rate=3e-2, warmup_share=0.0, max_length=16, seed=7, bf16=False,
+                       save_steps=100)  # fmt: skip
+    assert log[-1]["loss"] < log[0]["loss"] and all(p.requires_grad for p in model.parameters())
+    after = model.state_dict()
     for name in before:
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             assert torch.equal(after[name][:24], before[name][:24])
             assert not torch.equal(after[name][24:], before[name][24:])
         else:
             assert torch.equal(after[name], before[name]), name
+    model(torch.tensor([[2, 3]])).logits.sum().backward()  # the masks are gone
+    assert model.get_input_embeddings().weight.grad[2].abs().sum() > 0
 
 
 def test_rank_zero_trains_the_model_itself():

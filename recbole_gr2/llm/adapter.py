@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 
 def with_lora(model, rank: int, new_tokens: Sequence[int]):
@@ -29,17 +32,31 @@ def with_lora(model, rank: int, new_tokens: Sequence[int]):
     return get_peft_model(model, config)
 
 
-def with_token_rows(model, new_tokens: Sequence[int]):
-    """`model` with everything frozen but the embedding rows of these tokens (and the head's, where it is not tied)."""
-    from peft import TrainableTokensConfig, get_peft_model
+@contextmanager
+def new_rows_alone(model, new_tokens: Sequence[int]) -> Iterator[None]:
+    """Inside, nothing of `model` is trainable but the embedding rows of these tokens (and the head's, if untied).
 
-    tied = model.config.tie_word_embeddings
-    config = TrainableTokensConfig(
-        token_indices=list(new_tokens), target_modules=["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    )
-    return get_peft_model(model, config)
+    Other rows get no gradient, and so stay as they are under an optimizer without weight decay. (PEFT has this, too,
+    but TRL's SFTTrainer refuses its adapter on an untied head.)
+    """
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    weights = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    hooks = []
+    for parameter in trainable:
+        parameter.requires_grad_(parameter in weights)
+        if parameter in weights:
+            keep = torch.zeros(len(parameter), 1, device=parameter.device, dtype=parameter.dtype)
+            keep[list(new_tokens)] = 1.0
+            hooks.append(parameter.register_hook(lambda gradient, keep=keep: gradient * keep))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, before in trainable.items():
+            parameter.requires_grad_(before)
 
 
 def merged(model):
-    """The plain model with what PEFT trained added in."""
+    """The plain model with its LoRA weights added in."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

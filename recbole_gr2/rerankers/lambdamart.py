@@ -31,7 +31,7 @@ def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed:
     rows, goals, sizes = _table(train)
     checked, wanted, lengths = _table(valid)
     model.fit(
-        rows, goals, group=sizes, eval_set=[(checked, wanted)], eval_group=[lengths], eval_at=[5],
+        rows, goals, group=sizes, eval_X=(checked,), eval_y=(wanted,), eval_group=[lengths], eval_at=[5],
         callbacks=[early_stopping(50, verbose=False)],
     )  # fmt: skip
     scores = model.predict(np.concatenate(list(asked)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
-from recbole_gr2.llm.adapter import merged, with_lora, with_token_rows
+from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import perplexity
@@ -71,12 +71,11 @@ def run(context: Context) -> dict:
     logs = []
     if first["persona"]:
         context.say(f"embeddings of the new tokens alone, {len(first['persona']):,} texts")
-        model = with_token_rows(model, new_tokens(tokenizer))
-        logs += finetune(
-            model, tokenizer, first["persona"], context.folder / "checkpoints" / "embeddings",
-            part_weights={"persona": 1.0}, learning_rate=settings["mid_embedding_learning_rate"], **common,
-        )  # fmt: skip
-        model = merged(model)
+        with new_rows_alone(model, new_tokens(tokenizer)):
+            logs += finetune(
+                model, tokenizer, first["persona"], context.folder / "checkpoints" / "embeddings",
+                part_weights={"persona": 1.0}, learning_rate=settings["mid_embedding_learning_rate"], **common,
+            )  # fmt: skip
     rows = mixture(texts, tokenizer, settings["mid_mix"], settings["mid_tokens"], longest, seed)
     context.say(f"all weights, {sum(map(len, rows.values())):,} texts")
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
