@@ -46,9 +46,9 @@ def find_model(name: str) -> type:
         return get_model(name)
     except (ValueError, ImportError) as error:  # ImportError: its last guess is a folder that needs lightgbm
         raise ConfigurationError(
-            f"there is no base model named {name!r}",
-            where="base_model",
-            do=f"name one of RecBole's models, or one of the plugin's own: {', '.join(ours.MODELS)}",
+            f"there is no model named {name!r}",
+            where="base_model, models",
+            do=f"name one of RecBole's models, or one of the plugin's own: {', '.join(ours.MODELS)}, GR2Generator",
         ) from error
 
 

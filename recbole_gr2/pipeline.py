@@ -54,7 +54,7 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "cand_beams", "seed"),
+    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "cand_beams", "cand_num", "seed"),
           recbole="shared"),
     Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl", "baselines")),

@@ -85,7 +85,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     options.config_files = [word for word in options.config_files if not word.startswith("--")]
     settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
     if options.models:
-        settings["models"] = [name for name in options.models.strip("[]").replace(" ", "").split(",") if name]
+        from recbole_gr2.config import read_yaml
+
+        models = read_yaml(options.models)  # A,B or, as a setting, [A, B]
+        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models
     return options, settings | _extra_settings(rest)
 
 
@@ -137,10 +140,13 @@ def run(
     console = Console()
     _quiet_libraries()
     from recbole_gr2 import pipeline
-    from recbole_gr2.bridge import Data
+    from recbole_gr2.bridge import Data, find_model
+    from recbole_gr2.generator import GENERATOR
 
     console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
                 f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
+    for name in {settings["base_model"], *settings["models"]} - {GENERATOR}:
+        find_model(name)  # an unknown one is told now, not after the stages before it
     data = Data(settings)
     console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "
                 f"{sum(map(len, data.sequences.values())):,} interactions")  # fmt: skip

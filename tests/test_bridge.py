@@ -412,7 +412,7 @@ def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("Nobody", "no base model named 'Nobody'"), ("FM", "FM is a context model")]
+    ("name", "text"), [("Nobody", "no model named 'Nobody'"), ("FM", "FM is a context model")]
 )
 def test_models_that_cannot_be_a_base(ml100k, name, text, tmp_path):
     data = ml100k("BPR").data

@@ -294,7 +294,7 @@ def test_a_setting_with_a_blank_behind_config_files():
         (["--seed=one"], 2, "seed is 'one', expected int"),
         (["--learning_rate=0.1"], 2, "base_learning_rate"),
         (["-m", "SASRec"], 2, "--base_model SASRec"),
-        (["--base_model=Nobody", "--stages=candidates"], 2, "no base model named 'Nobody'"),
+        (["--base_model=Nobody", "--stages=candidates"], 2, "no model named 'Nobody'"),
         (["--stages=candidate"], 2, "no stage named 'candidate'"),
         (["--from_stage=candidate"], 2, "no stage named 'candidate'"),
         (["--config_files", "nowhere.yaml"], 4, "nowhere.yaml"),
@@ -306,3 +306,12 @@ def test_exit_codes(argv, code, text, capsys, tmp_path):
     assert main(["--preset=smoke", f"--checkpoint_dir={tmp_path}", *argv]) == code
     captured = capsys.readouterr()
     assert text in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize("word", ["SASRec,Pop", "SASRec, Pop", "[SASRec, Pop]", "['SASRec', 'Pop']"])
+def test_models_on_the_command_line(word):
+    from recbole_gr2.quick_start import parse
+
+    assert parse(["--models", word])[1]["models"] == ["SASRec", "Pop"]
+    assert parse([f"--models={word}"])[1]["models"] == ["SASRec", "Pop"]
+    assert parse(["--models", "Pop"])[1]["models"] == ["Pop"]

@@ -152,11 +152,11 @@ def mixture(texts: Mapping[str, Sequence[Sequence[str]]], tokenizer, mix: Mappin
             max_length: int, seed: int) -> dict[str, list[Row]]:  # fmt: skip
     """Texts of each task as rows, drawn without replacement until the task's share of `tokens` is filled.
 
-    A task's number in the mix, from 1, is the part of its rows, so that its loss is logged by itself. A task with
+    A task's place in the alphabet, from 1, is the part of its rows, so that its loss is logged by itself. A task with
     fewer texts than its share is used up once and said so by the token counts of the stage's facts.
     """
     mixed = {}
-    for part, (task, share) in enumerate(mix.items(), start=1):
+    for part, (task, share) in enumerate(sorted(mix.items()), start=1):
         drawn = list(texts[task])
         random.Random(derive_seed(seed, task)).shuffle(drawn)
         room, rows = share / sum(mix.values()) * tokens, []
