@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
@@ -50,18 +52,23 @@ def load_template(name: str) -> Template:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMaker:
-    """Renders requests with one template and one way of showing items."""
+    """Renders requests with one template and one way of showing items.
+
+    With `shuffle_seed` the candidates stand in a random order of the request's own; None: in base order.
+    """
 
     template: Template
     items: Sequence[Item]
     history: int
     title_chars: int
+    shuffle_seed: int | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], items: Sequence[Item]) -> PromptMaker:
         """The prompt maker of a run's settings; `items` carry their semantic IDs."""
         return cls(template=load_template(settings["prompt_template"]), items=items,
-                   history=settings["prompt_history"], title_chars=settings["prompt_title_chars"])  # fmt: skip
+                   history=settings["prompt_history"], title_chars=settings["prompt_title_chars"],
+                   shuffle_seed=settings["seed"] if settings["prompt_shuffle"] else None)  # fmt: skip
 
     def shown(self, item_id: int, label: str = "") -> dict[str, str]:
         """What a template sees of an item."""
@@ -78,9 +85,12 @@ class PromptMaker:
         """The request as chat messages.
 
         Args:
-            order: base positions in the order in which they are shown and labelled; base order by default.
+            order: base positions in the order in which they are shown and labelled; by default the maker's own.
         """
-        order = tuple(order if order is not None else range(len(request.candidates)))
+        if order is None:
+            shuffled = self.shuffle_seed is not None
+            order = shuffled_order(request, self.shuffle_seed) if shuffled else range(len(request.candidates))
+        order = tuple(order)
         labels = tuple(label_tokens(len(order)))
         values = {
             "history": [self.shown(item) for item in request.history[max(len(request.history) - self.history, 0) :]],
@@ -105,6 +115,13 @@ class PromptMaker:
     def label_prior(self, request: Request, prompt: Prompt) -> list[float]:
         """Log-prior of each label, (K,); zeros where there is no evidence."""
         return [request.prior[position] if request.prior else 0.0 for position in prompt.order]
+
+
+def shuffled_order(request: Request, seed: int, purpose: str = "prompt") -> tuple[int, ...]:
+    """The candidates' base positions in a random order of the request's own."""
+    order = list(range(len(request.candidates)))
+    random.Random(derive_seed(seed, purpose, request.request_id)).shuffle(order)
+    return tuple(order)
 
 
 def history_ids(history: Sequence[int], items: Sequence[Item], tokenizer, longest: int) -> list[int]:

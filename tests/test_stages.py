@@ -18,11 +18,11 @@ from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.llm.constraint import Grammar
-from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten
+from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuffled_order
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.stages import Context, midtrain, traces
-from recbole_gr2.stages.evaluate import likelihood_rankings, shuffled_order
+from recbole_gr2.stages.evaluate import likelihood_rankings
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
 from recbole_gr2.stages.tokenizer import item_text, load_items
@@ -117,6 +117,20 @@ def test_history_and_candidates_as_they_are_shown():
     assert places == sorted(places)
     assert prompt.labels == ("<|A|>", "<|B|>", "<|C|>") and prompt.order == (2, 0, 1)
     assert maker.label_items(toy_request(11), prompt) == (12, 10, 11)
+
+
+def test_candidates_are_shuffled_by_request():
+    plain, maker = toy_maker(), replace(toy_maker(), shuffle_seed=3)
+    requests = [replace(toy_request(11), request_id=f"train/{n}", prior=(-1.0, -2.0, -3.0)) for n in range(30)]
+    orders = {maker.render(r).order for r in requests}
+    assert len(orders) == 6 and {plain.render(r).order for r in requests} == {(0, 1, 2)}
+    for r in requests:
+        prompt = maker.render(r)
+        assert prompt == maker.render(replace(r, target=12)) and prompt.order == shuffled_order(r, 3)
+        assert maker.label_items(r, prompt) == tuple((10, 11, 12)[p] for p in prompt.order)
+        assert maker.label_prior(r, prompt) == [-1.0 - p for p in prompt.order]
+    assert maker.render(requests[0], order=(2, 1, 0)).order == (2, 1, 0)
+    assert [shuffled_order(r, 3) for r in requests] != [shuffled_order(r, 3, "shuffled") for r in requests]
 
 
 @given(st.text(alphabet="ab ,-", max_size=40), st.integers(1, 20))
@@ -731,7 +745,8 @@ def test_checkpoints_were_used(killed):
 
 
 ALWAYS = {"dataset", "checkpoint_dir", "data_path", "preset"}  # in the folder's path, or without an effect
-KNOWN = {("midtrain", "prompt_history")}  # read by PromptMaker.of, without a trace in what midtrain writes
+# Read by PromptMaker.of, without a trace in what midtrain writes.
+KNOWN = {("midtrain", "prompt_history"), ("midtrain", "prompt_shuffle")}
 
 
 def test_every_setting_a_stage_reads_is_in_its_key(uninterrupted):

@@ -50,7 +50,7 @@ def generate_rankings(
             raise ConfigurationError(
                 f"a prompt of {len(ids)} tokens with {len(prior)} candidates cannot be ranked",
                 why=f"a prompt needs a token, and 1 to {len(grammar.label_ids)} candidates",
-                do="fewer candidates (cand_topk) or more labels in the tokenizer",
+                do="fewer candidates (cand_num) or more labels in the tokenizer",
             )
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * num_generations)]
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first

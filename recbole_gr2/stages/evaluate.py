@@ -18,7 +18,7 @@ import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.prompts import PromptMaker, history_ids
+from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
 from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
@@ -98,7 +98,7 @@ def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Requ
     model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
     orders = None
     if row == "shuffled":
-        orders = {r.request_id: shuffled_order(r, settings["seed"]) for r in requests}
+        orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") for r in requests}
     answers, _ = answer_requests(
         model, tokenizer, PromptMaker.of(settings, items), answer_grammar(tokenizer, settings), requests,
         bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
@@ -116,13 +116,6 @@ def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Requ
         "readable": readable, "statuses": dict(statuses), "output_tokens": round(tokens, 1),
         "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
     }  # fmt: skip
-
-
-def shuffled_order(request: Request, seed: int) -> tuple[int, ...]:
-    """The candidates' base positions in a random order of the request's own."""
-    order = list(range(len(request.candidates)))
-    random.Random(derive_seed(seed, "shuffled", request.request_id)).shuffle(order)
-    return tuple(order)
 
 
 def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
