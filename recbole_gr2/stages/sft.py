@@ -41,11 +41,10 @@ def run(context: Context) -> dict:
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)
-    learnt = settings["sft_labels"] or ("first" if context.inputs["evidence"].facts["facts"] else "all")
-    if learnt not in ("first", "all"):
-        raise ConfigurationError(f"sft_labels is {learnt!r}", do="choose first or all")
+    if settings["sft_labels"] not in ("first", "all"):
+        raise ConfigurationError(f"sft_labels is {settings['sft_labels']!r}", do="choose first or all")
     rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar,
-                         first_only=learnt == "first") for r in requests]  # fmt: skip
+                         first_only=settings["sft_labels"] == "first") for r in requests]  # fmt: skip
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "sft")
@@ -104,8 +103,7 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
     A label is a choice among the open ones, under the prior, as it is in generation. With `first_only` the labels
-    behind the first carry no loss: nothing is known of their order but the prior, and to learn that from the prompt
-    counts the base order twice. A trace longer than the grammar
+    behind the first carry no loss. A trace longer than the grammar
     allows ends at its limit, as it would in generation. Without reasoning (`max_reasoning` 0) the trace is left out.
     The last label and the end are forced in generation, so they carry no loss.
     """
