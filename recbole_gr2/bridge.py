@@ -502,13 +502,16 @@ def _load_weights(model, weights: Path, folder: Path) -> None:
 
 
 def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, Mapping[int, Sequence[int]] | None], *,
-                  split: str, users: Sequence[int] | None = None) -> dict[str, dict[str, float]]:  # fmt: skip
+                  split: str, users: Sequence[int] | None = None,
+                  watch: Callable[[object, object], None] = lambda batch, scores: None,
+                  ) -> dict[str, dict[str, float]]:  # fmt: skip
     """RecBole's metrics of several rankings of the same lists, scored together.
 
     Args:
         rows: for each row of the table, user id -> item ids (K,), a permutation of the base model's first K; users
             without one keep their order; None hands RecBole the base model's own score rows, untouched.
         users: evaluate these users alone (the in_list scope); None for all.
+        watch: given each batch of rows and its scores (B, N + 1), so that nothing has to be scored a second time.
 
     Returns:
         For each row RecBole's metrics in its lower case, e.g. `ndcg@5`.
@@ -527,6 +530,7 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
         batch = feat[start : start + size]
         with torch.no_grad():
             scores = base.judged(base.score_rows(batch, split), batch[data.iid])
+        watch(batch, scores)
         order = base_order(scores, reach)
         for name, rankings in rows.items():
             given = scores

@@ -162,8 +162,8 @@ class Settings(Mapping):
     @property
     def shared_words(self) -> dict:
         """RecBole's words without those of the base model alone."""
-        return {k: self._values.get(k, v) for k, v in self.recbole.items()
-                if k not in self.base_words or k in self._values}  # fmt: skip
+        base = set(self.base_words)
+        return {k: self._values.get(k, v) for k, v in self.recbole.items() if k not in base or k in self._values}
 
     @property
     def base_words(self) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -36,14 +37,18 @@ class Generator(BaseModel):
     batch_size: int
     bf16: bool
 
+    @cached_property
+    def trie(self) -> SidTrie:
+        """The catalogue's semantic IDs."""
+        return SidTrie.of(self.tokenizer, np.array([item.sid for item in self.items]))
+
     def score_rows(self, rows, split: str):
         """Masked scores (B, N + 1), float64."""
         users = rows[self.data.uid].tolist()
-        trie = SidTrie.of(self.tokenizer, np.array([item.sid for item in self.items]))
         prompts = [history_ids(self.data.history(u, split), self.items, self.tokenizer, self.longest) for u in users]
-        beams = beam_items(self.model, prompts, trie, beams=self.beams, batch_size=self.batch_size,
+        beams = beam_items(self.model, prompts, self.trie, beams=self.beams, batch_size=self.batch_size,
                            pad_id=self.tokenizer.pad_token_id, bf16=self.bf16)  # fmt: skip
-        scores = item_scores(beams, trie)
+        scores = item_scores(beams, self.trie)
         if self.exclude_seen:
             mask_seen(scores, users, self.data, split)
         return scores

@@ -174,5 +174,6 @@ def caveat(result: dict) -> str:
         if r["scope"] == "in_list" and r["row"] not in ("base", "oracle", "shuffled")
         and r["vs_base"]["ndcg@5"]["low"] < 0 < r["vs_base"]["ndcg@5"]["high"]
     ]  # fmt: skip
-    small += f"; {', '.join(copies(result))} left every list as it was" if copies(result) else ""
+    unmoved = copies(result)
+    small += f"; {', '.join(unmoved)} left every list as it was" if unmoved else ""
     return small + (f"; the interval of {', '.join(crossing)} holds 0" if crossing else "")

@@ -15,8 +15,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.metrics import pairwise_distances_argmin
 from threadpoolctl import threadpool_limits
 
-from recbole_gr2.errors import MissingFileError
-from recbole_gr2.sid.rqvae import SidConfig, checked, kmeans, kmeans_rows
+from recbole_gr2.sid.rqvae import SidConfig, checked, kmeans, kmeans_rows, saved_files
 
 WEIGHTS, CONFIG = "rqkmeans.safetensors", "rqkmeans.json"
 
@@ -51,17 +50,8 @@ class RQKMeans:
         Raises:
             MissingFileError: one of the two files is not there.
         """
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise MissingFileError(
-                    f"no {name} in {str(folder)!r}",
-                    where="sid.rqkmeans.RQKMeans.load",
-                    why="the tokenizer's codebooks are needed to turn items into semantic IDs",
-                    do="run the tokenizer stage again",
-                )
-        config = SidConfig(**json.loads((folder / CONFIG).read_text()))
-        return cls(config, load_file(folder / WEIGHTS)["codebooks"])
+        config, weights = saved_files(folder, CONFIG, WEIGHTS, where="sid.rqkmeans.RQKMeans.load")
+        return cls(SidConfig(**json.loads(config.read_text())), load_file(weights)["codebooks"])
 
 
 def fit_rqkmeans(embeddings: np.ndarray, config: SidConfig) -> RQKMeans:

@@ -267,19 +267,11 @@ class RQVAE(nn.Module):
         Raises:
             MissingFileError: one of the two files is not there.
         """
-        folder = Path(folder)
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise MissingFileError(
-                    f"no {name} in {str(folder)!r}",
-                    where="sid.rqvae.RQVAE.load",
-                    why="the tokenizer's codebooks are needed to turn items into semantic IDs",
-                    do="run the tokenizer stage again",
-                )
-        settings = json.loads((folder / CONFIG).read_text())
+        config, weights = saved_files(folder, CONFIG, WEIGHTS, where="sid.rqvae.RQVAE.load")
+        settings = json.loads(config.read_text())
         dim, hidden = settings.pop("dim"), tuple(settings.pop("hidden"))
         model = cls(dim, RQVAEConfig(**settings, hidden=hidden))
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(load_file(weights))
         return model
 
 
@@ -344,6 +336,24 @@ def fit_rqvae(
         if on_epoch is not None:
             on_epoch(epoch, totals)
     return model
+
+
+def saved_files(folder: str | Path, *names: str, where: str) -> list[Path]:
+    """The files of a saved tokenizer.
+
+    Raises:
+        MissingFileError: one of them is not there.
+    """
+    files = [Path(folder) / name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise MissingFileError(
+                f"no {file.name} in {str(file.parent)!r}",
+                where=where,
+                why="the tokenizer's codebooks are needed to turn items into semantic IDs",
+                do="run the tokenizer stage again",
+            )
+    return files
 
 
 def kmeans_rows(items: int, config: SidConfig) -> np.ndarray:

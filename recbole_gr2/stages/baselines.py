@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_gr2.bridge import BaseModel, evaluate_rows
+from recbole_gr2.bridge import Data, evaluate_rows
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.store import write_json
@@ -21,23 +21,25 @@ def run(context: Context) -> dict:
     for name in context.settings["models"]:
         (context.folder / name).mkdir(exist_ok=True)
         model = recommender(context, context.folder / name, model=name, say=context.say)
-        metrics = evaluate_rows(context.data, model, {name: None}, split="test")[name]
-        users, ranks = target_ranks(model)
-        write_json(context.folder / name / "test.json", {"users": users, "ranks": ranks})
+        ranks = TargetRanks(context.data)
+        metrics = evaluate_rows(context.data, model, {name: None}, split="test", watch=ranks.add)[name]
+        write_json(context.folder / name / "test.json", {"users": ranks.users, "ranks": ranks.ranks})
         rows[name] = {"metrics": metrics, **model.facts}
         context.say(f"{name}: {metrics}")
     return {"rows": rows}
 
 
-def target_ranks(model: BaseModel) -> tuple[list[str], list[int]]:
-    """User tokens of the test rows, and the 1-based rank of each target, BEYOND where the evaluator does not look."""
-    import torch
+class TargetRanks:
+    """User tokens of rows, and the 1-based rank of each target, BEYOND where the evaluator does not look."""
 
-    data, users, ranks = model.data, [], []
-    for batch, scores in model.scores("test"):
-        targets = torch.tensor([data.target(user, "test") for user in batch.tolist()])
-        top = torch.topk(model.judged(scores, targets), data.reach(1), dim=-1).indices
-        hits = (top == targets.unsqueeze(1)).numpy()
-        ranks += np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, BEYOND).tolist()
-        users += [data.user_tokens[user] for user in batch.tolist()]
-    return users, ranks
+    def __init__(self, data: Data) -> None:
+        self.data, self.users, self.ranks = data, [], []
+
+    def add(self, batch, scores) -> None:
+        """One batch of rows with its scores (B, N + 1)."""
+        import torch
+
+        top = torch.topk(scores, self.data.reach(1), dim=-1).indices.cpu()
+        hits = (top == batch[self.data.iid].unsqueeze(1)).numpy()
+        self.ranks += np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, BEYOND).tolist()
+        self.users += [self.data.user_tokens[user] for user in batch[self.data.uid].tolist()]
