@@ -150,22 +150,22 @@ def task_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], genera
 
 def mixture(texts: Mapping[str, Sequence[Sequence[str]]], tokenizer, mix: Mapping[str, float], tokens: int,
             max_length: int, seed: int) -> dict[str, list[Row]]:  # fmt: skip
-    """Texts of each task as rows, drawn without replacement until the task's share of `tokens` is filled.
+    """Texts of each task as rows until the task's share of `tokens` is filled, in as many passes as that takes.
 
-    A task's place in the alphabet, from 1, is the part of its rows, so that its loss is logged by itself. A task with
-    fewer texts than its share is used up once and said so by the token counts of the stage's facts.
+    A task's place in the alphabet, from 1, is the part of its rows, so that its loss is logged by itself.
     """
     mixed = {}
     for part, (task, share) in enumerate(sorted(mix.items()), start=1):
-        drawn = list(texts[task])
-        random.Random(derive_seed(seed, task)).shuffle(drawn)
+        drawn, shuffler = list(texts[task]), random.Random(derive_seed(seed, task))
         room, rows = share / sum(mix.values()) * tokens, []
-        for text in drawn:
-            if room <= 0:
-                break
-            for ids in fitting(text, tokenizer, max_length):
-                rows.append(Row(input_ids=ids, parts=[part] * len(ids)))
-                room -= len(ids)
+        while room > 0 and drawn:
+            shuffler.shuffle(drawn)
+            for text in drawn:
+                if room <= 0:
+                    break
+                for ids in fitting(text, tokenizer, max_length):
+                    rows.append(Row(input_ids=ids, parts=[part] * len(ids)))
+                    room -= len(ids)
         mixed[task] = rows
     return mixed
 
