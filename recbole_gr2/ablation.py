@@ -1,9 +1,9 @@
 """Ablations: variants of a run side by side, described by a data file.
 
 `properties/ablation/NAME.yaml` says which `stages` every variant runs, the `settings` common to all, the `columns` of
-the table as `heading: path` into a stage's facts (`unique: tokenizer.uniqueness`, `first: tokenizer.entropy.0`), the
-`variants` as {name, settings, published}, and, as `note`, what a reader has to know. `published` holds a paper's figure
-or words for a column; they stand in columns of their own.
+the table as `heading: path` into a stage's facts (see `figure`), the `variants` as {name, settings, published}, and, as
+`note`, what a reader has to know. `published` holds a paper's figure or words for a column; they stand in columns of
+their own.
 
 The user's settings win over the file's, and those of a variant win over the file's common ones. A setting that a
 variant varies is not the user's to give: that is an error, unless it is the same value. A variant is a plan of the
@@ -59,9 +59,8 @@ def read_ablation(name: str) -> Ablation:
     packaged = {file.stem: file for file in (properties_folder() / "ablation").glob("*.yaml")}
     file = packaged.get(name, Path(name))
     if file.suffix not in (".yaml", ".yml"):
-        raise ConfigurationError(
-            f"there is no ablation named {name!r}", where="--ablation", do=f"choose from {sorted(packaged)}, or a file"
-        )
+        raise ConfigurationError(f"there is no ablation named {name!r}", where="--ablation",
+                                 do=f"choose from {sorted(packaged)}, or give a YAML file")  # fmt: skip
     if not file.is_file():
         raise MissingFileError(f"there is no ablation file {file}", where="--ablation", do="check the path")
     try:
@@ -170,13 +169,18 @@ def data_for(settings: Settings, before: Data | None = None) -> Data:
 def figure(facts: Mapping[str, Any], path: str) -> Any:
     """What a column's path leads to in stage -> facts; None where nothing was measured.
 
-    That is a stage which the variant did not finish or does not have, a fact that is None, or a list that ends before.
+    A path is the stage, then keys; in a list, a position from 0, or what the first fitting entry says of itself.
+    Nothing was measured in a stage which the variant did not finish or does not have, in a fact that is None, and where
+    a list has no such entry.
 
     Raises:
         ConfigurationError: the stage has no such fact.
 
     >>> figure({"tokenizer": {"entropy": [7.5, 6.0]}}, "tokenizer.entropy.1")
     6.0
+    >>> rows = [{"row": "sft", "scope": "all", "n": 90}, {"row": "sft", "scope": "in_list", "n": 9}]
+    >>> figure({"evaluate": {"rows": rows}}, "evaluate.rows.row=sft&scope=in_list.n")
+    9
     """
     stage, *parts = path.split(".")
     value = facts.get(stage)
@@ -185,6 +189,10 @@ def figure(facts: Mapping[str, Any], path: str) -> Any:
             return None
         if isinstance(value, list) and part.isdigit():
             value = dict(enumerate(value)).get(int(part))
+        elif isinstance(value, list) and "=" in part:
+            wanted = [said.partition("=")[::2] for said in part.split("&")]
+            entries = [entry for entry in value if isinstance(entry, dict)]
+            value = next((entry for entry in entries if all(entry.get(key) == word for key, word in wanted)), None)
         elif isinstance(value, dict) and part in value:
             value = value[part]
         else:
