@@ -380,8 +380,8 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     settings, name = data.settings, model or data.settings["base_model"]
     model_class = find_model(name)
     overrides = {"checkpoint_dir": str(folder), "show_progress": False}
-    if model and settings["models_epochs"]:
-        overrides["epochs"] = settings["models_epochs"]
+    if model:
+        overrides |= settings["models_words"]
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
     if model_class.type != ModelType.SEQUENTIAL:
@@ -426,6 +426,8 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         return BaseModel(name=name, model=network.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
 
     folder.mkdir(parents=True, exist_ok=True)
+    if sequential:
+        network.calculate_loss = ByLength(network, say)
     trainer_class = _plugin_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), data, exclude_seen, weights)
     trainer = trainer_class(config, network)
     metric = str(config["valid_metric"]).lower()
@@ -442,6 +444,61 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         facts["best_valid"] = {str(config["valid_metric"]): float(score)}
     facts_file.write_text(json.dumps(facts, indent=1))
     return BaseModel(name=name, model=network.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
+
+
+class ByLength:
+    """A sequential model's loss over rows of similar length at a time, without the padding behind them.
+
+    RecBole's training rows are every prefix of every sequence, most of them a fraction of MAX_ITEM_LIST_LENGTH long. A
+    loss that is a mean over rows, or over masked places as BERT4Rec's, stays the same but for float noise; whether it
+    is one is tried on the first batch, without dropout, and where it is not the loss stays whole.
+    """
+
+    def __init__(self, model, say: Callable[[str], None]) -> None:
+        self.model, self.whole, self.say = model, model.calculate_loss, say
+        self.exact: bool | None = None
+
+    def __call__(self, batch):
+        """Mean loss of a batch of rows."""
+        if self.exact is None:
+            self._try(batch)
+        return self.in_parts(batch) if self.exact else self.whole(batch)
+
+    def _try(self, batch) -> None:
+        import torch
+
+        self.model.eval()
+        with torch.no_grad():
+            whole = float(self.whole(batch))
+            try:
+                parts = float(self.in_parts(batch))
+                self.exact = abs(whole - parts) <= 1e-4 * abs(whole)
+            except RuntimeError as error:  # weights with a place for every item, as HGN's
+                parts, self.exact = error, False
+        self.model.train()
+        if not self.exact:
+            self.say(f"{type(self.model).__name__} trains with padding: loss {whole} whole, in parts {parts}")
+
+    def in_parts(self, batch):
+        """The same, part by part: rows of up to 4, 8, 16, ... items."""
+        model, lengths = self.model, batch[self.model.ITEM_SEQ_LEN]
+        width, places = batch[model.ITEM_SEQ].size(1), getattr(model, "MASK_INDEX", None)
+        weights = (batch[places] > 0).sum(1) if places else lengths.new_ones(len(lengths))
+        total, shortest, longest = 0.0, 0, 4
+        while shortest < width:
+            longest = min(longest, width)
+            rows = ((lengths > shortest) & (lengths <= longest)).nonzero().flatten()
+            if weights[rows].sum():
+                part = batch[rows]
+                for name, values in part.interaction.items():
+                    if values.dim() == 2 and values.size(1) == width:
+                        part.interaction[name] = values[:, :longest]
+                if places:  # padded in front
+                    for name in (places, model.POS_ITEMS, model.NEG_ITEMS):
+                        part.interaction[name] = part.interaction[name][:, -int(weights[rows].max()) :].contiguous()
+                total = total + self.whole(part) * (weights[rows].sum() / weights.sum())
+            shortest, longest = longest, 2 * longest
+        return total
 
 
 def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights: Path) -> type:

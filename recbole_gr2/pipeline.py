@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Stage:
     """One row of the table.
 
     Attributes:
+        name: what it is called in the plan and in its folder; its code is stages/<name>.py unless `code` says another.
         version: raise it when the stage's code changes its result; older folders are then left alone.
         settings: prefixes of the settings that can change its result.
         needs: stages whose files it reads, whatever the settings.
@@ -42,8 +43,11 @@ class Stage:
     settings: tuple[str, ...]
     needs: tuple[str, ...] = ()
     recbole: str = ""
+    code: str = ""
 
 
+BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
+                 settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
 STAGES = (
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
     Stage(name="midtrain", version=2, needs=("tokenizer",),
@@ -56,10 +60,8 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="baselines", version=1, settings=("models", "cand_exclude_seen", "cand_beams", "cand_num", "seed"),
-          recbole="shared"),
     Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole="base",
-          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl", "baselines")),
+          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -93,6 +95,23 @@ def check(settings: Settings) -> None:
     tokenizer_config(settings)
 
 
+def stage_table(settings: Settings) -> list[Stage]:
+    """STAGES with a stage for each of `models` in front of the last, so that each is trained once, whatever the list.
+
+    A stage that uses the generator also reads what mid-training wrote.
+    """
+    baselines = [replace(BASELINE, name=name, needs=_materials(name)) for name in dict.fromkeys(settings["models"])]
+    table = [replace(stage, needs=(*stage.needs, *_materials(settings["base_model"])))
+             if stage.name == "candidates" else stage for stage in STAGES]  # fmt: skip
+    table[-1] = replace(table[-1], needs=(*table[-1].needs, *dict.fromkeys(settings["models"])))
+    return [*table[:-1], *baselines, table[-1]]
+
+
+def _materials(model: str) -> tuple[str, ...]:
+    """Stages that a recommender is made from."""
+    return ("tokenizer", "midtrain") if model == GENERATOR else ()
+
+
 def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stage: str | None = None,
          force: bool = False) -> list[Planned]:  # fmt: skip
     """What each stage would do.
@@ -105,24 +124,25 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
     Raises:
         ConfigurationError: an unknown stage name.
     """
+    table = stage_table(settings)
+    needed = {stage.name: stage.needs for stage in table}
     for name in (*stages, *([from_stage] if from_stage else [])):
-        if name not in NAMES:
-            raise ConfigurationError(f"there is no stage named {name!r}", do=f"choose from {', '.join(NAMES)}")
-    needed = {stage.name: _needs(stage, settings) for stage in STAGES}
-    wanted = set(stages or NAMES)
-    for stage in reversed(STAGES):
+        if name not in needed:
+            raise ConfigurationError(f"there is no stage named {name!r}", do=f"choose from {', '.join(needed)}")
+    wanted = set(stages or needed)
+    for stage in reversed(table):
         wanted |= set(needed[stage.name]) if stage.name in wanted else set()
     root = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "stages"
     planned, keys, renewed = [], {}, set()
-    for stage in STAGES:
+    for stage in table:
         if stage.name not in wanted:
             continue
         values = settings.results(stage.settings)
         if stage.recbole:
             words = settings.recbole_results(base=stage.recbole == "base")
             values |= {f"recbole.{k}": v for k, v in words.items()}
-            models = [settings["base_model"]] if stage.recbole == "base" else settings["models"]
-            values |= {f"{name}.defaults": base_model_properties(name) for name in models}
+            model = settings["base_model"] if stage.recbole == "base" else stage.name
+            values |= {f"{model}.defaults": base_model_properties(model)}
         values |= _extension_hashes(values)
         needs = {name: keys[name] for name in needed[stage.name]}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
@@ -134,12 +154,6 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
             Planned(stage=stage, key=key, folder=folder, needs=needs, settings=values, action=action, why=why)
         )
     return planned
-
-
-def _needs(stage: Stage, settings: Settings) -> tuple[str, ...]:
-    """What a stage reads; a stage that uses the generator also reads what mid-training wrote."""
-    models = {"candidates": [settings["base_model"]], "baselines": settings["models"]}.get(stage.name, [])
-    return (*stage.needs, *(("tokenizer", "midtrain") if GENERATOR in models else ()))
 
 
 def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[str, str]:
@@ -224,9 +238,10 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     console.say(f"{entry.stage.name}: {entry.action}" + (f" ({entry.why})" if entry.why else ""))
-    run = importlib.import_module(f"recbole_gr2.stages.{entry.stage.name}").run
+    run = importlib.import_module(f"recbole_gr2.stages.{entry.stage.code or entry.stage.name}").run
     context = Context(
-        settings=settings, data=data, folder=entry.folder, say=lambda text: console.say(f"  {text}"),
+        stage=entry.stage.name, settings=settings, data=data, folder=entry.folder,
+        say=lambda text: console.say(f"  {text}"),
         inputs={name: records[name] for name in entry.needs},
         folders={name: folders[name] for name in entry.needs},
     )  # fmt: skip

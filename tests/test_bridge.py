@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import compat
 from recbole_gr2.bridge import (
+    ByLength,
     Data, ListedBase, base_order, clean_text, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free,
     train_base, unquote,
 )  # fmt: skip
@@ -679,3 +680,36 @@ def test_amazon_beauty(beauty, record_property):
     )  # fmt: skip
     record_property("seconds", seconds)
     assert seconds < 30
+
+
+@pytest.mark.parametrize(("name", "exact"), [("SASRec", True), ("GRU4Rec", True), ("BERT4Rec", True), ("HGN", False),
+                                             ("CausalSASRec", False)])  # fmt: skip
+def test_a_loss_by_length_is_the_whole_loss(ml100k, name, exact):
+    """Value and gradients, on a batch with short and long rows; a mean over positions is told apart."""
+    from recbole.data.utils import get_dataloader
+    from recbole.utils import init_seed
+
+    data = ml100k("CausalSASRec").data
+    config = recbole_config(data.settings, find_model(name), base=False, train_batch_size=512)
+    init_seed(7, True)
+    batch = next(iter(get_dataloader(config, "train")(config, data.built[0], None, shuffle=True)))
+    network = find_model(name)(config, data.built[0])
+    lengths = batch[network.ITEM_SEQ_LEN]
+    assert lengths.min() <= 4 and lengths.max() == 50
+    said = []
+    loss = ByLength(network, said.append)
+    network.train()
+    loss(batch)
+    assert loss.exact is exact and network.training and len(said) == (not exact)
+    if not exact:
+        return
+    network.eval()  # without dropout
+    values, gradients = [], []
+    for each in (loss.whole, loss):
+        network.zero_grad()
+        value = each(batch)
+        value.backward()
+        values.append(value.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].abs().max() > 1e-3

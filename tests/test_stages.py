@@ -33,8 +33,8 @@ from recbole_gr2.types import Candidate, Item, Request, Trace
 def smoke(smoke_run) -> Context:
     """The smoke run's folders as a stage sees them; what it writes goes nowhere."""
     chosen = load_settings(config_files=[smoke_run.path.parent / "config.yaml"])
-    return Context(settings=chosen, data=Data(chosen), folder=Path("nowhere"), inputs={}, folders=smoke_run.stages,
-                   say=lambda text: None)  # fmt: skip
+    return Context(stage="", settings=chosen, data=Data(chosen), folder=Path("nowhere"), inputs={},
+                   folders=smoke_run.stages, say=lambda text: None)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,8 @@ def context_of_candidates(file: Path, folder: Path, **more) -> Context:
     chosen = load_settings(config_dict={"preset": "smoke", "cand_file": str(file), **more})
     if not _data:
         _data.append(Data(chosen))
-    return Context(settings=chosen, data=_data[0], folder=folder, inputs={}, folders={}, say=lambda text: None)
+    return Context(stage="", settings=chosen, data=_data[0], folder=folder, inputs={}, folders={},
+                   say=lambda text: None)  # fmt: skip
 
 
 def test_a_file_without_train_lists(exported, tmp_path):
@@ -577,7 +578,7 @@ def test_perplexity_is_that_of_a_plain_forward(student):
 TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_embedding_tokens": 1500, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
-    "models": ["BPR", "Pop"], "models_epochs": 1,
+    "models": ["BPR", "Pop"], "models_words": {"epochs": 1},
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
@@ -592,7 +593,8 @@ KILLS = {
     "traces": "try 1:",
     "sft": "  step 7/11",
     "rl": "step 4/6",
-    "baselines": "Pop: ",
+    "BPR": "BPR epoch 1",
+    "Pop": "Pop: ",
     "evaluate": "  sft: ",
 }
 
@@ -620,7 +622,7 @@ class Watching(Console):
     def say(self, text):
         super().say(text)
         name, _, rest = text.partition(":")
-        if name in pipeline.NAMES and rest.startswith(" run"):
+        if name in KILLS and rest.startswith(" run"):
             self.recorded.stage = name
 
 
@@ -631,7 +633,7 @@ def uninterrupted(tmp_path_factory):
     chosen = Recorded(load_settings(config_dict={**TINY, **FASTER, "checkpoint_dir": str(root)}))
     data = Data(chosen)
     planned = pipeline.plan(chosen, data)
-    assert [entry.action for entry in planned] == ["run"] * 9
+    assert [entry.action for entry in planned] == ["run"] * 10
     pipeline.execute(planned, chosen, data, Watching(chosen))
     return chosen, {entry.stage.name: entry.folder for entry in planned}
 
@@ -655,13 +657,13 @@ def killed(tmp_path_factory):
             patch.setattr(Console, "say", kill)
             starts.append((main(argv), said))
     stages = root / "gr2" / "ml-100k" / "stages"
-    return starts, {name: next((stages / name).iterdir()) for name in pipeline.NAMES}
+    return starts, {name: next((stages / name).iterdir()) for name in KILLS}
 
 
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
-    assert list(KILLS) == list(pipeline.NAMES)
-    assert [code for code, _ in starts] == [130] * 9 + [0]
+    assert list(KILLS) == [*pipeline.NAMES[:-1], *TINY["models"], pipeline.NAMES[-1]]
+    assert [code for code, _ in starts] == [130] * 10 + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
     for name, folder in folders.items():
@@ -692,7 +694,8 @@ def same_files(one: Path, two: Path) -> int:
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),
         ("sft", ["model/model.safetensors", "samples.json"]),
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
-        ("baselines", ["BPR/model.safetensors", "BPR/test.json", "Pop/test.json"]),
+        ("BPR", ["model/model.safetensors", "test.json"]),
+        ("Pop", ["model/model.safetensors", "test.json"]),
         ("evaluate", ["rows.json", "per_user.csv", "answers-sft.jsonl", "answers-rl.jsonl", "answers-shuffled.jsonl"]),
     ],
 )  # fmt: skip
@@ -708,7 +711,7 @@ def test_baselines_have_rows_over_all_users(uninterrupted):
     base = rows["base", "all"]
     for name in ("BPR", "Pop"):
         assert (name, "in_list") not in rows
-        row, test = rows[name, "all"], json.loads((folders["baselines"] / name / "test.json").read_text())
+        row, test = rows[name, "all"], json.loads((folders[name] / "test.json").read_text())
         assert row["n"] == len(test["ranks"]) == len(set(test["users"])) == base["n"] and row["unchanged"] is None
         for k in (1, 5, 10):  # RecBole's metrics and our ranks say the same
             hits = sum(rank <= k for rank in test["ranks"]) / row["n"]
@@ -737,7 +740,7 @@ def test_checkpoints_were_used(killed):
     """A run that starts from the beginning again would pass the comparison, too."""
     starts, _ = killed
     for stage, first in (("midtrain", "  step 5/"), ("sft", "  step 7/"), ("rl", "  step 4/")):
-        _, said = starts[pipeline.NAMES.index(stage) + 1]
+        _, said = starts[list(KILLS).index(stage) + 1]
         assert any(line.startswith(f"{stage}: resume") for line in said)
         assert next(line for line in said if line.startswith("  step ")).startswith(first)
     first = pipeline.NAMES.index("candidates")  # the base of that start is loaded by the next one, not trained again
@@ -745,14 +748,14 @@ def test_checkpoints_were_used(killed):
 
 
 ALWAYS = {"dataset", "checkpoint_dir", "data_path", "preset"}  # in the folder's path, or without an effect
-# Read by PromptMaker.of, without a trace in what midtrain writes.
-KNOWN = {("midtrain", "prompt_history"), ("midtrain", "prompt_shuffle")}
+# Read by PromptMaker.of, without a trace in what midtrain writes; each of `models` is among what evaluate needs.
+KNOWN = {("midtrain", "prompt_history"), ("midtrain", "prompt_shuffle"), ("evaluate", "models")}
 
 
 def test_every_setting_a_stage_reads_is_in_its_key(uninterrupted):
     """Else a changed setting would be answered from the cache."""
     chosen, _ = uninterrupted
-    stages = {stage.name: stage for stage in pipeline.STAGES}
+    stages = {stage.name: stage for stage in pipeline.stage_table(chosen)}
     covered: dict[str, set[str]] = {}
     for name, stage in stages.items():
         covered[name] = set(chosen.results(stage.settings)) | ALWAYS
@@ -787,7 +790,7 @@ def generated(tmp_path_factory):
         "checkpoint_dir": str(root),
     })  # fmt: skip
     data = Data(chosen)
-    planned = pipeline.plan(chosen, data, stages=["baselines", "evidence"])
+    planned = pipeline.plan(chosen, data, stages=["GR2Generator", "Pop", "evidence"])
     pipeline.execute(planned, chosen, data, Console())
     return chosen, data, {entry.stage.name: entry.folder for entry in planned}
 
@@ -808,7 +811,7 @@ def test_the_generator_is_a_base_model(generated):
 def test_the_generators_row_is_that_of_its_lists(generated):
     """Recall@10 as a recommender is the share of its own lists that hold the target."""
     _, data, folders = generated
-    facts = pipeline.read_manifest(folders["baselines"]).facts["rows"]["GR2Generator"]
+    facts = pipeline.read_manifest(folders["GR2Generator"]).facts
     stats = json.loads((folders["candidates"] / "stats.json").read_text())["test"]
     assert facts["metrics"]["recall@10"] == pytest.approx(stats["recall@10"], abs=6e-5)
     assert facts["metrics"]["recall@1"] == pytest.approx(stats["recall@1"], abs=6e-5)

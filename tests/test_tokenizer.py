@@ -292,8 +292,8 @@ def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
     said: list[str] = []
     folder.mkdir(parents=True)
     data = data or Toy()
-    context = Context(settings=load_settings(config_dict={**SMALL, **changes}), data=data, folder=folder, inputs={},
-                      folders={}, say=said.append)  # fmt: skip
+    chosen = load_settings(config_dict={**SMALL, **changes})
+    context = Context(stage="", settings=chosen, data=data, folder=folder, inputs={}, folders={}, say=said.append)
     facts = tokenizer.run(context)
     return [item.sid for item in load_items(folder, data.items)], facts, said
 

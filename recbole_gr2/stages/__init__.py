@@ -16,6 +16,7 @@ class Context:
     """What a stage is given.
 
     Attributes:
+        stage: its name; that of a baseline is the model's.
         settings: the run's settings (a mapping).
         data: the data set behind the bridge: `items`, `sequences`, `train_sequences()`, `item_count`.
         folder: where to write; it exists, and holds what an interrupted run left.
@@ -24,6 +25,7 @@ class Context:
         say: prints one progress line.
     """
 
+    stage: str
     settings: Mapping[str, Any]
     data: Any
     folder: Path

@@ -24,7 +24,7 @@ from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.baselines import BEYOND
+from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.stages.evidence import load_facts, load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
@@ -190,14 +190,15 @@ def _metrics(
 def _model_rows(context: Context, base: dict[str, int], users: list[int] | None) -> list[dict]:
     """Rows of the other models, over all users alone: they recommend from the whole catalogue, not from the lists."""
     rows = []
-    for name, facts in context.inputs["baselines"].facts["rows"].items():
+    for name in context.settings["models"]:
         if users is not None:
             context.say(f"{name}: no row, since it is evaluated on every user and this run on {len(users):,}")
             continue
-        test = json.loads((context.folders["baselines"] / name / "test.json").read_text(encoding="utf-8"))
+        test = json.loads((context.folders[name] / "test.json").read_text(encoding="utf-8"))
         own = np.array([base.get(user, BEYOND) for user in test["users"]])
-        rows.append({"row": name, "scope": "all", "n": len(own), "metrics": facts["metrics"], "unchanged": None,
-                     "vs_base": _comparisons(np.array(test["ranks"]), own, len(own), context.settings)})  # fmt: skip
+        versus = _comparisons(np.array(test["ranks"]), own, len(own), context.settings)
+        rows.append({"row": name, "scope": "all", "n": len(own), "metrics": context.inputs[name].facts["metrics"],
+                     "unchanged": None, "vs_base": versus})  # fmt: skip
     return rows
 
 

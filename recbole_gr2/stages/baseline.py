@@ -1,4 +1,4 @@
-"""Baselines: other RecBole models, trained and evaluated like the base model, for the same table."""
+"""A baseline: another RecBole model, trained and evaluated like the base model, for the same table."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ BEYOND = 10**9  # rank of a target that the evaluator does not reach
 
 
 def run(context: Context) -> dict:
-    """Writes <model>/ (weights, facts, test.json) for each of `models`.
+    """Writes model/ (weights, facts) and test.json for the model that the stage is named after.
 
-    They are recommenders over the whole catalogue, so they have rows over all users alone.
+    It is a recommender over the whole catalogue, so it has a row over all users alone.
     """
-    rows = {}
-    for name in context.settings["models"]:
-        (context.folder / name).mkdir(exist_ok=True)
-        model = recommender(context, context.folder / name, model=name, say=context.say)
-        ranks = TargetRanks(context.data)
-        metrics = evaluate_rows(context.data, model, {name: None}, split="test", watch=ranks.add)[name]
-        write_json(context.folder / name / "test.json", {"users": ranks.users, "ranks": ranks.ranks})
-        rows[name] = {"metrics": metrics, **model.facts}
-        context.say(f"{name}: {metrics}")
-    return {"rows": rows}
+    model = recommender(context, context.folder / "model", model=context.stage, say=context.say)
+    ranks = TargetRanks(context.data)
+    metrics = evaluate_rows(context.data, model, {context.stage: None}, split="test", watch=ranks.add)[context.stage]
+    write_json(context.folder / "test.json", {"users": ranks.users, "ranks": ranks.ranks})
+    context.say(f"{context.stage}: {metrics}")
+    return {"metrics": metrics, **model.facts}
 
 
 class TargetRanks:
