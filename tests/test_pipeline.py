@@ -322,6 +322,7 @@ FLOORS = (
     {"stages"},
     {"pipeline"},
     {"report"},
+    {"ablation"},
     {"quick_start"},
 )
 DOORS = ("config.py", "bridge.py", "compat.py", "model/")
