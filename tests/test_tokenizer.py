@@ -21,8 +21,9 @@ from recbole_gr2.sid.embed import hash_embeddings
 from recbole_gr2.sid.quality import category_path, health, neighbourhood, neighbourhood_line
 from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
 from recbole_gr2.sid.rqvae import RQVAEConfig, SidConfig, assign, fit_rqvae
-from recbole_gr2.stages import Context, tokenizer
-from recbole_gr2.stages.tokenizer import item_text, load_items, tokenizer_config
+from recbole_gr2.stages import Context, embeddings, tokenizer
+from recbole_gr2.stages.embeddings import item_text
+from recbole_gr2.stages.tokenizer import load_items, tokenizer_config
 from recbole_gr2.types import Item
 
 PLAIN = SidConfig(levels=2, codes=4, random_last=0, seed=3)
@@ -288,12 +289,15 @@ class Toy:
 
 
 def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
-    """Semantic IDs, facts and lines of the stage."""
+    """Semantic IDs, facts and lines of the stage, after the embeddings stage."""
     said: list[str] = []
-    folder.mkdir(parents=True)
+    before = folder.with_name(f"{folder.name}-embeddings")
+    for path in (folder, before):
+        path.mkdir(parents=True)
     data = data or Toy()
     context = Context(settings=load_settings(config_dict={**SMALL, **changes}), data=data, folder=folder, inputs={},
-                      folders={}, say=said.append)  # fmt: skip
+                      folders={"embeddings": before}, say=said.append)  # fmt: skip
+    embeddings.run(replace(context, folder=before))
     facts = tokenizer.run(context)
     return [item.sid for item in load_items(folder, data.items)], facts, said
 
@@ -325,7 +329,7 @@ def test_both_methods_give_the_same_interface(tmp_path, method):
     assert facts["uniqueness"] == len(set(sids)) / 48 >= 0.99
     assert len(facts["used_codes"]) == len(facts["entropy"]) == 3
     files = {file.name for file in (tmp_path / method).iterdir()}
-    assert files == {f"{method}.safetensors", f"{method}.json", "embeddings.npy", "sids.jsonl", "health.json"}
+    assert files == {f"{method}.safetensors", f"{method}.json", "sids.jsonl", "health.json"}
     written = json.loads((tmp_path / method / "health.json").read_text())
     assert written == json.loads(json.dumps(facts))
     near = facts["neighbourhood"]
