@@ -324,7 +324,7 @@ def test_nothing_is_pickled(smoke_run):
 
 FLOORS = (
     {"errors", "types"},
-    {"compat", "console", "ranking", "seeding", "store"},
+    {"compat", "console", "ranking", "seeding", "store", "text"},
     {"config", "requests"},
     {"sid", "model", "evidence"},
     {"prompts", "llm", "bridge"},

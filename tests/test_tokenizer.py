@@ -372,9 +372,14 @@ def texts(tmp_path_factory) -> dict[str, str]:
         "arabic\tزيت الأرغان للشعر\tشعر\t",
         "emoji\tLip gloss 💄\tMakeup\t",
         f"long\t{'shampoo with argan oil ' * 435}\tBeauty > Hair Care\tOPI",
+        f"described\tHair oil\t\t\t{'with argan ' * 910}",
+        "description alone\t\t\t\t['Soft &amp; warm.', 'Of wool.']",
     ]
-    file.write_text("\n".join(["item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token", *lines]) + "\n")
-    columns = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": "brand"}
+    header = "item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token\tdescription:token_seq"
+    lines = [line + "\t" * (4 - line.count("\t")) for line in lines]
+    file.write_text("\n".join([header, *lines]) + "\n")
+    columns = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": "brand",
+               "text_description": "description"}
     found = read_item_texts(file, columns)
     assert len(found) == len(lines)
     return {token: item_text(Item(item_id=1, token=token, **text)) for token, text in found.items()}
@@ -387,6 +392,8 @@ def texts(tmp_path_factory) -> dict[str, str]:
         ("quoted", '"Best" soap | Beauty > Bath & Body'),
         ("untitled", "OPI | Beauty > Makeup"),
         ("nothing", "nothing"),
+        ("described", "Hair oil | " + ("with argan " * 91)[:1000].rstrip()),
+        ("description alone", "Soft & warm. Of wool."),
         ("blanks", "blanks"),
         ("japanese", "資生堂 アネッサ 日焼け止め | 資生堂 | スキンケア"),
         ("russian", "Шампунь для волос | Уход > Волосы"),

@@ -27,7 +27,7 @@ def run(context: Context) -> dict:
 
 def item_text(item: Item) -> str:
     """What the encoder reads of an item; the token where there is no text at all."""
-    return " | ".join(filter(None, (item.title, item.brand, item.categories))) or item.token
+    return " | ".join(filter(None, (item.title, item.brand, item.categories, item.description))) or item.token
 
 
 def load_embeddings(context: Context) -> np.ndarray:
