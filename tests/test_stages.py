@@ -149,9 +149,10 @@ def test_shorten_and_kind_by_hand():
     assert kind(Item(item_id=1, token="t", title="x")) == ""
 
 
-def test_item_text_is_never_empty():
+def test_item_text():
     assert item_text(Item(item_id=1, token="t", title="A", categories="C", brand="B")) == "A | B | C"
-    assert item_text(Item(item_id=1, token="t", title="")) == "t"
+    assert item_text(Item(item_id=1, token="t", title="A", description="D")) == "A | D"
+    assert item_text(Item(item_id=1, token="t", title="")) == ""
 
 
 # --- candidate files -------------------------------------------------------------------------------------------------

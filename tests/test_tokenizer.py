@@ -17,7 +17,7 @@ from recbole_gr2.bridge import Data, read_item_texts
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.sid.contrastive import co_engaged, draw_positives, info_nce, known_positives
-from recbole_gr2.sid.embed import hash_embeddings
+from recbole_gr2.sid.embed import hash_embeddings, neighbour_means
 from recbole_gr2.sid.quality import category_path, health, neighbourhood, neighbourhood_line
 from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
 from recbole_gr2.sid.rqvae import RQVAEConfig, SidConfig, assign, fit_rqvae
@@ -121,6 +121,63 @@ def test_off_the_pairs_do_nothing_and_on_they_are_needed():
             fit_rqvae(vectors, replace(config, contrastive=0.1), pairs=pairs)
     with pytest.raises(ConfigurationError, match="contrastive_temperature must be positive"):
         RQVAEConfig(contrastive_temperature=0.0)
+
+
+# --- items without text ----------------------------------------------------------------------------------------------
+
+
+def test_neighbour_means_by_hand():
+    """Items 1 and 2 have texts. 3 was taken twice with 1 and once with 2 and with 4; 4 with 3 alone, 5 with nothing."""
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [1, 0]], dtype=np.float32)
+    pairs = co_engaged([[1, 3, 1], [2, 3, 4]], 5)
+    found, means = neighbour_means(vectors, np.array([2, 3, 4]), pairs)
+    assert found.tolist() == [True, False, False] and means.dtype == np.float32
+    np.testing.assert_allclose(means, [[2 / math.sqrt(5), 1 / math.sqrt(5)]], rtol=1e-6)
+    opposite = np.array([[1, 0], [-1, 0], [0, 1]], dtype=np.float32)
+    found, means = neighbour_means(opposite, np.array([2]), co_engaged([[1, 3, 2]], 3))
+    assert not found.any() and means.shape == (0, 2)  # they cancel out
+
+
+class Gappy:
+    """Six items, 4 to 6 without text; sequences end in train target, valid and test item, and only the rest counts."""
+
+    item_count = 6
+    items = (*(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
+             *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)))  # fmt: skip
+    train_sequences = Data.train_sequences
+
+    def __init__(self, *tails) -> None:
+        heads = [[1, 4, 1], [2, 4, 5]]
+        self.sequences = {n: np.array([*head, *tail]) for n, (head, tail) in enumerate(zip(heads, tails, strict=True))}
+
+
+def embedded(folder, data, **changes) -> tuple[np.ndarray, dict, list[str]]:
+    said: list[str] = []
+    folder.mkdir()
+    chosen = load_settings(config_dict={**SMALL, **changes})
+    context = Context(settings=chosen, data=data, folder=folder, inputs={}, folders={}, say=said.append)
+    facts = embeddings.run(context)
+    return np.load(folder / "embeddings.npy"), facts, said
+
+
+def test_items_without_text_are_embedded_by_what_they_were_taken_with(tmp_path):
+    vectors, facts, said = embedded(tmp_path / "one", Gappy([5, 3, 6], [6, 3, 6]))
+    words = hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"])
+    np.testing.assert_array_equal(vectors[[0, 1, 2, 4, 5]], words[[0, 1, 2, 4, 5]])
+    mean = 2 * words[0] + words[1]  # 5 is a neighbour without a text
+    np.testing.assert_allclose(vectors[3], mean / np.linalg.norm(mean), rtol=1e-5)
+    assert facts == {"items": 6, "dimensions": 256, "textless": 3, "collaborative": 1, "token": 2}
+    assert said[-1] == "3 of 6 items have no text: 1 embedded by what they were taken with, 2 by their token"
+    other, _, _ = embedded(tmp_path / "two", Gappy([6, 2, 3], [4, 1, 2]))  # other targets
+    np.testing.assert_array_equal(vectors, other)
+
+
+def test_items_without_text_can_be_their_tokens(tmp_path):
+    vectors, facts, _ = embedded(tmp_path / "one", SimpleNamespace(items=Gappy.items), text_missing="token")
+    np.testing.assert_array_equal(vectors, hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"]))
+    assert (facts["textless"], facts["collaborative"], facts["token"]) == (3, 0, 3)
+    with pytest.raises(ConfigurationError, match="no embedding 'mean'"):
+        embedded(tmp_path / "two", Gappy([1, 2, 3], [1, 2, 3]), text_missing="mean")
 
 
 # --- residual k-means ------------------------------------------------------------------------------------------------
@@ -391,10 +448,10 @@ def texts(tmp_path_factory) -> dict[str, str]:
         ("list", "Clay & Mud Mask | L'Oréal | Beauty > Skin Care > Men's"),
         ("quoted", '"Best" soap | Beauty > Bath & Body'),
         ("untitled", "OPI | Beauty > Makeup"),
-        ("nothing", "nothing"),
+        ("nothing", ""),
         ("described", "Hair oil | " + ("with argan " * 91)[:1000].rstrip()),
         ("description alone", "Soft & warm. Of wool."),
-        ("blanks", "blanks"),
+        ("blanks", ""),
         ("japanese", "資生堂 アネッサ 日焼け止め | 資生堂 | スキンケア"),
         ("russian", "Шампунь для волос | Уход > Волосы"),
         ("arabic", "زيت الأرغان للشعر | شعر"),
@@ -407,7 +464,7 @@ def test_item_text(texts, token, expected):
 
 def test_every_text_has_an_embedding_of_its_own(texts):
     assert len(texts["long"]) > 10_000 and texts["long"].endswith("oil | OPI | Beauty > Hair Care")
-    vectors = hash_embeddings(list(texts.values()))
+    vectors = hash_embeddings([text for text in texts.values() if text])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     cosines = vectors @ vectors.T - np.eye(len(vectors))
     assert cosines.max() < 0.9
