@@ -110,6 +110,22 @@ def test_a_fit_brings_co_engaged_items_together():
     np.testing.assert_array_equal(first, second)
 
 
+def test_the_contrastive_term_of_a_fit_by_hand():
+    """Items 1-2 and 3-4 belong together, and the model stands still: two negatives each, and never the item itself."""
+    vectors = np.eye(4, 3, dtype=np.float32) + 0.1
+    config = RQVAEConfig(levels=1, codes=2, latent=2, hidden=(), random_last=0, epochs=1, batch_size=4,
+                         learning_rate=1e-12, contrastive=0.5, contrastive_temperature=0.7)  # fmt: skip
+    terms = []
+    model = fit_rqvae(vectors, config, pairs=co_engaged([[1, 2], [3, 4]], 4),
+                      on_epoch=lambda epoch, found: terms.append(found))  # fmt: skip
+    latents = model.encoder(torch.from_numpy(vectors)).detach().numpy()
+    latents /= np.linalg.norm(latents, axis=1, keepdims=True)
+    near = np.exp(latents @ latents.T / 0.7)
+    each = [near[a, p] / (near[a, p] + near[a, n] + near[a, m])
+            for a, p, n, m in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 0, 1))]  # fmt: skip
+    assert terms[0]["contrastive"] == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
+
+
 def test_off_the_pairs_do_nothing_and_on_they_are_needed():
     vectors, _ = planted()
     config = RQVAEConfig(levels=2, codes=4, latent=4, hidden=(16,), epochs=1, batch_size=32)
@@ -196,7 +212,8 @@ def test_levels_by_hand():
     model = fit_rqkmeans(data, replace(PLAIN, codes=2))
     assert sorted(model.codebooks[0].ravel()) == pytest.approx([-10, 10])
     assert sorted(model.codebooks[1].ravel()) == pytest.approx([-1, 1])
-    codes, decoded = model.encode(data)
+    codes = model.encode(data)
+    decoded = model.decode(codes)
     np.testing.assert_allclose(decoded, data, rtol=1e-6)
     assert len(np.unique(codes, axis=0)) == 4 and codes.dtype == np.int64
 
@@ -208,7 +225,9 @@ def test_encode_is_brute_force_nearest_centroid_of_each_residual(seed):
     generator = np.random.default_rng(seed)
     books = generator.integers(-8, 9, size=(3, 4, 2)).astype(np.float32)
     points = generator.integers(-8, 9, size=(6, 2)).astype(np.float32)
-    codes, decoded = RQKMeans(replace(PLAIN, levels=3), books).encode(points)
+    model = RQKMeans(replace(PLAIN, levels=3), books)
+    codes = model.encode(points)
+    decoded = model.decode(codes)
     for row, residual in enumerate(points.copy()):
         for level in range(3):
             assert codes[row, level] == ((residual - books[level]) ** 2).sum(1).argmin()
@@ -237,7 +256,7 @@ def test_rqkmeans_is_a_function_of_the_seed_and_not_of_threads():
     def made(threads: int, seed: int = 3):
         with threadpool_limits(threads):
             model = fit_rqkmeans(vectors, replace(config, seed=seed))
-            return model.codebooks, model.encode(vectors)[0]
+            return model.codebooks, model.encode(vectors)
 
     one, two, other = made(1), made(2), made(1, seed=4)
     for left, right in zip(one, two, strict=True):
@@ -257,7 +276,8 @@ def test_a_drawn_last_level_makes_a_crowded_table_unique():
     vectors, _ = planted()
     model = fit_rqkmeans(vectors, SidConfig(levels=3, codes=16, random_last=1, seed=0))
     codes = assign(model, vectors, seed=0)
-    nearest, decoded = model.encode(vectors)
+    nearest = model.encode(vectors)
+    decoded = model.decode(nearest)
     np.testing.assert_array_equal(codes[:, :2], nearest[:, :2])
     found = health(codes, model, vectors, ["A > b"] * 240)
     assert found.uniqueness == len(np.unique(codes, axis=0)) / 240
