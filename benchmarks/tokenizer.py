@@ -5,8 +5,8 @@
 Embeddings are synthetic: 384 dimensions around cluster centres, of length 1. Every line runs in a process of its own,
 so that its peak memory is its own; "over" is the peak beyond what the process held before, embeddings included. Ratios
 are costs per item over those of the first size: 1 is linear. Seconds are those of the processor, over all threads, so
-that other work on the machine does not count. The fit is one epoch; residual k-means looks at a sample
-of 256 items a code, so its fit costs the same at every size.
+that other work on the machine does not count. The fit is one epoch; k-means looks at 256 items a code, so that above
+65,536 items residual k-means costs the same to fit at every size.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def main() -> None:
             ratio = {step: cost[step] / first.setdefault(method, cost)[step] for step in cost}
             print(f"| {method} | {items:,} | {found['fit']:.1f} | {ratio['fit']:.2f}x | {found['encode']:.1f} "
                   f"| {items / found['encode']:,.0f} | {ratio['encode']:.2f}x | {found['health']:.1f} "
-                  f"| {found['unique']:.2%} | {found['embeddings']:,.0f} | {found['over']:,.0f} |", flush=True)  # fmt: skip
+                  f"| {found['unique']:.2%} | {found['embeddings']:,.0f} | {found['over']:,.0f} |",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

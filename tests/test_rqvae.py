@@ -235,7 +235,7 @@ def test_kmeans_init_finds_the_clusters_of_each_level():
 
 
 def test_kmeans_starts_from_distant_points():
-    """16 tight clusters, one code each. From points drawn evenly, a start hits all 16 with chance 16! / 16^16 = 1e-6."""
+    """16 tight clusters, one code each. Points drawn evenly hit all 16 with chance 16! / 16^16 = 1e-6."""
     points = np.repeat(np.arange(16) * 1000.0, 20)[:, None] + np.tile([-0.5, 0.5], 160)[:, None]
     for seed in range(8):
         means = kmeans(points.astype(np.float32), 16, seed)
