@@ -1,9 +1,12 @@
-"""How the tokenizer scales: fit and encode at several catalogue sizes, side by side in one run.
+"""How the tokenizers scale: fit, encode and judge at several catalogue sizes, side by side in one run.
 
-    python benchmarks/tokenizer.py --items 12000 100000 1000000
+    python benchmarks/tokenizer.py [--items 12000,100000,1000000]
 
-Embeddings are synthetic: 384 dimensions around cluster centres, of length 1. Each size runs in a process of its own, so
-that its peak memory is its own; beside the embeddings' own size it shows what a size costs, not what it left behind.
+Embeddings are synthetic: 384 dimensions around cluster centres, of length 1. Every line runs in a process of its own,
+so that its peak memory is its own; "over" is the peak beyond what the process held before, embeddings included. Ratios
+are costs per item over those of the first size: 1 is linear. Seconds are those of the processor, over all threads, so
+that other work on the machine does not count. The fit is one epoch; k-means looks at 256 items a code, so that above
+65,536 items residual k-means costs the same to fit at every size.
 """
 
 from __future__ import annotations
@@ -13,17 +16,28 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 DIM, CLUSTERS, EPOCHS = 384, 2000, 1
+METHODS = ("rqvae", "rqkmeans")
+HEADER = ("| tokenizer | items | fit s | per item | encode s | items/s | per item | health s | unique | embeddings MiB "
+          "| over MiB |\n|" + "---|" * 11)  # fmt: skip
 
 
-def measure(items: int) -> dict:
-    """Seconds and MiB for one size."""
-    import resource
+def memory(field: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at its peak since the last reset. Linux alone."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
+
+def measure(method: str, items: int) -> dict:
+    """Seconds and MiB of one tokenizer for one size."""
     import numpy as np
+    import torch
 
-    from recbole_gr2.sid.rqvae import RQVAEConfig, assign, fit_rqvae
+    from recbole_gr2.sid.quality import health
+    from recbole_gr2.sid.rqkmeans import fit_rqkmeans
+    from recbole_gr2.sid.rqvae import RQVAEConfig, SidConfig, assign, fit_rqvae
 
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CLUSTERS, DIM)).astype(np.float32)
@@ -32,45 +46,45 @@ def measure(items: int) -> dict:
         block = embeddings[start : start + 10_000]
         block[:] = centres[rng.integers(CLUSTERS, size=len(block))] + 0.5 * rng.normal(size=block.shape)
         block /= np.linalg.norm(block, axis=1, keepdims=True)
-    started = time.perf_counter()
-    model = fit_rqvae(embeddings, RQVAEConfig(epochs=EPOCHS, seed=0))
-    fitted = time.perf_counter()
+    torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])  # the first one imports torch's compiler, 4 s
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, times = memory("VmRSS"), [time.process_time()]
+    if method == "rqvae":
+        model = fit_rqvae(embeddings, RQVAEConfig(epochs=EPOCHS, seed=0))
+    else:
+        model = fit_rqkmeans(embeddings, SidConfig(seed=0))
+    times.append(time.process_time())
     codes = assign(model, embeddings, seed=0)
-    ended = time.perf_counter()
-    return {
-        "items": items,
-        "fit_s": fitted - started,
-        "encode_s": ended - fitted,
-        "unique": len(np.unique(codes, axis=0)) / items,
-        "embeddings_mib": embeddings.nbytes / 2**20,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    times.append(time.process_time())
+    unique = health(codes, model, embeddings).uniqueness
+    times.append(time.process_time())
+    fit, encode, judge = (after - earlier for earlier, after in zip(times, times[1:], strict=False))
+    return {"fit": fit, "encode": encode, "health": judge, "unique": unique, "embeddings": embeddings.nbytes / 2**20,
+            "over": memory("VmHWM") - before}  # fmt: skip
 
 
 def main() -> None:
-    """Measure every size in its own process and print the table."""
+    """Measure both tokenizers at every size and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, nargs="+", default=[12_000, 100_000])
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--items", default="12000,100000", help="sizes, with commas between them")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one)))
+        print(json.dumps(measure(options.one[0], int(options.one[1]))))
         return
-    print(f"{'items':>9} {'fit s/epoch':>11} {'per item':>9} {'encode s':>9} {'per item':>9} {'unique':>7} "
-          f"{'embeddings MiB':>14} {'peak MiB':>9}")  # fmt: skip
-    first = None
-    for items in options.items:
-        command = [sys.executable, __file__, "--one", str(items)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        costs = [found["fit_s"] / items, found["encode_s"] / items]
-        first = first or costs
-        ratios = [f"{cost / reference:.2f}x" for cost, reference in zip(costs, first, strict=True)]
-        print(
-            f"{items:>9,} {found['fit_s']:>11.1f} {ratios[0]:>9} {found['encode_s']:>9.1f} {ratios[1]:>9} "
-            f"{found['unique']:>7.2%} {found['embeddings_mib']:>14,.0f} {found['peak_mib']:>9,.0f}",
-            flush=True,
-        )
+    print(HEADER)
+    first: dict[str, dict] = {}
+    for items in map(int, options.items.split(",")):
+        for method in METHODS:
+            done = subprocess.run([sys.executable, __file__, "--one", method, str(items)], stdout=subprocess.PIPE,
+                                  text=True, check=True)  # fmt: skip
+            found = json.loads(done.stdout.splitlines()[-1])
+            cost = {step: found[step] / items for step in ("fit", "encode")}
+            ratio = {step: cost[step] / first.setdefault(method, cost)[step] for step in cost}
+            print(f"| {method} | {items:,} | {found['fit']:.1f} | {ratio['fit']:.2f}x | {found['encode']:.1f} "
+                  f"| {items / found['encode']:,.0f} | {ratio['encode']:.2f}x | {found['health']:.1f} "
+                  f"| {found['unique']:.2%} | {found['embeddings']:,.0f} | {found['over']:,.0f} |",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

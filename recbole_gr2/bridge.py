@@ -7,7 +7,6 @@ model is: one test and one valid row per user, and as train row of a request the
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,13 @@ from recbole_gr2 import compat
 from recbole_gr2.config import Settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
 from recbole_gr2.seeding import derive_seed
+from recbole_gr2.text import clean_text
 from recbole_gr2.types import Item, Request
 
 SPLITS = ("train", "valid", "test")
 BEHIND = {"train": 3, "valid": 2, "test": 1}  # where a split's target stands, counted from the end of a sequence
+TEXTS = ("title", "categories", "brand", "description")
+DESCRIPTION_CHARS = 1000  # the encoder reads 128 tokens, and a description comes last
 OTHER = "other_parameter."  # prefix of tensors that RecBole keeps outside state_dict
 
 
@@ -84,18 +86,18 @@ class Data:
         digest.update(json.dumps([self.user_tokens, self.item_tokens]).encode())
         for user in sorted(self.sequences):
             digest.update(np.asarray([user, *self.sequences[user]], dtype=np.int64).tobytes())
-        digest.update(json.dumps([(i.title, i.categories, i.brand) for i in self.items]).encode())
+        digest.update(json.dumps([[getattr(i, text) for text in TEXTS] for i in self.items]).encode())
         digest.update(str(self.dataset.max_item_list_len).encode())
         return digest.hexdigest()[:16]
 
     @cached_property
     def items(self) -> tuple[Item, ...]:
         """The catalogue in id order; `items[item_id - 1]`. Texts come from the `.item` file, read beside RecBole."""
-        folder = Path(self.config["data_path"])
-        texts = read_item_texts(folder / f"{self.settings['dataset']}.item", self.settings)
-        empty = {"title": "", "categories": "", "brand": ""}
+        file = Path(self.config["data_path"]) / f"{self.settings['dataset']}.item"
+        texts = read_item_texts(file, self.settings, item_field=self.iid, encoding=self.config["encoding"],
+                                separator=self.config["field_separator"])  # fmt: skip
         return tuple(
-            Item(item_id=number, token=token, **texts.get(token, empty))
+            Item(item_id=number, token=token, **texts.get(token, {"title": ""}))
             for number, token in enumerate(self.item_tokens)
             if number > 0
         )
@@ -208,12 +210,18 @@ def _download(dataset, download: Callable[[], None]) -> None:
         ) from error
 
 
-def read_item_texts(file: Path, settings: Settings) -> dict[str, dict[str, str]]:
-    """Title, categories and brand of every item of an atomic `.item` file, by item token.
+def read_item_texts(
+    file: Path, settings: Settings, *, item_field: str = "item_id", encoding: str = "utf-8", separator: str = "\t"
+) -> dict[str, dict[str, str]]:
+    """Title, categories, brand and description of every item of an atomic `.item` file, by item token.
 
     RecBole would split text on blanks, add items nobody touched to the id space, and stop at a title that starts with a
-    quotation mark; so the file is read beside it. HTML entities are resolved, lists in Python notation joined
-    with ` > `.
+    quotation mark; so the file is read beside it, and its texts are cleaned (`text.clean_text`). Bytes that are not of
+    the encoding become U+FFFD. Of a description the beginning is kept.
+
+    Args:
+        item_field: column with the item id; the first one where there is none of that name.
+        encoding, separator: RecBole's words `encoding` and `field_separator`.
 
     Raises:
         MissingFileError: there is no such file.
@@ -227,19 +235,21 @@ def read_item_texts(file: Path, settings: Settings) -> dict[str, dict[str, str]]
     import csv
 
     frame = pd.read_csv(
-        file, sep="\t", dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, encoding="utf-8", na_filter=False
-    )
+        file, sep=separator, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, na_filter=False,
+        encoding=encoding, encoding_errors="replace",
+    )  # fmt: skip
     frame.columns = [str(column).split(":")[0] for column in frame.columns]
-    fields = {name: settings[f"text_{name}"] for name in ("title", "categories", "brand")}
+    fields = {name: settings[f"text_{name}"] for name in TEXTS}
     missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in frame.columns]
     if missing:
         raise ConfigurationError(
             f"fields that {file.name} does not have: {', '.join(missing)}",
             do=f"choose from {list(frame.columns)} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
         )
-    columns = {name: [clean_text(v) for v in frame[field]] if field else [""] * len(frame)
+    clean = {name: _description if name == "description" else clean_text for name in TEXTS}
+    columns = {name: [clean[name](unquote(v)) for v in frame[field]] if field else [""] * len(frame)
                for name, field in fields.items()}  # fmt: skip
-    tokens = [unquote(token) for token in frame[frame.columns[0]]]
+    tokens = [unquote(token) for token in frame[item_field if item_field in frame else frame.columns[0]]]
     return {token: {name: columns[name][row] for name in columns} for row, token in enumerate(tokens)}
 
 
@@ -254,27 +264,11 @@ def unquote(text: str) -> str:
     return text
 
 
-def clean_text(text: str) -> str:
-    """One field of an item file as readable text.
-
-    >>> clean_text("'Beauty', 'Skin Care'"), clean_text("Nails &amp;  more")
-    ('Beauty > Skin Care', 'Nails & more')
-    """
-    import ast
-
-    text = unquote(text).strip()
-    if text[:1] in "'[" and text[-1:] in "']" and len(text) > 1:
-        try:
-            parsed = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            parsed = text  # a plain text that happens to start and end like a list
-        while isinstance(parsed, list | tuple) and len(parsed) == 1 and isinstance(parsed[0], list | tuple):
-            parsed = parsed[0]
-        if isinstance(parsed, list | tuple):
-            text = " > ".join(str(part) for part in parsed)
-        elif isinstance(parsed, str):
-            text = parsed
-    return " ".join(html.unescape(text).split())
+def _description(text: str) -> str:
+    """The beginning of a description, its paragraphs joined; where most is markup, a piece of a tag may end it."""
+    if not text.startswith("["):  # a list in Python notation can only be read whole
+        text = text[: 4 * DESCRIPTION_CHARS]
+    return clean_text(text, " ")[:DESCRIPTION_CHARS].rstrip()
 
 
 def _last_rows(users: np.ndarray) -> np.ndarray:

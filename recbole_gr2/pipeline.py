@@ -33,6 +33,7 @@ class Stage:
         name: what it is called in the plan and in its folder; its code is stages/<name>.py unless `code` says another.
         version: raise it when the stage's code changes its result; older folders are then left alone.
         settings: prefixes of the settings that can change its result.
+        but: settings with such a prefix that are another stage's.
         needs: stages whose files it reads, whatever the settings.
         recbole: which of RecBole's words can change its result: "" none, "shared" those that are not for the base
             model alone, "base" all of them.
@@ -41,6 +42,7 @@ class Stage:
     name: str
     version: int
     settings: tuple[str, ...]
+    but: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     recbole: str = ""
     code: str = ""
@@ -49,11 +51,12 @@ class Stage:
 BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
                  settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
 STAGES = (
-    Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
+    Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
+    Stage(name="tokenizer", version=1, settings=("sid_", "seed"), but=("sid_encoder",), needs=("embeddings",)),
     Stage(name="midtrain", version=2, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
-    Stage(name="evidence", version=2, needs=("candidates", "tokenizer"), settings=("evidence_", "seed")),
+    Stage(name="evidence", version=2, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
     Stage(name="traces", version=2, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
     Stage(name="sft", version=3, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
@@ -137,7 +140,7 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
     for stage in table:
         if stage.name not in wanted:
             continue
-        values = settings.results(stage.settings)
+        values = {k: v for k, v in settings.results(stage.settings).items() if k not in stage.but}
         if stage.recbole:
             words = settings.recbole_results(base=stage.recbole == "base")
             values |= {f"recbole.{k}": v for k, v in words.items()}

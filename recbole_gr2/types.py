@@ -16,7 +16,8 @@ class Item:
     """One item of the catalogue.
 
     `item_id` is RecBole's internal id (1-based, 0 is padding), `token` the id in the data files, `title` and
-    `categories` cleaned text (either may be empty), `sid` its semantic ID or () before the tokenizer stage.
+    `categories` cleaned text (either may be empty), `description` the beginning of a longer one, for the text encoder
+    alone, `sid` its semantic ID or () before the tokenizer stage.
     """
 
     item_id: int
@@ -24,6 +25,7 @@ class Item:
     title: str
     categories: str = ""
     brand: str = ""
+    description: str = ""
     sid: Sid = ()
 
 

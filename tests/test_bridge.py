@@ -1,8 +1,10 @@
 """The door to RecBole: rows in exact time order, base models, and RecBole's evaluator with the last word."""
 
+import copy
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -16,15 +18,15 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import compat
 from recbole_gr2.bridge import (
-    ByLength,
-    Data, ListedBase, base_order, clean_text, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free,
-    train_base, unquote,
+    ByLength, Data, ListedBase, base_order, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free, train_base,
+    unquote,
 )  # fmt: skip
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main
 from recbole_gr2.ranking import promote
 from recbole_gr2.stages.candidates import top_candidates
+from recbole_gr2.text import clean_text
 
 K = 10
 BASES = ("CausalSASRec", "BPR")
@@ -509,7 +511,8 @@ def test_catalogue_cross_entropy_is_torchs(positions):
 
 # --- item texts ------------------------------------------------------------------------------------------------------
 
-TEXT = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": None}
+TEXT = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": None,
+        "text_description": None}
 
 
 def item_file(folder: Path, *lines: str, header: str = "item_id:token\ttitle:token_seq\tcategories:token_seq") -> Path:
@@ -541,7 +544,7 @@ def test_item_texts(tmp_path):
         "g": ("'Salem's Lot'", "[not a list]"),
         "1": ("Title été", "x"),
     }
-    assert {text["brand"] for text in texts.values()} == {""}
+    assert {text["brand"] + text["description"] for text in texts.values()} == {""}
 
 
 def test_item_text_errors(tmp_path):
@@ -556,7 +559,7 @@ def test_item_text_errors(tmp_path):
 
 def test_unquote_and_clean_text():
     assert unquote('"') == '"' and unquote('""') == "" and unquote('say "hi"') == 'say "hi"'
-    assert clean_text("[]") == "" and clean_text("'one'") == "one" and clean_text("[['a'], ['b']]") == "['a'] > ['b']"
+    assert clean_text("[]") == "" and clean_text("'one'") == "one" and clean_text("[['a'], ['b']]") == "a"
 
 
 def test_ml100k_items(ml100k):
@@ -565,6 +568,15 @@ def test_ml100k_items(ml100k):
     toy_story = next(item for item in data.items if item.token == "1")
     assert (toy_story.title, toy_story.item_id) == ("Toy Story", data.item_tokens.index("1"))
     assert all(item.title and item.item_id == number for number, item in enumerate(data.items, start=1))
+
+
+@pytest.mark.parametrize("text", ["title", "categories", "brand", "description"])
+def test_every_text_is_in_the_fingerprint(ml100k, text):
+    data, other = (copy.copy(ml100k("BPR").data) for _ in range(2))
+    data.__dict__.pop("fingerprint", None)
+    other.__dict__.pop("fingerprint", None)
+    other.__dict__["items"] = (*data.items[:-1], replace(data.items[-1], **{text: "another"}))
+    assert data.fingerprint == ml100k("BPR").data.fingerprint != other.fingerprint
 
 
 # --- what is not there -----------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def test_the_second_run_is_all_cached(smoke_run, capsys):
     captured = capsys.readouterr()
     path = Path(captured.out.splitlines()[-1])
     again = json.loads(path.read_text())
-    assert [stage["cached"] for stage in again["stages"]] == [True] * 8
-    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * 8
+    assert [stage["cached"] for stage in again["stages"]] == [True] * len(NAMES)
+    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * len(NAMES)
     for field in ("rows", "tokenizer", "seeds", "llm", "command"):
         assert again[field] == smoke_run.result[field]
     assert "cached" in captured.err and "first time" not in captured.err
@@ -66,12 +66,13 @@ DEPENDS = {
     "llm_lora_rank": (4, "midtrain traces sft rl evaluate"),
     "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
     "evidence_hidden": (8, "evidence traces sft rl evaluate"),
-    "sid_epochs": (1, "tokenizer midtrain evidence traces sft rl evaluate"),
+    "sid_epochs": (1, "tokenizer midtrain traces sft rl evaluate"),
+    "sid_encoder": ("all-minilm-l6-v2", "embeddings tokenizer midtrain evidence traces sft rl evaluate"),
     "cand_exclude_seen": (False, "candidates evidence traces sft rl evaluate"),
     "base_epochs": (1, "candidates evidence traces sft rl evaluate"),
     "base_model": ("BPR", "candidates evidence traces sft rl evaluate"),
     "MAX_ITEM_LIST_LENGTH": (10, "candidates evidence traces sft rl evaluate"),
-    "seed": (1, " ".join(NAMES)),
+    "seed": (1, " ".join(name for name in NAMES if name != "embeddings")),
 }
 
 
@@ -87,6 +88,15 @@ def test_a_setting_runs_what_depends_on_it(smoke_run, data, key):
     assert f"{named} {old} -> " in first.why
     later = plan[again.split()[-1]]
     assert later is first or later.why
+
+
+def test_tokenizers_share_the_embeddings(smoke_run, data):
+    """The encoder enters the tokenizer's key by the embeddings' key alone, the seed not the embeddings' at all."""
+    plan = planned(smoke_run, data, sid_method="rqkmeans", seed=1)
+    assert plan["embeddings"].action == "cached" and plan["tokenizer"].action == "run"
+    assert plan["tokenizer"].needs == {"embeddings": plan["embeddings"].key}
+    assert "sid_encoder" in plan["embeddings"].settings and "sid_levels" not in plan["embeddings"].settings
+    assert "sid_encoder" not in plan["tokenizer"].settings and "sid_levels" in plan["tokenizer"].settings
 
 
 def other_folder(entry) -> Path:
@@ -134,7 +144,7 @@ def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, t
     assert "resume  stopped before it was finished" in capsys.readouterr().err
     assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100"]) == 0
     result = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
-    assert [stage["cached"] for stage in result["stages"]] == [True] * 7 + [False]
+    assert [stage["cached"] for stage in result["stages"]] == [True] * (len(NAMES) - 1) + [False]
     assert {name: (folder / name).read_text() for name in before} == before
     assert result["rows"] == smoke_run.result["rows"]
 
@@ -144,9 +154,8 @@ def test_from_stage_force_and_stages(smoke_run, data):
     assert actions(plan) == {name: "run" if name in ("sft", "rl", "evaluate") else "cached" for name in NAMES}
     assert plan["sft"].why == "asked for"
     assert set(actions(planned(smoke_run, data, {"force": True})).values()) == {"run"}
-    assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["tokenizer"]
-    needed = ["tokenizer", "midtrain", "candidates", "evidence", "traces"]
-    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == needed
+    assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["embeddings", "tokenizer"]
+    assert list(planned(smoke_run, data, {"stages": ["traces"]})) == list(NAMES[:6])
     assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == list(NAMES)
     for wrong in ({"stages": ["evaluation"]}, {"from_stage": "evaluation"}):
         with pytest.raises(ConfigurationError, match="no stage named 'evaluation'"):
@@ -180,7 +189,7 @@ def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch)
         prompt.write_text(text)
         keys.append(planned(smoke_run, data, prompt_template=str(prompt)))
     for name in NAMES:
-        same = name in ("candidates", "tokenizer", "evidence")
+        same = name in ("embeddings", "candidates", "tokenizer", "evidence")
         assert (keys[0][name].key == keys[1][name].key) == same, name
     lists = tmp_path / "lists.jsonl"
     with pytest.raises(MissingFileError, match="lists.jsonl"):
@@ -314,7 +323,7 @@ def test_nothing_is_pickled(smoke_run):
 
 FLOORS = (
     {"errors", "types"},
-    {"compat", "console", "ranking", "seeding", "store"},
+    {"compat", "console", "ranking", "seeding", "store", "text"},
     {"config", "requests"},
     {"sid", "model", "evidence"},
     {"prompts", "llm", "bridge"},

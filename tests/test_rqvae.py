@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings
 from recbole_gr2.sid.quality import check, health
-from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, assign, fit_rqvae
+from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, assign, fit_rqvae, kmeans, kmeans_rows
 from recbole_gr2.types import Health
 
 SMALL = RQVAEConfig(
@@ -104,6 +104,21 @@ def replaced_terms(model: RQVAE, embeddings: torch.Tensor, **settings) -> dict:
     return model.losses(embeddings, *model(embeddings))
 
 
+def test_the_encoder_learns_by_commitment_and_the_codebook_by_its_own_term():
+    """The rows of the test above: beta * 2 (r - q) / B for a row, summed over levels, and 2 (q - r) / B for a code."""
+    model = bare(1, levels=2, codes=2, ema=False, commitment=0.25)
+    set_codebooks(model, [[[0.0], [4.0]], [[0.0], [1.0]]])
+    embeddings = torch.tensor([[5.2], [0.5]], requires_grad=True)
+    terms = model.losses(embeddings, *model(embeddings))
+    commitment = torch.autograd.grad(terms["commitment"], (embeddings, model.codebooks), retain_graph=True,
+                                     allow_unused=True)  # fmt: skip
+    assert commitment[0].flatten().tolist() == pytest.approx([0.25 * (1.2 + 0.2), 0.25 * (0.5 + 0.5)])
+    assert commitment[1] is None
+    codebook = torch.autograd.grad(terms["codebook"], (embeddings, model.codebooks), allow_unused=True)
+    assert codebook[0] is None
+    assert codebook[1].flatten().tolist() == pytest.approx([-0.5, -1.2, -0.5, -0.2])
+
+
 @pytest.mark.parametrize(
     "values, expected",
     [([0, 0, 0, 0], 4.0), ([0, 10, 20, 30], 1.0), ([0, 0, 0, 10], 4 * (9 / 16 + 1 / 16)), ([0, 0, 10, 10], 2.0)],
@@ -122,6 +137,19 @@ def test_diversity_gradient_moves_the_crowd_towards_the_empty_code():
     embeddings = torch.tensor([[2.0], [3.0], [4.0]], requires_grad=True)
     model.losses(embeddings, *model(embeddings))["diversity"].backward()
     assert (embeddings.grad < 0).all()
+
+
+def test_diversity_gradient_by_hand():
+    """x = 4 between codes 0 and 10, in units of its own squared distance 16: logits -1 and -36/16, p = (1, 0).
+
+    C * 2 p_0 * d soft_0 / dx, with d soft_0 / dx = -s (1 - s) (12/16 + 8/16) and s the soft share of code 1.
+    """
+    model = bare(1, levels=1, codes=2, diversity=1.0)
+    set_codebooks(model, [[[0.0], [10.0]]])
+    embeddings = torch.tensor([[4.0]], requires_grad=True)
+    model.losses(embeddings, *model(embeddings))["diversity"].backward()
+    s = 1 / (1 + math.exp(36 / 16 - 1))
+    assert embeddings.grad.item() == pytest.approx(-4 * s * (1 - s) * 20 / 16)
 
 
 # --- codebook updates -------------------------------------------------------------------------------------------------
@@ -183,6 +211,15 @@ def test_reset_takes_different_samples_for_different_codes_and_waits_when_sample
     assert model.age.tolist() == [[0, 0, 0, 1]]
 
 
+def test_a_reset_code_becomes_the_residual_of_its_own_level():
+    """The worst row, 7, is 7 on level 1 and 7 - 6 = 1 on level 2, where code 1 is unused."""
+    model = bare(1, levels=2, codes=2, reset_after=1)
+    set_codebooks(model, [[[0.0], [6.0]], [[0.0], [-50.0]]])
+    model.update_codebooks(batch_of(model, [0.5, 7.0]), torch.tensor([0.0, 1.0]))
+    assert model.codebooks[1, 1].item() == 1.0
+    assert model.codebooks[0, 1].item() == pytest.approx(0.95 * 6 + 0.05 * 7)  # in use: by the average alone
+
+
 # --- initialisation, fit, files ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +232,20 @@ def test_kmeans_init_finds_the_clusters_of_each_level():
     assert sorted(model.codebooks[1].flatten().tolist()) == pytest.approx([-1, 1])
     assert model.ema_count.tolist() == [[3, 3], [3, 3]]  # 6 of 12 items a code; a batch holds half of them
     torch.testing.assert_close(model(data)[0], data)
+
+
+def test_kmeans_starts_from_distant_points():
+    """16 tight clusters, one code each. Points drawn evenly hit all 16 with chance 16! / 16^16 = 1e-6."""
+    points = np.repeat(np.arange(16) * 1000.0, 20)[:, None] + np.tile([-0.5, 0.5], 160)[:, None]
+    for seed in range(8):
+        means = kmeans(points.astype(np.float32), 16, seed)
+        assert sorted(means.cluster_centers_.ravel()) == pytest.approx((np.arange(16) * 1000.0).tolist())
+
+
+def test_kmeans_looks_at_256_points_a_code():
+    few, many = (kmeans_rows(items, replace(SMALL, codes=2)) for items in (300, 5000))
+    assert sorted(few) == list(range(300))
+    assert len(set(many)) == 512 and 2000 < many.mean() < 3000
 
 
 def test_kmeans_init_happens_once_and_the_flag_survives_a_round_trip(tmp_path):

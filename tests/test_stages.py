@@ -22,10 +22,11 @@ from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuff
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.stages import Context, midtrain, traces
+from recbole_gr2.stages.embeddings import item_text
 from recbole_gr2.stages.evaluate import likelihood_rankings
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
-from recbole_gr2.stages.tokenizer import item_text, load_items
+from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.types import Candidate, Item, Request, Trace
 
 
@@ -148,9 +149,10 @@ def test_shorten_and_kind_by_hand():
     assert kind(Item(item_id=1, token="t", title="x")) == ""
 
 
-def test_item_text_is_never_empty():
+def test_item_text():
     assert item_text(Item(item_id=1, token="t", title="A", categories="C", brand="B")) == "A | B | C"
-    assert item_text(Item(item_id=1, token="t", title="")) == "t"
+    assert item_text(Item(item_id=1, token="t", title="A", description="D")) == "A | D"
+    assert item_text(Item(item_id=1, token="t", title="")) == ""
 
 
 # --- candidate files -------------------------------------------------------------------------------------------------
@@ -586,7 +588,8 @@ FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_ba
           "eval_batch_size": 2048}  # fmt: skip
 # Stage -> what its console line says when the process is killed. Steps are behind a checkpoint but not at one.
 KILLS = {
-    "tokenizer": "texts embedded",
+    "embeddings": "texts embedded",
+    "tokenizer": "uniqueness",
     "midtrain": "  step 5/",
     "candidates": "hold-out base: 1 epochs",
     "evidence": "test: 21 facts",
@@ -633,7 +636,7 @@ def uninterrupted(tmp_path_factory):
     chosen = Recorded(load_settings(config_dict={**TINY, **FASTER, "checkpoint_dir": str(root)}))
     data = Data(chosen)
     planned = pipeline.plan(chosen, data)
-    assert [entry.action for entry in planned] == ["run"] * 10
+    assert [entry.action for entry in planned] == ["run"] * len(KILLS)
     pipeline.execute(planned, chosen, data, Watching(chosen))
     return chosen, {entry.stage.name: entry.folder for entry in planned}
 
@@ -663,7 +666,7 @@ def killed(tmp_path_factory):
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
     assert list(KILLS) == [*pipeline.NAMES[:-1], *TINY["models"], pipeline.NAMES[-1]]
-    assert [code for code, _ in starts] == [130] * 10 + [0]
+    assert [code for code, _ in starts] == [130] * len(KILLS) + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
     for name, folder in folders.items():
@@ -688,7 +691,8 @@ def same_files(one: Path, two: Path) -> int:
     [
         ("candidates", ["train.jsonl", "valid.jsonl", "test.jsonl", "stats.json", "base/model.safetensors",
                         "hold_out_base/model.safetensors"]),
-        ("tokenizer", ["rqvae.safetensors", "embeddings.npy", "sids.jsonl", "health.json"]),
+        ("embeddings", ["embeddings.npy"]),
+        ("tokenizer", ["rqvae.safetensors", "sids.jsonl", "health.json"]),
         ("evidence", ["prior.safetensors", "train.jsonl", "valid.jsonl", "test.jsonl", "facts.json"]),
         ("midtrain", ["model/model.safetensors", "model/tokenizer.json", "samples.json"]),
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),

@@ -17,12 +17,13 @@ from recbole_gr2.bridge import Data, read_item_texts
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.sid.contrastive import co_engaged, draw_positives, info_nce, known_positives
-from recbole_gr2.sid.embed import hash_embeddings
+from recbole_gr2.sid.embed import hash_embeddings, neighbour_means
 from recbole_gr2.sid.quality import category_path, health, neighbourhood, neighbourhood_line
 from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
 from recbole_gr2.sid.rqvae import RQVAEConfig, SidConfig, assign, fit_rqvae
-from recbole_gr2.stages import Context, tokenizer
-from recbole_gr2.stages.tokenizer import item_text, load_items, tokenizer_config
+from recbole_gr2.stages import Context, embeddings, tokenizer
+from recbole_gr2.stages.embeddings import item_text
+from recbole_gr2.stages.tokenizer import load_items, tokenizer_config
 from recbole_gr2.types import Item
 
 PLAIN = SidConfig(levels=2, codes=4, random_last=0, seed=3)
@@ -109,6 +110,22 @@ def test_a_fit_brings_co_engaged_items_together():
     np.testing.assert_array_equal(first, second)
 
 
+def test_the_contrastive_term_of_a_fit_by_hand():
+    """Items 1-2 and 3-4 belong together, and the model stands still: two negatives each, and never the item itself."""
+    vectors = np.eye(4, 3, dtype=np.float32) + 0.1
+    config = RQVAEConfig(levels=1, codes=2, latent=2, hidden=(), random_last=0, epochs=1, batch_size=4,
+                         learning_rate=1e-12, contrastive=0.5, contrastive_temperature=0.7)  # fmt: skip
+    terms = []
+    model = fit_rqvae(vectors, config, pairs=co_engaged([[1, 2], [3, 4]], 4),
+                      on_epoch=lambda epoch, found: terms.append(found))  # fmt: skip
+    latents = model.encoder(torch.from_numpy(vectors)).detach().numpy()
+    latents /= np.linalg.norm(latents, axis=1, keepdims=True)
+    near = np.exp(latents @ latents.T / 0.7)
+    each = [near[a, p] / (near[a, p] + near[a, n] + near[a, m])
+            for a, p, n, m in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 0, 1))]  # fmt: skip
+    assert terms[0]["contrastive"] == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
+
+
 def test_off_the_pairs_do_nothing_and_on_they_are_needed():
     vectors, _ = planted()
     config = RQVAEConfig(levels=2, codes=4, latent=4, hidden=(16,), epochs=1, batch_size=32)
@@ -120,6 +137,63 @@ def test_off_the_pairs_do_nothing_and_on_they_are_needed():
             fit_rqvae(vectors, replace(config, contrastive=0.1), pairs=pairs)
     with pytest.raises(ConfigurationError, match="contrastive_temperature must be positive"):
         RQVAEConfig(contrastive_temperature=0.0)
+
+
+# --- items without text ----------------------------------------------------------------------------------------------
+
+
+def test_neighbour_means_by_hand():
+    """Items 1 and 2 have texts. 3 was taken twice with 1 and once with 2 and with 4; 4 with 3 alone, 5 with nothing."""
+    vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [1, 0]], dtype=np.float32)
+    pairs = co_engaged([[1, 3, 1], [2, 3, 4]], 5)
+    found, means = neighbour_means(vectors, np.array([2, 3, 4]), pairs)
+    assert found.tolist() == [True, False, False] and means.dtype == np.float32
+    np.testing.assert_allclose(means, [[2 / math.sqrt(5), 1 / math.sqrt(5)]], rtol=1e-6)
+    opposite = np.array([[1, 0], [-1, 0], [0, 1]], dtype=np.float32)
+    found, means = neighbour_means(opposite, np.array([2]), co_engaged([[1, 3, 2]], 3))
+    assert not found.any() and means.shape == (0, 2)  # they cancel out
+
+
+class Gappy:
+    """Six items, 4 to 6 without text; sequences end in train target, valid and test item, and only the rest counts."""
+
+    item_count = 6
+    items = (*(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
+             *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)))  # fmt: skip
+    train_sequences = Data.train_sequences
+
+    def __init__(self, *tails) -> None:
+        heads = [[1, 4, 1], [2, 4, 5]]
+        self.sequences = {n: np.array([*head, *tail]) for n, (head, tail) in enumerate(zip(heads, tails, strict=True))}
+
+
+def embedded(folder, data, **changes) -> tuple[np.ndarray, dict, list[str]]:
+    said: list[str] = []
+    folder.mkdir()
+    chosen = load_settings(config_dict={**SMALL, **changes})
+    context = Context(stage="", settings=chosen, data=data, folder=folder, inputs={}, folders={}, say=said.append)
+    facts = embeddings.run(context)
+    return np.load(folder / "embeddings.npy"), facts, said
+
+
+def test_items_without_text_are_embedded_by_what_they_were_taken_with(tmp_path):
+    vectors, facts, said = embedded(tmp_path / "one", Gappy([5, 3, 6], [6, 3, 6]))
+    words = hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"])
+    np.testing.assert_array_equal(vectors[[0, 1, 2, 4, 5]], words[[0, 1, 2, 4, 5]])
+    mean = 2 * words[0] + words[1]  # 5 is a neighbour without a text
+    np.testing.assert_allclose(vectors[3], mean / np.linalg.norm(mean), rtol=1e-5)
+    assert facts == {"items": 6, "dimensions": 256, "textless": 3, "collaborative": 1, "token": 2}
+    assert said[-1] == "3 of 6 items have no text: 1 embedded by what they were taken with, 2 by their token"
+    other, _, _ = embedded(tmp_path / "two", Gappy([6, 2, 3], [4, 1, 2]))  # other targets
+    np.testing.assert_array_equal(vectors, other)
+
+
+def test_items_without_text_can_be_their_tokens(tmp_path):
+    vectors, facts, _ = embedded(tmp_path / "one", SimpleNamespace(items=Gappy.items), text_missing="token")
+    np.testing.assert_array_equal(vectors, hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"]))
+    assert (facts["textless"], facts["collaborative"], facts["token"]) == (3, 0, 3)
+    with pytest.raises(ConfigurationError, match="no embedding 'mean'"):
+        embedded(tmp_path / "two", Gappy([1, 2, 3], [1, 2, 3]), text_missing="mean")
 
 
 # --- residual k-means ------------------------------------------------------------------------------------------------
@@ -138,7 +212,8 @@ def test_levels_by_hand():
     model = fit_rqkmeans(data, replace(PLAIN, codes=2))
     assert sorted(model.codebooks[0].ravel()) == pytest.approx([-10, 10])
     assert sorted(model.codebooks[1].ravel()) == pytest.approx([-1, 1])
-    codes, decoded = model.encode(data)
+    codes = model.encode(data)
+    decoded = model.decode(codes)
     np.testing.assert_allclose(decoded, data, rtol=1e-6)
     assert len(np.unique(codes, axis=0)) == 4 and codes.dtype == np.int64
 
@@ -150,7 +225,9 @@ def test_encode_is_brute_force_nearest_centroid_of_each_residual(seed):
     generator = np.random.default_rng(seed)
     books = generator.integers(-8, 9, size=(3, 4, 2)).astype(np.float32)
     points = generator.integers(-8, 9, size=(6, 2)).astype(np.float32)
-    codes, decoded = RQKMeans(replace(PLAIN, levels=3), books).encode(points)
+    model = RQKMeans(replace(PLAIN, levels=3), books)
+    codes = model.encode(points)
+    decoded = model.decode(codes)
     for row, residual in enumerate(points.copy()):
         for level in range(3):
             assert codes[row, level] == ((residual - books[level]) ** 2).sum(1).argmin()
@@ -179,7 +256,7 @@ def test_rqkmeans_is_a_function_of_the_seed_and_not_of_threads():
     def made(threads: int, seed: int = 3):
         with threadpool_limits(threads):
             model = fit_rqkmeans(vectors, replace(config, seed=seed))
-            return model.codebooks, model.encode(vectors)[0]
+            return model.codebooks, model.encode(vectors)
 
     one, two, other = made(1), made(2), made(1, seed=4)
     for left, right in zip(one, two, strict=True):
@@ -199,7 +276,8 @@ def test_a_drawn_last_level_makes_a_crowded_table_unique():
     vectors, _ = planted()
     model = fit_rqkmeans(vectors, SidConfig(levels=3, codes=16, random_last=1, seed=0))
     codes = assign(model, vectors, seed=0)
-    nearest, decoded = model.encode(vectors)
+    nearest = model.encode(vectors)
+    decoded = model.decode(nearest)
     np.testing.assert_array_equal(codes[:, :2], nearest[:, :2])
     found = health(codes, model, vectors, ["A > b"] * 240)
     assert found.uniqueness == len(np.unique(codes, axis=0)) / 240
@@ -288,12 +366,15 @@ class Toy:
 
 
 def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
-    """Semantic IDs, facts and lines of the stage."""
+    """Semantic IDs, facts and lines of the stage, after the embeddings stage."""
     said: list[str] = []
-    folder.mkdir(parents=True)
+    before = folder.with_name(f"{folder.name}-embeddings")
+    for path in (folder, before):
+        path.mkdir(parents=True)
     data = data or Toy()
-    chosen = load_settings(config_dict={**SMALL, **changes})
-    context = Context(stage="", settings=chosen, data=data, folder=folder, inputs={}, folders={}, say=said.append)
+    context = Context(stage="", settings=load_settings(config_dict={**SMALL, **changes}), data=data, folder=folder,
+                      inputs={}, folders={"embeddings": before}, say=said.append)  # fmt: skip
+    embeddings.run(replace(context, folder=before))
     facts = tokenizer.run(context)
     return [item.sid for item in load_items(folder, data.items)], facts, said
 
@@ -325,7 +406,7 @@ def test_both_methods_give_the_same_interface(tmp_path, method):
     assert facts["uniqueness"] == len(set(sids)) / 48 >= 0.99
     assert len(facts["used_codes"]) == len(facts["entropy"]) == 3
     files = {file.name for file in (tmp_path / method).iterdir()}
-    assert files == {f"{method}.safetensors", f"{method}.json", "embeddings.npy", "sids.jsonl", "health.json"}
+    assert files == {f"{method}.safetensors", f"{method}.json", "sids.jsonl", "health.json"}
     written = json.loads((tmp_path / method / "health.json").read_text())
     assert written == json.loads(json.dumps(facts))
     near = facts["neighbourhood"]
@@ -368,9 +449,14 @@ def texts(tmp_path_factory) -> dict[str, str]:
         "arabic\tزيت الأرغان للشعر\tشعر\t",
         "emoji\tLip gloss 💄\tMakeup\t",
         f"long\t{'shampoo with argan oil ' * 435}\tBeauty > Hair Care\tOPI",
+        f"described\tHair oil\t\t\t{'with argan ' * 910}",
+        "description alone\t\t\t\t['Soft &amp; warm.', 'Of wool.']",
     ]
-    file.write_text("\n".join(["item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token", *lines]) + "\n")
-    columns = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": "brand"}
+    header = "item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token\tdescription:token_seq"
+    lines = [line + "\t" * (4 - line.count("\t")) for line in lines]
+    file.write_text("\n".join([header, *lines]) + "\n")
+    columns = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": "brand",
+               "text_description": "description"}
     found = read_item_texts(file, columns)
     assert len(found) == len(lines)
     return {token: item_text(Item(item_id=1, token=token, **text)) for token, text in found.items()}
@@ -382,8 +468,10 @@ def texts(tmp_path_factory) -> dict[str, str]:
         ("list", "Clay & Mud Mask | L'Oréal | Beauty > Skin Care > Men's"),
         ("quoted", '"Best" soap | Beauty > Bath & Body'),
         ("untitled", "OPI | Beauty > Makeup"),
-        ("nothing", "nothing"),
-        ("blanks", "blanks"),
+        ("nothing", ""),
+        ("described", "Hair oil | " + ("with argan " * 91)[:1000].rstrip()),
+        ("description alone", "Soft & warm. Of wool."),
+        ("blanks", ""),
         ("japanese", "資生堂 アネッサ 日焼け止め | 資生堂 | スキンケア"),
         ("russian", "Шампунь для волос | Уход > Волосы"),
         ("arabic", "زيت الأرغان للشعر | شعر"),
@@ -396,7 +484,7 @@ def test_item_text(texts, token, expected):
 
 def test_every_text_has_an_embedding_of_its_own(texts):
     assert len(texts["long"]) > 10_000 and texts["long"].endswith("oil | OPI | Beauty > Hair Care")
-    vectors = hash_embeddings(list(texts.values()))
+    vectors = hash_embeddings([text for text in texts.values() if text])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     cosines = vectors @ vectors.T - np.eye(len(vectors))
     assert cosines.max() < 0.9

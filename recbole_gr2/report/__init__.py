@@ -9,6 +9,7 @@ from pathlib import Path
 from recbole_gr2.config import Settings, properties_folder, read_yaml
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.pipeline import Planned
+from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
 from recbole_gr2.store import write_json
 from recbole_gr2.types import StageRecord
@@ -124,7 +125,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         f"## Semantic IDs\n\nUniqueness {sids['uniqueness']:.4%} ({sids['uniqueness_without_random_level']:.2%} "
         f"by nearest codes alone), largest collision {sids['largest_collision']}, codes in use {sids['used_codes']}, "
         f"entropy {[round(e, 2) for e in sids['entropy']]} bits, reconstruction (cosine) {sids['reconstruction']:.3f}. "
-        f"Neighbourhood: {neighbourhood_line(sids['neighbourhood'])}."
+        f"Neighbourhood: {neighbourhood_line(sids['neighbourhood'])}. "
+        f"Embeddings: {textless_line(records['embeddings'].facts)}."
     )
     evidence = records["evidence"].facts
     if evidence["facts"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from recbole_gr2.errors import MissingFileError
 
@@ -80,3 +81,36 @@ def hash_embeddings(texts: Sequence[str], dim: int = 256) -> np.ndarray:
     columns = np.arange(HASHED_NGRAMS)
     fold = csr_matrix((np.ones(HASHED_NGRAMS), (columns, columns % dim)), shape=(HASHED_NGRAMS, dim))
     return normalize((weights @ fold).toarray()).astype(np.float32)
+
+
+def neighbour_means(vectors: np.ndarray, rows: np.ndarray, pairs: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings for items without text: the mean of what they are taken with, weighted by how often; ours.
+
+    Only neighbours outside `rows` count, so that what fills one gap does not come from another.
+
+    Args:
+        vectors: text embeddings of all items, (N, D).
+        rows: items without text, (M,).
+        pairs: how often items were taken together, (N, N), e.g. what `co_engaged` gives.
+
+    Returns:
+        Which of `rows` have such neighbours, (M,) bool, and the means of these, of length 1, (M', D).
+    """
+    with_text = np.ones(len(vectors), dtype=vectors.dtype)
+    with_text[rows] = 0
+    sums = pairs[rows] @ (vectors * with_text[:, None])
+    lengths = np.linalg.norm(sums, axis=1, keepdims=True)
+    found = lengths[:, 0] > 1e-6  # else no neighbour with a text, or vectors that cancel out
+    return found, (sums[found] / lengths[found]).astype(np.float32)
+
+
+def textless_line(facts: Mapping) -> str:
+    """What became of items without text, from the embeddings stage's facts.
+
+    >>> textless_line({"items": 50, "textless": 3, "collaborative": 2, "token": 1})
+    '3 of 50 items have no text: 2 embedded by what they were taken with, 1 by their token'
+    """
+    if not facts["textless"]:
+        return "every item has a text"
+    return (f"{facts['textless']:,} of {facts['items']:,} items have no text: {facts['collaborative']:,} embedded by "
+            f"what they were taken with, {facts['token']:,} by their token")  # fmt: skip

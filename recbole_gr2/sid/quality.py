@@ -10,6 +10,8 @@ import numpy as np
 from recbole_gr2.errors import GateError
 from recbole_gr2.types import Health, Neighbourhood
 
+CHUNK = 4096  # rows that are decoded at once
+
 if TYPE_CHECKING:
     from recbole_gr2.sid.rqkmeans import RQKMeans
     from recbole_gr2.sid.rqvae import RQVAE
@@ -28,9 +30,9 @@ def health(
     """
     _, sharing = np.unique(codes, axis=0, return_counts=True)
     shares = [np.unique(column, return_counts=True)[1] / len(codes) for column in codes.T]
-    nearest, decoded = tokenizer.encode(embeddings)
-    lengths = np.linalg.norm(decoded, axis=1) * np.linalg.norm(embeddings, axis=1)
-    cosine = (decoded * embeddings).sum(1) / np.maximum(lengths, 1e-8)
+    nearest = tokenizer.encode(embeddings)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(codes), CHUNK)]
+    cosine = np.concatenate([_cosines(tokenizer.decode(nearest[chunk]), embeddings[chunk]) for chunk in chunks])
     return Health(
         items=len(codes),
         uniqueness=len(sharing) / len(codes),
@@ -127,6 +129,12 @@ def check(health: Health, min_unique: float) -> None:
             why="items that share a semantic ID cannot be told apart by a model, a level with one code says nothing",
             do="; ".join(remedies),
         )
+
+
+def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Cosine of each row of the one and of the other, (N,)."""
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return (left * right).sum(1) / np.maximum(lengths, 1e-8)
 
 
 def _labels(values: Sequence[Hashable]) -> np.ndarray:

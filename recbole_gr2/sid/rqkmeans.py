@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.metrics import pairwise_distances_argmin
 from threadpoolctl import threadpool_limits
 
-from recbole_gr2.sid.rqvae import SidConfig, checked, kmeans, kmeans_rows, saved_files
+from recbole_gr2.sid.rqvae import CHUNK, SidConfig, checked, kmeans, kmeans_rows, saved_files
 
 WEIGHTS, CONFIG = "rqkmeans.safetensors", "rqkmeans.json"
 
@@ -27,14 +27,19 @@ class RQKMeans:
     config: SidConfig
     codebooks: np.ndarray
 
-    def encode(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest codes (N, L) int64 and the sums of their centroids (N, D) for embeddings (N, D)."""
-        data = np.ascontiguousarray(embeddings, dtype=np.float32)
-        codes, decoded = [], np.zeros_like(data)
-        for centroids in self.codebooks:
-            codes.append(_nearest(data - decoded, centroids))
-            decoded += centroids[codes[-1]]
-        return np.stack(codes, axis=1), decoded
+    def encode(self, embeddings: np.ndarray) -> np.ndarray:
+        """Nearest codes (N, L) int64 of embeddings (N, D)."""
+        codes = np.empty((len(embeddings), len(self.codebooks)), dtype=np.int64)
+        for start in range(0, len(codes), CHUNK):
+            residual = np.array(embeddings[start : start + CHUNK], dtype=np.float32)
+            for level, centroids in enumerate(self.codebooks):
+                codes[start : start + CHUNK, level] = nearest = _nearest(residual, centroids)
+                residual -= centroids[nearest]
+        return codes
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Embeddings (N, D) that codes (N, L) stand for: the sums of their centroids."""
+        return sum(centroids[code] for centroids, code in zip(self.codebooks, codes.T, strict=True))
 
     def save(self, folder: str | Path) -> None:
         """Write codebooks (safetensors) and config (JSON) to `folder`, which is made if need be."""

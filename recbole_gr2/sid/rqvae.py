@@ -202,11 +202,16 @@ class RQVAE(nn.Module):
         return total
 
     @torch.no_grad()
-    def encode(self, embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest codes (N, L) int64 and decoded embeddings (N, D) of embeddings (N, D)."""
+    def encode(self, embeddings: np.ndarray) -> np.ndarray:
+        """Nearest codes (N, L) int64 of embeddings (N, D)."""
         data = torch.from_numpy(np.ascontiguousarray(embeddings, dtype=np.float32))
-        decoded, quantised = zip(*(self(chunk) for chunk in data.split(CHUNK)), strict=True)
-        return torch.cat([part.codes for part in quantised]).numpy(), torch.cat(decoded).numpy()
+        return torch.cat([self.quantise(self.encoder(chunk)).codes for chunk in data.split(CHUNK)]).numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Embeddings (N, D) that codes (N, L) stand for."""
+        chosen = self.codebooks[torch.arange(self.config.levels), torch.from_numpy(codes)]
+        return self.decoder(chosen.sum(1)).numpy()
 
     @torch.no_grad()
     def initialise(self, embeddings: torch.Tensor) -> None:
@@ -374,7 +379,8 @@ def checked(embeddings: np.ndarray, least: int) -> np.ndarray:
         ConfigurationError: not a finite (N, D) matrix, or fewer than `least` items.
     """
     data = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if data.ndim != 2 or not len(data) or not np.isfinite(data).all():
+    chunks = (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
+    if data.ndim != 2 or not len(data) or not all(np.isfinite(chunk).all() for chunk in chunks):
         raise ConfigurationError(
             f"item embeddings must be a finite (N, D) matrix, got shape {data.shape}",
             where="tokenizer stage",
@@ -398,7 +404,7 @@ def assign(tokenizer: RQVAE | RQKMeans, embeddings: np.ndarray, *, seed: int) ->
     new round after that. The same seed gives the same table.
     """
     config = tokenizer.config
-    codes, _ = tokenizer.encode(embeddings)
+    codes = tokenizer.encode(embeddings)
     if config.random_last == 0:
         return codes
     generator, size = np.random.default_rng(seed), config.codes**config.random_last

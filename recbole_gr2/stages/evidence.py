@@ -19,6 +19,7 @@ from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Item, Request
 
@@ -40,7 +41,7 @@ def run(context: Context) -> dict:
         split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS
     }
     requests["train"] = [r for r in requests["train"] if r.target_rank]
-    embeddings = np.load(context.folders["tokenizer"] / "embeddings.npy")
+    embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
     seen = {"train": [s[:-1] for s in training], "valid": training, "test": training}
     names, facts = [], {}

@@ -1,4 +1,4 @@
-"""Tokenizer: item texts -> embeddings -> RQ-VAE or residual k-means -> one semantic ID an item."""
+"""Tokenizer: item embeddings -> RQ-VAE or residual k-means -> one semantic ID an item."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.llm.packages import resolve
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.contrastive import co_engaged
-from recbole_gr2.sid.embed import embed_texts, hash_embeddings
 from recbole_gr2.sid.quality import check, health, neighbourhood_line
 from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
 from recbole_gr2.sid.rqvae import RQVAE, RQVAEConfig, SidConfig, assign, fit_rqvae
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Item
 
@@ -27,7 +25,7 @@ METHODS = {"rqvae": RQVAEConfig, "rqkmeans": SidConfig}
 
 
 def run(context: Context) -> dict:
-    """Writes the tokenizer (rqvae.safetensors or rqkmeans.safetensors), embeddings.npy, sids.jsonl and health.json.
+    """Writes the tokenizer (rqvae.safetensors or rqkmeans.safetensors), sids.jsonl and health.json.
 
     Raises:
         ConfigurationError: an unknown `sid_method`, or a value that it cannot use.
@@ -35,15 +33,7 @@ def run(context: Context) -> dict:
     """
     settings, items = context.settings, context.data.items
     config = tokenizer_config(settings)
-    texts = [item_text(item) for item in items]
-    if settings["sid_encoder"] == "hash":
-        embeddings = hash_embeddings(texts)
-    else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        embeddings = embed_texts(texts, resolve(settings["sid_encoder"]), device=device)
-    np.save(context.folder / "embeddings.npy", embeddings)
-    context.say(f"{len(texts):,} texts embedded, {embeddings.shape[1]} dimensions")
-
+    embeddings = load_embeddings(context)
     tokenizer = fit(embeddings, config, context.data)
     tokenizer.save(context.folder)
     codes = assign(tokenizer, embeddings, seed=derive_seed(settings["seed"], "last level"))
@@ -94,11 +84,6 @@ def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMean
     if config.contrastive:
         pairs = co_engaged([sequence[:-1] for sequence in data.train_sequences().values()], data.item_count)
     return fit_rqvae(embeddings, config, pairs=pairs)
-
-
-def item_text(item: Item) -> str:
-    """What the encoder reads of an item; the token where there is no text at all."""
-    return " | ".join(filter(None, (item.title, item.brand, item.categories))) or item.token
 
 
 def load_items(folder: Path, items: Sequence[Item]) -> tuple[Item, ...]:
