@@ -304,7 +304,8 @@ class BaseModel:
         for start in range(0, len(feat), size):
             rows = feat[start : start + size]
             with torch.no_grad():
-                yield rows[self.data.uid].numpy(), self.score_rows(rows, split)
+                scores = self.score_rows(rows, split)
+            yield rows[self.data.uid].numpy(), scores  # outside: two readers in turn would restore each other's mode
 
     def score_rows(self, rows, split: str):
         """Masked scores (B, N + 1) of these rows."""
@@ -318,8 +319,13 @@ class BaseModel:
         return scores
 
     def judged(self, scores, targets):
-        """Scores as RecBole's evaluator gets them. Here untouched: ties break as they do in RecBole."""
-        return scores
+        """Scores as RecBole's evaluator gets them: see `judged`."""
+        return judged(self.model, scores, targets)
+
+
+def judged(model, scores, targets):
+    """Score rows as RecBole's evaluator gets them, so that ties break as they do there, or by a model's own rule."""
+    return model.judged(scores, targets) if hasattr(model, "judged") else scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +364,7 @@ def mask_seen(scores, users: Sequence[int], data: Data, split: str) -> None:
 
 
 def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None, model: str | None = None,
+               sids: np.ndarray | None = None,
                say: Callable[[str], None] = lambda text: None) -> BaseModel:  # fmt: skip
     """Train a RecBole model with RecBole's trainer, or load it from `folder` if it is complete there.
 
@@ -368,6 +375,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         epochs: train exactly so long without validation; None stops early by `valid_metric` on the valid rows.
             A hold-out base trains as long as the base did, so that its targets do not choose it.
         model: another model than the base model; it gets RecBole's words without those of the base model.
+        sids: codes (N, L) of items 1..N, for a model that reads semantic IDs (`model.READS_SIDS`).
         say: told of every validation.
 
     Raises:
@@ -386,6 +394,8 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         overrides |= {"epochs": epochs, "eval_step": 0}
     if model_class.type != ModelType.SEQUENTIAL:
         overrides["repeatable"] = False  # with True RecBole draws negatives from the user's own items (sampler.py:371)
+    if sids is not None:
+        overrides |= {"sids": sids, "cand_beams": settings["cand_beams"]}
     config = recbole_config(settings, model_class, base=model is None, **overrides)
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
@@ -447,8 +457,9 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
 def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights: Path) -> type:
     """RecBole's trainer of a model, with two differences.
 
-    It validates on the sequential rows under the mask that candidates use, and its checkpoint is safetensors without an
-    optimizer: RecBole pickles the whole Config, which torch >= 2.6 refuses to load again (trainer.py:323, 583).
+    It validates on the sequential rows, under the mask and with the ties that evaluation has. Its checkpoint is
+    safetensors without an optimizer: RecBole pickles the whole Config, which torch >= 2.6 refuses to load again
+    (trainer.py:323, 583).
     """
 
     class PluginTrainer(trainer_class):
@@ -456,7 +467,7 @@ def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights
             interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
             if exclude_seen:
                 mask_seen(scores, interaction[data.uid].tolist(), data, "valid")
-            return interaction, scores, positive_u, positive_i
+            return interaction, judged(self.model, scores, positive_i), positive_u, positive_i
 
         def _save_checkpoint(self, epoch, verbose=True, **kwargs):
             self.saved_epoch = epoch

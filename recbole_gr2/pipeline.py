@@ -17,6 +17,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR
+from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
@@ -119,9 +120,10 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
 
 
 def _needs(stage: Stage, settings: Settings) -> tuple[str, ...]:
-    """What a stage reads; a stage that uses the generator also reads what mid-training wrote."""
+    """What a stage reads; one that trains TIGER also reads semantic IDs, one that uses the generator its model too."""
     models = {"candidates": [settings["base_model"]], "baselines": settings["models"]}.get(stage.name, [])
-    return (*stage.needs, *(("tokenizer", "midtrain") if GENERATOR in models else ()))
+    sids = ("tokenizer",) if READS_SIDS.union({GENERATOR}).intersection(models) else ()
+    return (*stage.needs, *sids, *(("midtrain",) if GENERATOR in models else ()))
 
 
 def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[str, str]:
