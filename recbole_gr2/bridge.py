@@ -298,7 +298,8 @@ class BaseModel:
         for start in range(0, len(feat), size):
             rows = feat[start : start + size]
             with torch.no_grad():
-                yield rows[self.data.uid].numpy(), self.score_rows(rows, split)
+                scores = self.score_rows(rows, split)
+            yield rows[self.data.uid].numpy(), scores  # outside: two readers in turn would restore each other's mode
 
     def score_rows(self, rows, split: str):
         """Masked scores (B, N + 1) of these rows."""
@@ -312,8 +313,13 @@ class BaseModel:
         return scores
 
     def judged(self, scores, targets):
-        """Scores as RecBole's evaluator gets them. Here untouched: ties break as they do in RecBole."""
-        return scores
+        """Scores as RecBole's evaluator gets them: see `judged`."""
+        return judged(self.model, scores, targets)
+
+
+def judged(model, scores, targets):
+    """Score rows as RecBole's evaluator gets them, so that ties break as they do there, or by a model's own rule."""
+    return model.judged(scores, targets) if hasattr(model, "judged") else scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +358,7 @@ def mask_seen(scores, users: Sequence[int], data: Data, split: str) -> None:
 
 
 def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None, model: str | None = None,
+               sids: np.ndarray | None = None,
                say: Callable[[str], None] = lambda text: None) -> BaseModel:  # fmt: skip
     """Train a RecBole model with RecBole's trainer, or load it from `folder` if it is complete there.
 
@@ -362,6 +369,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         epochs: train exactly so long without validation; None stops early by `valid_metric` on the valid rows.
             A hold-out base trains as long as the base did, so that its targets do not choose it.
         model: another model than the base model; it gets RecBole's words without those of the base model.
+        sids: codes (N, L) of items 1..N, for a model that reads semantic IDs (`model.READS_SIDS`).
         say: told of every validation.
 
     Raises:
@@ -380,6 +388,8 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         overrides |= {"epochs": epochs, "eval_step": 0}
     if model_class.type != ModelType.SEQUENTIAL:
         overrides["repeatable"] = False  # with True RecBole draws negatives from the user's own items (sampler.py:371)
+    if sids is not None:
+        overrides |= {"sids": sids, "cand_beams": settings["cand_beams"]}
     config = recbole_config(settings, model_class, base=model is None, **overrides)
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
@@ -498,8 +508,9 @@ class ByLength:
 def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights: Path) -> type:
     """RecBole's trainer of a model, with two differences.
 
-    It validates on the sequential rows under the mask that candidates use, and its checkpoint is safetensors without an
-    optimizer: RecBole pickles the whole Config, which torch >= 2.6 refuses to load again (trainer.py:323, 583).
+    It validates on the sequential rows, under the mask and with the ties that evaluation has. Its checkpoint is
+    safetensors without an optimizer: RecBole pickles the whole Config, which torch >= 2.6 refuses to load again
+    (trainer.py:323, 583).
     """
 
     class PluginTrainer(trainer_class):
@@ -507,7 +518,7 @@ def _plugin_trainer(trainer_class: type, data: Data, exclude_seen: bool, weights
             interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
             if exclude_seen:
                 mask_seen(scores, interaction[data.uid].tolist(), data, "valid")
-            return interaction, scores, positive_u, positive_i
+            return interaction, judged(self.model, scores, positive_i), positive_u, positive_i
 
         def _save_checkpoint(self, epoch, verbose=True, **kwargs):
             self.saved_epoch = epoch
@@ -560,7 +571,8 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
 
     Args:
         rows: for each row of the table, user id -> item ids (K,), a permutation of the base model's first K; users
-            without one keep their order; None hands RecBole the base model's own score rows, untouched.
+            without one keep their order; None hands RecBole the base model's own score rows: untouched beside
+            such rankings, else as the model is judged by its own.
         users: evaluate these users alone (the in_list scope); None for all.
         watch: given each batch of rows and its scores (B, N + 1), so that nothing has to be scored a second time.
 
@@ -570,6 +582,7 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
     import torch
     from recbole.evaluator import Collector, Evaluator
 
+    lists = any(rankings is not None for rankings in rows.values())  # they stand in the order they were proposed in
     collectors = {name: Collector(data.config) for name in rows}
     for collector in collectors.values():
         collector.data_collect(SimpleNamespace(dataset=data.built[0]))  # item counts, for coverage and popularity
@@ -580,7 +593,9 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
     for start in range(0, len(feat), size):
         batch = feat[start : start + size]
         with torch.no_grad():
-            scores = base.judged(base.score_rows(batch, split), batch[data.iid])
+            scores = base.score_rows(batch, split)
+            if not lists:
+                scores = base.judged(scores, batch[data.iid])
         watch(batch, scores)
         order = base_order(scores, reach)
         for name, rankings in rows.items():

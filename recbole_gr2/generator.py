@@ -28,12 +28,14 @@ class Generator(BaseModel):
         items: the catalogue with semantic IDs.
         longest: tokens that a prompt and one more semantic ID may have.
         beams: width of the search.
+        constrained: see `llm.beam.beam_items`.
     """
 
     items: Sequence[Item]
     tokenizer: object
     longest: int
     beams: int
+    constrained: bool
     batch_size: int
     bf16: bool
 
@@ -46,8 +48,8 @@ class Generator(BaseModel):
         """Masked scores (B, N + 1), float64."""
         users = rows[self.data.uid].tolist()
         prompts = [history_ids(self.data.history(u, split), self.items, self.tokenizer, self.longest) for u in users]
-        beams = beam_items(self.model, prompts, self.trie, beams=self.beams, batch_size=self.batch_size,
-                           pad_id=self.tokenizer.pad_token_id, bf16=self.bf16)  # fmt: skip
+        beams = beam_items(self.model, prompts, self.trie, beams=self.beams, constrained=self.constrained,
+                           batch_size=self.batch_size, pad_id=self.tokenizer.pad_token_id, bf16=self.bf16)  # fmt: skip
         scores = item_scores(beams, self.trie)
         if self.exclude_seen:
             mask_seen(scores, users, self.data, split)

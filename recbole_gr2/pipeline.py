@@ -18,6 +18,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR
+from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.tokenizer import tokenizer_config
@@ -53,7 +54,7 @@ BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
 STAGES = (
     Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
     Stage(name="tokenizer", version=1, settings=("sid_", "seed"), but=("sid_encoder",), needs=("embeddings",)),
-    Stage(name="midtrain", version=2, needs=("tokenizer",),
+    Stage(name="midtrain", version=3, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="evidence", version=2, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
@@ -101,7 +102,7 @@ def check(settings: Settings) -> None:
 def stage_table(settings: Settings) -> list[Stage]:
     """STAGES with a stage for each of `models` in front of the last, so that each is trained once, whatever the list.
 
-    A stage that uses the generator also reads what mid-training wrote.
+    One that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
     """
     baselines = [replace(BASELINE, name=name, needs=_materials(name)) for name in dict.fromkeys(settings["models"])]
     table = [replace(stage, needs=(*stage.needs, *_materials(settings["base_model"])))
@@ -112,7 +113,7 @@ def stage_table(settings: Settings) -> list[Stage]:
 
 def _materials(model: str) -> tuple[str, ...]:
     """Stages that a recommender is made from."""
-    return ("tokenizer", "midtrain") if model == GENERATOR else ()
+    return ("tokenizer", "midtrain") if model == GENERATOR else ("tokenizer",) if model in READS_SIDS else ()
 
 
 def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stage: str | None = None,

@@ -16,7 +16,7 @@ from recbole_gr2.sid.tokens import label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 
-SEQUENTIAL = "Items in the order in which one shopper took them: "
+SEQUENTIAL = "Taken in order: "
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,8 +80,8 @@ def leaf_codes(trie, codes) -> list[tuple[int, ...]]:
     return [tuple(codes[trie.items_of(leaf)[0] - 1].tolist()) for leaf in range(trie.nodes(trie.levels))]
 
 
-def search(model, trie, prompts=PROMPTS, *, beams=7, batch_size=8) -> Beams:
-    return beam_items(model, prompts, trie, beams=beams, batch_size=batch_size, pad_id=PAD)
+def search(model, trie, prompts=PROMPTS, *, beams=7, batch_size=8, constrained=False) -> Beams:
+    return beam_items(model, prompts, trie, beams=beams, batch_size=batch_size, pad_id=PAD, constrained=constrained)
 
 
 def next_log_probs(model, ids) -> torch.Tensor:
@@ -154,28 +154,40 @@ def test_a_table_that_cannot_be_written_is_refused(table, tokens):
         SidTrie.build(table, tokens, begin_id=BEGIN)
 
 
+def test_where_semantic_ids_begin(trie, codes):
+    first, second = ([int(TOKENS[level, code]) for level, code in enumerate(codes[n])] for n in (0, 1))
+    text = [BEGIN, *first, 2, *second[:2], 2, *second, *first, first[0]]  # two whole ones side by side, one cut short
+    assert trie.begins(torch.tensor(text)).tolist() == [1, 8, 11]
+    assert trie.begins(torch.tensor(first[:2])).tolist() == []
+
+
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("beams", [30, 1000])
-def test_enough_beams_are_an_exhaustive_search(any_model, trie, codes, beams):
-    found = search(any_model, trie, beams=beams, batch_size=3)
+def test_enough_beams_are_an_exhaustive_search(any_model, trie, codes, beams, constrained):
+    found = search(any_model, trie, beams=beams, batch_size=3, constrained=constrained)
     sids = leaf_codes(trie, codes)
     assert found.leaves.shape == found.log_probs.shape == (len(PROMPTS), 30)
     assert found.leaves.sort().values.tolist() == [list(range(30))] * len(PROMPTS)
     continuations = [[int(TOKENS[level, code]) for level, code in enumerate(sid)] for sid in sids]
     exact = continuation_log_likelihood(
-        any_model, [[*prompt, BEGIN] for prompt in PROMPTS], [continuations] * len(PROMPTS), pad_id=PAD
-    )
+        any_model, [[*prompt, BEGIN] for prompt in PROMPTS], [continuations] * len(PROMPTS), pad_id=PAD,
+        trie=trie if constrained else None,
+    )  # fmt: skip
     torch.testing.assert_close(found.log_probs, torch.tensor(exact).gather(1, found.leaves), atol=1e-4, rtol=0)
-    assert (found.log_probs.diff() <= 0).all() and (found.log_probs.exp().sum(1) < 1).all()
+    total = found.log_probs.exp().sum(1)
+    assert (found.log_probs.diff() <= 0).all()
+    assert (total < 0.99).all() if not constrained else total.tolist() == pytest.approx([1.0] * len(total), abs=1e-4)
 
 
+@pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("beams", [1, 2, 5, 12])
-def test_the_search_is_the_textbooks(any_model, trie, codes, beams):
+def test_the_search_is_the_textbooks(any_model, trie, codes, beams, constrained):
     """Width 1 is greedy; any width is the best `beams` of the beams' continuations, found with whole forwards."""
     sids = leaf_codes(trie, codes)
-    found = search(any_model, trie, beams=beams)
+    found = search(any_model, trie, beams=beams, constrained=constrained)
     for prompt, leaves, log_probs in zip(PROMPTS, *found, strict=True):
         kept = [(0.0, ())]
         for level in range(LEVELS):
@@ -184,6 +196,8 @@ def test_the_search_is_the_textbooks(any_model, trie, codes, beams):
                 written = [int(TOKENS[n, code]) for n, code in enumerate(path)]
                 step = next_log_probs(any_model, [*prompt, BEGIN, *written])
                 following = {sid[level] for sid in sids if sid[:level] == path}
+                if constrained:
+                    step = step - step[[int(TOKENS[level, code]) for code in following]].logsumexp(0)
                 paths += [(score + step[TOKENS[level, code]].item(), (*path, code)) for code in following]
             kept = sorted(paths, reverse=True)[:beams]
         assert [sids[leaf] for leaf in leaves] == [path for _, path in kept]

@@ -1,7 +1,9 @@
 """Settings: where a value comes from, what is refused, and what reaches RecBole."""
 
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -213,14 +215,18 @@ def test_no_preset_is_left_out():
 def test_data_set_and_model_files_have_known_keys():
     datasets = sorted((properties_folder() / "dataset").glob("*.yaml"))
     models = sorted((properties_folder() / "model").glob("*.yaml"))
-    assert len(datasets) >= 3 and len(models) >= 1
+    assert len(datasets) >= 3 and {"CausalSASRec", "TIGER"} <= {file.stem for file in models}
     for file in datasets:
         load_settings(config_dict={**SMOKE, "dataset": file.stem})
     for file in models:
         load_settings(config_dict={**SMOKE, "base_model": file.stem})
         theirs = config.recbole_properties() / "model" / f"{file.stem.removeprefix('Causal')}.yaml"
-        words = set(read_yaml(theirs.read_text())) | config.RECBOLE_TRAINING
-        assert set(read_yaml(file.read_text())) <= words
+        if theirs.is_file():
+            words = set(read_yaml(theirs.read_text()))
+        else:  # a model that RecBole does not have: what its class reads
+            source = Path(config.__file__).parent / "model" / f"{file.stem.lower()}.py"
+            words = set(re.findall(r'config\["(\w+)"\]', source.read_text()))
+        assert set(read_yaml(file.read_text())) <= words | config.RECBOLE_TRAINING
 
 
 def test_every_recbole_word_of_ours_means_the_same_there():

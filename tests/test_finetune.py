@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
+from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.finetune import Collator, Row, finetune
 
 
@@ -59,6 +60,23 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
     assert log[0]["loss"] == pytest.approx(total / (len(expected[1]) + len(expected[2])), rel=1e-4)
     assert log[0]["loss/reasoning"] == pytest.approx(sum(expected[1]) / len(expected[1]), rel=1e-4)
     assert log[0]["loss/ranking"] == pytest.approx(sum(expected[2]) / len(expected[2]), rel=1e-4)
+
+
+def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path):
+    """Codes 10, 11 and then 20, 21, 22; the catalogue lacks (11, 20) and (11, 22)."""
+    trie = SidTrie.build([(0, 0), (0, 1), (0, 2), (1, 1)], [(10, 11, 12), (20, 21, 22)], begin_id=9)
+    row = Row(input_ids=[3, 10, 21, 4, 11, 21, 1], parts=[0, 1, 1, 1, 1, 1, 1])
+    logits = tiny()(input_ids=torch.tensor([row.input_ids])).logits[0]
+    among = {1: [10, 11], 2: [20, 21, 22], 4: [10, 11], 5: [21]}
+    expected = []
+    for place in range(1, 7):
+        step = logits[place - 1] - logits[place - 1][among.get(place, range(28))].logsumexp(0)
+        expected.append(-step[row.input_ids[place]].item())
+    assert expected[4] == pytest.approx(0, abs=1e-6)  # a single way on
+    log = finetune(tiny(), tokenizer, [row], tmp_path, part_weights={"all": 1.0}, steps=1, batch_size=1, trie=trie,
+                   micro_batch_size=1, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
+                   save_steps=5)  # fmt: skip
+    assert log[0]["loss"] == pytest.approx(sum(expected) / 6, rel=1e-4)
 
 
 def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):

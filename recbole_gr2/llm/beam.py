@@ -7,7 +7,7 @@ field of a model's own generation config (sampling, penalties, length) reaches a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -20,7 +20,8 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.rollout import evaluating, left_pad, positions
 from recbole_gr2.sid.tokens import SID_BEGIN, code_tokens
 
-UNREACHED = -1e30  # score of an item that no beam names; finite, because -inf is what a row's masked items have
+# Score of an item that no beam names: finite, because -inf is what a row's masked items have, and the same in float32.
+UNREACHED = -(2.0**100)
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,42 @@ class SidTrie:
         real = children < end
         return torch.where(real, children, first), real
 
+    def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Log-probability (R, L) of each code of R SIDs of the catalogue among the codes that may stand there.
+
+        Args:
+            logits: (R, L, V), in front of each code.
+            tokens: (R, L), the codes' token ids.
+
+        >>> trie = SidTrie.build([(0, 2), (1, 0), (1, 1)], [(0, 1, 2), (3, 4, 5)], begin_id=9)
+        >>> trie.log_probs(torch.zeros(1, 2, 6), torch.tensor([[1, 3]])).exp()
+        tensor([[0.5000, 0.5000]])
+        """
+        nodes, found = tokens.new_zeros(len(tokens)), []
+        for depth in range(self.levels):
+            children, real = self.children(depth, nodes)
+            codes = self.tokens[depth][children]
+            chosen = real & (codes == tokens[:, depth : depth + 1])
+            admitted = logits[:, depth].float().gather(1, codes).masked_fill(~real, -torch.inf)
+            found.append(admitted.log_softmax(1)[chosen])
+            nodes = children[chosen]  # one a row: a code has one token
+        return torch.stack(found, dim=1)
+
+    def begins(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Positions (R,) in token ids (T,) where the L codes of an SID begin."""
+        first = torch.isin(tokens, self.tokens[0]).nonzero().flatten()
+        first = first[first + self.levels <= len(tokens)]
+        for depth in range(1, self.levels):
+            first = first[torch.isin(tokens[first + depth], self.tokens[depth])]
+        return first
+
     def items_of(self, leaf: int) -> torch.Tensor:
         """Ids of the items that share a leaf's SID, ascending."""
         return self.items[self.starts[-1][leaf] : self.starts[-1][leaf + 1]]
 
 
 class Beams(NamedTuple):
-    """What a beam search found for B prompts, on the CPU, best first: W = min(beams, distinct SIDs) for every prompt.
+    """What a beam search found for B prompts, best first: W = min(beams, distinct SIDs) for every prompt.
 
     `leaves` (B, W) long: leaves of the trie, no two of a row alike. `log_probs` (B, W) in nats, descending.
     """
@@ -146,15 +176,15 @@ class Beams(NamedTuple):
 @torch.no_grad()
 def beam_items(
     model, prompt_ids: Sequence[Sequence[int]], trie: SidTrie, *, beams: int, batch_size: int, pad_id: int,
-    bf16: bool = False,
+    constrained: bool = True, bf16: bool = False,
 ) -> Beams:  # fmt: skip
-    """The likeliest SIDs of the catalogue after each of B prompts, by beam search under the trie.
+    """The likeliest SIDs of the catalogue after each of B prompts, by beam search under the trie, on the CPU.
 
-    A log-probability is the sum over the L code tokens of their log-softmax over the full vocabulary, as
-    `likelihood.continuation_log_likelihood` gives it for prompt + `<|sid_begin|>` and the codes: what the model spends
-    on tokens that the trie forbids is lost, so the catalogue's probabilities sum to at most 1. `<|sid_begin|>` is fed
-    and not scored: it is the same for all items. `<|sid_end|>` is neither: behind L codes nothing else may stand, its
-    probability under the constraint is 1, and nothing that would be read follows.
+    A log-probability is the sum over the L code tokens of their log-softmax among the codes that the trie admits there,
+    so that the catalogue's probabilities sum to 1; or, not `constrained`, over the full vocabulary, where what the
+    model spends on other tokens is lost. `likelihood.continuation_log_likelihood` gives the same for prompt +
+    `<|sid_begin|>` and the codes. `<|sid_begin|>` is fed and not scored: it is the same for all items. `<|sid_end|>` is
+    neither: behind L codes nothing else may stand, and nothing that would be read follows.
 
     With `beams` at or above the number of distinct SIDs the search is exhaustive. Results do not depend on what else is
     in the batch but for float noise.
@@ -162,6 +192,7 @@ def beam_items(
     Args:
         prompt_ids: token ids of each prompt without `<|sid_begin|>`, none empty.
         beams: width of the search, at least 1.
+        constrained: as the model was trained, `mid_constrained`.
         batch_size: prompts read together, each once; the key-value cache then grows to batch_size * beams sequences.
         bf16: run the model under bfloat16 autocast.
 
@@ -182,7 +213,7 @@ def beam_items(
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(by_length), batch_size):
             chunk = by_length[start : start + batch_size]
-            leaves, log_probs = _search(model, [prompt_ids[i] for i in chunk], trie, beams, pad_id)
+            leaves, log_probs = _search(model, [prompt_ids[i] for i in chunk], trie, beams, pad_id, constrained)
             found.leaves[chunk], found.log_probs[chunk] = leaves.cpu(), log_probs.cpu()
     return found
 
@@ -217,33 +248,56 @@ def target_last(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return scores.scatter(1, column, own.nextafter(torch.full_like(own, -torch.inf)))
 
 
-def _search(
-    model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Leaves and log-probabilities (B, W) of one batch.
+def search(
+    logits: torch.Tensor, step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], trie: SidTrie, beams: int, *,
+    constrained: bool,
+) -> Beams:  # fmt: skip
+    """Beam search under the trie for B prompts, whatever model reads them; results stay on the device of `logits`.
 
     A depth holds min(beams, nodes of that depth) beams in every row, and never lacks one: either all its nodes are
     beams, and all nodes of the next depth are their children, or `beams` nodes are, with a child or more each.
+
+    Args:
+        logits: (B, V), of the first code of each prompt.
+        step: given rows (R,) of its last call (at first: of the prompts) that the beams go on from, W a prompt and
+            prompt by prompt, and the token (R, 1) that each adds, returns the logits (R, V) of the next code.
+        constrained: a code's probability is that among the codes the trie admits, not among all V.
     """
-    tokens, mask = left_pad([[*prompt, trie.begin_id] for prompt in prompts], pad_id, model.device)
-    prompt = torch.arange(len(prompts), device=model.device).unsqueeze(1)
-    nodes = torch.zeros(len(prompts), 1, dtype=torch.long, device=model.device)  # (B, W), at first the root alone
-    scores = torch.zeros(len(prompts), 1, device=model.device)
-    cache = None
+    prompt = torch.arange(len(logits), device=logits.device).unsqueeze(1)
+    nodes = torch.zeros_like(prompt)  # (B, W), at first the root alone
+    scores = torch.zeros(len(logits), 1, device=logits.device)
     for depth in range(trie.levels):
-        read = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
-                     position_ids=positions(mask)[:, -tokens.size(1) :])  # fmt: skip
-        cache = read.past_key_values
-        logits = read.logits[:, -1].float().view(*nodes.shape, -1)
+        logits = logits.float().view(*nodes.shape, -1)
         children, real = trie.children(depth, nodes)  # (B, W, D)
-        steps = logits.gather(-1, trie.tokens[depth][children]) - logits.logsumexp(-1, keepdim=True)
-        paths = (scores.unsqueeze(-1) + steps).masked_fill(~real, -torch.inf).flatten(1)
+        admitted = logits.gather(-1, trie.tokens[depth][children]).masked_fill(~real, -torch.inf)
+        steps = admitted - (admitted if constrained else logits).logsumexp(-1, keepdim=True)
+        paths = (scores.unsqueeze(-1) + steps).flatten(1)
         scores, chosen = paths.topk(min(beams, trie.nodes(depth + 1)))
-        # The rows, W a prompt, that the chosen beams go on from; at depth 0 this is what repeats the prompt.
+        # At depth 0 these rows are what repeats the prompt.
         rows = (prompt * nodes.size(1) + chosen // trie.widths[depth]).flatten()
         nodes = children.flatten(1).gather(1, chosen)
         if depth + 1 < trie.levels:
-            cache.reorder_cache(rows)
-            tokens = trie.tokens[depth][nodes].view(-1, 1)
-            mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
-    return nodes, scores
+            logits = step(rows, trie.tokens[depth][nodes].view(-1, 1))
+    return Beams(nodes, scores)
+
+
+def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int, constrained: bool
+            ) -> Beams:  # fmt: skip
+    """`search` of one batch with a decoder-only language model."""
+    tokens, mask = left_pad([[*prompt, trie.begin_id] for prompt in prompts], pad_id, model.device)
+    cache = None
+
+    def read(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal cache
+        output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
+                       position_ids=positions(mask)[:, -tokens.size(1) :])  # fmt: skip
+        cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def step(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal mask
+        cache.reorder_cache(rows)
+        mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
+        return read(tokens)
+
+    return search(read(tokens), step, trie, beams, constrained=constrained)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.llm.beam import SidTrie
 
 IGNORED = -100
 
@@ -39,8 +40,10 @@ class Row:
 class PartsTrainer(SFTTrainer):
     """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
 
-    def __init__(self, *args, part_weights: Mapping[str, float], label_ids: Sequence[int] = (), **kwargs) -> None:
+    def __init__(self, *args, part_weights: Mapping[str, float], label_ids: Sequence[int] = (),
+                 trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.trie = trie and trie.to(self.model.device)
         self.label_ids = torch.tensor(label_ids, dtype=torch.long)
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
@@ -71,6 +74,9 @@ class PartsTrainer(SFTTrainer):
                 logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none"
             )
             losses = losses.masked_scatter(chosen, among)
+        if self.trie:
+            codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
+            losses = losses.index_put((codes,), -self.trie.log_probs(logits[codes], labels[scored][codes]))
         parts = parts[scored]
         count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
         for number in range(1, len(self.part_weights)):
@@ -92,7 +98,8 @@ class PartsTrainer(SFTTrainer):
 def finetune(
     model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
     batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
-    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), say: Callable[[str], None] = lambda text: None,
+    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), trie: SidTrie | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
 
@@ -104,6 +111,8 @@ def finetune(
         max_length: longest text in tokens; a longer one is an error, never cut.
         bf16: bfloat16 autocast.
         label_ids: the labels that `Row.choices` are about.
+        trie: where a semantic ID stands, each of its codes is a choice among those that lead on to an item, as it is in
+            generation, not among the whole vocabulary; None: among the whole vocabulary.
 
     Returns:
         The log, one dict a line, `loss` and `loss/<part>` among its keys.
@@ -142,7 +151,7 @@ def finetune(
     )
     trainer = PartsTrainer(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        label_ids=label_ids, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
+        label_ids=label_ids, trie=trie, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
         callbacks=[ProgressLines(say)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
+from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.rollout import left_pad, positions
 
 
 @torch.no_grad()
 def continuation_log_likelihood(
     model, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], *, pad_id: int,
-    batch_size: int = 16, bf16: bool = False,
+    batch_size: int = 16, bf16: bool = False, trie: SidTrie | None = None,
 ) -> list[list[float]]:  # fmt: skip
     """Log-likelihood of each prompt's continuations: B prompts with K continuations each -> B lists of K numbers.
 
@@ -22,6 +23,8 @@ def continuation_log_likelihood(
     Args:
         prompts: token ids, none empty.
         continuations: token ids, all of one length S within the call, K of them for every prompt of a batch.
+        trie: the continuations are the codes of semantic IDs, and each is as likely as it is among those that the trie
+            admits; None: among all tokens.
     """
     model.eval()
     by_shape = sorted(range(len(prompts)), key=lambda i: (len(continuations[i]), -len(prompts[i]), i))
@@ -31,7 +34,7 @@ def continuation_log_likelihood(
         count = len(continuations[chunk[0]])
         chunks = [chunk] if all(len(continuations[i]) == count for i in chunk) else [[i] for i in chunk]
         for part in chunks:
-            scores = _batch(model, [prompts[i] for i in part], [continuations[i] for i in part], pad_id, bf16)
+            scores = _batch(model, [prompts[i] for i in part], [continuations[i] for i in part], pad_id, bf16, trie)
             for i, row in zip(part, scores, strict=True):
                 result[i] = row
     return result
@@ -53,7 +56,7 @@ def perplexity(model, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size
     return math.exp(total / count)
 
 
-def _batch(model, prompts, continuations, pad_id: int, bf16: bool) -> list[list[float]]:
+def _batch(model, prompts, continuations, pad_id: int, bf16: bool, trie: SidTrie | None) -> list[list[float]]:
     device, count = model.device, len(continuations[0])
     tokens, mask = left_pad(prompts, pad_id, device)
     following = torch.tensor(continuations, device=device).flatten(0, 1)  # (B * K, S)
@@ -67,5 +70,8 @@ def _batch(model, prompts, continuations, pad_id: int, bf16: bool) -> list[list[
                      position_ids=positions(whole)[:, -following.size(1) :])  # fmt: skip
     first = read.logits[:, -1:].repeat_interleave(count, 0)
     logits = torch.cat([first, step.logits[:, :-1]], dim=1).float()
-    chosen = logits.log_softmax(-1).gather(-1, following.unsqueeze(-1)).squeeze(-1)
+    if trie is None:
+        chosen = logits.log_softmax(-1).gather(-1, following.unsqueeze(-1)).squeeze(-1)
+    else:
+        chosen = trie.to(device).log_probs(logits, following)
     return chosen.sum(-1).view(len(prompts), count).tolist()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-MODELS = {"CausalSASRec": "recbole_gr2.model.causal_sasrec"}
+MODELS = {"CausalSASRec": "recbole_gr2.model.causal_sasrec", "TIGER": "recbole_gr2.model.tiger"}
+READS_SIDS = {"TIGER"}  # these are given the catalogue's semantic IDs, `config["sids"]`
 
 
 def load(name: str) -> type:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from recbole_gr2.bridge import SPLITS, BaseModel, train_base
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.generator import GENERATOR, Generator
 from recbole_gr2.llm.beam import UNREACHED
+from recbole_gr2.model import READS_SIDS
 from recbole_gr2.requests import read_requests, request_id, write_requests
 from recbole_gr2.sid.tokens import MAX_CANDIDATES
 from recbole_gr2.stages import Context
@@ -78,9 +81,13 @@ def recommender(context: Context, folder: Path, *, model: str | None = None, hol
     Raises:
         ConfigurationError: the generator was mid-trained on the targets of the train lists.
     """
-    if (model or context.settings["base_model"]) != GENERATOR:
-        return train_base(context.data, folder, model=model, hold_out=hold_out, **options)
     settings = context.settings
+    name = model or settings["base_model"]
+    if name in READS_SIDS:
+        items = load_items(context.folders["tokenizer"], context.data.items)
+        options["sids"] = np.array([item.sid for item in items])
+    if name != GENERATOR:
+        return train_base(context.data, folder, model=model, hold_out=hold_out, **options)
     if hold_out and not settings["mid_hold_out"]:
         raise ConfigurationError(
             f"the train lists of {GENERATOR} would come from a model that has seen their targets", where="mid_hold_out",
@@ -91,7 +98,7 @@ def recommender(context: Context, folder: Path, *, model: str | None = None, hol
         name=GENERATOR, model=llm, tokenizer=tokenizer, data=context.data, exclude_seen=settings["cand_exclude_seen"],
         facts={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
         items=load_items(context.folders["tokenizer"], context.data.items), longest=settings["mid_max_length"],
-        beams=settings["cand_beams"], batch_size=settings["eval_batch_lists"],
+        beams=settings["cand_beams"], constrained=settings["mid_constrained"], batch_size=settings["eval_batch_lists"],
         bf16=use_bf16(settings, llm.device.type),
     )  # fmt: skip
 

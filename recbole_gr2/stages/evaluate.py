@@ -18,6 +18,8 @@ import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
 from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
 from recbole_gr2.rerankers.lambdamart import lambdamart
@@ -136,16 +138,15 @@ def by_score(request: Request, scores: Sequence[float]) -> tuple[int, ...]:
 
 def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> Rankings:
     """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
-    from recbole_gr2.llm.likelihood import continuation_log_likelihood
-
     settings = context.settings
     model, tokenizer = load_stage_model(context, "midtrain")
-
     sids = {i.item_id: tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"] for i in items}
-    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) for r in requests]
+    begin = sids[items[0].item_id][:1]
+    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) + begin for r in requests]
     scores = continuation_log_likelihood(
-        model, prompts, [[sids[i] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
+        model, prompts, [[sids[i][1:-1] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
         batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
+        trie=SidTrie.of(tokenizer, np.array([i.sid for i in items])) if settings["mid_constrained"] else None,
     )  # fmt: skip
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
 

@@ -12,10 +12,12 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
+from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import perplexity
@@ -65,6 +67,8 @@ def run(context: Context) -> dict:
     common = {"batch_size": settings["mid_batch_size"], "micro_batch_size": settings["mid_micro_batch_size"],
               "warmup_share": settings["mid_warmup_share"], "max_length": settings["mid_max_length"], "seed": seed,
               "bf16": bf16, "save_steps": settings["mid_save_steps"], "say": context.say}  # fmt: skip
+    if settings["mid_constrained"]:
+        common["trie"] = SidTrie.of(tokenizer, np.array([item.sid for item in items]))
     texts = task_texts(items, histories, learnt, settings)
     longest = settings["mid_max_length"]
     first = mixture(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
