@@ -16,7 +16,7 @@ from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
-from recbole_gr2.generator import GENERATOR
+from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
@@ -46,6 +46,9 @@ class Stage:
 
 BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
                  settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
+BASELINES = {name: Stage(name=name, version=1, code="onerec_think", recbole="shared", needs=("tokenizer", "midtrain"),
+                         settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
+             for name in ONEREC_THINK}  # fmt: skip
 STAGES = (
     Stage(name="tokenizer", version=1, settings=("sid_", "text_", "seed")),
     Stage(name="midtrain", version=2, needs=("tokenizer",),
@@ -82,7 +85,8 @@ def stage_table(settings: Settings) -> list[Stage]:
 
     A stage that uses the generator also reads what mid-training wrote.
     """
-    baselines = [replace(BASELINE, name=name, needs=_materials(name)) for name in dict.fromkeys(settings["models"])]
+    baselines = [BASELINES.get(name, replace(BASELINE, name=name, needs=_materials(name)))
+                 for name in dict.fromkeys(settings["models"])]  # fmt: skip
     table = [replace(stage, needs=(*stage.needs, *_materials(settings["base_model"])))
              if stage.name == "candidates" else stage for stage in STAGES]  # fmt: skip
     table[-1] = replace(table[-1], needs=(*table[-1].needs, *dict.fromkeys(settings["models"])))

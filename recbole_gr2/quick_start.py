@@ -141,11 +141,11 @@ def run(
     _quiet_libraries()
     from recbole_gr2 import pipeline
     from recbole_gr2.bridge import Data, find_model
-    from recbole_gr2.generator import GENERATOR
+    from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 
     console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
                 f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
-    for name in {settings["base_model"], *settings["models"]} - {GENERATOR}:
+    for name in {settings["base_model"], *(set(settings["models"]) - set(ONEREC_THINK))} - {GENERATOR}:
         find_model(name)  # an unknown one is told now, not after the stages before it
     data = Data(settings)
     console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "

@@ -29,6 +29,7 @@ from recbole_gr2.teachers import phrases
 from recbole_gr2.types import Candidate, Item, Request
 
 PARAGRAPH = 120  # characters of the shortest paragraph that counts as text
+PERSONA = "A shopper took"  # opens a persona text
 HELD_OUT = 40  # paragraphs of plain text that perplexity is measured on
 
 
@@ -120,7 +121,12 @@ def use_bf16(settings: Mapping, device: str) -> bool:
 
 def load_stage_model(context: Context, stage: str):
     """(model, tokenizer) that a stage wrote, on the device of this machine."""
-    model, tokenizer = load_saved(context.folders[stage] / "model")
+    return load_model(context.folders[stage])
+
+
+def load_model(folder: Path):
+    """(model, tokenizer) of a stage's folder, on the device of this machine."""
+    model, tokenizer = load_saved(folder / "model")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -235,7 +241,7 @@ def persona_texts(items: Sequence[Item], histories, settings) -> Iterator[list[s
     show = PromptMaker.of(settings, items).shown
     for history in histories:
         if history:
-            yield ["A shopper took", *(f"\n{describe(show(i))}" for i in history)]
+            yield [PERSONA, *(f"\n{describe(show(i))}" for i in history)]
 
 
 def caption_texts(items: Sequence[Item], histories, settings) -> Iterator[list[str]]:
