@@ -176,8 +176,13 @@ def load_settings(
     command_line: Mapping[str, Any] | None = None,
     config_dict: Mapping[str, Any] | None = None,
     config_files: Iterable[str | Path] = (),
+    layers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
+
+    Args:
+        command_line, config_dict, config_files: what the user gives, the strongest first.
+        layers: source -> settings, above the property files and beneath what the user gives; the last is the strongest.
 
     Raises:
         ConfigurationError: unknown keys or values of the wrong type.
@@ -185,6 +190,7 @@ def load_settings(
     """
     known = declarations()
     outer: list[tuple[str, Mapping[str, Any]]] = [
+        *(layers or {}).items(),
         *((str(file), _read_file(Path(file))) for file in config_files),
         ("config_dict", dict(config_dict or {})),
         ("command line", dict(command_line or {})),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recbole_gr2.bridge import find_model
 from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
@@ -19,6 +20,7 @@ from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.tokenizer import tokenizer_config
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
 from recbole_gr2.types import StageRecord
 
@@ -78,6 +80,27 @@ class Planned:
     settings: dict[str, Any]
     action: str  # cached | resume | run
     why: str
+
+
+def check(settings: Settings) -> None:
+    """What can be told of the settings before any data is loaded, instead of after the stages before them.
+
+    Raises:
+        ConfigurationError: a re-ranker or a RecBole model that there is not, or a tokenizer that cannot be built.
+    """
+    if settings["model"] != "GR2":
+        raise ConfigurationError(
+            f"model {settings['model']!r} is not the re-ranker", where="-m / --model",
+            do=f"-m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
+        )  # fmt: skip
+    if settings["base_model"] in ONEREC_THINK:
+        raise ConfigurationError(
+            f"{settings['base_model']} is no base model", where="base_model",
+            why="it is a baseline, a row of the table, and makes no train lists", do="name it in models",
+        )  # fmt: skip
+    for name in {settings["base_model"], *settings["models"]} - {GENERATOR, *ONEREC_THINK}:
+        find_model(name)
+    tokenizer_config(settings)
 
 
 def stage_table(settings: Settings) -> list[Stage]:

@@ -27,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stages=tuple(filter(None, (options.stages or "").split(","))),
             from_stage=options.from_stage,
             force=options.force,
+            ablation=options.ablation,
             dry_run=options.dry_run,
             command=" ".join(["run_recbole_gr2.py", *argv]),
         )
         if result is not None:
             print(result)
-            check_result(result)
+            if not options.ablation:
+                check_result(result)
     except GR2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -78,6 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--stages", metavar="A,B", help="run these stages alone, with what they need")
     parser.add_argument("--from_stage", metavar="A", help="run this stage and what depends on it again")
     parser.add_argument("--force", action="store_true", help="run every stage again")
+    parser.add_argument("--ablation", metavar="NAME", help="a table of variants: tokenizer, or a YAML file of your own")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     options, rest = parser.parse_known_args(argv)
     # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.
@@ -117,10 +120,13 @@ def run(
     stages: Sequence[str] = (),
     from_stage: str | None = None,
     force: bool = False,
+    ablation: str | None = None,
     dry_run: bool = False,
     command: str = "recbole_gr2.quick_start.run()",
 ) -> Path | None:
     """Plan and run; returns the path of `result.json`, or None if the evaluate stage was not asked for.
+
+    With `ablation`, a name or a file, it is variants of the run that are planned and run (`recbole_gr2.ablation`).
 
     Raises:
         GR2Error: with what, where, why and do; nothing that is finished is lost.
@@ -131,22 +137,24 @@ def run(
     from recbole_gr2.config import load_settings
     from recbole_gr2.console import Console
 
-    settings = load_settings(command_line=command_line, config_dict=config_dict, config_files=config_files)
-    if settings["model"] != "GR2":
-        raise ConfigurationError(
-            f"model {settings['model']!r} is not the re-ranker", where="-m / --model",
-            do=f"-m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
-        )  # fmt: skip
+    given = {"command_line": command_line, "config_dict": config_dict, "config_files": config_files}
     console = Console()
+    if ablation:
+        if stages or from_stage or force:
+            raise ConfigurationError("an ablation chooses its own stages", where="--stages, --from_stage, --force",
+                                     do="leave them out; --checkpoint_dir DIR starts anew elsewhere")  # fmt: skip
+        _quiet_libraries()
+        from recbole_gr2.ablation import read_ablation, run_ablation
+
+        return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
+    settings = load_settings(**given)
     _quiet_libraries()
     from recbole_gr2 import pipeline
-    from recbole_gr2.bridge import Data, find_model
-    from recbole_gr2.generator import GENERATOR, ONEREC_THINK
+    from recbole_gr2.bridge import Data
 
     console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
                 f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
-    for name in {settings["base_model"], *(set(settings["models"]) - set(ONEREC_THINK))} - {GENERATOR}:
-        find_model(name)  # an unknown one is told now, not after the stages before it
+    pipeline.check(settings)
     data = Data(settings)
     console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "
                 f"{sum(map(len, data.sequences.values())):,} interactions")  # fmt: skip

@@ -19,10 +19,7 @@ SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, data: object,
               command: str, console: Console) -> Path:  # fmt: skip
     """Write `runs/<name>/` and print the table; returns the path of result.json."""
-    runs, name = Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs", time.strftime("%Y%m%d-%H%M%S")
-    runs.mkdir(parents=True, exist_ok=True)
-    folder = runs / f"{name}-{len(list(runs.glob(name + '*'))) + 1}" if (runs / name).exists() else runs / name
-    folder.mkdir()
+    folder = new_folder(Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs")
     result = build_result(done, settings, command)
     (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
     write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})
@@ -32,6 +29,15 @@ def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool
         print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}", flush=True, file=console.stream)
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
+
+
+def new_folder(parent: Path) -> Path:
+    """An empty folder in `parent`, named by the time; a number tells two of the same second apart."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("%Y%m%d-%H%M%S")
+    folder = parent / f"{name}-{len(list(parent.glob(name + '*'))) + 1}" if (parent / name).exists() else parent / name
+    folder.mkdir()
+    return folder
 
 
 def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str) -> dict:
