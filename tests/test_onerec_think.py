@@ -2,7 +2,8 @@
 
 import json
 import random
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
+from recbole_gr2.bridge import Data
 from recbole_gr2.config import load_settings
+from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.generator import ONEREC_THINK
 from recbole_gr2.llm.backbone import add_tokens, load_backbone, save_backbone
 from recbole_gr2.llm.beam import SidTrie, beam_items
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
@@ -25,12 +29,14 @@ from recbole_gr2.sid.tokens import added_tokens, sid_text
 from recbole_gr2.stages import Context, onerec_think
 from recbole_gr2.stages.midtrain import describe, load_stage_model
 from recbole_gr2.stages.onerec_think import (
-    candidate_scores, most_similar, prompt_ids, prompts, recommenders, sentence, training_positions, training_row,
+    candidate_scores, most_similar, prompt_ids, prompts, recommender, sentence, thinks, train, training_positions,
+    training_row,
 )  # fmt: skip
-from recbole_gr2.store import write_lines
+from recbole_gr2.store import read_manifest, write_lines
 from recbole_gr2.types import Candidate, Item, Request
 
 COUNT, LEVELS, CODES = 12, 2, 4
+THINK, NO_THINK = ONEREC_THINK  # the names of the two stages
 KINDS = ("Soap", "Brush", "Comb")
 PLANTED = {
     "ort_steps": 200, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
@@ -76,22 +82,35 @@ def world(tmp_path_factory) -> Context:
         "random", corpus=corpus, extra_tokens=added_tokens(LEVELS, CODES + 1, 2), seed=1,
         random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
     )  # fmt: skip
-    folders = {name: root / name for name in ("tokenizer", "midtrain", "onerec_think")}
+    folders = {name: root / name for name in ("tokenizer", "midtrain", *ONEREC_THINK)}
     for folder in folders.values():
         folder.mkdir()
     save_backbone(model, tokenizer, folders["midtrain"] / "model")
     write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.items))
-    return Context(settings=SETTINGS, data=data, folder=folders["onerec_think"], inputs={}, folders=folders,
+    return Context(stage=THINK, settings=SETTINGS, data=data, folder=folders[THINK], inputs={}, folders=folders,
                    say=lambda text: None)  # fmt: skip
 
 
 SETTINGS = {**load_settings(config_dict={"preset": "smoke"}), **PLANTED}
 
 
+class Recorded(dict):
+    """Settings that remember which of them were read."""
+
+    def __init__(self, values) -> None:
+        super().__init__(values)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
 @pytest.fixture(scope="module")
 def trained(world):
-    """The same world when the stage has run."""
-    onerec_think.run(world)
+    """The same world when both models are there."""
+    for name in ONEREC_THINK:
+        train(at(world, name), world.data.items)
     return world
 
 
@@ -104,7 +123,13 @@ def untrained(world):
 
 
 def changed(context: Context, **changes) -> Context:
-    return Context(**{**vars(context), "settings": {**context.settings, **changes}})
+    return replace(context, settings={**context.settings, **changes})
+
+
+def at(context: Context, name: str, folder: Path | None = None, **changes) -> Context:
+    """The same world as the stage `name` sees it, writing to `folder`, with other settings."""
+    folder = folder or context.folders[name]
+    return replace(changed(context, **changes), stage=name, folder=folder, folders={**context.folders, name: folder})
 
 
 # --- prompts and rows ------------------------------------------------------------------------------------------------
@@ -161,8 +186,8 @@ def test_training_positions(hold_out):
 
 
 def test_steps_end_with_the_passes(world, tmp_path):
-    once = changed(world, ort_passes=1.0, ort_steps=50, ort_batch_size=40, ort_micro_batch_size=40)
-    facts = onerec_think.run(Context(**{**vars(once), "folder": tmp_path}))
+    once = at(world, NO_THINK, tmp_path, ort_passes=1.0, ort_steps=50, ort_batch_size=40, ort_micro_batch_size=40)
+    facts = train(once, world.data.items)
     assert facts["texts"] == 120 and facts["steps"] == 3  # 40 users with 3 positions each
 
 
@@ -175,7 +200,7 @@ def test_traces_end_and_depend_on_their_history_alone(untrained):
     model, tokenizer, maker = untrained
     heads = [prompt_ids(maker, tokenizer, history) for history in HISTORIES]
     think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    found = prompts(model, tokenizer, maker, SETTINGS, "think", HISTORIES)
+    found = prompts(model, tokenizer, maker, SETTINGS, True, HISTORIES)
     traces = []
     for number, ids in enumerate(found):
         head = heads[number // 3]
@@ -185,20 +210,20 @@ def test_traces_end_and_depend_on_their_history_alone(untrained):
     assert len(set(traces)) > 8  # sampled, not the same words again
     for size in (1, 2, 64):
         chosen = {**SETTINGS, "eval_batch_lists": size}
-        assert prompts(model, tokenizer, maker, chosen, "think", HISTORIES[::-1])[:3] == found[-3:]
-    likeliest = prompts(model, tokenizer, maker, {**SETTINGS, "ort_temperature": 0.0}, "think", HISTORIES)
+        assert prompts(model, tokenizer, maker, chosen, True, HISTORIES[::-1])[:3] == found[-3:]
+    likeliest = prompts(model, tokenizer, maker, {**SETTINGS, "ort_temperature": 0.0}, True, HISTORIES)
     assert likeliest[0] == likeliest[1] == likeliest[2] and likeliest[0] != likeliest[3]
 
 
 def test_a_trace_of_no_tokens_is_no_trace(untrained):
     model, tokenizer, maker = untrained
-    plain = prompts(model, tokenizer, maker, SETTINGS, "no_think", HISTORIES)
-    assert prompts(model, tokenizer, maker, {**SETTINGS, "ort_max_trace": 0}, "think", HISTORIES) == plain
+    plain = prompts(model, tokenizer, maker, SETTINGS, False, HISTORIES)
+    assert prompts(model, tokenizer, maker, {**SETTINGS, "ort_max_trace": 0}, True, HISTORIES) == plain
 
 
-def brute_force(context: Context, name: str, mode: str, histories) -> np.ndarray:
+def brute_force(context: Context, name: str, histories) -> np.ndarray:
     """(B, N): every item's log-likelihood behind every prompt, the best of each history's prompts."""
-    model, tokenizer = load_stage_model(context, "onerec_think", name)
+    model, tokenizer = load_stage_model(context, name)
     items, rows = context.data.items, []
     maker = PromptMaker.of(context.settings, items)
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
@@ -206,7 +231,7 @@ def brute_force(context: Context, name: str, mode: str, histories) -> np.ndarray
     for history in histories:
         found = [
             continuation_log_likelihood(model, [[*ids, begin]], [codes], pad_id=tokenizer.pad_token_id)[0]
-            for ids in prompts(model, tokenizer, maker, context.settings, mode, [history])
+            for ids in prompts(model, tokenizer, maker, context.settings, thinks(name), [history])
         ]
         rows.append(np.max(found, axis=0))
     return np.array(rows)
@@ -216,22 +241,22 @@ def score_rows(generator, users, split="test") -> torch.Tensor:
     return generator.score_rows({"user": torch.tensor(users)}, split)
 
 
-@pytest.mark.parametrize(("mode", "row"), [("think", "OneRecThink"), ("no_think", "OneRecThink (no think)")])
-def test_scores_are_those_of_a_brute_force(trained, mode, row):
-    context = changed(trained, cand_exclude_seen=False)
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_scores_are_those_of_a_brute_force(trained, name):
+    context, row = at(trained, name, cand_exclude_seen=False), ONEREC_THINK[name]
     users = list(range(12))
     histories = [context.data.history(user, "test") for user in users]
-    expected = brute_force(context, mode, mode, histories)
-    found = score_rows(recommenders(context)[row], users)
+    expected = brute_force(context, name, histories)
+    found = score_rows(recommender(context, context.data.items), users)
     assert found.dtype == torch.float64 and found.shape == (12, COUNT + 1) and torch.isneginf(found[:, 0]).all()
     np.testing.assert_allclose(found[:, 1:].numpy(), expected, atol=2e-4)
 
     lists = [request(user, history) for user, history in zip(users, histories, strict=True)]
-    listed = candidate_scores(context, context.data.items, lists, mode)
-    np.testing.assert_allclose(listed, [[row[i - 1] for i in r.items] for row, r in zip(expected, lists, strict=True)],
+    listed = candidate_scores(context, context.data.items, lists, row)
+    np.testing.assert_allclose(listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)],
                                atol=2e-4)  # fmt: skip
     false = [request(user, history, target=1) for user, history in zip(users, histories, strict=True)]
-    assert candidate_scores(context, context.data.items, false, mode) == listed
+    assert candidate_scores(context, context.data.items, false, row) == listed
 
 
 def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> Request:
@@ -243,9 +268,9 @@ def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> R
 def test_several_traces_find_more_than_one(trained):
     """What the best of several adds is not nothing, or the comparison above would say little."""
     users = list(range(12))
-    three = brute_force(trained, "think", "think", [trained.data.history(u, "test") for u in users])
-    one = brute_force(changed(trained, ort_samples=1), "think", "think",
-                      [trained.data.history(u, "test") for u in users])  # fmt: skip
+    histories = [trained.data.history(user, "test") for user in users]
+    three = brute_force(trained, THINK, histories)
+    one = brute_force(changed(trained, ort_samples=1), THINK, histories)
     assert (three >= one - 1e-5).all() and (three > one + 1e-3).any()
 
 
@@ -253,15 +278,15 @@ def test_it_learns_a_planted_pattern(trained):
     """Behind n comes n + 1; nobody's last two train items, valid or test items were learnt."""
     users = list(range(40))
     targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
-    for name, generator in recommenders(trained).items():
-        scores = score_rows(generator, users)
+    for name in ONEREC_THINK:
+        scores = score_rows(recommender(at(trained, name), trained.data.items), users)
         seen = torch.tensor([list(trained.data.history(user, "test")) for user in users])
         assert torch.isneginf(scores.gather(1, seen)).all(), name
         assert (scores.argmax(1) == targets).float().mean() > 0.9, name
-    model, tokenizer = load_stage_model(trained, "onerec_think", "think")
+    model, tokenizer = load_stage_model(trained, THINK)
     maker = PromptMaker.of(trained.settings, trained.data.items)
     greedy = {**trained.settings, "ort_temperature": 0.0, "ort_samples": 1}
-    (ids,) = prompts(model, tokenizer, maker, greedy, "think", [(2, 3)])
+    (ids,) = prompts(model, tokenizer, maker, greedy, True, [(2, 3)])
     assert tokenizer.decode(ids) == f"{SHOWN}<think> Next is Brush. </think>"
 
 
@@ -310,10 +335,9 @@ def test_most_similar_items_stay_in_time_order():
 def papered(world, tmp_path_factory):
     """(context, facts) of the paper's variant."""
     np.save(world.folders["tokenizer"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
-    folder = tmp_path_factory.mktemp("paper")
-    context = changed(world, **PAPER)
-    context = Context(**{**vars(context), "folder": folder, "folders": {**world.folders, "onerec_think": folder}})
-    return context, onerec_think.run(context)
+    context = at(world, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
+    context = replace(context, settings=Recorded(context.settings))
+    return context, train(context, world.data.items)
 
 
 def lines(file: Path) -> list[dict]:
@@ -329,7 +353,7 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     drawn = training_positions(context.data.train_sequences(), hold_out=True,
                                seed=derive_seed(SETTINGS["seed"], "onerec_think"))[: len(written)]  # fmt: skip
     assert [(tuple(line["history"]), line["target"]) for line in written] == drawn and len(written) > 100
-    sample = json.loads((context.folder / "samples.json").read_text())["think"]
+    sample = (context.folder / "sample.txt").read_text().rstrip("\n")
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
     named = sid_text(maker.items[drawn[0][1] - 1].sid)
     assert sample.startswith(f"{head}<think> ") and sample.endswith(f"</think>{named}")
@@ -342,16 +366,15 @@ def test_rollouts_are_paid_by_their_beams(papered):
     rewards = [line["reward"] for line in rolled]
     assert rewards == [line["terms"]["rollout_beam"] for line in rolled]
     assert set(rewards) <= {0.0, 1.0, 2.0} and len(set(rewards)) > 1
-    assert facts["rl"]["first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
+    assert facts["rl_first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
 
 
 def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
     """From a half-trained public model, whose traces differ and lead to different items."""
-    half = changed(world, **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3,
-                             "ort_max_trace": 12})  # fmt: skip
-    half = Context(**{**vars(half), "folder": tmp_path, "folders": {**world.folders, "onerec_think": tmp_path}})
-    onerec_think.run(half)
-    model, tokenizer = load_stage_model(half, "onerec_think", "think")
+    half = at(world, THINK, tmp_path, **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3,
+                                         "ort_max_trace": 12})  # fmt: skip
+    train(half, world.data.items)
+    model, tokenizer = load_stage_model(half, THINK)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     drawn = training_positions(half.data.train_sequences(), hold_out=True, seed=1)
     maker = PromptMaker.of(half.settings, half.data.items)
@@ -371,7 +394,7 @@ def test_a_reward_is_that_of_the_own_search(untrained):
         requests={"r": request(0, (2, 3), target=4)},
     )  # fmt: skip
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
-    heads = prompts(model, tokenizer, maker, {**SETTINGS, "ort_samples": 8}, "think", [(2, 3)])
+    heads = prompts(model, tokenizer, maker, {**SETTINGS, "ort_samples": 8}, True, [(2, 3)])
     size = len(prompt_ids(maker, tokenizer, (2, 3))) + 1  # with <think>
     row = {"request_id": "r", "prompt_ids": heads[0][:size]}
     said = [[*ids[size:], begin, tokenizer.eos_token_id] for ids in heads]
@@ -394,17 +417,13 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
         if rounds == 3:
             raise Killed
 
-    again = Context(**{**vars(context), "folder": tmp_path, "say": kill})
+    again = replace(at(context, THINK, tmp_path), say=kill)
     with pytest.raises(Killed):
-        onerec_think.run(again)
+        train(again, context.data.items)
     said = []
-    onerec_think.run(Context(**{**vars(again), "say": said.append}))
+    train(replace(again, say=said.append), context.data.items)
     assert sum("frac_groups_kept" in line for line in said) < 4
-    for name in ("think", "no_think"):
-        left, right = (load_stage_model(Context(**{**vars(context), "folders": {"s": folder}}), "s", name)[0]
-                       for folder in (context.folder, tmp_path))  # fmt: skip
-        for one, two in zip(left.state_dict().values(), right.state_dict().values(), strict=True):
-            assert torch.equal(one, two)
+    assert_same_model(context, again)
     rolled = Path("checkpoints/rl/rollouts.jsonl")
     assert (tmp_path / rolled).read_text() == (context.folder / rolled).read_text()
 
@@ -414,6 +433,15 @@ def test_a_variant_that_does_not_exist(world):
         onerec_think.run(changed(world, ort_variant="other"))
 
 
+def test_without_traces_the_variants_are_one(world, tmp_path):
+    models = [at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
+              for name in ("public", "paper")]  # fmt: skip
+    for context in models:
+        train(context, world.data.items)
+    assert_same_model(*models)
+    assert not (tmp_path / "paper" / "rationales.jsonl").exists()
+
+
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
@@ -421,58 +449,117 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", [("think", "step 9/12"), ("no_think", "step 9/12")])
-def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, moment):
-    few = changed(world, ort_steps=12, ort_save_steps=5)
-    whole = Context(**{**vars(few), "folder": tmp_path / "whole"})
-    mode, text = moment
-    said = []
+def assert_same_model(one: Context, two: Context) -> None:
+    left, right = (load_stage_model(context, context.stage)[0].state_dict() for context in (one, two))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
+
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
     def kill(line):
-        said.append(line)
-        if any(earlier.startswith(f"{mode}:") for earlier in said) and line.startswith(text):
+        if line.startswith("step 9/12"):
             raise Killed
 
-    again = Context(**{**vars(few), "folder": tmp_path / "again", "say": kill})
-    for context in (whole, again):
-        context.folder.mkdir()
-    onerec_think.run(whole)
-    with pytest.raises(Killed):
-        onerec_think.run(again)
+    whole, again = (at(world, name, tmp_path / folder, ort_steps=12, ort_save_steps=5) for folder in ("whole", "again"))
     said = []
-    facts = onerec_think.run(Context(**{**vars(again), "say": said.append}))
-    start = next(n for n, line in enumerate(said) if line.startswith(f"{mode}:"))
-    assert said[start + 1].startswith("step 6/")  # it went on from the checkpoint at step 5
-    assert facts["steps"] == 12
-    for name in ("think", "no_think"):
-        left, right = (load_stage_model(Context(**{**vars(few), "folders": {"s": context.folder}}), "s", name)[0]
-                       for context in (whole, again))  # fmt: skip
-        for one, two in zip(left.state_dict().values(), right.state_dict().values(), strict=True):
-            assert torch.equal(one, two)
-    assert json.loads((whole.folder / "samples.json").read_text()).keys() == {"think", "no_think"}
+    train(whole, world.data.items)
+    with pytest.raises(Killed):
+        train(replace(again, say=kill), world.data.items)
+    facts = train(replace(again, say=said.append), world.data.items)
+    assert next(line for line in said if line.startswith("step ")).startswith("step 6/")  # behind the checkpoint at 5
+    assert facts["steps"] == 12 and (again.folder / "sample.txt").is_file()
+    assert_same_model(whole, again)
 
 
-def test_the_stage_is_planned_only_where_it_is_named(tmp_path):
+def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
     data = SimpleNamespace(fingerprint="x")
 
     def plan(**given):
         chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path), **given})
         return {entry.stage.name: entry for entry in pipeline.plan(chosen, data)}
 
-    without, with_it = plan(), plan(models=["OneRecThink"])
-    assert "onerec_think" not in without and set(with_it) - set(without) == {"onerec_think"}
-    for name in ("baselines", "evaluate"):
-        assert with_it[name].needs["onerec_think"] == with_it["onerec_think"].key and "onerec_think" not in \
-            without[name].needs  # fmt: skip
-    assert plan(models=["OneRecThink"], ort_samples=1)["evaluate"].key != with_it["evaluate"].key
-    assert plan(models=["OneRecThink"], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
+    without, with_it, both = plan(), plan(models=[THINK]), plan(models=[NO_THINK, THINK])
+    assert set(with_it) - set(without) == {THINK} and set(both) - set(without) == {THINK, NO_THINK}
+    assert with_it["evaluate"].needs[THINK] == with_it[THINK].key == both[THINK].key != both[NO_THINK].key
+    assert plan(models=[THINK], ort_samples=1)["evaluate"].key != with_it["evaluate"].key
+    assert plan(models=[THINK], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
 
 
-def test_it_is_no_base_model(capsys, tmp_path):
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_it_is_no_base_model(capsys, tmp_path, name):
     from recbole_gr2.quick_start import main
 
-    assert main(["--preset=smoke", "--base_model=OneRecThink", f"--checkpoint_dir={tmp_path}"]) == 2
-    assert "there is no model named 'OneRecThink'" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+    assert main(["--preset=smoke", f"--base_model={name}", f"--checkpoint_dir={tmp_path}"]) == 2
+    assert f"{name} is no base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+
+
+class Stopping(Console):
+    """A console that keeps its lines, and stops the process once at each of `moments`."""
+
+    def __init__(self, *moments: str) -> None:
+        super().__init__()
+        self.moments, self.said = list(moments), []
+
+    def say(self, text):
+        super().say(text)
+        self.said.append(text)
+        if self.moments and text.startswith(self.moments[0]):
+            self.moments.pop(0)
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def tabled(smoke_run, tmp_path_factory):
+    """(settings, those read by the two stages, stage -> folder, lines) of a smoke run with both, each stopped once."""
+    root = shutil.copytree(smoke_run.root, tmp_path_factory.mktemp("tabled") / "saved")
+    chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(root), "models": list(ONEREC_THINK),
+                                        "ort_save_steps": 8, "eval_rows": [], "eval_draws": 100})  # fmt: skip
+    data, recorded = Data(chosen), Recorded(chosen)
+    console = Stopping(f"  {THINK}: {{", "  step 13/20")  # behind a model that is finished, and in the middle of one
+    while console.moments:
+        with pytest.raises(Killed):
+            pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
+    pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
+    planned = pipeline.plan(chosen, data)
+    pipeline.execute(planned, chosen, data, console)
+    return chosen, recorded.read, {entry.stage.name: entry.folder for entry in planned}, console.said
+
+
+def test_rows_of_the_table(tabled):
+    _, _, folders, _ = tabled
+    rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
+    lists = ("base", "oracle", "evidence", *ONEREC_THINK.values())
+    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {(n, "all") for n in (
+        THINK, NO_THINK)}  # fmt: skip
+    for name, row in ONEREC_THINK.items():
+        assert rows[name, "all"]["unchanged"] is None and 0 <= rows[row, "in_list"]["unchanged"] < 1
+        assert rows[name, "all"]["n"] == rows[row, "all"]["n"] == 943
+        record = read_manifest(folders[name])
+        assert rows[name, "all"]["metrics"] == record.facts["metrics"] and record.facts["steps"] == 20
+        assert {"model/model.safetensors", "log.json", "sample.txt", "test.json"} < set(record.files)
+
+
+def test_a_stopped_run_goes_on(tabled):
+    *_, said = tabled
+    starts = [n for n, line in enumerate(said) if line.startswith(f"{THINK}: resume")]
+    (start,) = starts  # its model was finished: it is not trained again
+    steps = [line for line in said[start:] if line.startswith("  step ")]
+    assert [line.split()[1] for line in steps[:14]] == [*(f"{n}/20" for n in range(1, 14)), "9/20"]
+    assert any(line.startswith(f"{NO_THINK}: resume") for line in said)
+
+
+def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
+    """Else a changed setting would be answered from the cache."""
+    chosen, read, _, _ = tabled
+    context, _ = papered
+    candidate_scores(context, context.data.items, [request(0, (2, 3))], ONEREC_THINK[THINK])
+    read = read | context.settings.read
+    stages = {stage.name: stage for stage in pipeline.stage_table(chosen)}
+    speed = {key for key, entry in chosen._known.items() if entry.speed}
+    assert {key for key in chosen if key.startswith("ort_")} | {"mid_hold_out", "eval_batch_lists"} <= read
+    for name in ONEREC_THINK:
+        prefixes = [prefix for need in (name, *stages[name].needs) for prefix in stages[need].settings]
+        assert read - speed <= chosen.results(prefixes).keys()
 
 
 def test_the_mid_trained_generator_has_one_prompt_a_history(world):
