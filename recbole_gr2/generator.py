@@ -1,23 +1,25 @@
-"""The mid-trained language model as a recommender over the whole catalogue: it generates semantic IDs.
+"""A language model as a recommender over the whole catalogue: it generates semantic IDs.
 
 GR2 (section 4) re-ranks the lists of its own mid-trained model; here it is one more base model, `--base_model
-GR2Generator`, and one more row, `--models GR2Generator`.
+GR2Generator`, and one more row, `--models GR2Generator`. OneRec-Think, `--models OneRecThink`, generates in the same
+way behind traces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from recbole_gr2.bridge import BaseModel, mask_seen
-from recbole_gr2.llm.beam import SidTrie, beam_items, item_scores, target_last
-from recbole_gr2.prompts import history_ids
+from recbole_gr2.llm.beam import Beams, SidTrie, beam_items, item_scores, target_last
 from recbole_gr2.types import Item
 
 GENERATOR = "GR2Generator"
+# OneRec-Think with traces and without: as a recommender, and its row as a re-ranker of the base model's lists.
+ONEREC_THINK = {"OneRecThink": "onerec_think", "OneRecThink-no-think": "onerec_think-no-think"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +28,15 @@ class Generator(BaseModel):
 
     Attributes:
         items: the catalogue with semantic IDs.
-        longest: tokens that a prompt and one more semantic ID may have.
-        beams: width of the search.
+        prompts: token ids behind which the next item is generated: B histories -> B * S prompts, the S of a history
+            side by side. An item that several of them lead to counts with its best score.
+        beams: width of the search behind each prompt.
         constrained: see `llm.beam.beam_items`.
     """
 
     items: Sequence[Item]
     tokenizer: object
-    longest: int
+    prompts: Callable[[Sequence[Sequence[int]]], list[list[int]]]
     beams: int
     constrained: bool
     batch_size: int
@@ -47,9 +50,10 @@ class Generator(BaseModel):
     def score_rows(self, rows, split: str):
         """Masked scores (B, N + 1), float64."""
         users = rows[self.data.uid].tolist()
-        prompts = [history_ids(self.data.history(u, split), self.items, self.tokenizer, self.longest) for u in users]
+        prompts = self.prompts([self.data.history(user, split) for user in users])
         beams = beam_items(self.model, prompts, self.trie, beams=self.beams, constrained=self.constrained,
                            batch_size=self.batch_size, pad_id=self.tokenizer.pad_token_id, bf16=self.bf16)  # fmt: skip
+        beams = Beams(*(part.reshape(len(users), -1) for part in beams))  # those of a user's prompts side by side
         scores = item_scores(beams, self.trie)
         if self.exclude_seen:
             mask_seen(scores, users, self.data, split)

@@ -17,7 +17,7 @@ from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
-from recbole_gr2.generator import GENERATOR
+from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
 from recbole_gr2.stages import Context
@@ -51,6 +51,10 @@ class Stage:
 
 BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
                  settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
+BASELINES = {name: Stage(name=name, version=1, code="onerec_think", recbole="shared",
+                         needs=("embeddings", "tokenizer", "midtrain"),
+                         settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
+             for name in ONEREC_THINK}  # fmt: skip
 STAGES = (
     Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
     Stage(name="tokenizer", version=1, settings=("sid_", "seed"), but=("sid_encoder",), needs=("embeddings",)),
@@ -94,7 +98,12 @@ def check(settings: Settings) -> None:
             f"model {settings['model']!r} is not the re-ranker", where="-m / --model",
             do=f"-m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
         )  # fmt: skip
-    for name in {settings["base_model"], *settings["models"]} - {GENERATOR}:
+    if settings["base_model"] in ONEREC_THINK:
+        raise ConfigurationError(
+            f"{settings['base_model']} is no base model", where="base_model",
+            why="it is a baseline, a row of the table, and makes no train lists", do="name it in models",
+        )  # fmt: skip
+    for name in {settings["base_model"], *settings["models"]} - {GENERATOR, *ONEREC_THINK}:
         find_model(name)
     tokenizer_config(settings)
 
@@ -104,7 +113,8 @@ def stage_table(settings: Settings) -> list[Stage]:
 
     One that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
     """
-    baselines = [replace(BASELINE, name=name, needs=_materials(name)) for name in dict.fromkeys(settings["models"])]
+    baselines = [BASELINES.get(name, replace(BASELINE, name=name, needs=_materials(name)))
+                 for name in dict.fromkeys(settings["models"])]  # fmt: skip
     table = [replace(stage, needs=(*stage.needs, *_materials(settings["base_model"])))
              if stage.name == "candidates" else stage for stage in STAGES]  # fmt: skip
     table[-1] = replace(table[-1], needs=(*table[-1].needs, *dict.fromkeys(settings["models"])))

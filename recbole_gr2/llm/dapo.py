@@ -320,13 +320,17 @@ class DAPOTrainer(GRPOTrainer):
             answers = [
                 read_answer(request, ids, row["label_items"], self.grammar, self.processing_class) for ids in own
             ]
-            terms = [self.rewards.terms(request, answer) for answer in answers]
+            terms = self._terms(row, own, answers)
             rewards = [self.rewards.total(term) for term in terms]
             learnt = [self._learnt(ids, len(row["label_items"])) for ids in own]
             unshaped = [{name: None if name in SHAPING else value for name, value in term.items()} for term in terms]
             verified = [self.rewards.total(term) for term in unshaped]
             groups.append(Group(row["request_id"], attempt, own, learnt, answers, terms, rewards, verified))
         return groups
+
+    def _terms(self, row: Mapping, completions: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[dict]:
+        """What the completions of one request earn, term by term."""
+        return [self.rewards.terms(self.requests[row["request_id"]], answer) for answer in answers]
 
     def _learnt(self, completion_ids: list[int], label_count: int) -> list[int]:
         """1 where a token counts in the loss: it was chosen, and not by a policy that was cut short."""

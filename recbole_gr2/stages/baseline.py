@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_gr2.bridge import Data, evaluate_rows
+from recbole_gr2.bridge import BaseModel, Data, evaluate_rows
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.store import write_json
@@ -17,7 +17,11 @@ def run(context: Context) -> dict:
 
     It is a recommender over the whole catalogue, so it has a row over all users alone.
     """
-    model = recommender(context, context.folder / "model", model=context.stage, say=context.say)
+    return evaluated(context, recommender(context, context.folder / "model", model=context.stage, say=context.say))
+
+
+def evaluated(context: Context, model: BaseModel) -> dict:
+    """Writes test.json, users and ranks of their targets; returns RecBole's metrics and what is known of the model."""
     ranks = TargetRanks(context.data)
     metrics = evaluate_rows(context.data, model, {context.stage: None}, split="test", watch=ranks.add)[context.stage]
     write_json(context.folder / "test.json", {"users": ranks.users, "ranks": ranks.ranks})

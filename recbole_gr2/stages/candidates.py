@@ -17,6 +17,7 @@ from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.generator import GENERATOR, Generator
 from recbole_gr2.llm.beam import UNREACHED
 from recbole_gr2.model import READS_SIDS
+from recbole_gr2.prompts import history_ids
 from recbole_gr2.requests import read_requests, request_id, write_requests
 from recbole_gr2.sid.tokens import MAX_CANDIDATES
 from recbole_gr2.stages import Context
@@ -94,11 +95,13 @@ def recommender(context: Context, folder: Path, *, model: str | None = None, hol
             why="a re-ranker would learn to keep their order", do="set mid_hold_out: True",
         )  # fmt: skip
     llm, tokenizer = load_stage_model(context, "midtrain")
+    items = load_items(context.folders["tokenizer"], context.data.items)
     return Generator(
         name=GENERATOR, model=llm, tokenizer=tokenizer, data=context.data, exclude_seen=settings["cand_exclude_seen"],
         facts={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
-        items=load_items(context.folders["tokenizer"], context.data.items), longest=settings["mid_max_length"],
-        beams=settings["cand_beams"], constrained=settings["mid_constrained"], batch_size=settings["eval_batch_lists"],
+        items=items, beams=settings["cand_beams"], constrained=settings["mid_constrained"],
+        batch_size=settings["eval_batch_lists"],
+        prompts=lambda histories: [history_ids(h, items, tokenizer, settings["mid_max_length"]) for h in histories],
         bf16=use_bf16(settings, llm.device.type),
     )  # fmt: skip
 

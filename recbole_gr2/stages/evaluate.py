@@ -18,7 +18,7 @@ import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.generator import ONEREC_THINK
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
@@ -29,7 +29,8 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.stages.evidence import load_facts, load_requests
-from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
+from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
+from recbole_gr2.stages.onerec_think import candidate_scores
 from recbole_gr2.stages.sft import answer_grammar, answer_requests
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import write_json, write_lines
@@ -70,7 +71,7 @@ def run(context: Context) -> dict:
     by_prior = {r.request_id: r.by_prior for r in requests}
     if by_prior != rankings["base"]:
         rankings["evidence"] = by_prior
-    for row in settings["eval_rows"]:
+    for row in (*settings["eval_rows"], *(row for name, row in ONEREC_THINK.items() if name in context.folders)):
         if row == "lambdamart" and not context.inputs["evidence"].facts["facts"]:
             context.say("no evidence, so no lambdamart row")
             continue
@@ -95,6 +96,9 @@ def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Requ
     settings = context.settings
     if row == "midtrain":
         return likelihood_rankings(context, items, requests), {}
+    if row in ONEREC_THINK.values():
+        scores = candidate_scores(context, items, requests, row)
+        return {r.request_id: by_score(r, own) for r, own in zip(requests, scores, strict=True)}, {}
     if row == "lambdamart":
         return lambdamart_rankings(context, items, requests)
     model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
@@ -146,7 +150,7 @@ def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[
     scores = continuation_log_likelihood(
         model, prompts, [[sids[i][1:-1] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
         batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
-        trie=SidTrie.of(tokenizer, np.array([i.sid for i in items])) if settings["mid_constrained"] else None,
+        trie=code_choices(settings, tokenizer, items),
     )  # fmt: skip
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
 

@@ -31,6 +31,7 @@ from recbole_gr2.teachers import phrases
 from recbole_gr2.types import Candidate, Item, Request
 
 PARAGRAPH = 120  # characters of the shortest paragraph that counts as text
+PERSONA = "A shopper took"  # opens a persona text
 HELD_OUT = 40  # paragraphs of plain text that perplexity is measured on
 
 
@@ -67,8 +68,7 @@ def run(context: Context) -> dict:
     common = {"batch_size": settings["mid_batch_size"], "micro_batch_size": settings["mid_micro_batch_size"],
               "warmup_share": settings["mid_warmup_share"], "max_length": settings["mid_max_length"], "seed": seed,
               "bf16": bf16, "save_steps": settings["mid_save_steps"], "say": context.say}  # fmt: skip
-    if settings["mid_constrained"]:
-        common["trie"] = SidTrie.of(tokenizer, np.array([item.sid for item in items]))
+    common["trie"] = code_choices(settings, tokenizer, items)
     texts = task_texts(items, histories, learnt, settings)
     longest = settings["mid_max_length"]
     first = mixture(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
@@ -124,8 +124,18 @@ def use_bf16(settings: Mapping, device: str) -> bool:
 
 def load_stage_model(context: Context, stage: str):
     """(model, tokenizer) that a stage wrote, on the device of this machine."""
-    model, tokenizer = load_saved(context.folders[stage] / "model")
+    return load_model(context.folders[stage])
+
+
+def load_model(folder: Path):
+    """(model, tokenizer) of a stage's folder, on the device of this machine."""
+    model, tokenizer = load_saved(folder / "model")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def code_choices(settings: Mapping, tokenizer, items: Sequence[Item]) -> SidTrie | None:
+    """What the codes of semantic IDs are chosen among, or None for the whole vocabulary."""
+    return SidTrie.of(tokenizer, np.array([item.sid for item in items])) if settings["mid_constrained"] else None
 
 
 def share_of(task: str, settings: Mapping) -> float:
@@ -239,7 +249,7 @@ def persona_texts(items: Sequence[Item], histories, settings) -> Iterator[list[s
     show = PromptMaker.of(settings, items).shown
     for history in histories:
         if history:
-            yield ["A shopper took", *(f"\n{describe(show(i))}" for i in history)]
+            yield [PERSONA, *(f"\n{describe(show(i))}" for i in history)]
 
 
 def caption_texts(items: Sequence[Item], histories, settings) -> Iterator[list[str]]:

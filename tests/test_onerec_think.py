@@ -1,0 +1,581 @@
+"""OneRec-Think: its prompts and rows by hand, scores by brute force, a planted pattern, and a run that was killed."""
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_gr2 import pipeline
+from recbole_gr2.bridge import Data
+from recbole_gr2.config import load_settings
+from recbole_gr2.console import Console
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.generator import ONEREC_THINK
+from recbole_gr2.llm.backbone import add_tokens, load_backbone, save_backbone
+from recbole_gr2.llm.beam import SidTrie, beam_items
+from recbole_gr2.llm.likelihood import continuation_log_likelihood
+from recbole_gr2.llm.rollout_beam import RolloutBeamTrainer, rollout_beam
+from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import added_tokens, sid_text
+from recbole_gr2.stages import Context, onerec_think
+from recbole_gr2.stages.midtrain import code_choices, describe, load_stage_model
+from recbole_gr2.stages.onerec_think import (
+    candidate_scores, most_similar, prompt_ids, prompts, recommender, sentence, thinks, train, training_positions,
+    training_row,
+)  # fmt: skip
+from recbole_gr2.store import read_manifest, write_lines
+from recbole_gr2.types import Candidate, Item, Request
+
+COUNT, LEVELS, CODES = 12, 2, 4
+THINK, NO_THINK = ONEREC_THINK  # the names of the two stages
+KINDS = ("Soap", "Brush", "Comb")
+PLANTED = {
+    "ort_steps": 200, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
+    "ort_max_trace": 8, "ort_samples": 3, "ort_beams": COUNT, "prompt_history": 2, "ort_save_steps": 1000,
+}  # fmt: skip
+
+
+def toy_items() -> tuple[Item, ...]:
+    return tuple(
+        Item(item_id=n, token=f"t{n}", title=f"Thing {n}", categories=f"Root > {KINDS[n % 3]}", brand="",
+             sid=(n % 3, n // 3))
+        for n in range(1, COUNT + 1)
+    )  # fmt: skip
+
+
+@dataclass
+class ToyData:
+    """Every shopper takes the items in a circle: behind n comes n + 1."""
+
+    users: int = 40
+    uid: str = "user"
+
+    def __post_init__(self):
+        rng = random.Random(0)
+        self.items, self.item_count = toy_items(), COUNT
+        starts = [rng.randrange(COUNT) for _ in range(self.users)]
+        self.sequences = {u: np.array([(s + n) % COUNT + 1 for n in range(7)]) for u, s in enumerate(starts)}
+
+    def train_sequences(self):
+        return {user: items[:-2] for user, items in self.sequences.items()}
+
+    def history(self, user, split):
+        return tuple(self.sequences[user][: -{"train": 3, "valid": 2, "test": 1}[split]].tolist())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Context:
+    """A toy catalogue with a random language model in the place of the mid-trained one; nothing is trained yet."""
+    root, data = tmp_path_factory.mktemp("toy"), ToyData()
+    corpus = [describe(PromptMaker.of(SETTINGS, data.items).shown(item.item_id)) for item in data.items]
+    corpus += [sentence(item) for item in data.items] + ["A shopper took"]
+    model, tokenizer = load_backbone(
+        "random", corpus=corpus, extra_tokens=added_tokens(LEVELS, CODES + 1, 2), seed=1,
+        random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
+    )  # fmt: skip
+    folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", *ONEREC_THINK)}
+    for folder in folders.values():
+        folder.mkdir()
+    save_backbone(model, tokenizer, folders["midtrain"] / "model")
+    write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.items))
+    return Context(stage=THINK, settings=SETTINGS, data=data, folder=folders[THINK], inputs={}, folders=folders,
+                   say=lambda text: None)  # fmt: skip
+
+
+SETTINGS = {**load_settings(config_dict={"preset": "smoke"}), **PLANTED}
+
+
+class Recorded(dict):
+    """Settings that remember which of them were read."""
+
+    def __init__(self, values) -> None:
+        super().__init__(values)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The same world when both models are there."""
+    for name in ONEREC_THINK:
+        train(at(world, name), world.data.items)
+    return world
+
+
+@pytest.fixture(scope="module")
+def untrained(world):
+    """(model, tokenizer, maker) with the marks of a trace."""
+    model, tokenizer = load_stage_model(world, "midtrain")
+    add_tokens(model, tokenizer, ["<think>", "</think>"])
+    return model, tokenizer, PromptMaker.of(SETTINGS, world.data.items)
+
+
+def changed(context: Context, **changes) -> Context:
+    return replace(context, settings={**context.settings, **changes})
+
+
+def at(context: Context, name: str, folder: Path | None = None, **changes) -> Context:
+    """The same world as the stage `name` sees it, writing to `folder`, with other settings."""
+    folder = folder or context.folders[name]
+    return replace(changed(context, **changes), stage=name, folder=folder, folders={**context.folders, name: folder})
+
+
+# --- prompts and rows ------------------------------------------------------------------------------------------------
+
+SHOWN = (
+    "A shopper took\n<|sid_begin|><s_a_2><s_b_0><|sid_end|>, its title is Thing 2, its category is Comb"
+    "\n<|sid_begin|><s_a_0><s_b_1><|sid_end|>, its title is Thing 3, its category is Soap\n"
+)
+NEXT = "<|sid_begin|><s_a_1><s_b_1><|sid_end|>"
+
+
+def test_a_prompt_is_the_persona_text_of_the_last_items(untrained):
+    _, tokenizer, maker = untrained
+    assert tokenizer.decode(prompt_ids(maker, tokenizer, (5, 1, 2, 3))) == SHOWN
+    assert prompt_ids(maker, tokenizer, (2, 3)) == prompt_ids(maker, tokenizer, (9, 2, 3))  # prompt_history is 2
+
+
+def test_rows_by_hand(untrained):
+    _, tokenizer, maker = untrained
+    target, length = maker.items[3], len(prompt_ids(maker, tokenizer, (2, 3)))
+    plain = training_row(maker, tokenizer, (2, 3), target, "", 8)
+    assert tokenizer.decode(plain.input_ids) == SHOWN + NEXT
+    assert plain.parts == [0] * length + [0, 2, 2, 0]
+
+    trace = sentence(target)
+    assert trace == " Next is Brush. "
+    said = tokenizer(trace, add_special_tokens=False)["input_ids"]
+    row = training_row(maker, tokenizer, (2, 3), target, trace, 20)
+    assert tokenizer.decode(row.input_ids) == f"{SHOWN}<think> Next is Brush. </think>{NEXT}"
+    assert row.parts == [0] * length + [0] + [1] * (len(said) + 1) + [0, 2, 2, 0]
+    assert row.input_ids[:length] == plain.input_ids[:length]
+
+    cut = training_row(maker, tokenizer, (2, 3), target, trace, 3)
+    assert cut.input_ids[length:] == [*row.input_ids[length : length + 3], *row.input_ids[-5:]]
+    assert training_row(maker, tokenizer, (2, 3), target, trace, 0) == plain
+
+
+def test_a_sentence_without_category_or_title():
+    assert sentence(Item(item_id=1, token="t", title="A fine thing")) == " Next is A fine thing. "
+    assert sentence(Item(item_id=1, token="t", title="")) == " Next is t. "
+
+
+@pytest.mark.parametrize("hold_out", [True, False])
+def test_training_positions(hold_out):
+    data = ToyData()
+    found = training_positions(data.train_sequences(), hold_out=hold_out, seed=3)
+    assert len(found) == data.users * (4 - hold_out)
+    assert len({history for history, _ in found}) <= len(found) and found != sorted(found)
+    assert found == training_positions(data.train_sequences(), hold_out=hold_out, seed=3)
+    longest = max(len(history) for history, _ in found)
+    # Of 7 items the last two are valid and test, and the one before is the target of the train list.
+    assert longest == (3 if hold_out else 4)
+    assert all(target == history[-1] % COUNT + 1 for history, target in found)
+
+
+def test_steps_end_with_the_passes(world, tmp_path):
+    once = at(world, NO_THINK, tmp_path, ort_passes=1.0, ort_steps=50, ort_batch_size=40, ort_micro_batch_size=40)
+    facts = train(once, world.data.items)
+    assert facts["texts"] == 120 and facts["steps"] == 3  # 40 users with 3 positions each
+
+
+# --- traces and scores -----------------------------------------------------------------------------------------------
+
+HISTORIES = [(1, 2, 3), (7,), (4, 5), (11, 12)]
+
+
+def test_traces_end_and_depend_on_their_history_alone(untrained):
+    model, tokenizer, maker = untrained
+    heads = [prompt_ids(maker, tokenizer, history) for history in HISTORIES]
+    think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    found = prompts(model, tokenizer, maker, SETTINGS, True, HISTORIES)
+    traces = []
+    for number, ids in enumerate(found):
+        head = heads[number // 3]
+        assert ids[: len(head) + 1] == [*head, think] and ids[-1] == end
+        traces.append(tuple(ids[len(head) + 1 : -1]))
+        assert len(traces[-1]) <= 8 and end not in traces[-1]
+    assert len(set(traces)) > 8  # sampled, not the same words again
+    for size in (1, 2, 64):
+        chosen = {**SETTINGS, "eval_batch_lists": size}
+        assert prompts(model, tokenizer, maker, chosen, True, HISTORIES[::-1])[:3] == found[-3:]
+    likeliest = prompts(model, tokenizer, maker, {**SETTINGS, "ort_temperature": 0.0}, True, HISTORIES)
+    assert likeliest[0] == likeliest[1] == likeliest[2] and likeliest[0] != likeliest[3]
+
+
+def test_a_trace_of_no_tokens_is_no_trace(untrained):
+    model, tokenizer, maker = untrained
+    plain = prompts(model, tokenizer, maker, SETTINGS, False, HISTORIES)
+    assert prompts(model, tokenizer, maker, {**SETTINGS, "ort_max_trace": 0}, True, HISTORIES) == plain
+
+
+def brute_force(context: Context, name: str, histories) -> np.ndarray:
+    """(B, N): every item's log-likelihood behind every prompt, the best of each history's prompts."""
+    model, tokenizer = load_stage_model(context, name)
+    items, rows = context.data.items, []
+    maker = PromptMaker.of(context.settings, items)
+    begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
+    codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
+    for history in histories:
+        found = [
+            continuation_log_likelihood(model, [[*ids, begin]], [codes], pad_id=tokenizer.pad_token_id,
+                                        trie=code_choices(context.settings, tokenizer, items))[0]
+            for ids in prompts(model, tokenizer, maker, context.settings, thinks(name), [history])
+        ]
+        rows.append(np.max(found, axis=0))
+    return np.array(rows)
+
+
+def score_rows(generator, users, split="test") -> torch.Tensor:
+    return generator.score_rows({"user": torch.tensor(users)}, split)
+
+
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_scores_are_those_of_a_brute_force(trained, name):
+    context, row = at(trained, name, cand_exclude_seen=False), ONEREC_THINK[name]
+    users = list(range(12))
+    histories = [context.data.history(user, "test") for user in users]
+    expected = brute_force(context, name, histories)
+    found = score_rows(recommender(context, context.data.items), users)
+    assert found.dtype == torch.float64 and found.shape == (12, COUNT + 1) and torch.isneginf(found[:, 0]).all()
+    np.testing.assert_allclose(found[:, 1:].numpy(), expected, atol=2e-4)
+
+    lists = [request(user, history) for user, history in zip(users, histories, strict=True)]
+    listed = candidate_scores(context, context.data.items, lists, row)
+    np.testing.assert_allclose(listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)],
+                               atol=2e-4)  # fmt: skip
+    false = [request(user, history, target=1) for user, history in zip(users, histories, strict=True)]
+    assert candidate_scores(context, context.data.items, false, row) == listed
+
+
+def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> Request:
+    listed = tuple(Candidate(item_id=i, score=-float(r), rank=r) for r, i in enumerate(candidates, start=1))
+    return Request(request_id=f"test/{user}", user_token=str(user), split="test", history=tuple(history),
+                   candidates=listed, target=target, provider="p")  # fmt: skip
+
+
+def test_several_traces_find_more_than_one(trained):
+    """What the best of several adds is not nothing, or the comparison above would say little."""
+    users = list(range(12))
+    histories = [trained.data.history(user, "test") for user in users]
+    hot = changed(trained, ort_temperature=3.0)  # what it learnt leaves one trace to a history
+    three = brute_force(hot, THINK, histories)
+    one = brute_force(changed(hot, ort_samples=1), THINK, histories)
+    assert (three >= one - 1e-5).all() and (three > one + 1e-3).any()
+
+
+def test_it_learns_a_planted_pattern(trained):
+    """Behind n comes n + 1; nobody's last two train items, valid or test items were learnt."""
+    users = list(range(40))
+    targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
+    for name in ONEREC_THINK:
+        scores = score_rows(recommender(at(trained, name), trained.data.items), users)
+        seen = torch.tensor([list(trained.data.history(user, "test")) for user in users])
+        assert torch.isneginf(scores.gather(1, seen)).all(), name
+        assert (scores.argmax(1) == targets).float().mean() > 0.9, name
+    model, tokenizer = load_stage_model(trained, THINK)
+    maker = PromptMaker.of(trained.settings, trained.data.items)
+    greedy = {**trained.settings, "ort_temperature": 0.0, "ort_samples": 1}
+    (ids,) = prompts(model, tokenizer, maker, greedy, True, [(2, 3)])
+    assert tokenizer.decode(ids) == f"{SHOWN}<think> Next is Brush. </think>"
+
+
+# --- the paper's variant ---------------------------------------------------------------------------------------------
+
+PAPER = {
+    "ort_variant": "paper", "ort_steps": 10, "ort_similar": 2, "ort_rl_steps": 4, "ort_rl_prompts_per_step": 4,
+    "ort_rl_num_generations": 4, "ort_rl_micro_batch_size": 16, "ort_rl_beams": 1, "ort_rl_save_steps": 1,
+    "ort_rl_learning_rate": 1e-2, "ort_rl_kl": 0.1,
+}  # fmt: skip
+
+
+def test_rollout_beam_by_hand():
+    target = torch.tensor([1, 2, 3, 4])
+    for beams, reward in (
+        ([[1, 2, 3, 4], [9, 9, 9, 9]], 4),  # the target itself, whatever stands beside it
+        ([[1, 2, 9, 9], [9, 2, 3, 4]], 3),  # by position, not by prefix
+        ([[1, 9, 9, 9], [9, 2, 9, 9], [9, 9, 3, 9]], 1),  # the best beam, not what all of them have together
+        ([[4, 3, 2, 1]], 0),  # right codes in wrong places
+        ([[9, 9, 9, 4]], 1),
+    ):
+        assert rollout_beam(torch.tensor(beams), target).item() == reward
+    both = torch.tensor([[[1, 2, 3, 4]], [[9, 9, 9, 9]]])
+    assert rollout_beam(both, target).tolist() == [4, 0]
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_rollout_beam_never_falls_with_more_beams(data):
+    codes = st.lists(st.integers(0, 2), min_size=3, max_size=3)
+    beams, more, target = data.draw(st.lists(codes, min_size=1)), data.draw(st.lists(codes)), data.draw(codes)
+    reward = rollout_beam(torch.tensor(beams), torch.tensor(target)).item()
+    assert reward == max(sum(a == b for a, b in zip(beam, target, strict=True)) for beam in beams)
+    assert reward <= rollout_beam(torch.tensor(beams + more), torch.tensor(target)).item() <= 3
+
+
+def test_most_similar_items_stay_in_time_order():
+    embeddings = np.eye(4)[[0, 1, 0, 2, 0]] * [[1], [1], [9], [1], [1]]  # items 1, 3 and 5 point the same way
+    assert most_similar((3, 2, 4, 1), 5, embeddings, 2) == (3, 1)
+    assert most_similar((4, 2, 3), 5, embeddings, 1) == (3,)
+    assert most_similar((4, 2), 5, embeddings, 10) == (4, 2)
+    assert most_similar((2, 4), 5, np.zeros((5, 3)), 1) == (2,)  # items without a text have no direction
+
+
+@pytest.fixture(scope="module")
+def papered(world, tmp_path_factory):
+    """(context, facts) of the paper's variant."""
+    np.save(world.folders["embeddings"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
+    context = at(world, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
+    context = replace(context, settings=Recorded(context.settings))
+    return context, train(context, world.data.items)
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained):
+    context, _ = papered
+    _, tokenizer, maker = untrained
+    asked = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
+    assert f"{SHOWN}Next the shopper took {NEXT}, its title is Thing 4" in asked
+    written = lines(context.folder / "rationales.jsonl")
+    drawn = training_positions(context.data.train_sequences(), hold_out=True,
+                               seed=derive_seed(SETTINGS["seed"], "onerec_think"))[: len(written)]  # fmt: skip
+    assert [(tuple(line["history"]), line["target"]) for line in written] == drawn and len(written) > 100
+    sample = (context.folder / "sample.txt").read_text().rstrip("\n")
+    head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
+    named = sid_text(maker.items[drawn[0][1] - 1].sid)
+    assert sample.startswith(f"{head}<think> ") and sample.endswith(f"</think>{named}")
+
+
+def test_rollouts_are_paid_by_their_beams(papered):
+    context, facts = papered
+    rolled = lines(context.folder / "checkpoints" / "rl" / "rollouts.jsonl")
+    assert len(rolled) == 4 * 4 * 4 and {line["step"] for line in rolled} == {0, 1, 2, 3}
+    rewards = [line["reward"] for line in rolled]
+    assert rewards == [line["terms"]["rollout_beam"] for line in rolled]
+    assert set(rewards) <= {0.0, 1.0, 2.0} and len(set(rewards)) > 1
+    assert facts["rl_first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
+
+
+def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
+    """From a half-trained public model, whose traces differ and lead to different items."""
+    half = at(world, THINK, tmp_path, **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3,
+                                         "ort_max_trace": 12})  # fmt: skip
+    train(half, world.data.items)
+    model, tokenizer = load_stage_model(half, THINK)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    drawn = training_positions(half.data.train_sequences(), hold_out=True, seed=1)
+    maker = PromptMaker.of(half.settings, half.data.items)
+    after, log = onerec_think.reinforce(half, model, tokenizer, maker, drawn)
+    assert any(line["frac_groups_kept"] > 0 for line in log)
+    assert log[0]["kl"] == pytest.approx(0.0, abs=1e-6) and log[-1]["kl"] > 1e-4
+    assert any(not torch.equal(before[name], weight) for name, weight in after.state_dict().items())
+
+
+def test_a_reward_is_that_of_the_own_search(untrained):
+    model, tokenizer, maker = untrained
+    codes = torch.tensor([item.sid for item in maker.items])
+    trie = SidTrie.of(tokenizer, codes.numpy())
+    trainer = SimpleNamespace(
+        model=model, trie=trie, beams=3, constrained=True, codes=codes,
+        leaf_codes=codes[trie.items[trie.starts[-1][:-1]] - 1],
+        grammar=SimpleNamespace(pad_id=tokenizer.pad_token_id), args=SimpleNamespace(bf16=False),
+        requests={"r": request(0, (2, 3), target=4)},
+    )  # fmt: skip
+    begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
+    heads = prompts(model, tokenizer, maker, {**SETTINGS, "ort_samples": 8}, True, [(2, 3)])
+    size = len(prompt_ids(maker, tokenizer, (2, 3))) + 1  # with <think>
+    row = {"request_id": "r", "prompt_ids": heads[0][:size]}
+    said = [[*ids[size:], begin, tokenizer.eos_token_id] for ids in heads]
+    found = [terms["rollout_beam"] for terms in RolloutBeamTrainer._terms(trainer, row, said, [])]
+    expected = []
+    for ids in heads:
+        (leaves,) = beam_items(model, [ids], trie, beams=3, batch_size=1, pad_id=tokenizer.pad_token_id).leaves
+        sids = [maker.items[int(trie.items_of(leaf)[0]) - 1].sid for leaf in leaves]
+        expected.append(max(sum(a == b for a, b in zip(sid, (1, 1), strict=True)) for sid in sids))
+    assert found == expected
+
+
+def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
+    context, _ = papered
+    rounds = 0
+
+    def kill(line):
+        nonlocal rounds
+        rounds += "frac_groups_kept" in line
+        if rounds == 3:
+            raise Killed
+
+    again = replace(at(context, THINK, tmp_path), say=kill)
+    with pytest.raises(Killed):
+        train(again, context.data.items)
+    said = []
+    train(replace(again, say=said.append), context.data.items)
+    assert sum("frac_groups_kept" in line for line in said) < 4
+    assert_same_model(context, again)
+    rolled = Path("checkpoints/rl/rollouts.jsonl")
+    assert (tmp_path / rolled).read_text() == (context.folder / rolled).read_text()
+
+
+def test_a_variant_that_does_not_exist(world):
+    with pytest.raises(ConfigurationError, match="there is no variant 'other'"):
+        onerec_think.run(changed(world, ort_variant="other"))
+
+
+def test_without_traces_the_variants_are_one(world, tmp_path):
+    models = [at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
+              for name in ("public", "paper")]  # fmt: skip
+    for context in models:
+        train(context, world.data.items)
+    assert_same_model(*models)
+    assert not (tmp_path / "paper" / "rationales.jsonl").exists()
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def assert_same_model(one: Context, two: Context) -> None:
+    left, right = (load_stage_model(context, context.stage)[0].state_dict() for context in (one, two))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
+    def kill(line):
+        if line.startswith("step 9/12"):
+            raise Killed
+
+    whole, again = (at(world, name, tmp_path / folder, ort_steps=12, ort_save_steps=5) for folder in ("whole", "again"))
+    said = []
+    train(whole, world.data.items)
+    with pytest.raises(Killed):
+        train(replace(again, say=kill), world.data.items)
+    facts = train(replace(again, say=said.append), world.data.items)
+    assert next(line for line in said if line.startswith("step ")).startswith("step 6/")  # behind the checkpoint at 5
+    assert facts["steps"] == 12 and (again.folder / "sample.txt").is_file()
+    assert_same_model(whole, again)
+
+
+def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
+    data = SimpleNamespace(fingerprint="x")
+
+    def plan(**given):
+        chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path), **given})
+        return {entry.stage.name: entry for entry in pipeline.plan(chosen, data)}
+
+    without, with_it, both = plan(), plan(models=[THINK]), plan(models=[NO_THINK, THINK])
+    assert set(with_it) - set(without) == {THINK} and set(both) - set(without) == {THINK, NO_THINK}
+    assert with_it["evaluate"].needs[THINK] == with_it[THINK].key == both[THINK].key != both[NO_THINK].key
+    assert plan(models=[THINK], ort_samples=1)["evaluate"].key != with_it["evaluate"].key
+    assert plan(models=[THINK], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
+
+
+@pytest.mark.parametrize("name", ONEREC_THINK)
+def test_it_is_no_base_model(capsys, tmp_path, name):
+    from recbole_gr2.quick_start import main
+
+    assert main(["--preset=smoke", f"--base_model={name}", f"--checkpoint_dir={tmp_path}"]) == 2
+    assert f"{name} is no base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+
+
+class Stopping(Console):
+    """A console that keeps its lines, and stops the process once at each of `moments`."""
+
+    def __init__(self, *moments: str) -> None:
+        super().__init__()
+        self.moments, self.said = list(moments), []
+
+    def say(self, text):
+        super().say(text)
+        self.said.append(text)
+        if self.moments and text.startswith(self.moments[0]):
+            self.moments.pop(0)
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def tabled(smoke_run, tmp_path_factory):
+    """(settings, those read by the two stages, stage -> folder, lines) of a smoke run with both, each stopped once."""
+    root = shutil.copytree(smoke_run.root, tmp_path_factory.mktemp("tabled") / "saved")
+    chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(root), "models": list(ONEREC_THINK),
+                                        "ort_save_steps": 8, "eval_rows": [], "eval_draws": 100})  # fmt: skip
+    data, recorded = Data(chosen), Recorded(chosen)
+    console = Stopping(f"  {THINK}: {{", "  step 13/20")  # behind a model that is finished, and in the middle of one
+    while console.moments:
+        with pytest.raises(Killed):
+            pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
+    pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
+    planned = pipeline.plan(chosen, data)
+    pipeline.execute(planned, chosen, data, console)
+    return chosen, recorded.read, {entry.stage.name: entry.folder for entry in planned}, console.said
+
+
+def test_rows_of_the_table(tabled):
+    _, _, folders, _ = tabled
+    rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
+    lists = ("base", "oracle", "evidence", *ONEREC_THINK.values())
+    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {(n, "all") for n in (
+        THINK, NO_THINK)}  # fmt: skip
+    for name, row in ONEREC_THINK.items():
+        assert rows[name, "all"]["unchanged"] is None and 0 <= rows[row, "in_list"]["unchanged"] < 1
+        assert rows[name, "all"]["n"] == rows[row, "all"]["n"] == 943
+        record = read_manifest(folders[name])
+        assert rows[name, "all"]["metrics"] == record.facts["metrics"] and record.facts["steps"] == 20
+        assert {"model/model.safetensors", "log.json", "sample.txt", "test.json"} < set(record.files)
+
+
+def test_a_stopped_run_goes_on(tabled):
+    *_, said = tabled
+    starts = [n for n, line in enumerate(said) if line.startswith(f"{THINK}: resume")]
+    (start,) = starts  # its model was finished: it is not trained again
+    steps = [line for line in said[start:] if line.startswith("  step ")]
+    assert [line.split()[1] for line in steps[:14]] == [*(f"{n}/20" for n in range(1, 14)), "9/20"]
+    assert any(line.startswith(f"{NO_THINK}: resume") for line in said)
+
+
+def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
+    """Else a changed setting would be answered from the cache."""
+    chosen, read, _, _ = tabled
+    context, _ = papered
+    candidate_scores(context, context.data.items, [request(0, (2, 3))], ONEREC_THINK[THINK])
+    read = read | context.settings.read
+    stages = {stage.name: stage for stage in pipeline.stage_table(chosen)}
+    speed = {key for key, entry in chosen._known.items() if entry.speed}
+    assert {key for key in chosen if key.startswith("ort_")} | {"mid_hold_out", "eval_batch_lists"} <= read
+    for name in ONEREC_THINK:
+        prefixes = [prefix for need in (name, *stages[name].needs) for prefix in stages[need].settings]
+        assert read - speed <= chosen.results(prefixes).keys()
+
+
+def test_the_mid_trained_generator_has_one_prompt_a_history(world):
+    """GR2Generator shares its class: SIDs alone, one prompt a history, all items scored by their own likelihood."""
+    from recbole_gr2.prompts import history_ids
+    from recbole_gr2.stages.candidates import recommender
+
+    context = changed(world, cand_beams=COUNT, cand_exclude_seen=False, mid_max_length=64)
+    generator = recommender(context, Path("nowhere"), model="GR2Generator")
+    model, tokenizer = load_stage_model(world, "midtrain")
+    begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.items
+    codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
+    heads = [[*history_ids(world.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
+    expected = continuation_log_likelihood(model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id,
+                                           trie=code_choices(world.settings, tokenizer, items))  # fmt: skip
+    np.testing.assert_allclose(score_rows(generator, range(4))[:, 1:].numpy(), expected, atol=2e-4)
