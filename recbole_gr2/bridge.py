@@ -50,7 +50,8 @@ def find_model(name: str) -> type:
         raise ConfigurationError(
             f"there is no model named {name!r}",
             where="base_model, models",
-            do=f"name one of RecBole's models, or one of the plugin's own: {', '.join(ours.MODELS)}, GR2Generator",
+            do=f"name one of RecBole's models, or one of the plugin's own: {', '.join(ours.MODELS)}, GR2Generator, "
+            "among models also OneRecThink and OneRecThink-no-think",
         ) from error
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.llm import backbone, packages
-from recbole_gr2.sid.tokens import added_tokens, sid_text
+from recbole_gr2.sid.tokens import added_tokens, code_tokens, sid_text
 
 CORPUS = (
     "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce",
@@ -281,6 +281,27 @@ def test_labels_start_as_letters_and_the_rest_near_the_mean(extended):
     scaled = (codes - trained.mean(0)) / trained.std(0)  # NOISE * standard normal, 8 x 64 values
     assert abs(scaled.std().item() - backbone.NOISE) < 0.06 and abs(scaled.mean().item()) < 0.1
     assert len({tuple(row.tolist()) for row in codes}) == 8
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_code_tokens_start_as_far_apart_as_their_vectors(extended, tied):
+    model, tokenizer = copy.deepcopy(extended)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 2)
+    rows = torch.tensor(tokenizer.convert_tokens_to_ids(code_tokens(2, 3)))
+    before = [weight.detach().clone() for weight in (model.get_input_embeddings().weight, model.lm_head.weight)]
+    vectors = torch.tensor([[[0.0, 0], [0, 1], [8, 0]], [[5, 5], [5, 5], [9, 9]]])  # 0 and 1 alike, 2 far off
+    backbone.start_from_codebooks(model, rows, vectors, seed=3)
+    for old, weight in zip(before, (model.get_input_embeddings().weight, model.lm_head.weight), strict=True):
+        others = [n for n in range(len(weight)) if n not in rows.tolist()]
+        assert torch.equal(weight[others], old[others]) and not torch.equal(weight[rows], old[rows])
+        new = weight[rows].detach().view(2, 3, -1)
+        near, far = (new[0, 0] - new[0, 1]).norm(), (new[0, 0] - new[0, 2]).norm()
+        assert 5 < far / near < 12 and torch.equal(new[1, 0], new[1, 1])  # 8, but for the projection
+        own = old[: int(rows.min())]
+        usual = (own - own.mean(0)).norm(dim=1).mean()
+        around = (new - own.mean(0)).norm(dim=2).mean()
+        assert 0.6 < around / usual < 1.6 and (new.mean(1)[0] - new.mean(1)[1]).norm() > 0.3 * usual
 
 
 def test_add_tokens_is_seeded_and_idempotent(full, extended):

@@ -159,6 +159,9 @@ def test_where_semantic_ids_begin(trie, codes):
     text = [BEGIN, *first, 2, *second[:2], 2, *second, *first, first[0]]  # two whole ones side by side, one cut short
     assert trie.begins(torch.tensor(text)).tolist() == [1, 8, 11]
     assert trie.begins(torch.tensor(first[:2])).tolist() == []
+    others = {tuple(row) for row in np.ndindex(4, CODES, CODES)} - {tuple(row) for row in codes.tolist()}
+    stranger = [int(TOKENS[level, code]) for level, code in enumerate(sorted(others)[0])]  # codes that no item has
+    assert trie.begins(torch.tensor([2, *stranger, 2, *second])).tolist() == [5]
 
 
 # --- the search ------------------------------------------------------------------------------------------------------

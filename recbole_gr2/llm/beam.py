@@ -151,11 +151,14 @@ class SidTrie:
         return torch.stack(found, dim=1)
 
     def begins(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Positions (R,) in token ids (T,) where the L codes of an SID begin."""
-        first = torch.isin(tokens, self.tokens[0]).nonzero().flatten()
-        first = first[first + self.levels <= len(tokens)]
-        for depth in range(1, self.levels):
-            first = first[torch.isin(tokens[first + depth], self.tokens[depth])]
+        """Positions (R,) in token ids (T,) where the L codes of an item begin."""
+        first = torch.arange(max(len(tokens) - self.levels + 1, 0), device=tokens.device)
+        first = first[torch.isin(tokens[: len(first)], self.tokens[0])]
+        nodes = torch.zeros_like(first)
+        for depth in range(self.levels):
+            children, real = self.children(depth, nodes)
+            chosen = real & (self.tokens[depth][children] == tokens[first + depth].unsqueeze(1))
+            first, nodes = first[chosen.any(1)], children[chosen]
         return first
 
     def items_of(self, leaf: int) -> torch.Tensor:

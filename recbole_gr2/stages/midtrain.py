@@ -18,14 +18,14 @@ import torch
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone
+from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone, start_from_codebooks
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, sid_text
+from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, code_tokens, sid_text
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.stages.tokenizer import load_codebooks, load_items
 from recbole_gr2.store import write_json
 from recbole_gr2.teachers import phrases
 from recbole_gr2.types import Candidate, Item, Request
@@ -56,6 +56,9 @@ def run(context: Context) -> dict:
         trim=settings["llm_trim_vocabulary"] and settings["llm"] != RANDOM,
         extra_tokens=added_tokens(settings["sid_levels"], settings["sid_codes"], settings["cand_num"]),
     )  # fmt: skip
+    if settings["mid_codebooks"]:
+        rows = tokenizer.convert_tokens_to_ids(code_tokens(settings["sid_levels"], settings["sid_codes"]))
+        start_from_codebooks(model, torch.tensor(rows), load_codebooks(context.folders["tokenizer"], settings), seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())

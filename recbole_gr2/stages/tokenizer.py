@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.seeding import derive_seed
@@ -84,6 +85,12 @@ def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMean
     if config.contrastive:
         pairs = co_engaged([sequence[:-1] for sequence in data.train_sequences().values()], data.item_count)
     return fit_rqvae(embeddings, config, pairs=pairs)
+
+
+def load_codebooks(folder: Path, settings: Mapping[str, Any]) -> torch.Tensor:
+    """The vectors behind the codes, (L, C, D)."""
+    fitted = (RQVAE if settings["sid_method"] == "rqvae" else RQKMeans).load(folder)
+    return torch.as_tensor(fitted.codebooks).detach()
 
 
 def load_items(folder: Path, items: Sequence[Item]) -> tuple[Item, ...]:
