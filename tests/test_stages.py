@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -500,6 +501,9 @@ def test_mixture_fills_each_share(smoke, items):
     assert rows == mixture(texts, tokenizer, mix, 6000, 256, seed=1)
     assert rows != mixture(texts, tokenizer, mix, 6000, 256, seed=2)
     assert mixture(texts, tokenizer, {"persona": 1.0}, 0, 256, seed=1) == {"persona": []}
+    few = mixture({"caption": texts["caption"][:3]}, tokenizer, {"caption": 1.0}, 500, 256, seed=1)["caption"]
+    times = Counter(tuple(row.input_ids) for row in few)  # in passes: each text once before any comes again
+    assert len(times) == 3 and max(times.values()) - min(times.values()) <= 1 < min(times.values())
     with pytest.raises(ConfigurationError, match="unknown tasks"):
         task_texts(items, histories, (), {**dict(smoke.settings), "mid_mix": {"poems": 1.0}})
 
