@@ -456,8 +456,8 @@ class ByLength:
 
     RecBole's training rows are every prefix of every sequence, most of them a fraction of MAX_ITEM_LIST_LENGTH long. A
     loss that is a mean over rows, or over masked places as BERT4Rec's, stays the same but for float noise; whether it
-    is one is tried on the first batch, without dropout, and where it is not the loss stays whole. A training step of 256
-    rows of Amazon Beauty is 3.6 times as fast for SASRec, 2.1 for GRU4Rec, 6.7 for BERT4Rec (benchmarks/by_length.py).
+    is one is tried on the first batch, without dropout, and where it is not the loss stays whole. A step of 256 rows of
+    Amazon Beauty is 3.6 times as fast for SASRec, 2.1 for GRU4Rec, 6.7 for BERT4Rec (benchmarks/by_length.py).
     """
 
     def __init__(self, model, say: Callable[[str], None]) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.bridge import find_model
-from recbole_gr2.config import Settings, base_model_properties
+from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_properties, base_model_words, recbole_words
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
+from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.tokenizer import tokenizer_config
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
@@ -91,7 +92,8 @@ def check(settings: Settings) -> None:
     """What can be told of the settings before any data is loaded, instead of after the stages before them.
 
     Raises:
-        ConfigurationError: a re-ranker or a RecBole model that there is not, or a tokenizer that cannot be built.
+        ConfigurationError: a re-ranker, a RecBole model, one of its words or a reward that there is not, or a tokenizer
+            that cannot be built.
     """
     if settings["model"] != "GR2":
         raise ConfigurationError(
@@ -105,7 +107,15 @@ def check(settings: Settings) -> None:
         )  # fmt: skip
     for name in {settings["base_model"], *settings["models"]} - {GENERATOR, *ONEREC_THINK}:
         find_model(name)
+    words = recbole_words() | RECBOLE_TRAINING
+    unknown = set(settings["models_words"]) - words.union(*map(base_model_words, settings["models"]))
+    if unknown:
+        raise ConfigurationError(
+            f"no model of {settings['models']} has the words {sorted(unknown)}", where="models_words",
+            why="RecBole would ignore them without a word", do="name words of properties/model/ or of RecBole",
+        )  # fmt: skip
     tokenizer_config(settings)
+    WeightedRewards(settings["rl_rewards"])
 
 
 def stage_table(settings: Settings) -> list[Stage]:

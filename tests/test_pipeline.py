@@ -38,6 +38,20 @@ def actions(plan) -> dict[str, str]:
     return {name: entry.action for name, entry in plan.items()}
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"base_model": "OneRecThink"}, "OneRecThink is no base model"),
+    ({"models": ["SASRec"], "models_words": {"epoch": 3}}, r"no model of \['SASRec'\] has the words \['epoch'\]"),
+    ({"models": ["Pop"], "models_words": {"n_layers": 3}}, "has the words"),
+    ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
+    ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
+])  # fmt: skip
+def test_what_settings_alone_show_is_told_before_data_is_loaded(given, message):
+    with pytest.raises(ConfigurationError, match=message):
+        pipeline.check(load_settings(config_dict={"preset": "smoke", **given}))
+    words = {"epochs": 2, "n_layers": 1, "train_batch_size": 8}  # a word that one of the models has will do
+    pipeline.check(load_settings(config_dict={"preset": "smoke", "models": ["Pop", "SASRec"], "models_words": words}))
+
+
 # --- what runs again -------------------------------------------------------------------------------------------------
 
 
