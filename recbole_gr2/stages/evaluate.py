@@ -195,7 +195,7 @@ def _metrics(
 def _model_rows(context: Context, base: dict[str, int], users: list[int] | None) -> list[dict]:
     """Rows of the other models, over all users alone: they recommend from the whole catalogue, not from the lists."""
     rows = []
-    for name in context.settings["models"]:
+    for name in dict.fromkeys(context.settings["models"]):
         if users is not None:
             context.say(f"{name}: no row, since it is evaluated on every user and this run on {len(users):,}")
             continue
