@@ -20,6 +20,7 @@ import pandas as pd
 from recbole_gr2 import compat
 from recbole_gr2.config import Settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
+from recbole_gr2.model import MODELS
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.text import clean_text
 from recbole_gr2.types import Item, Request
@@ -431,7 +432,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
         return BaseModel(name=name, model=network.eval(), data=data, exclude_seen=exclude_seen, facts=facts)
 
     folder.mkdir(parents=True, exist_ok=True)
-    if sequential:
+    if sequential and name not in MODELS:  # the plugin's own cut their padding themselves
         network.calculate_loss = ByLength(network, say)
     trainer_class = _plugin_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), data, exclude_seen, weights)
     trainer = trainer_class(config, network)

@@ -464,11 +464,15 @@ def _add(model, tokenizer, tokens: Sequence[str], seed: int, *, special: bool) -
     trained = len(known)  # a model may have spare rows beyond its tokenizer (Qwen3 does); they were never trained
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [embedding.weight] if head.weight is embedding.weight else [embedding.weight, head.weight]
     generator = torch.Generator().manual_seed(seed)
-    for weight in weights:
+    for weight in _token_tables(model):
         _start_rows(weight, tokenizer, new, trained, generator)
+
+
+def _token_tables(model) -> list[torch.Tensor]:
+    """The weights (V, D) with a row a token: one where embedding and head are tied, else two."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return [embedding] if head is embedding else [embedding, head]
 
 
 @torch.no_grad()
@@ -500,14 +504,15 @@ def start_from_codebooks(model, rows: torch.Tensor, codebooks: torch.Tensor, see
     """
     levels, count, width = codebooks.shape
     generator = torch.Generator().manual_seed(seed)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    size = embedding.size(1)
+    tables = _token_tables(model)
+    size = tables[0].size(1)
     projection = torch.randn(width, size, generator=generator) / size**0.5
     directions = torch.randn(levels, 1, size, generator=generator) / size**0.5
-    vectors = codebooks.float().cpu() - codebooks.float().cpu().mean(1, keepdim=True)
+    vectors = codebooks.float().cpu()
+    vectors = vectors - vectors.mean(1, keepdim=True)
     vectors = vectors / vectors.norm(dim=2).mean(1).clamp(min=1e-12).view(-1, 1, 1)
     around = ((vectors @ projection + directions) / 2**0.5).flatten(0, 1)
-    for weight in [embedding] if head is embedding else [embedding, head]:
+    for weight in tables:
         own = weight[: int(rows.min())].float()
         mean = own.mean(0)
         scale = (own - mean).norm(dim=1).mean()

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recbole_gr2.errors import GateError
+from recbole_gr2.sid.rqkmeans import RQKMeans
+from recbole_gr2.sid.rqvae import CHUNK, RQVAE
 from recbole_gr2.types import Health, Neighbourhood
-
-CHUNK = 4096  # rows that are decoded at once
-
-if TYPE_CHECKING:
-    from recbole_gr2.sid.rqkmeans import RQKMeans
-    from recbole_gr2.sid.rqvae import RQVAE
 
 
 def health(

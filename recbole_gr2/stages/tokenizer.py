@@ -22,7 +22,7 @@ from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Item
 
-METHODS = {"rqvae": RQVAEConfig, "rqkmeans": SidConfig}
+METHODS = {"rqvae": (RQVAEConfig, RQVAE), "rqkmeans": (SidConfig, RQKMeans)}  # name -> configuration, tokenizer
 
 
 def run(context: Context) -> dict:
@@ -67,11 +67,12 @@ def tokenizer_config(settings: Mapping[str, Any]) -> SidConfig:
             f"{method} is not trained by a loss", where="sid_contrastive, sid_diversity",
             why="they would have no effect", do="set them to 0, or sid_method to rqvae",
         )  # fmt: skip
-    names = METHODS[method].__dataclass_fields__
+    config, _ = METHODS[method]
+    names = config.__dataclass_fields__
     values = {name: settings[f"sid_{name}"] for name in names if f"sid_{name}" in settings}
     if "hidden" in values:
         values["hidden"] = tuple(values["hidden"])
-    return METHODS[method](**{**values, "seed": derive_seed(settings["seed"], "sid")})
+    return config(**{**values, "seed": derive_seed(settings["seed"], "sid")})
 
 
 def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMeans:
@@ -89,8 +90,8 @@ def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMean
 
 def load_codebooks(folder: Path, settings: Mapping[str, Any]) -> torch.Tensor:
     """The vectors behind the codes, (L, C, D)."""
-    fitted = (RQVAE if settings["sid_method"] == "rqvae" else RQKMeans).load(folder)
-    return torch.as_tensor(fitted.codebooks).detach()
+    _, tokenizer = METHODS[settings["sid_method"]]
+    return torch.as_tensor(tokenizer.load(folder).codebooks).detach()
 
 
 def load_items(folder: Path, items: Sequence[Item]) -> tuple[Item, ...]:
