@@ -16,6 +16,7 @@ from transformers import (
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.beam import UNREACHED, Beams, SidTrie, beam_items, item_scores, target_last
+from recbole_gr2.llm.beam import search as search_steps
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens
 
@@ -205,6 +206,29 @@ def test_the_search_is_the_textbooks(any_model, trie, codes, beams, constrained)
             kept = sorted(paths, reverse=True)[:beams]
         assert [sids[leaf] for leaf in leaves] == [path for _, path in kept]
         assert log_probs.tolist() == pytest.approx([score for score, _ in kept], abs=1e-4)
+
+
+@pytest.mark.parametrize(("constrained", "rows"), [
+    (True, [[0, 1], [0, 1]]), (False, [[0, 0, 1, 1], [0, 0, 1, 2, 2, 3]]),
+])  # fmt: skip
+def test_what_is_certain_is_not_read(constrained, rows):
+    """000, 001 and 012 share their first code; 100 is alone behind its first, 012 behind its second."""
+    trie = SidTrie.build([(0, 0, 0), (0, 0, 1), (0, 1, 2), (1, 0, 0)], np.arange(9).reshape(3, 3), begin_id=9)
+    assert [part.tolist() for part in trie.forks] == [[True], [True, False], [True, False, False]]
+    read = []
+
+    def step(rows, tokens):
+        read.append((rows.tolist(), tokens.flatten().tolist()))
+        return torch.zeros(len(rows), 9)
+
+    prompts = torch.zeros(2, 9).index_fill(1, torch.tensor([0]), 5.0)  # the first code is 0, all others are even
+    found = search_steps(prompts, step, trie, 4, constrained=constrained)
+    assert [sorted(row) for row, _ in read] == rows
+    if constrained:
+        assert [tokens for _, tokens in read] == [[0, 0], [3, 3]]
+        first = torch.tensor([5.0, 0.0]).softmax(0)
+        expected = (first[0] * torch.tensor([1 / 4, 1 / 4, 1 / 2, 0]) + first[1] * torch.tensor([0, 0, 0, 1.0])).log()
+        torch.testing.assert_close(found.log_probs, expected.gather(0, found.leaves.flatten()).view(2, 4))
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -128,6 +129,13 @@ class SidTrie:
         children = first + torch.arange(self.widths[depth], device=nodes.device)
         real = children < end
         return torch.where(real, children, first), real
+
+    @cached_property
+    def forks(self) -> tuple[torch.Tensor, ...]:
+        """`forks[d]` (nodes of depth d,), d < L: whether a node leads to several leaves."""
+        first = torch.arange(self.nodes(self.levels) + 1, device=self.items.device)  # first leaf of every node, and end
+        firsts = [first := first[starts] for starts in self.starts[-2::-1]]
+        return tuple(first.diff() > 1 for first in reversed(firsts))
 
     def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probability (R, L) of each code of R SIDs of the catalogue among the codes that may stand there.
@@ -262,25 +270,29 @@ def search(
 
     Args:
         logits: (B, V), of the first code of each prompt.
-        step: given rows (R,) of its last call (at first: of the prompts) that the beams go on from, W a prompt and
-            prompt by prompt, and the token (R, 1) that each adds, returns the logits (R, V) of the next code.
-        constrained: a code's probability is that among the codes the trie admits, not among all V.
+        step: given rows (R,) of its last call (at first: of the prompts) that the beams go on from, prompt by prompt,
+            and the token (R, 1) that each adds, returns the logits (R, V) of the next code.
+        constrained: a code's probability is that among the codes the trie admits, not among all V. The rest of an SID
+            is then certain once one SID alone begins so, and is not read; else R is W a prompt.
     """
     prompt = torch.arange(len(logits), device=logits.device).unsqueeze(1)
     nodes = torch.zeros_like(prompt)  # (B, W), at first the root alone
     scores = torch.zeros(len(logits), 1, device=logits.device)
+    fed = torch.ones_like(nodes, dtype=torch.bool)  # the beams that `logits` has a row of, in this order
     for depth in range(trie.levels):
-        logits = logits.float().view(*nodes.shape, -1)
         children, real = trie.children(depth, nodes)  # (B, W, D)
-        admitted = logits.gather(-1, trie.tokens[depth][children]).masked_fill(~real, -torch.inf)
-        steps = admitted - (admitted if constrained else logits).logsumexp(-1, keepdim=True)
+        logits = logits.float()
+        admitted = logits.gather(-1, trie.tokens[depth][children[fed]]).masked_fill(~real[fed], -torch.inf)
+        steps = torch.zeros(real.shape, device=logits.device).masked_fill(~real, -torch.inf)
+        steps[fed] = admitted - (admitted if constrained else logits).logsumexp(-1, keepdim=True)
         paths = (scores.unsqueeze(-1) + steps).flatten(1)
         scores, chosen = paths.topk(min(beams, trie.nodes(depth + 1)))
-        # At depth 0 these rows are what repeats the prompt.
-        rows = (prompt * nodes.size(1) + chosen // trie.widths[depth]).flatten()
+        parents = prompt * nodes.size(1) + chosen // trie.widths[depth]
         nodes = children.flatten(1).gather(1, chosen)
         if depth + 1 < trie.levels:
-            logits = step(rows, trie.tokens[depth][nodes].view(-1, 1))
+            rows = (fed.flatten().cumsum(0) - 1)[parents]
+            fed = trie.forks[depth + 1][nodes] if constrained else torch.ones_like(nodes, dtype=torch.bool)
+            logits = step(rows[fed], trie.tokens[depth][nodes[fed]].unsqueeze(1)) if fed.any() else logits[:0]
     return Beams(nodes, scores)
 
 
