@@ -22,6 +22,7 @@ from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.tokenizer import tokenizer_config
 from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
 from recbole_gr2.types import StageRecord
@@ -52,10 +53,14 @@ class Stage:
 
 BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
                  settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
-BASELINES = {name: Stage(name=name, version=1, code="onerec_think", recbole="shared",
-                         needs=("embeddings", "tokenizer", "midtrain"),
-                         settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
-             for name in ONEREC_THINK}  # fmt: skip
+BASELINES = {  # those that RecBole does not train
+    GENERATOR: Stage(name=GENERATOR, version=1, code="baseline", recbole="shared", needs=("tokenizer", "midtrain"),
+                     settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed")),
+    **{name: Stage(name=name, version=1, code="onerec_think", recbole="shared",
+                   needs=("embeddings", "tokenizer", "midtrain"),
+                   settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
+       for name in ONEREC_THINK},
+}  # fmt: skip
 STAGES = (
     Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
     Stage(name="tokenizer", version=1, settings=("sid_", "seed"), but=("sid_encoder",), needs=("embeddings",)),
@@ -69,10 +74,13 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="evaluate", version=2, settings=("eval_", "prompt_", "llm_bf16", "seed"), recbole="base",
-          needs=("candidates", "tokenizer", "evidence", "midtrain", "sft", "rl")),
+    Stage(name="evaluate", version=3, settings=("eval_", "seed"), recbole="base",
+          needs=("candidates", "tokenizer", "evidence")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenizer", "evidence"),
+               settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
+RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +122,32 @@ def check(settings: Settings) -> None:
             f"no model of {settings['models']} has the words {sorted(unknown)}", where="models_words",
             why="RecBole would ignore them without a word", do="name words of properties/model/ or of RecBole",
         )  # fmt: skip
+    unknown = set(settings["eval_rows"]) - set(RERANKERS)
+    if unknown:
+        raise ConfigurationError(f"there is no re-ranker {sorted(unknown)}", where="eval_rows",
+                                 do=f"choose from {', '.join(RERANKERS)}")  # fmt: skip
     tokenizer_config(settings)
     WeightedRewards(settings["rl_rewards"])
 
 
 def stage_table(settings: Settings) -> list[Stage]:
-    """STAGES with a stage for each of `models` in front of the last, so that each is trained once, whatever the list.
+    """STAGES with one more for each of `models`, and for each re-ranker of the table, in front of the last.
 
-    One that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
+    So each is trained, and answers, once, whatever the lists. A model that is made from other stages needs those: one
+    that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
     """
-    baselines = [BASELINES.get(name, replace(BASELINE, name=name, needs=_materials(name)))
-                 for name in dict.fromkeys(settings["models"])]  # fmt: skip
-    table = [replace(stage, needs=(*stage.needs, *_materials(settings["base_model"])))
-             if stage.name == "candidates" else stage for stage in STAGES]  # fmt: skip
-    table[-1] = replace(table[-1], needs=(*table[-1].needs, *dict.fromkeys(settings["models"])))
-    return [*table[:-1], *baselines, table[-1]]
+    materials = _materials(settings["base_model"])
+    table = [replace(stage, needs=(*stage.needs, *materials)) if stage.name in ("candidates", "evaluate") else stage
+             for stage in STAGES]  # fmt: skip
+    models = list(dict.fromkeys(settings["models"]))
+    baselines = [BASELINES.get(name, replace(BASELINE, name=name, needs=_materials(name))) for name in models]
+    rows = {row: RERANKERS[row] for row in settings["eval_rows"]}
+    if not settings["evidence_providers"]:
+        rows.pop("lambdamart", None)  # it ranks by them
+    rows |= {ONEREC_THINK[name]: (name,) for name in models if name in ONEREC_THINK}
+    rerankers = [replace(RERANK, name=PREFIX + row, needs=(*RERANK.needs, *needs)) for row, needs in rows.items()]
+    last = replace(table[-1], needs=(*table[-1].needs, *models, *(stage.name for stage in rerankers)))
+    return [*table[:-1], *baselines, *rerankers, last]
 
 
 def _materials(model: str) -> tuple[str, ...]:

@@ -15,12 +15,14 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data
 from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
-from recbole_gr2.pipeline import BASELINE, BASELINES, NAMES, STAGES
+from recbole_gr2.pipeline import BASELINE, BASELINES, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
 from recbole_gr2.report import metrics_table, render_report
 from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
 
 PACKAGE = Path(recbole_gr2.__file__).parent
+ROWS = [f"rerank_{row}" for row in RERANKERS]
+TABLE = [*NAMES[:-1], *ROWS, NAMES[-1]]  # of a run without baselines
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,7 @@ def actions(plan) -> dict[str, str]:
     ({"models": ["Pop"], "models_words": {"n_layers": 3}}, "has the words"),
     ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
     ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
+    ({"eval_rows": ["sft", "stf"]}, r"no re-ranker \['stf'\]"),
 ])  # fmt: skip
 def test_what_settings_alone_show_is_told_before_data_is_loaded(given, message):
     with pytest.raises(ConfigurationError, match=message):
@@ -60,33 +63,36 @@ def test_the_second_run_is_all_cached(smoke_run, capsys):
     captured = capsys.readouterr()
     path = Path(captured.out.splitlines()[-1])
     again = json.loads(path.read_text())
-    assert [stage["cached"] for stage in again["stages"]] == [True] * len(NAMES)
-    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * len(NAMES)
+    assert [stage["cached"] for stage in again["stages"]] == [True] * len(TABLE)
+    assert [stage["cached"] for stage in smoke_run.result["stages"]] == [False] * len(TABLE)
     for field in ("rows", "tokenizer", "seeds", "llm", "command"):
         assert again[field] == smoke_run.result[field]
     assert "cached" in captured.err and "first time" not in captured.err
 
 
+EVERY_ROW = " ".join(ROWS)
+LLM_ROWS = " ".join(ROWS[1:])  # lambdamart reads evidence alone
 DEPENDS = {
-    "rl_temperature": (0.8, "rl evaluate"),
-    "rl_rewards": ({"rank_gain": 1.0}, "rl evaluate"),
+    "rl_temperature": (0.8, "rl rerank_rl rerank_shuffled evaluate"),
+    "rl_rewards": ({"rank_gain": 1.0}, "rl rerank_rl rerank_shuffled evaluate"),
     "eval_draws": (100, "evaluate"),
     "eval_rows": (["rl"], "evaluate"),
-    "sft_learning_rate": (0.1, "sft rl evaluate"),
-    "trace_tries": (3, "traces sft rl evaluate"),
-    "prompt_max_reasoning": (20, "traces sft rl evaluate"),
-    "mid_tokens": (1, "midtrain traces sft rl evaluate"),
-    "llm_random": ({"hidden_size": 32}, "midtrain traces sft rl evaluate"),
-    "llm_lora_rank": (4, "midtrain traces sft rl evaluate"),
-    "prompt_title_chars": (9, "midtrain traces sft rl evaluate"),
-    "evidence_hidden": (8, "evidence traces sft rl evaluate"),
-    "sid_epochs": (1, "tokenizer midtrain traces sft rl evaluate"),
-    "sid_encoder": ("all-minilm-l6-v2", "embeddings tokenizer midtrain evidence traces sft rl evaluate"),
-    "cand_exclude_seen": (False, "candidates evidence traces sft rl evaluate"),
-    "base_epochs": (1, "candidates evidence traces sft rl evaluate"),
-    "base_model": ("BPR", "candidates evidence traces sft rl evaluate"),
-    "MAX_ITEM_LIST_LENGTH": (10, "candidates evidence traces sft rl evaluate"),
-    "seed": (1, " ".join(name for name in NAMES if name != "embeddings")),
+    "eval_scope": ("all", f"{EVERY_ROW} evaluate"),
+    "sft_learning_rate": (0.1, "sft rl rerank_sft rerank_rl rerank_shuffled evaluate"),
+    "trace_tries": (3, "traces sft rl rerank_sft rerank_rl rerank_shuffled evaluate"),
+    "prompt_max_reasoning": (20, f"traces sft rl {EVERY_ROW} evaluate"),
+    "mid_tokens": (1, f"midtrain traces sft rl {LLM_ROWS} evaluate"),
+    "llm_random": ({"hidden_size": 32}, f"midtrain traces sft rl {LLM_ROWS} evaluate"),
+    "llm_lora_rank": (4, f"midtrain traces sft rl {LLM_ROWS} evaluate"),
+    "prompt_title_chars": (9, f"midtrain traces sft rl {EVERY_ROW} evaluate"),
+    "evidence_hidden": (8, f"evidence traces sft rl {EVERY_ROW} evaluate"),
+    "sid_epochs": (1, f"tokenizer midtrain traces sft rl {EVERY_ROW} evaluate"),
+    "sid_encoder": ("all-minilm-l6-v2", f"embeddings tokenizer midtrain evidence traces sft rl {EVERY_ROW} evaluate"),
+    "cand_exclude_seen": (False, f"candidates evidence traces sft rl {EVERY_ROW} evaluate"),
+    "base_epochs": (1, f"candidates evidence traces sft rl {EVERY_ROW} evaluate"),
+    "base_model": ("BPR", f"candidates evidence traces sft rl {EVERY_ROW} evaluate"),
+    "MAX_ITEM_LIST_LENGTH": (10, f"candidates evidence traces sft rl {EVERY_ROW} evaluate"),
+    "seed": (1, " ".join(TABLE[1:])),
 }
 
 
@@ -146,31 +152,34 @@ def stage_folder(tmp_path: Path, stage: str) -> Path:
     return folder
 
 
-def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, tmp_path, capsys):
+@pytest.mark.parametrize(("stage", "names"), [
+    ("rerank_shuffled", {"rankings.jsonl"}), ("evaluate", {"rows.json", "per_user.csv"}),
+])  # fmt: skip
+def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, tmp_path, capsys, stage, names):
     argv = copied(smoke_run, tmp_path)
-    folder = stage_folder(tmp_path, "evaluate")
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".jsonl", ".csv")]
-    before = {file.name: file.read_text() for file in files if file.name != "manifest.json"}
-    assert len(before) >= 5
-    for file in files:
-        file.unlink()
+    folder = stage_folder(tmp_path, stage)
+    before = {name: (folder / name).read_text() for name in names}
+    assert {path.name for path in folder.iterdir()} == {*names, "manifest.json", ".lock"}
+    for name in (*names, "manifest.json"):
+        (folder / name).unlink()
     assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100", "--dry_run"]) == 0
     assert "resume  stopped before it was finished" in capsys.readouterr().err
     assert main([*argv, "--eval_batch_lists=7", "--eval_batch_size=100"]) == 0
     result = json.loads(Path(capsys.readouterr().out.splitlines()[-1]).read_text())
-    assert [stage["cached"] for stage in result["stages"]] == [True] * (len(NAMES) - 1) + [False]
-    assert {name: (folder / name).read_text() for name in before} == before
+    assert [entry["stage"] for entry in result["stages"] if not entry["cached"]] == [stage]
+    assert {name: (folder / name).read_text() for name in names} == before
     assert result["rows"] == smoke_run.result["rows"]
 
 
 def test_from_stage_force_and_stages(smoke_run, data):
     plan = planned(smoke_run, data, {"from_stage": "sft"})
-    assert actions(plan) == {name: "run" if name in ("sft", "rl", "evaluate") else "cached" for name in NAMES}
+    again = DEPENDS["sft_learning_rate"][1].split()
+    assert actions(plan) == {name: "run" if name in again else "cached" for name in TABLE}
     assert plan["sft"].why == "asked for"
     assert set(actions(planned(smoke_run, data, {"force": True})).values()) == {"run"}
     assert list(planned(smoke_run, data, {"stages": ["tokenizer"]})) == ["embeddings", "tokenizer"]
     assert list(planned(smoke_run, data, {"stages": ["traces"]})) == list(NAMES[:6])
-    assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == list(NAMES)
+    assert list(planned(smoke_run, data, {"stages": ["evaluate"]})) == TABLE
     for wrong in ({"stages": ["evaluation"]}, {"from_stage": "evaluation"}):
         with pytest.raises(ConfigurationError, match="no stage named 'evaluation'"):
             planned(smoke_run, data, wrong)
@@ -202,7 +211,7 @@ def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch)
     for text in ("system: S\nuser: U\n", "system: S\nuser: V\n"):
         prompt.write_text(text)
         keys.append(planned(smoke_run, data, prompt_template=str(prompt)))
-    for name in NAMES:
+    for name in TABLE:
         same = name in ("embeddings", "candidates", "tokenizer", "evidence")
         assert (keys[0][name].key == keys[1][name].key) == same, name
     lists = tmp_path / "lists.jsonl"
@@ -270,7 +279,7 @@ def test_result_json_has_the_documented_fields(smoke_run):
     assert (result["preset"], result["seeds"]) == ("smoke", [2020])
     assert result["command"].split()[1:] == smoke_run.argv
     assert 0.99 <= result["tokenizer"]["uniqueness"] <= 1.0
-    assert [stage["stage"] for stage in result["stages"]] == list(NAMES)
+    assert [stage["stage"] for stage in result["stages"]] == TABLE
     for stage in result["stages"]:
         assert set(stage) == {"stage", "key", "seconds", "peak_memory_mb", "cached"}
         assert stage["seconds"] >= 0 and stage["peak_memory_mb"] > 100 and len(stage["key"]) == 12
@@ -405,7 +414,7 @@ def test_recbole_is_met_at_the_doors_only():
 
 def test_every_stage_has_a_file():
     files = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
-    assert files == {stage.code or stage.name for stage in (*STAGES, BASELINE, *BASELINES.values())}
+    assert files == {stage.code or stage.name for stage in (*STAGES, BASELINE, *BASELINES.values(), RERANK)}
     for number, stage in enumerate(STAGES):
         assert set(stage.needs) <= set(NAMES[:number])
 

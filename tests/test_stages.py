@@ -24,7 +24,7 @@ from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.stages import Context, midtrain, traces
 from recbole_gr2.stages.embeddings import item_text
-from recbole_gr2.stages.evaluate import likelihood_rankings
+from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
 from recbole_gr2.stages.tokenizer import load_items
@@ -602,7 +602,8 @@ KILLS = {
     "rl": "step 4/6",
     "BPR": "BPR epoch 1",
     "Pop": "Pop: ",
-    "evaluate": "  sft: ",
+    **{f"rerank_{row}": f"  {row}: " for row in pipeline.RERANKERS},
+    "evaluate": "hold their target",
 }
 
 
@@ -669,7 +670,7 @@ def killed(tmp_path_factory):
 
 def test_it_was_killed_once_in_every_stage(killed):
     starts, folders = killed
-    assert list(KILLS) == [*pipeline.NAMES[:-1], *TINY["models"], pipeline.NAMES[-1]]
+    assert list(KILLS) == [stage.name for stage in pipeline.stage_table(load_settings(config_dict=TINY))]
     assert [code for code, _ in starts] == [130] * len(KILLS) + [0]
     for (_, said), text in zip(starts, KILLS.values()):
         assert text in said[-1]
@@ -704,7 +705,8 @@ def same_files(one: Path, two: Path) -> int:
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("BPR", ["model/model.safetensors", "test.json"]),
         ("Pop", ["model/model.safetensors", "test.json"]),
-        ("evaluate", ["rows.json", "per_user.csv", "answers-sft.jsonl", "answers-rl.jsonl", "answers-shuffled.jsonl"]),
+        *((f"rerank_{row}", ["rankings.jsonl"]) for row in pipeline.RERANKERS),
+        ("evaluate", ["rows.json", "per_user.csv"]),
     ],
 )  # fmt: skip
 def test_a_killed_run_ends_as_one_that_was_not(uninterrupted, killed, stage, files):
@@ -730,7 +732,6 @@ def test_baselines_have_rows_over_all_users(uninterrupted):
 
 
 def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
-    from recbole_gr2.stages.evaluate import lambdamart_rankings
     from recbole_gr2.stages.evidence import load_facts, load_requests
 
     test = load_requests(smoke, "test", items)[:50]
@@ -742,6 +743,17 @@ def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
     assert [len(table) for table in facts] == [len(r.items) for r in test[::-1]]
     names = json.loads((smoke.folders["evidence"] / "facts.json").read_text())
     assert [row.tolist() for row in facts[0][:, [names.index("rank")]].T] == [list(range(1, len(facts[0]) + 1))]
+
+
+@pytest.mark.parametrize("row", pipeline.RERANKERS)
+def test_rankings_are_those_the_table_is_made_of(smoke, smoke_run, items, row):
+    import pandas as pd
+
+    rankings = load_rankings(smoke_run.stages[f"rerank_{row}"], items)
+    _, in_list = reported_lists(smoke, items)
+    assert all(sorted(rankings[r.request_id]) == sorted(r.items) for r in in_list) and len(rankings) == len(in_list)
+    table = pd.read_csv(smoke_run.stages["evaluate"] / "per_user.csv", dtype={"user": str}).set_index("user")[row]
+    assert {r.user_token: rankings[r.request_id].index(r.target) + 1 for r in in_list} == table.to_dict()
 
 
 def test_checkpoints_were_used(killed):

@@ -11,6 +11,7 @@ from recbole_gr2.console import Console, render_table
 from recbole_gr2.pipeline import Planned
 from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
+from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.store import write_json
 from recbole_gr2.types import StageRecord
 
@@ -90,7 +91,8 @@ def metrics_table(result: dict, scope: str) -> str:
 def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str:
     """report.md."""
     records = {record.stage: record for record, _ in done}
-    evaluate, sids, traces = records["evaluate"].facts, records["tokenizer"].facts, records["traces"].facts
+    sids = records["tokenizer"].facts
+    rankings = {stage.removeprefix(PREFIX): r.facts for stage, r in records.items() if stage.startswith(PREFIX)}
     parts = [
         f"# GR2 on {result['dataset']}",
         f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, "
@@ -111,7 +113,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
          f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}",
          str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
-        for row, facts in evaluate["rankings"].items() if "readable" in facts
+        for row, facts in rankings.items() if "readable" in facts
     ]  # fmt: skip
     if answers:
         header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "lists/s",
@@ -138,17 +140,21 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
             f"The prior took {evidence['steps']} steps, chosen by validation lists; its orders of train lists come "
             f"from fits that did not see them.\n\n```\n{render_table(header, found)}\n```"
         )
-    parts.append(
-        f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
-        f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "
-        f"{traces['grounded']:.1%} cite the item they put first. Rejected for: {traces['rejected_for']}."
-    )
-    rl = records["rl"].facts
-    shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
-             "clip_ratio/high_mean", "entropy")  # fmt: skip
-    rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))] for name in shown if name in rl["last"]]
-    parts.append(f"## RL\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
-                 f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
+    if "traces" in records:
+        traces = records["traces"].facts
+        parts.append(
+            f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
+            f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "
+            f"{traces['grounded']:.1%} cite the item they put first. Rejected for: {traces['rejected_for']}."
+        )
+    if "rl" in records:
+        rl = records["rl"].facts
+        shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
+                 "clip_ratio/high_mean", "entropy")  # fmt: skip
+        rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
+                  for name in shown if name in rl["last"]]  # fmt: skip
+        parts.append(f"## RL\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
+                     f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
     cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]
             for s in result["stages"]]  # fmt: skip
     parts.append(f"## Cost\n\n```\n{render_table(['stage', 'wall time', 'peak memory', 'cached'], cost)}\n```")

@@ -1,69 +1,40 @@
-"""Evaluate: every stage's model re-ranks the test lists, and RecBole's evaluator has the last word.
+"""Evaluate: RecBole's evaluator has the last word on every row.
 
 Rows: base (the base model's own order), oracle (the target first), evidence (the prior alone, which the language model
-starts from), LambdaMART over the same evidence, each stage's model, the RL model on shuffled candidates, which shows
-how far it goes by position, and the baselines. Two scopes: all users, and in_list, the users whose list holds the
-target. With one target a ranking metric depends on the lists that hold it alone, so these are the ones re-ranked.
+starts from), what each re-ranker made of the lists, and the baselines. Two scopes: all users, and in_list, the users
+whose list holds the target. With one target a ranking metric depends on the lists that hold it alone.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import time
-from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
-from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.generator import ONEREC_THINK
-from recbole_gr2.llm.likelihood import continuation_log_likelihood
-from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
+from recbole_gr2.errors import GR2Error
 from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
-from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
-from recbole_gr2.stages.evidence import load_facts, load_requests
-from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
-from recbole_gr2.stages.onerec_think import candidate_scores
-from recbole_gr2.stages.sft import answer_grammar, answer_requests
+from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, reported_lists
 from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.store import write_json, write_lines
-from recbole_gr2.types import Item, Request
+from recbole_gr2.store import write_json
+from recbole_gr2.types import Request
 
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
 OWN = "the base model's own scores"
-MODELS = ("lambdamart", "midtrain", "sft", "rl", "shuffled")
-Rankings = dict[str, tuple[int, ...]]
 
 
 def run(context: Context) -> dict:
-    """Writes rows.json, per_user.csv and answers-<row>.jsonl.
+    """Writes rows.json and per_user.csv.
 
     Raises:
         GR2Error: an invariant does not hold.
     """
-    settings, data = context.settings, context.data
-    unknown = set(settings["eval_rows"]) - set(MODELS)
-    if unknown or settings["eval_scope"] not in ("in_list", "all"):
-        raise ConfigurationError(
-            f"eval_rows {settings['eval_rows']}, eval_scope {settings['eval_scope']}",
-            do=f"choose rows from {', '.join(MODELS)} and scope in_list or all",
-        )
-    items = load_items(context.folders["tokenizer"], data.items)
-    requests = load_requests(context, "test", items)
-    limit = settings["eval_max_lists"]
-    if limit is not None and limit < len(requests):
-        requests = random.Random(derive_seed(settings["seed"], "test lists")).sample(requests, limit)
-    in_list = [r for r in requests if r.target_rank]
-    scored = in_list if settings["eval_scope"] == "in_list" else requests
-    facts: dict = {"lists": len(requests), "in_list": len(in_list), "rankings": {}}
-
+    requests, in_list = reported_lists(context, load_items(context.folders["tokenizer"], context.data.items))
+    context.say(f"{len(in_list):,} of {len(requests):,} lists hold their target")
     rankings: dict[str, Rankings] = {
         "base": {r.request_id: r.items for r in requests},
         "oracle": {r.request_id: promote(r.items, r.target) for r in in_list},
@@ -71,88 +42,15 @@ def run(context: Context) -> dict:
     by_prior = {r.request_id: r.by_prior for r in requests}
     if by_prior != rankings["base"]:
         rankings["evidence"] = by_prior
-    for row in (*settings["eval_rows"], *(row for name, row in ONEREC_THINK.items() if name in context.folders)):
-        if row == "lambdamart" and not context.inputs["evidence"].facts["facts"]:
-            context.say("no evidence, so no lambdamart row")
-            continue
-        started = time.monotonic()
-        rankings[row], how = _rank(context, row, items, scored)
-        seconds = time.monotonic() - started
-        unchanged = float(np.mean([rankings[row][r.request_id] == r.items for r in scored]))
-        as_evidence = float(np.mean([rankings[row][r.request_id] == by_prior[r.request_id] for r in scored]))
-        facts["rankings"][row] = {
-            **how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
-            "lists_per_second": round(len(scored) / seconds, 2),
-        }  # fmt: skip
-        context.say(f"{row}: {len(scored):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
-    facts["rows"] = _metrics(context, requests, in_list, rankings)
-    write_json(context.folder / "rows.json", facts["rows"])
+    if "lambdamart" in context.settings["eval_rows"] and PREFIX + "lambdamart" not in context.folders:
+        context.say("no evidence, so no lambdamart row")
+    for stage, folder in context.folders.items():
+        if stage.startswith(PREFIX):
+            rankings[stage.removeprefix(PREFIX)] = load_rankings(folder, context.data.items)
+    rows = _metrics(context, requests, in_list, rankings)
+    write_json(context.folder / "rows.json", rows)
     _write_per_user(context, in_list, rankings)
-    return facts
-
-
-def _rank(context: Context, row: str, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
-    """One model's rankings of these requests, and what is known of how they came about."""
-    settings = context.settings
-    if row == "midtrain":
-        return likelihood_rankings(context, items, requests), {}
-    if row in ONEREC_THINK.values():
-        scores = candidate_scores(context, items, requests, row)
-        return {r.request_id: by_score(r, own) for r, own in zip(requests, scores, strict=True)}, {}
-    if row == "lambdamart":
-        return lambdamart_rankings(context, items, requests)
-    model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
-    orders = None
-    if row == "shuffled":
-        orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") for r in requests}
-    answers, _ = answer_requests(
-        model, tokenizer, PromptMaker.of(settings, items), answer_grammar(tokenizer, settings), requests,
-        bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
-    )  # fmt: skip
-    write_lines(
-        context.folder / f"answers-{row}.jsonl",
-        ({"request_id": a.request_id, "ranking": [items[i - 1].token for i in a.ranking], "status": a.status,
-          "reasoning": a.reasoning, "output_tokens": a.output_tokens} for a in answers),
-    )  # fmt: skip
-    statuses = Counter(answer.status for answer in answers)
-    readable = 1.0 - statuses["unreadable"] / len(answers)
-    tokens = float(np.mean([answer.output_tokens for answer in answers]))
-    promoted = Counter(r.items.index(a.ranking[0]) + 1 for r, a in zip(requests, answers, strict=True))
-    return {a.request_id: a.ranking for a in answers}, {
-        "readable": readable, "statuses": dict(statuses), "output_tokens": round(tokens, 1),
-        "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
-    }  # fmt: skip
-
-
-def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
-    """Candidates by LambdaMART over the evidence that GR2 has, fitted to the train lists that GR2 learns from."""
-    lists = {}
-    for split in ("train", "valid"):
-        held = [r for r in load_requests(context, split, items) if r.target_rank]
-        lists[split] = load_facts(context, split, held), [r.target_rank - 1 for r in held]
-    scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
-                               seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
-    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}
-
-
-def by_score(request: Request, scores: Sequence[float]) -> tuple[int, ...]:
-    """Candidates by descending score, ties in base order."""
-    return tuple(item for _, item in sorted(zip(scores, request.items, strict=True), key=lambda pair: -pair[0]))
-
-
-def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> Rankings:
-    """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
-    settings = context.settings
-    model, tokenizer = load_stage_model(context, "midtrain")
-    sids = {i.item_id: tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"] for i in items}
-    begin = sids[items[0].item_id][:1]
-    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) + begin for r in requests]
-    scores = continuation_log_likelihood(
-        model, prompts, [[sids[i][1:-1] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
-        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
-        trie=code_choices(settings, tokenizer, items),
-    )  # fmt: skip
-    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
+    return {"lists": len(requests), "in_list": len(in_list), "rows": rows}
 
 
 def _metrics(

@@ -1,0 +1,142 @@
+"""Rerank: one re-ranker orders the test lists, for a row of the table.
+
+`rerank_sft`, `rerank_rl`: the stage's model answers. `rerank_shuffled`: the RL model on shuffled candidates, which
+shows how far it goes by position. `rerank_midtrain`, `rerank_onerec_think`: by the likelihood of the candidates'
+semantic IDs. `rerank_lambdamart`: LightGBM over the same evidence.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.generator import ONEREC_THINK
+from recbole_gr2.llm.likelihood import continuation_log_likelihood
+from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
+from recbole_gr2.rerankers.lambdamart import lambdamart
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.stages import Context
+from recbole_gr2.stages.evidence import load_facts, load_requests
+from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
+from recbole_gr2.stages.onerec_think import candidate_scores
+from recbole_gr2.stages.sft import answer_grammar, answer_requests
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.store import read_lines, write_lines
+from recbole_gr2.types import Item, Request
+
+PREFIX = "rerank_"  # of the stages' names, in front of the row's
+Rankings = dict[str, tuple[int, ...]]
+
+
+def run(context: Context) -> dict:
+    """Writes rankings.jsonl for the row that the stage is named after; with a language model's answers, their text.
+
+    Raises:
+        ConfigurationError: an unknown scope.
+    """
+    settings, row = context.settings, context.stage.removeprefix(PREFIX)
+    if settings["eval_scope"] not in ("in_list", "all"):
+        raise ConfigurationError(f"there is no scope {settings['eval_scope']!r}", where="eval_scope",
+                                 do="choose in_list or all")  # fmt: skip
+    items = load_items(context.folders["tokenizer"], context.data.items)
+    requests, in_list = reported_lists(context, items)
+    requests = in_list if settings["eval_scope"] == "in_list" else requests
+    details: dict[str, dict] = {}
+    how: dict = {}
+    started = time.monotonic()
+    if row == "lambdamart":
+        rankings, how = lambdamart_rankings(context, items, requests)
+    elif row == "midtrain":
+        rankings = likelihood_rankings(context, items, requests)
+    elif row in ONEREC_THINK.values():
+        scores = candidate_scores(context, items, requests, row)
+        rankings = {r.request_id: by_score(r, own) for r, own in zip(requests, scores, strict=True)}
+    else:
+        rankings, how, details = answered_rankings(context, items, requests, row)
+    seconds = time.monotonic() - started
+    write_lines(context.folder / "rankings.jsonl", (
+        {"request_id": name, "ranking": [items[i - 1].token for i in ranking], **details.get(name, {})}
+        for name, ranking in rankings.items()
+    ))  # fmt: skip
+    unchanged = float(np.mean([rankings[r.request_id] == r.items for r in requests]))
+    as_evidence = float(np.mean([rankings[r.request_id] == r.by_prior for r in requests]))
+    context.say(f"{row}: {len(requests):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
+    return {**how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
+            "lists_per_second": round(len(requests) / seconds, 2)}  # fmt: skip
+
+
+def reported_lists(context: Context, items: Sequence[Item]) -> tuple[list[Request], list[Request]]:
+    """The test lists that the run reports over, and those of them that hold their target."""
+    requests, limit = load_requests(context, "test", items), context.settings["eval_max_lists"]
+    if limit is not None and limit < len(requests):
+        requests = random.Random(derive_seed(context.settings["seed"], "test lists")).sample(requests, limit)
+    return requests, [r for r in requests if r.target_rank]
+
+
+def load_rankings(folder: Path, items: Sequence[Item]) -> Rankings:
+    """Rankings that a rerank stage wrote, as item ids."""
+    ids = {item.token: item.item_id for item in items}
+    return {line["request_id"]: tuple(ids[token] for token in line["ranking"])
+            for line in read_lines(folder / "rankings.jsonl")}  # fmt: skip
+
+
+def answered_rankings(context: Context, items: Sequence[Item], requests: list[Request], row: str
+                      ) -> tuple[Rankings, dict, dict[str, dict]]:  # fmt: skip
+    """A language model's answers: their rankings, facts about them all, and each one's details by request."""
+    settings = context.settings
+    model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
+    orders = None
+    if row == "shuffled":
+        orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") for r in requests}
+    answers, _ = answer_requests(
+        model, tokenizer, PromptMaker.of(settings, items), answer_grammar(tokenizer, settings), requests,
+        bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
+    )  # fmt: skip
+    statuses = Counter(answer.status for answer in answers)
+    promoted = Counter(r.items.index(a.ranking[0]) + 1 for r, a in zip(requests, answers, strict=True))
+    facts = {
+        "readable": 1.0 - statuses["unreadable"] / len(answers), "statuses": dict(statuses),
+        "output_tokens": round(float(np.mean([answer.output_tokens for answer in answers])), 1),
+        "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
+    }  # fmt: skip
+    details = {a.request_id: {"status": a.status, "reasoning": a.reasoning, "output_tokens": a.output_tokens}
+               for a in answers}  # fmt: skip
+    return {a.request_id: a.ranking for a in answers}, facts, details
+
+
+def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
+    """Candidates by LambdaMART over the evidence that GR2 has, fitted to the train lists that GR2 learns from."""
+    lists = {}
+    for split in ("train", "valid"):
+        held = [r for r in load_requests(context, split, items) if r.target_rank]
+        lists[split] = load_facts(context, split, held), [r.target_rank - 1 for r in held]
+    scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
+                               seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
+    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}
+
+
+def by_score(request: Request, scores: Sequence[float]) -> tuple[int, ...]:
+    """Candidates by descending score, ties in base order."""
+    return tuple(item for _, item in sorted(zip(scores, request.items, strict=True), key=lambda pair: -pair[0]))
+
+
+def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> Rankings:
+    """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
+    settings = context.settings
+    model, tokenizer = load_stage_model(context, "midtrain")
+    sids = {i.item_id: tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"] for i in items}
+    begin = sids[items[0].item_id][:1]
+    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) + begin for r in requests]
+    scores = continuation_log_likelihood(
+        model, prompts, [[sids[i][1:-1] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
+        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
+        trie=code_choices(settings, tokenizer, items),
+    )  # fmt: skip
+    return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
