@@ -41,10 +41,10 @@ def gpt2():
 
 
 def mistral():
-    """A sliding window shorter than a prompt: its cache drops what is behind the window."""
+    """A sliding window as long as the longest prompt and its SID."""
     return MistralForCausalLM(MistralConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        sliding_window=4, **SIZES,
+        sliding_window=13, **SIZES,
     ))  # fmt: skip
 
 
@@ -250,9 +250,10 @@ def test_a_model_that_forbids_every_code_still_gives_valid_sids(trie):
     def silent(input_ids, **kwargs):
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
         logits[..., TOKENS.flatten()] = -torch.inf
-        return SimpleNamespace(logits=logits, past_key_values=SimpleNamespace(reorder_cache=lambda rows: None))
+        return SimpleNamespace(logits=logits)
 
-    silent.device, silent.training = torch.device("cpu"), False
+    silent.device, silent.dtype, silent.training = torch.device("cpu"), torch.float32, False
+    silent.config = SimpleNamespace()
     silent.eval = silent.train = lambda *mode: silent
     found = search(silent, trie, beams=9)
     assert found.leaves.shape == (5, 9) and (found.log_probs == -math.inf).all()
@@ -293,6 +294,8 @@ def test_what_cannot_be_searched_is_refused(model, trie):
         search(model, trie, beams=0)
     with pytest.raises(ConfigurationError, match="0 prompts a batch"):
         search(model, trie, batch_size=0)
+    with pytest.raises(ConfigurationError, match="have 14 tokens, and the model sees the last 13"):
+        search(untaught(mistral), trie, [[2] * 10])
     assert search(model, trie, []).leaves.shape == (0, 7)
 
 

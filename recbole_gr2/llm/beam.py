@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.rollout import evaluating, left_pad, positions
@@ -204,11 +204,12 @@ def beam_items(
         prompt_ids: token ids of each prompt without `<|sid_begin|>`, none empty.
         beams: width of the search, at least 1.
         constrained: as the model was trained, `mid_constrained`.
-        batch_size: prompts read together, each once; the key-value cache then grows to batch_size * beams sequences.
+        batch_size: prompts read together, each once, and the beams of each behind it.
         bf16: run the model under bfloat16 autocast.
 
     Raises:
-        ConfigurationError: an empty prompt, or `beams` or `batch_size` below 1.
+        ConfigurationError: an empty prompt, one that does not fit the model's sliding window, or `beams` or
+            `batch_size` below 1.
     """
     if min(beams, batch_size) < 1 or not all(prompt_ids):
         raise ConfigurationError(
@@ -217,6 +218,14 @@ def beam_items(
             why="it needs at least one beam and one prompt a batch, and a prompt at least one token",
             do="raise the number that is 0, or leave out users without a history",
         )
+    longest = max(map(len, prompt_ids), default=0) + 1 + trie.levels
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and longest > window:
+        raise ConfigurationError(
+            f"a prompt and its SID have {longest} tokens, and the model sees the last {window}", where="llm",
+            why="beams are read side by side behind their prompt, which has to be in sight of them all",
+            do="take shorter histories (mid_max_length, prompt_history) or a model without a sliding window",
+        )  # fmt: skip
     width = min(beams, trie.nodes(trie.levels))
     found = Beams(torch.empty(len(prompt_ids), width, dtype=torch.long), torch.empty(len(prompt_ids), width))
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
@@ -298,21 +307,32 @@ def search(
 
 def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int, constrained: bool
             ) -> Beams:  # fmt: skip
-    """`search` of one batch with a decoder-only language model."""
-    tokens, mask = left_pad([[*prompt, trie.begin_id] for prompt in prompts], pad_id, model.device)
-    cache = None
+    """`search` of one batch with a decoder-only language model.
 
-    def read(tokens: torch.Tensor) -> torch.Tensor:
-        nonlocal cache
-        output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1,
-                       position_ids=positions(mask)[:, -tokens.size(1) :])  # fmt: skip
-        cache = output.past_key_values
-        return output.logits[:, -1]
+    The beams of a prompt are read side by side in one sequence behind it, each seeing the prompt and its own codes: the
+    cache holds a prompt once, and no beam that goes on takes a copy along.
+    """
+    ids, mask = left_pad([[*prompt, trie.begin_id] for prompt in prompts], pad_id, model.device)
+    cache = DynamicCache()
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache,
+                   use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    place = mask.sum(dim=1, keepdim=True)  # (B, 1), of the next token
+    prompt, seen = torch.arange(len(ids), device=ids.device), mask.bool()  # of each row: its prompt, its cache entries
 
     def step(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        nonlocal mask
-        cache.reorder_cache(rows)
-        mask = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
-        return read(tokens)
+        nonlocal place, prompt, seen
+        prompt, seen = prompt[rows], seen[rows]
+        column = torch.arange(len(rows), device=rows.device) - torch.searchsorted(prompt, prompt)
+        width, before = int(column.max()) + 1, seen.size(1)
+        ids = tokens.new_full((len(place), width), pad_id)
+        ids[prompt, column] = tokens.squeeze(1)
+        sees = torch.eye(before + width, dtype=torch.bool, device=rows.device)[before:].repeat(len(place), 1, 1)
+        sees[prompt, column, :before] = seen
+        hidden = torch.zeros(sees.shape, dtype=model.dtype, device=rows.device)
+        hidden = hidden.masked_fill(~sees, torch.finfo(model.dtype).min).unsqueeze(1)
+        logits = model(input_ids=ids, attention_mask=hidden, position_ids=place.expand(-1, width),
+                       past_key_values=cache, use_cache=True).logits  # fmt: skip
+        place, seen = place + 1, sees[prompt, column]
+        return logits[prompt, column]
 
-    return search(read(tokens), step, trie, beams, constrained=constrained)
+    return search(logits, step, trie, beams, constrained=constrained)
