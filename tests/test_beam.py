@@ -296,6 +296,8 @@ def test_what_cannot_be_searched_is_refused(model, trie):
         search(model, trie, batch_size=0)
     with pytest.raises(ConfigurationError, match="have 14 tokens, and the model sees the last 13"):
         search(untaught(mistral), trie, [[2] * 10])
+    with pytest.raises(ConfigurationError, match="have 14 tokens, and the model sees the last 13"):
+        continuation_log_likelihood(untaught(mistral), [[2] * 11], [[[2, 3, 4]]], pad_id=PAD)
     assert search(model, trie, []).leaves.shape == (0, 7)
 
 

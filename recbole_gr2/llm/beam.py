@@ -15,10 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.llm.rollout import evaluating, left_pad, positions
+from recbole_gr2.llm.rollout import BAR, attention_bias, check_window, evaluating, left_pad, positions
 from recbole_gr2.sid.tokens import SID_BEGIN, code_tokens
 
 # Score of an item that no beam names: finite, because -inf is what a row's masked items have, and the same in float32.
@@ -218,20 +219,13 @@ def beam_items(
             why="it needs at least one beam and one prompt a batch, and a prompt at least one token",
             do="raise the number that is 0, or leave out users without a history",
         )
-    longest = max(map(len, prompt_ids), default=0) + 1 + trie.levels
-    window = getattr(model.config, "sliding_window", None)
-    if window is not None and longest > window:
-        raise ConfigurationError(
-            f"a prompt and its SID have {longest} tokens, and the model sees the last {window}", where="llm",
-            why="beams are read side by side behind their prompt, which has to be in sight of them all",
-            do="take shorter histories (mid_max_length, prompt_history) or a model without a sliding window",
-        )  # fmt: skip
+    check_window(model, max(map(len, prompt_ids), default=0) + 1 + trie.levels)
     width = min(beams, trie.nodes(trie.levels))
     found = Beams(torch.empty(len(prompt_ids), width, dtype=torch.long), torch.empty(len(prompt_ids), width))
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
     trie = trie.to(model.device)
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(by_length), batch_size):
+        for start in tqdm(range(0, len(by_length), batch_size), desc="beam search", **BAR):
             chunk = by_length[start : start + batch_size]
             leaves, log_probs = _search(model, [prompt_ids[i] for i in chunk], trie, beams, pad_id, constrained)
             found.leaves[chunk], found.log_probs[chunk] = leaves.cpu(), log_probs.cpu()
@@ -328,10 +322,8 @@ def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, 
         ids[prompt, column] = tokens.squeeze(1)
         sees = torch.eye(before + width, dtype=torch.bool, device=rows.device)[before:].repeat(len(place), 1, 1)
         sees[prompt, column, :before] = seen
-        hidden = torch.zeros(sees.shape, dtype=model.dtype, device=rows.device)
-        hidden = hidden.masked_fill(~sees, torch.finfo(model.dtype).min).unsqueeze(1)
-        logits = model(input_ids=ids, attention_mask=hidden, position_ids=place.expand(-1, width),
-                       past_key_values=cache, use_cache=True).logits  # fmt: skip
+        logits = model(input_ids=ids, attention_mask=attention_bias(sees, model), use_cache=True,
+                       position_ids=place.expand(-1, width), past_key_values=cache).logits  # fmt: skip
         place, seen = place + 1, sees[prompt, column]
         return logits[prompt, column]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,8 @@ from recbole_gr2.llm.constraint import Grammar, GrammarProcessor
 from recbole_gr2.ranking import complete
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
+
+BAR = {"unit": "batch", "disable": None, "leave": False, "delay": 5}  # on a terminal, for what takes longer than 5 s
 
 
 def generate_rankings(
@@ -56,7 +59,7 @@ def generate_rankings(
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
     prompts_per_batch = max(1, batch_size // num_generations)
     with evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
-        for start in range(0, len(by_length), prompts_per_batch):
+        for start in tqdm(range(0, len(by_length), prompts_per_batch), desc="answers", **BAR):
             chunk = by_length[start : start + prompts_per_batch]
             prompts, priors = [prompt_ids[i] for i in chunk], [label_priors[i] for i in chunk]
             rows = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
@@ -156,6 +159,31 @@ def prior_tensor(priors: Sequence[Sequence[float]], grammar: Grammar, device: to
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position ids (B, P) that count real tokens, as `generate` does: padding does not shift a prompt."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def attention_bias(sees: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """What transformers adds to attention scores, (B, 1, Q, T), so that each of Q tokens attends to what it sees alone.
+
+    Args:
+        sees: (B, Q, T), which of the T tokens each may attend to. It takes the place of the model's own mask.
+    """
+    bias = torch.zeros(sees.shape, dtype=model.dtype, device=sees.device)
+    return bias.masked_fill(~sees, torch.finfo(model.dtype).min).unsqueeze(1)
+
+
+def check_window(model: PreTrainedModel, longest: int) -> None:
+    """Refuse texts of which a model with a sliding window would not see the beginning: `attention_bias` has no window.
+
+    Raises:
+        ConfigurationError: there is a window, and `longest` tokens are more.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and longest > window:
+        raise ConfigurationError(
+            f"a prompt and what follows have {longest} tokens, and the model sees the last {window}", where="llm",
+            why="continuations are read side by side behind their prompt, which has to be in sight of them all",
+            do="take shorter histories (mid_max_length, prompt_history) or a model without a sliding window",
+        )  # fmt: skip
 
 
 def _generate_batch(
