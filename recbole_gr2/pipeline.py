@@ -68,7 +68,7 @@ STAGES = (
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="evidence", version=2, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
-    Stage(name="traces", version=2, settings=("trace_", "prompt_", "seed"),
+    Stage(name="traces", version=3, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
     Stage(name="sft", version=3, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
@@ -226,7 +226,7 @@ def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
             if ":" in name:
                 hashes[f"{name}.sha"] = _file_hash(_module_file(name.split(":")[0], key))
     find_providers(values.get("evidence_providers", ()))  # an unknown one is told now, not after the stages before it
-    for key in ("cand_file", "mid_general"):
+    for key in ("cand_file", "mid_general", "trace_file"):
         if values.get(key):
             hashes[f"{key}.sha"] = _file_hash(values[key])
     return hashes

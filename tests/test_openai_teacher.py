@@ -2,10 +2,12 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.prompts import PromptMaker, load_template
 from recbole_gr2.teachers.openai_api import OpenAITeacher, read_argument
 from recbole_gr2.types import Candidate, Item, Request
@@ -16,9 +18,9 @@ ITEMS = tuple(Item(item_id=n, token=f"t{n}", title=f"Title {n}", categories="A >
 MAKER = PromptMaker(template=load_template("rerank"), items=ITEMS, history=5, title_chars=40)
 
 
-def request(target: int = 6) -> Request:
+def request(target: int = 6, history: tuple[int, ...] = (1, 2)) -> Request:
     return Request(
-        request_id="train/u", user_token="u", split="train", history=(1, 2), target=target, provider="test",
+        request_id="train/u", user_token="u", split="train", history=history, target=target, provider="test",
         candidates=tuple(Candidate(item_id=i, score=-i, rank=r) for r, i in enumerate((4, 5, 6, 7), start=1)),
     )  # fmt: skip
 
@@ -29,18 +31,28 @@ def endpoint(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "test")
 
     class Handler(BaseHTTPRequestHandler):
-        faults, reply, seen = [], "", []
+        faults, reply, seen, answered = [], "", [], 0
 
         def do_POST(self):
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             Handler.seen.append(asked)
-            status = Handler.faults.pop(0) if Handler.faults else 200
+            fault = Handler.faults.pop(0) if Handler.faults else None
             message = {"role": "assistant", "content": Handler.reply}
             body = json.dumps({
                 "id": "1", "object": "chat.completion", "created": 1, "model": asked["model"],
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
             }).encode()  # fmt: skip
-            self.send_response(status)
+            if fault == "dropped":
+                self.close_connection = True
+                self.connection.shutdown(2)
+                return
+            if fault == "slow":
+                time.sleep(1.5)
+            if fault == "broken":
+                body = body[:30]
+            Handler.answered += fault is None
+            self.send_response(fault if isinstance(fault, int) else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Retry-After", "0")
@@ -58,8 +70,9 @@ def endpoint(monkeypatch):
     server.server_close()
 
 
-def teacher(endpoint) -> OpenAITeacher:
-    return OpenAITeacher(MAKER, model="big", base_url=endpoint.url, concurrency=2, temperature=0.7)
+def teacher(endpoint, **given) -> OpenAITeacher:
+    return OpenAITeacher(MAKER, **{"model": "big", "base_url": endpoint.url, "concurrency": 2, "temperature": 0.7,
+                                   "timeout": 1.0, **given})  # fmt: skip
 
 
 def test_a_reply_becomes_an_argument(endpoint):
@@ -79,10 +92,53 @@ def test_only_a_targeted_prompt_names_the_target(endpoint):
     assert told.ranking == (6, 4, 5, 7)
 
 
-def test_rate_limits_and_server_errors_are_retried(endpoint):
-    endpoint.faults, endpoint.reply = [429, 500], '{"explanation": "x", "recommendations": ["<|B|>"]}'
-    (argument,) = teacher(endpoint).argue([request()], targeted=False, attempt=0)
-    assert argument.ranking[0] == 5 and len(endpoint.seen) == 3
+REPLY = '{"explanation": "x", "recommendations": ["<|B|>"]}'
+SEVERAL = [request(history=(n,)) for n in range(1, 6)]  # five prompts
+
+
+@pytest.mark.parametrize("fault", [408, 429, 500, "dropped", "slow"])
+def test_what_passes_is_tried_again(endpoint, fault):
+    endpoint.faults, endpoint.reply = [fault, fault], REPLY
+    asking = teacher(endpoint)
+    assert [a.ranking[0] for a in asking.argue(SEVERAL, targeted=False, attempt=0)] == [5] * 5
+    assert len(endpoint.seen) == 7 and endpoint.answered == 5
+    assert asking.usage == {"replies": 5, "asked": 5, "prompt_tokens": 500, "completion_tokens": 35}
+
+
+@pytest.mark.parametrize("fault", [400, 401, "broken"])
+def test_what_does_not_pass_ends_the_run_and_nothing_is_asked_twice(endpoint, tmp_path, fault):
+    endpoint.faults, endpoint.reply = [None, None, fault], REPLY
+    file = tmp_path / "gr2" / "replies.jsonl"
+    with pytest.raises(GR2Error, match="the endpoint failed") as stopped:
+        teacher(endpoint, replies=file, concurrency=1).argue(SEVERAL, targeted=False, attempt=0)
+    assert "2 replies are kept" in str(stopped.value) and len(endpoint.seen) <= 4  # at most one under way is finished
+    paid = endpoint.answered
+    again = teacher(endpoint, replies=file)
+    assert len(again.argue(SEVERAL, targeted=False, attempt=0)) == 5
+    assert endpoint.answered == 5 and again.usage["asked"] == 5 - paid and again.usage["prompt_tokens"] == 500
+
+
+def test_replies_outlive_a_killed_process(endpoint, tmp_path):
+    endpoint.reply, file = REPLY, tmp_path / "replies.jsonl"
+    first = teacher(endpoint, replies=file).argue(SEVERAL, targeted=False, attempt=0)
+    whole = file.read_text()
+    file.write_text(whole[:-20])  # the last line was being written
+    endpoint.reply = '{"explanation": "y", "recommendations": ["<|D|>"]}'
+    second = teacher(endpoint, replies=file).argue(SEVERAL, targeted=False, attempt=0)
+    assert len(endpoint.seen) == 6 and sum(a == b for a, b in zip(first, second, strict=True)) == 4
+    assert len(file.read_text().splitlines()) == 5
+    other = [{"attempt": 1}, {"targeted": True}, {"temperature": 0.1}, {"model": "other"}]
+    for number, change in enumerate(other, start=1):  # another question
+        asked = {"targeted": False, "attempt": 0, **{k: v for k, v in change.items() if k in ("attempt", "targeted")}}
+        given = {k: v for k, v in change.items() if k not in asked}
+        teacher(endpoint, replies=file, **given).argue(SEVERAL[:1], **asked)
+        assert len(endpoint.seen) == 6 + number
+
+
+def test_without_a_key(endpoint, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ConfigurationError, match="OPENAI_API_KEY"):
+        teacher(endpoint)
 
 
 @pytest.mark.parametrize("text", ["", "no json", '{"explanation": "x"}', '{"explanation": 3, "recommendations": ["<|A|>"]}',

@@ -17,15 +17,16 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data, ListedBase, evaluate_rows
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
+from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuffled_order
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
+from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context, midtrain, traces
 from recbole_gr2.stages.embeddings import item_text
-from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
+from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.types import Candidate, Item, Request, Trace
@@ -275,9 +276,11 @@ def test_targeted_traces(smoke, items, tmp_path):
     accepted = lines(tmp_path / "accepted.jsonl")
     requests = {r.request_id: r for r in traces.training_requests(smoke, items, None, "x")}
     assert facts["accepted_share"] == 1.0 and facts["accepted"] == len(accepted) == len(requests) > 30
+    tokens = {item.item_id: item.token for item in items}
     for line in accepted:
         request = requests[line["request_id"]]
-        assert line["ranking"][0] == request.target and sorted(line["ranking"]) == sorted(request.items)
+        assert line["ranking"][0] == tokens[request.target]
+        assert sorted(line["ranking"]) == sorted(tokens[item] for item in request.items)
         assert line["mode"] == "targeted" and line["teacher"] == "rules" and line["reasoning"]
     assert facts["grounded"] == 1.0 and not lines(tmp_path / "rejected.jsonl")
 
@@ -285,7 +288,7 @@ def test_targeted_traces(smoke, items, tmp_path):
 def test_rejected_traces_are_kept_with_their_reasons(smoke, items, tmp_path):
     facts = traces.run(other(smoke, tmp_path, trace_mode="rejection", trace_tries=4, trace_min_accepted=0.0))
     accepted, rejected = lines(tmp_path / "accepted.jsonl"), lines(tmp_path / "rejected.jsonl")
-    targets = {r.request_id: r.target for r in traces.training_requests(smoke, items, None, "x")}
+    targets = {r.request_id: items[r.target - 1].token for r in traces.training_requests(smoke, items, None, "x")}
     assert accepted and rejected
     assert all(line["ranking"][0] == targets[line["request_id"]] for line in accepted)
     assert all(line["ranking"][0] != targets[line["request_id"]] for line in rejected)
@@ -320,6 +323,43 @@ def test_fewer_lists(smoke, items, tmp_path):
     assert traces.run(other(smoke, tmp_path, trace_max_lists=7))["requests"] == 7
     drawn = traces.training_requests(smoke, items, 7, "traces")
     assert {r.request_id for r in drawn} == {line["request_id"] for line in lines(tmp_path / "accepted.jsonl")}
+
+
+def test_recorded_traces(smoke, items, tmp_path):
+    """The tries of a run, accepted and rejected, say the same again; what no line says is rejected for that."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    whole = traces.run(other(smoke, first, trace_mode="rejection", trace_tries=1, trace_min_accepted=0.0))
+    tries = sorted(lines(first / "rejected.jsonl") + lines(first / "accepted.jsonl"), key=lambda line: line["tries"])
+    file = tmp_path / "said.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in tries))
+    recorded = {"trace_teacher": "recorded", "trace_file": str(file), "trace_mode": "rejection",
+                "trace_min_accepted": 0.0}  # fmt: skip
+    again = traces.run(other(smoke, second, trace_tries=2, **recorded))
+    own = [{**line, "teacher": "rules"} for line in lines(second / "accepted.jsonl")]
+    assert own == lines(first / "accepted.jsonl") and again["rejected_for"].pop("no reasoning") > 0
+    assert again == whole
+    file.write_text(json.dumps({**tries[0], "ranking": ["no such item"]}) + "\n")
+    with pytest.raises(GR2Error, match="record 1 cannot be read: KeyError"):
+        traces.run(other(smoke, second, **recorded))
+    with pytest.raises(MissingFileError, match="gone.jsonl"):
+        traces.run(other(smoke, second, **{**recorded, "trace_file": str(tmp_path / "gone.jsonl")}))
+    with pytest.raises(ConfigurationError, match="the recorded teacher reads a file"):
+        traces.run(other(smoke, second, **{**recorded, "trace_file": None}))
+
+
+def test_grounding_by_hand():
+    items = [Item(item_id=n, token=f"t{n}", title="", sid=(n, 0)) for n in range(1, 8)]
+    request = Request(
+        request_id="r", user_token="u", split="train", history=(1, 2, 3), target=5, provider="",
+        candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate((4, 5), start=1)),
+    )  # fmt: skip
+    said = ["no ID", f"{sid_text((3, 0))} so {sid_text((5, 0))}", f"{sid_text((1, 0))} or {sid_text((7, 0))}"]
+    kept = [Trace(request_id="r", teacher="", mode="", reasoning=text, ranking=(5, 4), accepted=True, reason="")
+            for text in said]  # fmt: skip
+    assert traces.grounding(kept, [request], items, 2) == {"grounded": 1 / 3, "cited": 4, "cited_in_prompt": 0.5}
+    assert traces.grounding(kept, [request], items, 3)["cited_in_prompt"] == 0.75
+    assert traces.grounding(kept[:1], [request], items, 2) == {"grounded": 0.0, "cited": 0, "cited_in_prompt": None}
 
 
 TEACHER = """
@@ -425,7 +465,7 @@ def test_a_training_row_by_hand(student, longest):
 def test_sft_rows_of_the_run_fit(smoke, items, student):
     _, tokenizer = student
     maker, grammar = PromptMaker.of(smoke.settings, items), answer_grammar(tokenizer, smoke.settings)
-    accepted = traces.accepted_traces(smoke)
+    accepted = traces.accepted_traces(smoke, items)
     requests = [r for r in traces.training_requests(smoke, items, None, "sft") if r.request_id in accepted]
     rows = [training_row(maker, r, maker.render(r), accepted[r.request_id], tokenizer, grammar) for r in requests]
     assert len(rows) > 30

@@ -145,7 +145,12 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         parts.append(
             f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
             f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "
-            f"{traces['grounded']:.1%} cite the item they put first. Rejected for: {traces['rejected_for']}."
+            f"{traces['grounded']:.1%} cite the item they put first"
+            + (f", and {traces['cited_in_prompt']:.1%} of {traces['cited']:,} cited IDs stand in the prompt. "
+               if traces["cited"] else ". ") +
+            f"Rejected for: {traces['rejected_for']}."
+            + (f" Endpoint: {traces['usage']}." if traces["usage"] else "")
+            + (f" Cost: {traces['cost']:,.2f}." if traces["cost"] is not None else "")
         )
     if "rl" in records:
         rl = records["rl"].facts

@@ -37,7 +37,7 @@ def run(context: Context) -> dict:
     settings = context.settings
     items = load_items(context.folders["tokenizer"], context.data.items)
     maker = PromptMaker.of(settings, items)
-    traces = accepted_traces(context)
+    traces = accepted_traces(context, items)
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)

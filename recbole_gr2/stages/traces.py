@@ -7,23 +7,27 @@ its argument is kept if its first item is the target, up to `trace_tries` times 
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import RANKING, label_tokens, sid_text
+from recbole_gr2.sid.tokens import RANKING, SID_BEGIN, SID_END, label_tokens, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
-from recbole_gr2.teachers import LocalLLMTeacher, RulesTeacher, Teacher, build_teacher
+from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher, build_teacher
 from recbole_gr2.types import Item, Request, Trace
 
 MODES = ("targeted", "rejection")
+SID = re.escape(SID_BEGIN) + ".*?" + re.escape(SID_END)
 
 
 def run(context: Context) -> dict:
@@ -52,12 +56,14 @@ def run(context: Context) -> dict:
 
         return OpenAITeacher(PromptMaker.of(settings, items), model=settings["trace_endpoint_model"],
                              base_url=settings["trace_endpoint"], concurrency=settings["trace_concurrency"],
-                             temperature=settings["trace_temperature"])  # fmt: skip
+                             temperature=settings["trace_temperature"],
+                             replies=Path(settings["checkpoint_dir"], "gr2", settings["dataset"], "replies.jsonl"))
 
     teacher = build_teacher(settings["trace_teacher"], {
         "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"]),
         "local_llm": local_llm,
         "openai_api": openai_api,
+        "recorded": lambda: RecordedTeacher(settings["trace_file"], items),
     })  # fmt: skip
     accepted, rejected, pending = [], [], requests
     for attempt in range(settings["trace_tries"] if mode == "rejection" else 1):
@@ -77,8 +83,10 @@ def run(context: Context) -> dict:
         context.say(f"try {attempt + 1}: {len(accepted):,} of {len(requests):,} requests have a trace")
         if not pending:
             break
-    write_lines(context.folder / "accepted.jsonl", map(asdict, accepted))
-    write_lines(context.folder / "rejected.jsonl", map(asdict, rejected))
+    for name, traces in (("accepted", accepted), ("rejected", rejected)):  # the recorded teacher reads such lines, too
+        write_lines(context.folder / f"{name}.jsonl", (
+            {**asdict(trace), "ranking": [items[i - 1].token for i in trace.ranking]} for trace in traces
+        ))  # fmt: skip
     share = len(accepted) / len(requests)
     if not accepted or share < settings["trace_min_accepted"]:
         raise GateError(
@@ -92,7 +100,9 @@ def run(context: Context) -> dict:
         "accepted_share": share,
         "tries_mean": sum(t.tries for t in accepted) / len(accepted),
         "rejected_for": dict(Counter(t.reason for t in rejected)),
-        "grounded": grounding(accepted, requests, items),
+        **grounding(accepted, requests, items, settings["prompt_history"]),
+        "usage": getattr(teacher, "usage", {}),
+        "cost": cost(getattr(teacher, "usage", {}), settings["trace_price"]),
     }
 
 
@@ -105,10 +115,32 @@ def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str
     return "" if ranking[0] == request.target else "top-1 is not the target"
 
 
-def grounding(traces: list[Trace], requests: list[Request], items: tuple[Item, ...]) -> float:
-    """Share of accepted traces that cite the semantic ID of the item they put first."""
-    cited = [sid_text(items[t.ranking[0] - 1].sid) in t.reasoning for t in traces]
-    return sum(cited) / max(len(cited), 1)
+def grounding(traces: Sequence[Trace], requests: Sequence[Request], items: Sequence[Item], shown: int) -> dict:
+    """What accepted traces cite: `grounded`, the share that cite the semantic ID of the item they put first; `cited`,
+    how many IDs they cite in all; `cited_in_prompt`, the share of these that the prompt showed (None without any).
+
+    Args:
+        shown: items of the history that a prompt shows, the last ones.
+    """
+    asked = {request.request_id: request for request in requests}
+    picked, found, cited = 0, 0, 0
+    for trace in traces:
+        request = asked[trace.request_id]
+        visible = {sid_text(items[i - 1].sid) for i in (*request.history[-shown:], *request.items)}
+        said = re.findall(SID, trace.reasoning)
+        picked += sid_text(items[trace.ranking[0] - 1].sid) in said
+        found, cited = found + sum(sid in visible for sid in said), cited + len(said)
+    return {"grounded": picked / len(traces), "cited": cited, "cited_in_prompt": found / cited if cited else None}
+
+
+def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:
+    """What an endpoint's tokens cost at prices a million tokens; None without a price.
+
+    >>> cost({"prompt_tokens": 2_000_000, "completion_tokens": 500_000}, {"prompt": 0.1, "completion": 0.4})
+    0.4
+    """
+    paid = [usage[f"{kind}_tokens"] * value / 1e6 for kind, value in price.items() if f"{kind}_tokens" in usage]
+    return sum(paid) if paid else None
 
 
 def training_requests(context: Context, items: tuple[Item, ...], limit: int | None, purpose: str) -> list[Request]:
@@ -119,10 +151,12 @@ def training_requests(context: Context, items: tuple[Item, ...], limit: int | No
     return requests
 
 
-def accepted_traces(context: Context) -> dict[str, Trace]:
+def accepted_traces(context: Context, items: Sequence[Item]) -> dict[str, Trace]:
     """Accepted traces by request id."""
+    ids = {item.token: item.item_id for item in items}
     lines = read_lines(context.folders["traces"] / "accepted.jsonl")
-    return {line["request_id"]: Trace(**{**line, "ranking": tuple(line["ranking"])}) for line in lines}
+    return {line["request_id"]: Trace(**{**line, "ranking": tuple(ids[token] for token in line["ranking"])})
+            for line in lines}  # fmt: skip
 
 
 def _teacher_model(context: Context):

@@ -12,14 +12,16 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.evidence import overlap
 from recbole_gr2.prompts import kind, shorten
-from recbole_gr2.ranking import promote
+from recbole_gr2.ranking import complete, promote
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.store import read_lines
 from recbole_gr2.types import Item, Request
 
 
@@ -32,7 +34,7 @@ class Argument:
 
 
 class Teacher(Protocol):
-    """Anything that argues."""
+    """Anything that argues. One that is paid for counts its tokens in `usage`: prompt_tokens, completion_tokens."""
 
     name: str
 
@@ -142,6 +144,47 @@ class LocalLLMTeacher:
             ranking = promote(request.by_prior, request.target) if targeted else answer.ranking
             arguments.append(Argument(reasoning=answer.reasoning, ranking=ranking))
         return arguments
+
+
+class RecordedTeacher:
+    """Arguments that were written elsewhere: JSON lines with `request_id`, `reasoning` and `ranking` (item tokens).
+
+    The n-th line of a request is its n-th try; candidates that a line does not rank follow in the prior's order. Where
+    there is no line the argument is empty, which is rejected and counted.
+
+    Raises:
+        ConfigurationError: no file is named.
+        MissingFileError: it is not there.
+        GR2Error: a line lacks a field, or ranks an item that is not in the data.
+    """
+
+    name = "recorded"
+
+    def __init__(self, file: str | None, items: Sequence[Item]) -> None:
+        if file is None:
+            raise ConfigurationError("the recorded teacher reads a file", where="trace_file", do="name one")
+        if not Path(file).is_file():
+            raise MissingFileError(f"there is no file {file}", where="trace_file", do="check its path")
+        ids = {item.token: item.item_id for item in items}
+        self.said: dict[str, list[tuple[str, list[int]]]] = {}
+        for number, line in enumerate(read_lines(Path(file)), start=1):
+            try:
+                said = (line["reasoning"], [ids[token] for token in line["ranking"]])
+                self.said.setdefault(line["request_id"], []).append(said)
+            except (KeyError, TypeError) as error:
+                raise GR2Error(
+                    f"record {number} cannot be read: {error!r}", where=file,
+                    do="give request_id, reasoning and ranking, a list of item tokens",
+                ) from error  # fmt: skip
+
+    def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
+        """See `Teacher`."""
+        return [self._argue(request, attempt) for request in requests]
+
+    def _argue(self, request: Request, attempt: int) -> Argument:
+        said = self.said.get(request.request_id, [])
+        reasoning, ranking = said[attempt] if attempt < len(said) else ("", [])
+        return Argument(reasoning=reasoning, ranking=complete(ranking, request.by_prior))
 
 
 def phrases() -> list[str]:

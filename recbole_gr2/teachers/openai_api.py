@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-from recbole_gr2.errors import DependencyError, GR2Error
+from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import complete, promote
+from recbole_gr2.store import read_lines
 from recbole_gr2.teachers import Argument
 from recbole_gr2.types import Prompt, Request
 
@@ -24,52 +29,127 @@ HINT = "The shopper took {label}. Explain why, without saying that you were told
 class OpenAITeacher:
     """Asks an endpoint for an explanation and a ranking as JSON.
 
+    Every reply is on disk before it is used, by a hash of what was asked: a run that was stopped, or one with other
+    settings, asks nothing twice. The key is read from OPENAI_API_KEY by the client, which also retries time-outs, lost
+    connections, rate limits and server errors, each time after a longer wait, or that which the server asks for.
+
     Args:
         model: the endpoint's name of the model.
         base_url: the endpoint, e.g. `http://localhost:8000/v1`; None for the client's default.
         concurrency: requests under way at once.
         temperature: of every try.
-
-    The key is read from OPENAI_API_KEY by the client, which also retries time-outs, rate limits and server errors.
+        replies: the file of replies; None keeps them in memory.
+        timeout: seconds until a request is tried again.
 
     Raises:
         DependencyError: the `openai` package is missing.
+        ConfigurationError: there is no key.
     """
 
     name = "openai_api"
 
-    def __init__(self, maker: PromptMaker, *, model: str, base_url: str | None, concurrency: int, temperature: float):
+    def __init__(self, maker: PromptMaker, *, model: str, base_url: str | None, concurrency: int, temperature: float,
+                 replies: Path | None = None, timeout: float = 120.0) -> None:  # fmt: skip
         try:
-            from openai import OpenAI
+            from openai import OpenAI, OpenAIError
         except ImportError as error:
             raise DependencyError(
                 "the openai_api teacher needs the openai package",
                 where="trace_teacher",
                 do='pip install "recbole-gr2[teacher]"',
             ) from error
-        self.client = OpenAI(base_url=base_url, max_retries=5, timeout=120.0)
+        try:
+            self.client = OpenAI(base_url=base_url, max_retries=5, timeout=timeout)
+        except OpenAIError as error:
+            raise ConfigurationError(
+                str(error), where="trace_teacher", do="set OPENAI_API_KEY; a server of your own takes any word"
+            ) from error
+        self.error = OpenAIError
         self.maker, self.model, self.concurrency, self.temperature = maker, model, concurrency, temperature
+        self.replies = Replies(replies)
+        self.usage = {"replies": 0, "asked": 0, "prompt_tokens": 0, "completion_tokens": 0}
 
     def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
-        """See `Teacher`. An answer that is no such JSON gives an empty argument, which is rejected and counted."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda request: self._ask(request, targeted), requests))
+        """See `Teacher`. An answer that is no such JSON gives an empty argument, which is rejected and counted.
 
-    def _ask(self, request: Request, targeted: bool) -> Argument:
+        Raises:
+            GR2Error: the endpoint still fails after the client's retries. Replies so far are kept.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            return list(pool.map(lambda request: self._ask(request, targeted, attempt), requests))
+        except (self.error, json.JSONDecodeError) as error:
+            raise GR2Error(
+                f"the endpoint failed: {type(error).__name__}: {error}", where=f"trace_endpoint {self.client.base_url}",
+                why=f"{len(self.replies)} replies are kept and will not be asked for again",
+                do="see to the endpoint, then repeat the command",
+            ) from error  # fmt: skip
+        finally:
+            pool.shutdown(cancel_futures=True)  # those under way end, and their replies are kept
+
+    def _ask(self, request: Request, targeted: bool, attempt: int) -> Argument:
         prompt = self.maker.render(request)
         *before, user = prompt.messages
         text = f"{user['content']}\n{FORM}"
         if targeted:
             text += "\n" + HINT.format(label=prompt.labels[prompt.order.index(request.target_rank - 1)])
-        reply = self.client.chat.completions.create(
-            model=self.model, messages=[*before, {**user, "content": text}], temperature=self.temperature
-        )
-        if not reply.choices:
-            raise GR2Error("the endpoint answered without a choice", where=f"request {request.request_id}")
-        argument = read_argument(reply.choices[0].message.content or "", request, prompt)
+        asked = {"model": self.model, "messages": [*before, {**user, "content": text}], "temperature": self.temperature}
+        key = hashlib.sha256(json.dumps([asked, attempt]).encode()).hexdigest()
+        reply, fresh = self.replies.get(key), 0
+        if reply is None:
+            reply, fresh = self._fetch(asked, request), 1
+            self.replies.add(key, reply)
+        with self.replies.lock:
+            self.usage["replies"] += 1
+            self.usage["asked"] += fresh
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self.usage[kind] += reply[kind]
+        argument = read_argument(reply["text"], request, prompt)
         if targeted:
             return Argument(reasoning=argument.reasoning, ranking=promote(argument.ranking, request.target))
         return argument
+
+    def _fetch(self, asked: Mapping[str, Any], request: Request) -> dict:
+        said = self.client.chat.completions.create(**asked)
+        if not said.choices:
+            raise GR2Error("the endpoint answered without a choice", where=f"request {request.request_id}")
+        usage = said.usage
+        return {
+            "text": said.choices[0].message.content or "",
+            "prompt_tokens": usage.prompt_tokens if usage else 0,
+            "completion_tokens": usage.completion_tokens if usage else 0,
+        }
+
+
+class Replies:
+    """An endpoint's replies by key, in memory and as lines of a file. Several threads may add."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.known, self.lock = file, {}, threading.Lock()
+        if file is None or not file.is_file():
+            return
+        whole = file.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):  # a line that was being written when the process was killed
+            with open(file, "r+b") as handle:
+                handle.truncate(end)
+        self.known = {line.pop("key"): line for line in read_lines(file)}
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def get(self, key: str) -> dict | None:
+        """The reply, or None."""
+        return self.known.get(key)
+
+    def add(self, key: str, reply: Mapping[str, Any]) -> None:
+        """Keep a reply."""
+        with self.lock:
+            self.known[key] = dict(reply)
+            if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "a", encoding="utf-8") as handle:
+                    handle.write(json.dumps({"key": key, **reply}) + "\n")
 
 
 def read_argument(text: str, request: Request, prompt: Prompt) -> Argument:
