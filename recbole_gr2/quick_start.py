@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from_stage=options.from_stage,
             force=options.force,
             ablation=options.ablation,
+            show_prompt=options.show_prompt,
             dry_run=options.dry_run,
             command=" ".join(["run_recbole_gr2.py", *argv]),
         )
@@ -81,6 +82,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--from_stage", metavar="A", help="run this stage and what depends on it again")
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument("--ablation", metavar="NAME", help="a table of variants: tokenizer, or a YAML file of your own")
+    parser.add_argument("--show_prompt", nargs="?", const="", metavar="REQUEST",
+                        help="print the prompt of a train list, the first by default, and stop; loads no model")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     options, rest = parser.parse_known_args(argv)
     # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.
@@ -121,12 +124,14 @@ def run(
     from_stage: str | None = None,
     force: bool = False,
     ablation: str | None = None,
+    show_prompt: str | None = None,
     dry_run: bool = False,
     command: str = "recbole_gr2.quick_start.run()",
 ) -> Path | None:
     """Plan and run; returns the path of `result.json`, or None if the evaluate stage was not asked for.
 
-    With `ablation`, a name or a file, it is variants of the run that are planned and run (`recbole_gr2.ablation`).
+    With `ablation`, a name or a file, it is variants of the run that are planned and run (`recbole_gr2.ablation`). With
+    `show_prompt`, a request id or "" for the first train list, its prompt is printed and nothing is run.
 
     Raises:
         GR2Error: with what, where, why and do; nothing that is finished is lost.
@@ -158,6 +163,9 @@ def run(
     data = Data(settings)
     console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "
                 f"{sum(map(len, data.sequences.values())):,} interactions")  # fmt: skip
+    if show_prompt is not None:
+        print(prompt_of(settings, data, show_prompt))
+        return None
     planned = pipeline.plan(settings, data, stages=stages, from_stage=from_stage, force=force)
     console.table(["stage", "key", "plan", "why"], [[p.stage.name, p.key, p.action, p.why] for p in planned])
     if dry_run:
@@ -168,6 +176,35 @@ def run(
     from recbole_gr2.report import write_run
 
     return write_run(planned, done, settings, data, command, console)
+
+
+def prompt_of(settings: Mapping[str, Any], data: Any, request_id: str) -> str:
+    """The prompt of a train list that holds its target, the first if `request_id` is "", as the model gets it.
+
+    Raises:
+        ConfigurationError: the stages before it have not run, or there is no such list.
+    """
+    from recbole_gr2 import pipeline
+    from recbole_gr2.prompts import PromptMaker
+    from recbole_gr2.stages import Context
+    from recbole_gr2.stages.tokenizer import load_items
+    from recbole_gr2.stages.traces import training_requests
+
+    planned = pipeline.plan(settings, data, stages=("tokenizer", "evidence"))
+    missing = [entry.stage.name for entry in planned if entry.action != "cached"]
+    if missing:
+        raise ConfigurationError(f"{', '.join(missing)} have not run", where="--show_prompt",
+                                 why="a prompt shows candidates and semantic IDs",
+                                 do="run --stages tokenizer,evidence first")  # fmt: skip
+    folders = {entry.stage.name: entry.folder for entry in planned}
+    context = Context(stage="", settings=settings, data=data, folder=Path(), inputs={}, folders=folders, say=print)
+    items = load_items(folders["tokenizer"], data.items)
+    requests = {request.request_id: request for request in training_requests(context, items, None, "")}
+    if request_id and request_id not in requests:
+        raise ConfigurationError(f"there is no train list {request_id!r} that holds its target", where="--show_prompt",
+                                 do=f"choose from {', '.join(list(requests)[:5])}, ...")  # fmt: skip
+    prompt = PromptMaker.of(settings, items).render(requests[request_id or next(iter(requests))])
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt.messages)
 
 
 def _quiet_libraries() -> None:

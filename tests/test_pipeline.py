@@ -152,6 +152,24 @@ def stage_folder(tmp_path: Path, stage: str) -> Path:
     return folder
 
 
+def test_a_prompt_is_shown_without_a_model(smoke_run, tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    argv = ["--preset", "smoke", "--checkpoint_dir"]
+    assert main([*argv, str(smoke_run.root), "--show_prompt"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("[system]\n") and first.count("<|sid_begin|>") > 10
+    assert [first.count(f"<|{label}|>") for label in "ABCDEFGHIJK"] == [1] * 10 + [0]
+    traced = list(read_lines(smoke_run.stages["traces"] / "accepted.jsonl"))
+    assert main([*argv, str(smoke_run.root), "--show_prompt", traced[3]["request_id"]]) == 0
+    assert capsys.readouterr().out not in ("", first)
+    assert main([*argv, str(smoke_run.root), "--show_prompt", "train/nobody"]) == 2
+    assert "no train list 'train/nobody'" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path), "--show_prompt"]) == 2
+    assert "have not run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("stage", "names"), [
     ("rerank_shuffled", {"rankings.jsonl"}), ("evaluate", {"rows.json", "per_user.csv"}),
 ])  # fmt: skip
