@@ -21,6 +21,7 @@ from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rewards import WeightedRewards
+from recbole_gr2.rewards import named as reward_names
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.tokenizer import tokenizer_config
@@ -220,8 +221,9 @@ def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
     hashes = {}
     if "prompt_template" in values:
         hashes["prompt_template.sha"] = load_template(values["prompt_template"]).sha
-    for key in ("trace_teacher", "evidence_providers"):
-        named = values.get(key) or []
+    own = {**values, "rl_rewards": reward_names(values.get("rl_rewards", {}))}
+    for key in ("trace_teacher", "evidence_providers", "rl_rewards"):
+        named = own.get(key) or []
         for name in [named] if isinstance(named, str) else named:
             if ":" in name:
                 hashes[f"{name}.sha"] = _file_hash(_module_file(name.split(":")[0], key))

@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument("--ablation", metavar="NAME", help="a table of variants: tokenizer, or a YAML file of your own")
     parser.add_argument("--show_prompt", nargs="?", const="", metavar="REQUEST",
-                        help="print the prompt of a train list, the first by default, and stop; loads no model")  # fmt: skip
+                        help="print the prompt of a train list, by default the first, and stop")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     options, rest = parser.parse_known_args(argv)
     # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.

@@ -246,7 +246,7 @@ def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch)
     (tmp_path / "my_facts.py").write_text("def facts(observed): ...  # changed")
     two = planned(smoke_run, data, **providers)
     assert one["evidence"].key != two["evidence"].key and one["midtrain"].key == two["midtrain"].key
-    with pytest.raises(ConfigurationError, match="no evidence provider 'weather'"):
+    with pytest.raises(ConfigurationError, match="there is no 'weather'"):
         planned(smoke_run, data, evidence_providers=["weather"])
     for teacher in ("no_such_package.module:Teacher", "no_such_module:Teacher"):
         with pytest.raises(ConfigurationError, match="no module"):
@@ -364,7 +364,7 @@ def test_nothing_is_pickled(smoke_run):
 
 FLOORS = (
     {"errors", "types"},
-    {"compat", "console", "ranking", "seeding", "store", "text"},
+    {"compat", "console", "extension", "ranking", "seeding", "store", "text"},
     {"config", "requests"},
     {"sid", "evidence"},
     {"prompts", "llm"},

@@ -1,4 +1,4 @@
-"""Rewards: every one against eight kinds of answers, by hand, and the hack that the conditional reward closes."""
+"""Rewards: every one against ten kinds of answers, by hand, and the hack that the conditional reward closes."""
 
 import math
 
@@ -23,20 +23,22 @@ def answer(*ranking: int, status: str = "ok", **counts: int) -> Answer:
     return Answer(request_id="r1", ranking=ranking, status=status, **counts)
 
 
-# The target is item 30, at rank 3 of 4. Columns: rank_gain, format, conditional_format, ndcg, unchanged.
+# The target is item 30, at rank 3 of 4. Columns: rank_gain, auc, ndcg, format, promoted, moved, unchanged.
 ANSWERS = {
-    "empty": (answer(10, 20, 30, 40, status="unreadable", missing=4), 0.0, 0, 0, 1 / 2, 1),
-    "junk": (answer(10, 20, 30, 40, status="unreadable", missing=4, foreign=9), 0.0, 0, 0, 1 / 2, 1),
-    "copy": (answer(10, 20, 30, 40), 0.0, 1, 0, 1 / 2, 1),
-    "reversed": (answer(40, 30, 20, 10), 1 / 4, 1, 1, 1 / math.log2(3), 0),
-    "missing": (answer(30, 10, 20, 40, status="repaired", missing=3), 2 / 4, 0, 0, 1.0, 0),
-    "repeated": (answer(20, 30, 10, 40, status="repaired", missing=1, repeated=1), 1 / 4, 0, 0, 1 / math.log2(3), 0),
-    "foreign": (answer(40, 10, 20, 30, status="repaired", foreign=1), -1 / 4, 0, 0, 1 / math.log2(5), 0),
-    "truncated": (answer(30, 10, 20, 40, status="truncated"), 2 / 4, 0, 0, 1.0, 0),
-    "worse": (answer(10, 20, 40, 30), -1 / 4, 1, 0, 1 / math.log2(5), 0),
-    "perfect": (answer(30, 10, 20, 40), 2 / 4, 1, 1, 1.0, 0),
+    "empty": (answer(10, 20, 30, 40, status="unreadable", missing=4), 0.0, 1 / 3, 1 / 2, 0, 0, 0, 1),
+    "junk": (answer(10, 20, 30, 40, status="unreadable", missing=4, foreign=9), 0.0, 1 / 3, 1 / 2, 0, 0, 0, 1),
+    "copy": (answer(10, 20, 30, 40), 0.0, 1 / 3, 1 / 2, 1, 0, 0, 1),
+    "reversed": (answer(40, 30, 20, 10), 1 / 4, 2 / 3, 1 / math.log2(3), 1, 1, 1, 0),
+    "missing": (answer(30, 10, 20, 40, status="repaired", missing=3), 2 / 4, 1, 1.0, 0, 1, 1, 0),
+    "repeated": (answer(20, 30, 10, 40, status="repaired", repeated=1), 1 / 4, 2 / 3, 1 / math.log2(3), 0, 1, 1, 0),
+    "foreign": (answer(40, 10, 20, 30, status="repaired", foreign=1), -1 / 4, 0, 1 / math.log2(5), 0, 0, 1, 0),
+    "truncated": (answer(30, 10, 20, 40, status="truncated"), 2 / 4, 1, 1.0, 0, 1, 1, 0),
+    "worse": (answer(10, 20, 40, 30), -1 / 4, 0, 1 / math.log2(5), 1, 0, 1, 0),
+    "perfect": (answer(30, 10, 20, 40), 2 / 4, 1, 1.0, 1, 1, 1, 0),
 }
-NAMES = ("rank_gain", "format", "conditional_format", "ndcg", "unchanged")
+NAMES = ("rank_gain", "auc", "ndcg", "format", "promoted", "moved", "unchanged")
+PLAIN = {"rank_gain": 1.0, "format": 0.2}
+CONDITIONAL = {"rank_gain": 1.0, "format": {"weight": 0.2, "only_if": "promoted"}}
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
@@ -50,17 +52,52 @@ def test_the_table_covers_every_reward():
 
 
 def test_a_target_already_first_earns_the_format_by_staying_first():
-    conditional = REWARDS["conditional_format"]
-    assert conditional(request(10), answer(10, 20, 30, 40)) == 1
-    assert conditional(request(10), answer(20, 10, 30, 40)) == 0
-    assert conditional(request(10), answer(10, 20, 30, 40, status="repaired", missing=1)) == 0
+    rewards = WeightedRewards(CONDITIONAL)
+    said = [answer(10, 20, 30, 40), answer(20, 10, 30, 40), answer(10, 20, 30, 40, status="repaired", missing=1)]
+    paid = [rewards.total(rewards.terms(request(10), each)) for each in said]
+    assert paid == pytest.approx([0.2, -0.25, 0.0])
+    assert REWARDS["moved"](request(10), said[0]) == 1  # nothing could be better
 
 
 def test_without_its_target_a_request_has_no_reward():
-    terms = WeightedRewards({"rank_gain": 1, "conditional_format": 0.2}).terms(request(99), answer(10, 20, 30, 40))
-    assert terms == {"rank_gain": None, "format": 1, "conditional_format": None, "ndcg": None, "unchanged": 1}
-    assert WeightedRewards({"rank_gain": 1, "conditional_format": 0.2}).total(terms) is None
-    assert WeightedRewards({"rank_gain": 1, "format": 0.2}).total(terms) == 0.2
+    rewards = WeightedRewards(CONDITIONAL)
+    terms = rewards.terms(request(99), answer(10, 20, 30, 40))
+    assert terms == {**dict.fromkeys(NAMES), "format": 1, "unchanged": 1}
+    assert rewards.total(terms) is None
+    assert WeightedRewards(PLAIN).total(terms) == 0.2
+
+
+def test_conditions_by_hand():
+    """GR2-TR, de-hacked: a valid answer is paid its NDCG and its form, a copy its form alone."""
+    rewards = WeightedRewards({"ndcg": {"weight": 2.0, "only_if": ["format", "moved"]}, "format": 0.2})
+    paid = {kind: rewards.total(rewards.terms(request(), said)) for kind, (said, *_) in ANSWERS.items()}
+    assert paid == pytest.approx({
+        "empty": 0, "junk": 0, "copy": 0.2, "reversed": 2 / math.log2(3) + 0.2, "missing": 0, "repeated": 0,
+        "foreign": 0, "truncated": 0, "worse": 2 / math.log2(5) + 0.2, "perfect": 2.2,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("paid", [
+    {"format": {"only_if": "promoted"}}, {"format": {"weight": 1, "if": "promoted"}}, {"format": True},
+    {"format": {"weight": 1, "only_if": 3}}, {"format": "much"}, {"format": None},
+])  # fmt: skip
+def test_another_form_of_payment_is_refused(paid):
+    with pytest.raises(ConfigurationError, match="format is paid"):
+        WeightedRewards(paid)
+
+
+def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def brief(request, answer):\n    return 1.0 - answer.output_tokens / 10\n\n"
+        "def last_changed(request, answer):\n    return float(answer.ranking[-1] != request.items[-1])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewards = WeightedRewards({"my_rewards:brief": {"weight": 2, "only_if": "my_rewards:last_changed"}})
+    said = [answer(10, 20, 30, 40, output_tokens=5), answer(40, 20, 30, 10, output_tokens=5)]
+    assert [rewards.total(rewards.terms(request(), each)) for each in said] == [0.0, 1.0]
+    for name, message in (("my_rewards:long", "cannot import"), ("no_such_module:x", "cannot import")):
+        with pytest.raises(ConfigurationError, match=message):
+            WeightedRewards({"rank_gain": {"weight": 1, "only_if": name}})
 
 
 @pytest.mark.parametrize(("reasoning", "expected"), [(0, 0), (12, 0), (13, -0.25), (14, -0.5), (16, -1), (20, -1)])
@@ -88,7 +125,7 @@ def earned(rewards: WeightedRewards, policy: str) -> float:
 
 
 def test_the_conditional_reward_orders_the_policies():
-    rewards = WeightedRewards({"rank_gain": 1.0, "conditional_format": 0.2})
+    rewards = WeightedRewards(CONDITIONAL)
     scores = {name: earned(rewards, name) for name in POLICIES}
     # honest: demotes 10 by one (-1/4), promotes 30 by two (1/2 + 0.2), leaves 40 last (0)
     assert scores == pytest.approx({"oracle": 1.25 + 0.6, "honest": 0.45, "copy-cat": 0.2, "junk": 0.0})
@@ -96,7 +133,7 @@ def test_the_conditional_reward_orders_the_policies():
 
 
 def test_the_plain_reward_is_hacked_by_copying():
-    plain, conditional = (WeightedRewards({"rank_gain": 1.0, form: 0.2}) for form in ("format", "conditional_format"))
+    plain, conditional = WeightedRewards(PLAIN), WeightedRewards(CONDITIONAL)
     r, copy = request(30), answer(*ITEMS)
     assert plain.total(plain.terms(r, copy)) == 0.2  # alpha, for nothing
     assert conditional.total(conditional.terms(r, copy)) == 0.0

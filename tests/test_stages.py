@@ -392,7 +392,7 @@ def test_a_teacher_of_the_users_own(smoke, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("nobody", "no teacher 'nobody'"), ("my_missing_module:X", "cannot import"), ("json:Missing", "cannot import")],
+    [("nobody", "there is no 'nobody'"), ("my_missing_module:X", "cannot import"), ("json:Missing", "cannot import")],
 )
 def test_teachers_that_do_not_exist(smoke, tmp_path, name, text):
     with pytest.raises(ConfigurationError, match=text):

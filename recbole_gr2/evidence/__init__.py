@@ -6,13 +6,13 @@ candidate. It sees training interactions and item texts alone; the target of a l
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import GR2Error
+from recbole_gr2.extension import find
 from recbole_gr2.types import Item, Request
 
 RECENT = 10  # items of a history that transitions and texts are compared with; ours
@@ -163,20 +163,7 @@ def find_providers(names: Sequence[str]) -> list[Callable[[Observed], Describe]]
     Raises:
         ConfigurationError: neither.
     """
-    found = []
-    for name in names:
-        if name in PROVIDERS:
-            found.append(PROVIDERS[name])
-            continue
-        module, _, attribute = name.partition(":")
-        try:
-            found.append(getattr(importlib.import_module(module), attribute) if attribute else PROVIDERS[name])
-        except (ImportError, AttributeError, KeyError) as error:
-            raise ConfigurationError(
-                f"there is no evidence provider {name!r}: {error}", where="evidence_providers",
-                do=f"choose from {', '.join(PROVIDERS)}, or module:attribute",
-            ) from error  # fmt: skip
-    return found
+    return [find(name, PROVIDERS, where="evidence_providers") for name in names]
 
 
 def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed

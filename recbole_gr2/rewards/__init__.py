@@ -1,17 +1,23 @@
 """Rewards: plain functions of a request and an answer, and their weighted sum.
 
-A reward returns a number, or None where it does not apply (there is no target to rank). GR2 (arXiv 2602.07774) trains
-on `rank_gain + alpha * conditional_format`; its plain form `rank_gain + alpha * format` pays for copying the input
-order, and policies find that out.
+A reward returns a number, or None where it does not apply (there is no target to rank). What is paid is a weight, or a
+weight and the rewards that have to be above 0 with it:
+
+    {rank_gain: 1.0, format: 0.2}                                                 GR2, plain
+    {rank_gain: 1.0, format: {weight: 0.2, only_if: promoted}}                    GR2, conditional
+    {ndcg: {weight: 1.0, only_if: [format, moved]}, format: 0.2}                  GR2-TR, de-hacked
+
+The plain form (arXiv 2602.07774, section 5) pays for copying the input order, and policies find that out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from typing import Any
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.extension import find
 from recbole_gr2.types import Answer, Request
 
 Reward = Callable[[Request, Answer], float | None]
@@ -29,12 +35,25 @@ def format(request: Request, answer: Answer) -> float:  # noqa: A001 (the paper'
     return float(answer.status == "ok")
 
 
-def conditional_format(request: Request, answer: Answer) -> float | None:
-    """`format`, paid only if the target moved up or was first and stayed first. GR2's conditional reward."""
+def promoted(request: Request, answer: Answer) -> float | None:
+    """1 if the target moved up, or was first and stayed first, else 0. The condition of GR2's conditional reward."""
     if request.target_rank is None:
         return None
-    earned = _rank(request, answer) < request.target_rank or request.target_rank == _rank(request, answer) == 1
-    return format(request, answer) if earned else 0.0
+    return float(_rank(request, answer) < request.target_rank or request.target_rank == _rank(request, answer) == 1)
+
+
+def moved(request: Request, answer: Answer) -> float | None:
+    """0 if the answer is the base order although the target is not first in it, else 1. GR2-TR's condition."""
+    if request.target_rank is None:
+        return None
+    return float(answer.ranking != request.items or request.target_rank == 1)
+
+
+def auc(request: Request, answer: Answer) -> float | None:
+    """Share of the other candidates that stand below the target, in [0, 1]. GR2-TR's AUC, with one positive."""
+    if request.target_rank is None or len(request.items) < 2:
+        return None
+    return (len(request.items) - _rank(request, answer)) / (len(request.items) - 1)
 
 
 def ndcg(request: Request, answer: Answer) -> float | None:
@@ -73,9 +92,11 @@ def overlong(max_reasoning: int, buffer: int) -> Reward:
 
 REWARDS: dict[str, Reward] = {
     "rank_gain": rank_gain,
-    "format": format,
-    "conditional_format": conditional_format,
+    "auc": auc,
     "ndcg": ndcg,
+    "format": format,
+    "promoted": promoted,
+    "moved": moved,
     "unchanged": unchanged,
 }
 
@@ -84,28 +105,29 @@ class WeightedRewards:
     """Measures every reward and pays the weighted ones.
 
     Args:
-        weights: weight of each paid reward; 0, like no weight at all, is measured only.
+        paid: what is paid for each reward: a weight, or `{weight: w, only_if: name or names}` of rewards that have to
+            be above 0; a weight of 0, like no weight at all, is measured only. A name is one of `rewards` or
+            `module:attribute`, a function of the user's own.
         rewards: rewards by name, e.g. `{**REWARDS, "overlong": overlong(64, 16)}`.
 
     Raises:
-        ConfigurationError: a weight names no reward, or nothing is paid.
+        ConfigurationError: there is no such reward, one is paid in another form, or nothing is paid.
     """
 
-    def __init__(self, weights: Mapping[str, float], rewards: Mapping[str, Reward] = REWARDS) -> None:
-        for name in weights:
-            if name not in rewards:
-                near = get_close_matches(name, rewards, n=3, cutoff=0.4) or sorted(rewards)
-                raise ConfigurationError(
-                    f"no reward is called {name!r}", where="rl_rewards", do=f"did you mean {', '.join(near)}?"
-                )
-        self.weights = {name: float(weight) for name, weight in weights.items() if weight != 0}
-        self.rewards = dict(rewards)
+    def __init__(self, paid: Mapping[str, Any], rewards: Mapping[str, Reward] = REWARDS) -> None:
+        self.weights: dict[str, float] = {}
+        self.only_if: dict[str, list[str]] = {}
+        self.rewards = {**rewards, **{name: find(name, rewards, where="rl_rewards") for name in named(paid)}}
+        for name, value in paid.items():
+            weight, conditions = _form(name, value)
+            if weight:
+                self.weights[name], self.only_if[name] = weight, conditions
         if not self.weights:
             raise ConfigurationError(
                 "no reward has a weight",
                 where="rl_rewards",
                 why="every answer would be worth the same, and nothing could be learnt",
-                do="GR2's reward is {rank_gain: 1, conditional_format: 0.2}",
+                do="GR2's reward is {rank_gain: 1, format: {weight: 0.2, only_if: promoted}}",
             )
 
     def terms(self, request: Request, answer: Answer) -> dict[str, float | None]:
@@ -126,9 +148,33 @@ class WeightedRewards:
         return terms
 
     def total(self, terms: Mapping[str, float | None]) -> float | None:
-        """Weighted sum of the terms that apply; None if none of the weighted ones does."""
-        paid = [weight * terms[name] for name, weight in self.weights.items() if terms[name] is not None]
+        """Weighted sum of the terms that apply; None if none of the weighted ones does.
+
+        A term whose condition does not hold is worth 0; where a condition does not apply, nor does the term.
+        """
+        paid = []
+        for name, weight in self.weights.items():
+            needed = [terms[condition] for condition in self.only_if[name]]
+            if terms[name] is not None and None not in needed:
+                paid.append(weight * terms[name] * all(value > 0 for value in needed))
         return math.fsum(paid) if paid else None
+
+
+def named(paid: Mapping[str, Any]) -> list[str]:
+    """The rewards that are paid, and those they depend on."""
+    return list(dict.fromkeys(n for name, value in paid.items() for n in (name, *_form(name, value)[1])))
+
+
+def _form(name: str, value: Any) -> tuple[float, list[str]]:
+    """Weight and conditions of one paid reward."""
+    form = value if isinstance(value, Mapping) else {"weight": value}
+    weight, conditions = form.get("weight"), form.get("only_if", [])
+    conditions = [conditions] if isinstance(conditions, str) else conditions
+    if (isinstance(weight, bool) or not isinstance(weight, int | float) or set(form) - {"weight", "only_if"}
+            or not isinstance(conditions, list)):  # fmt: skip
+        raise ConfigurationError(f"{name} is paid {value!r}", where="rl_rewards",
+                                 do="write name: weight, or name: {weight: 0.2, only_if: promoted}")  # fmt: skip
+    return float(weight), conditions
 
 
 def _rank(request: Request, answer: Answer) -> int:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.extension import find
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.seeding import derive_seed
@@ -23,7 +24,7 @@ from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
-from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher, build_teacher
+from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher
 from recbole_gr2.types import Item, Request, Trace
 
 MODES = ("targeted", "rejection")
@@ -59,12 +60,13 @@ def run(context: Context) -> dict:
                              temperature=settings["trace_temperature"],
                              replies=Path(settings["checkpoint_dir"], "gr2", settings["dataset"], "replies.jsonl"))
 
-    teacher = build_teacher(settings["trace_teacher"], {
+    build = {
         "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"]),
         "local_llm": local_llm,
         "openai_api": openai_api,
         "recorded": lambda: RecordedTeacher(settings["trace_file"], items),
-    })  # fmt: skip
+    }
+    teacher = find(settings["trace_teacher"], build, where="trace_teacher")()
     accepted, rejected, pending = [], [], requests
     for attempt in range(settings["trace_tries"] if mode == "rejection" else 1):
         arguments = teacher.argue(pending, targeted=mode == "targeted", attempt=attempt)

@@ -1,16 +1,15 @@
 """Trace teachers: they look at a request and argue for a ranking.
 
-A teacher is built by `teacher(context) -> Teacher` and writes one argument per request and try. Under targeted
-sampling it is told the target, under rejection sampling it is not (GR2 section 4).
+A teacher writes one argument per request and try. Under targeted sampling it is told the target, under rejection
+sampling it is not (GR2 section 4).
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,21 +193,3 @@ def phrases() -> list[str]:
         ": it goes with <", ": something new beside them.", " items like A",
         "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip
-
-
-def build_teacher(name: str, build: Mapping[str, Callable[[], Teacher]]) -> Teacher:
-    """A teacher by name: one of `build`, or `module:attribute`, called without arguments.
-
-    Raises:
-        ConfigurationError: neither.
-    """
-    if name in build:
-        return build[name]()
-    if ":" not in name:
-        raise ConfigurationError(f"there is no teacher {name!r}", where="trace_teacher",
-                                 do=f"choose from {', '.join(build)}, or module:attribute")  # fmt: skip
-    module, attribute = name.split(":", 1)
-    try:
-        return getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"cannot import teacher {name!r}: {error}", where="trace_teacher") from error
