@@ -19,7 +19,7 @@ from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
-from recbole_gr2.prompts import load_template
+from recbole_gr2.prompts import load_template, templates_for
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.rewards import named as reward_names
 from recbole_gr2.stages import Context
@@ -73,7 +73,7 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
     Stage(name="sft", version=3, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
-    Stage(name="rl", version=3, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="rl", version=4, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "sft")),
     Stage(name="evaluate", version=3, settings=("eval_", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence")),
@@ -187,6 +187,9 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
             values |= {f"recbole.{k}": v for k, v in words.items()}
             model = settings["base_model"] if stage.recbole == "base" else stage.name
             values |= {f"{model}.defaults": base_model_properties(model)}
+        if stage.name == "midtrain":  # it learns the words of all built-in templates, and is the same for each of them
+            shas = [template.sha for template in templates_for(values.pop("prompt_template"))]
+            values["prompt_templates.sha"] = " ".join(shas)
         values |= _extension_hashes(values)
         needs = {name: keys[name] for name in needed[stage.name]}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)

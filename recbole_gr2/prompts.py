@@ -38,9 +38,8 @@ def load_template(name: str) -> Template:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
     if not file.is_file():
-        known = sorted(path.stem for path in (properties_folder() / "prompt").glob("*.yaml"))
         raise MissingFileError(f"there is no prompt template {name!r}", where="prompt_template",
-                               do=f"choose from {', '.join(known)}, or give the path of a YAML file")  # fmt: skip
+                               do=f"choose from {', '.join(built_in())}, or give the path of a YAML file")  # fmt: skip
     text = file.read_text(encoding="utf-8")
     values = read_yaml(text)
     if not isinstance(values, dict) or {"system", "user"} - set(values):
@@ -48,6 +47,17 @@ def load_template(name: str) -> Template:
     return Template(
         name=file.stem, sha=hashlib.sha256(text.encode()).hexdigest()[:12], system=values["system"], user=values["user"]
     )
+
+
+def built_in() -> list[str]:
+    """Names of the templates in `properties/prompt/`."""
+    return sorted(path.stem for path in (properties_folder() / "prompt").glob("*.yaml"))
+
+
+def templates_for(name: str) -> list[Template]:
+    """The built-in templates, and the one of this name where it is the user's own: a model that learns the words of
+    all of them once can be asked with any."""
+    return [load_template(each) for each in dict.fromkeys([*built_in(), name])]
 
 
 @dataclass(frozen=True, kw_only=True)

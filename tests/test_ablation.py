@@ -304,8 +304,17 @@ def test_packaged_ablations_can_be_planned(name, tmp_path, capsys):
     assert main(["--ablation", name, "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", "--dry_run"]) == 0
     said = capsys.readouterr().err
     shared = [line for line in said.splitlines() if " shared " in line]
-    assert " run " in said and all(" embeddings " in line for line in shared)
-    assert read_ablation(name).note
+    mine = read_ablation(name)
+    assert " run " in said and mine.note and not any(f" {mine.stages[-1]} " in line for line in shared)
+
+
+@pytest.mark.parametrize("name", ["rerank", "reward"])
+def test_the_columns_of_packaged_ablations_are_facts_of_a_run(smoke_run, name):
+    facts = {stage: read_manifest(folder).facts for stage, folder in smoke_run.stages.items()}
+    found = {heading: figure(facts, path) for heading, path in read_ablation(name).columns.items()}
+    assert len(found) > 10 and None not in found.values()
+    curves = [value for value in found.values() if isinstance(value, list)]
+    assert len(curves) == (3 if name == "reward" else 0) and all(len(curve) == 3 for curve in curves)  # three rounds
 
 
 def test_the_tokenizer_ablation_names_what_it_shows():

@@ -80,6 +80,7 @@ DEPENDS = {
     "eval_scope": ("all", f"{EVERY_ROW} evaluate"),
     "sft_learning_rate": (0.1, "sft rl rerank_sft rerank_rl rerank_shuffled evaluate"),
     "trace_tries": (3, "traces sft rl rerank_sft rerank_rl rerank_shuffled evaluate"),
+    "prompt_template": ("rerank-nokp", f"traces sft rl {EVERY_ROW} evaluate"),  # mid-training learns the words of both
     "prompt_max_reasoning": (20, f"traces sft rl {EVERY_ROW} evaluate"),
     "mid_tokens": (1, f"midtrain traces sft rl {LLM_ROWS} evaluate"),
     "llm_random": ({"hidden_size": 32}, f"midtrain traces sft rl {LLM_ROWS} evaluate"),

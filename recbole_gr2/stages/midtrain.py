@@ -21,7 +21,7 @@ from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone, start_from_codebooks
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import perplexity
-from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind
+from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, code_tokens, sid_text
 from recbole_gr2.stages import Context
@@ -287,6 +287,8 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
             candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)),
         )  # fmt: skip
         texts += [message["content"] for message in maker.render(request).messages]
+    for template in templates_for(settings["prompt_template"]):  # their own words; those of the items are there
+        texts += [message["content"] for message in replace(maker, template=template).render(request).messages]
     texts += ["".join(text) for text in caption_texts(plain, (), settings)]
     texts += [f" {kind(item)}; {item.brand}; {kind(item).lower()}" for item in plain]
     return texts

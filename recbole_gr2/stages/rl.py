@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from recbole_gr2.errors import GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
@@ -83,4 +87,15 @@ def run(context: Context) -> dict:
     save_backbone(merged(model), tokenizer, context.folder / "model")
     log = [line for line in trainer.state.log_history if "reward" in line]
     write_json(context.folder / "log.json", log)
-    return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1]}
+    return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1], "curve": curve(log)}
+
+
+def curve(log: Sequence[Mapping[str, float]], parts: int = 5) -> dict[str, list[float]]:
+    """Means of what was logged over so many equal parts of the rounds, or each round's where there are fewer.
+
+    >>> curve([{"reward": 1.0, "loss": 2.0}, {"reward": 3.0, "loss": 2.0}, {"reward": 5.0, "loss": 0.0}], parts=2)
+    {'reward': [2.0, 5.0]}
+    """
+    places = np.array_split(np.arange(len(log)), min(parts, len(log)))
+    return {name: [float(np.mean([log[place][name] for place in part])) for part in places]
+            for name in SHOWN if all(name in line for line in log)}  # fmt: skip
