@@ -81,7 +81,14 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
-RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",)}
+RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
+             "internalised": ("internalise",)}  # fmt: skip
+INTERNALISE = Stage(name="internalise", version=1, code="rl", needs=("candidates", "tokenizer", "evidence", "rl"),
+                    settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"))  # fmt: skip
+
+
+CHOICES = {"trace_mode": ("targeted", "rejection"), "ort_variant": ("public", "paper"),
+           "eval_scope": ("in_list", "all")}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +108,8 @@ def check(settings: Settings) -> None:
     """What can be told of the settings before any data is loaded, instead of after the stages before them.
 
     Raises:
-        ConfigurationError: a re-ranker, a RecBole model, one of its words or a reward that there is not, or a tokenizer
-            that cannot be built.
+        ConfigurationError: a re-ranker, a RecBole model, one of its words, a mode or a reward that there is not, or a
+            tokenizer that cannot be built.
     """
     if settings["model"] != "GR2":
         raise ConfigurationError(
@@ -123,6 +130,9 @@ def check(settings: Settings) -> None:
             f"no model of {settings['models']} has the words {sorted(unknown)}", where="models_words",
             why="RecBole would ignore them without a word", do="name words of properties/model/ or of RecBole",
         )  # fmt: skip
+    for key, choices in CHOICES.items():
+        if settings[key] not in choices:
+            raise ConfigurationError(f"{key} is {settings[key]!r}", do=f"choose from {', '.join(choices)}")
     unknown = set(settings["eval_rows"]) - set(RERANKERS)
     if unknown:
         raise ConfigurationError(f"there is no re-ranker {sorted(unknown)}", where="eval_rows",
@@ -132,7 +142,8 @@ def check(settings: Settings) -> None:
 
 
 def stage_table(settings: Settings) -> list[Stage]:
-    """STAGES with one more for each of `models`, and for each re-ranker of the table, in front of the last.
+    """STAGES with one more for each of `models`, and for each re-ranker of the table, in front of the last; and with
+    internalise where the table has a row of it.
 
     So each is trained, and answers, once, whatever the lists. A model that is made from other stages needs those: one
     that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
@@ -148,7 +159,8 @@ def stage_table(settings: Settings) -> list[Stage]:
     rows |= {ONEREC_THINK[name]: (name,) for name in models if name in ONEREC_THINK}
     rerankers = [replace(RERANK, name=PREFIX + row, needs=(*RERANK.needs, *needs)) for row, needs in rows.items()]
     last = replace(table[-1], needs=(*table[-1].needs, *models, *(stage.name for stage in rerankers)))
-    return [*table[:-1], *baselines, *rerankers, last]
+    second = [INTERNALISE] if "internalised" in rows else []
+    return [*table[:-1], *second, *baselines, *rerankers, last]
 
 
 def _materials(model: str) -> tuple[str, ...]:

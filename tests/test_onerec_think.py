@@ -17,7 +17,6 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data
 from recbole_gr2.config import load_settings
 from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.generator import ONEREC_THINK
 from recbole_gr2.llm.backbone import add_tokens, load_backbone, save_backbone
 from recbole_gr2.llm.beam import SidTrie, beam_items
@@ -431,11 +430,6 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
     assert (tmp_path / rolled).read_text() == (context.folder / rolled).read_text()
 
 
-def test_a_variant_that_does_not_exist(world):
-    with pytest.raises(ConfigurationError, match="there is no variant 'other'"):
-        onerec_think.run(changed(world, ort_variant="other"))
-
-
 def test_without_traces_the_variants_are_one(world, tmp_path):
     models = [at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
               for name in ("public", "paper")]  # fmt: skip
@@ -592,8 +586,8 @@ def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
 
     context = at(
         world, "midtrain", tmp_path / "midtrain", sid_levels=LEVELS, sid_codes=CODES + 1, mid_codebooks=False,
-        llm_random={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2}, mid_tokens=90000,
-        mid_mix={"sequential": 0.9, "caption": 0.1}, mid_learning_rate=5e-3, cand_beams=COUNT,
+        llm_random={"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}, mid_tokens=120000,
+        mid_mix={"sequential": 0.9, "caption": 0.1}, mid_learning_rate=3e-3, cand_beams=COUNT,
     )  # fmt: skip
     facts = midtrain.run(context)
     longest = facts["tokens"]["sequential"] // facts["texts"]["sequential"]

@@ -15,13 +15,13 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data
 from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
-from recbole_gr2.pipeline import BASELINE, BASELINES, NAMES, RERANK, RERANKERS, STAGES
+from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
 from recbole_gr2.report import metrics_table, render_report
 from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
 
 PACKAGE = Path(recbole_gr2.__file__).parent
-ROWS = [f"rerank_{row}" for row in RERANKERS]
+ROWS = [f"rerank_{row}" for row in RERANKERS if row != "internalised"]
 TABLE = [*NAMES[:-1], *ROWS, NAMES[-1]]  # of a run without baselines
 
 
@@ -46,6 +46,9 @@ def actions(plan) -> dict[str, str]:
     ({"models": ["Pop"], "models_words": {"n_layers": 3}}, "has the words"),
     ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
     ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
+    ({"trace_mode": "guess"}, "trace_mode is 'guess'"),
+    ({"ort_variant": "other"}, "ort_variant is 'other'"),
+    ({"eval_scope": "some"}, "eval_scope is 'some'"),
     ({"eval_rows": ["sft", "stf"]}, r"no re-ranker \['stf'\]"),
 ])  # fmt: skip
 def test_what_settings_alone_show_is_told_before_data_is_loaded(given, message):
@@ -135,7 +138,8 @@ def test_speed_settings_change_no_key(smoke_run, data):
     before = {name: entry.key for name, entry in planned(smoke_run, data).items()}
     folders = ("data_path", "checkpoint_dir")
     speed = [entry for entry in declarations().values() if entry.speed and entry.key not in folders]
-    doubled = {entry.key: entry.default * 2 if entry.type is int else f"{entry.default}," for entry in speed}
+    other = {int: lambda value: value * 2, str: lambda value: f"{value},", dict: lambda value: {**value, "prompt": 1.0}}
+    doubled = {entry.key: other[entry.type](entry.default) for entry in speed}
     assert len(doubled) >= 7
     doubled |= {"worker": 4, "log_wandb": True, "show_progress": False}
     assert {"worker", "log_wandb", "show_progress"} < RECBOLE_SPEED
@@ -433,7 +437,8 @@ def test_recbole_is_met_at_the_doors_only():
 
 def test_every_stage_has_a_file():
     files = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
-    assert files == {stage.code or stage.name for stage in (*STAGES, BASELINE, *BASELINES.values(), RERANK)}
+    others = (BASELINE, *BASELINES.values(), RERANK, INTERNALISE)
+    assert files == {stage.code or stage.name for stage in (*STAGES, *others)}
     for number, stage in enumerate(STAGES):
         assert set(stage.needs) <= set(NAMES[:number])
 

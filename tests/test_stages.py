@@ -399,11 +399,6 @@ def test_teachers_that_do_not_exist(smoke, tmp_path, name, text):
         traces.run(other(smoke, tmp_path, trace_teacher=name))
 
 
-def test_modes_that_do_not_exist(smoke, tmp_path):
-    with pytest.raises(ConfigurationError, match="trace_mode is 'guess'"):
-        traces.run(other(smoke, tmp_path, trace_mode="guess"))
-
-
 @pytest.mark.parametrize(
     ("ranking", "reasoning", "reason"),
     [
@@ -624,7 +619,7 @@ def test_perplexity_is_that_of_a_plain_forward(student):
 TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_embedding_tokens": 1500, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
-    "models": ["BPR", "Pop"], "models_words": {"epochs": 1},
+    "models": ["BPR", "Pop"], "models_words": {"epochs": 1}, "eval_rows": list(pipeline.RERANKERS),
     "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
@@ -640,6 +635,7 @@ KILLS = {
     "traces": "try 1:",
     "sft": "  step 7/11",
     "rl": "step 4/6",
+    "internalise": "step 4/6",
     "BPR": "BPR epoch 1",
     "Pop": "Pop: ",
     **{f"rerank_{row}": f"  {row}: " for row in pipeline.RERANKERS},
@@ -743,6 +739,7 @@ def same_files(one: Path, two: Path) -> int:
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),
         ("sft", ["model/model.safetensors", "samples.json"]),
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
+        ("internalise", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("BPR", ["model/model.safetensors", "test.json"]),
         ("Pop", ["model/model.safetensors", "test.json"]),
         *((f"rerank_{row}", ["rankings.jsonl"]) for row in pipeline.RERANKERS),
@@ -785,7 +782,15 @@ def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
     assert [row.tolist() for row in facts[0][:, [names.index("rank")]].T] == [list(range(1, len(facts[0]) + 1))]
 
 
-@pytest.mark.parametrize("row", pipeline.RERANKERS)
+def test_an_internalised_answer_is_a_ranking_alone(uninterrupted):
+    chosen, folders = uninterrupted
+    answers = lines(folders["rerank_internalised"] / "rankings.jsonl")
+    assert {line["output_tokens"] for line in answers} == {1 + chosen["cand_num"] + 1}  # mark, labels, end
+    assert {(line["reasoning"], line["status"]) for line in answers} == {("", "ok")}
+    assert {line["ranking"][0] for line in answers} != {line["ranking"][0] for line in answers[:1]}
+
+
+@pytest.mark.parametrize("row", [row for row in pipeline.RERANKERS if row != "internalised"])
 def test_rankings_are_those_the_table_is_made_of(smoke, smoke_run, items, row):
     import pandas as pd
 

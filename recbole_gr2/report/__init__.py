@@ -152,13 +152,15 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
             + (f" Endpoint: {traces['usage']}." if traces["usage"] else "")
             + (f" Cost: {traces['cost']:,.2f}." if traces["cost"] is not None else "")
         )
-    if "rl" in records:
-        rl = records["rl"].facts
+    for title, stage in (("RL", "rl"), ("RL without reasoning", "internalise")):
+        if stage not in records:
+            continue
+        rl = records[stage].facts
         shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
                  "clip_ratio/high_mean", "entropy")  # fmt: skip
         rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
                   for name in shown if name in rl["last"]]  # fmt: skip
-        parts.append(f"## RL\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
+        parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
                      f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
     cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]
             for s in result["stages"]]  # fmt: skip

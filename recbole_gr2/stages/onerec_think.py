@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.generator import ONEREC_THINK, Generator
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import add_tokens, save_backbone
@@ -50,15 +49,7 @@ TRACE, ITEM = 1, 2
 
 
 def run(context: Context) -> dict:
-    """Writes model/, log.json, sample.txt and test.json; rationales.jsonl and rollouts under `paper`.
-
-    Raises:
-        ConfigurationError: an unknown variant.
-    """
-    settings = context.settings
-    if settings["ort_variant"] not in ("public", "paper"):
-        raise ConfigurationError(f"there is no variant {settings['ort_variant']!r}", where="ort_variant",
-                                 do="choose public or paper")  # fmt: skip
+    """Writes model/, log.json, sample.txt and test.json; rationales.jsonl and rollouts under `paper`."""
     items = load_items(context.folders["tokenizer"], context.data.items)
     facts_file = context.folder / "facts.json"
     if not facts_file.is_file():  # written last

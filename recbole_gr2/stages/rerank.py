@@ -1,8 +1,9 @@
 """Rerank: one re-ranker orders the test lists, for a row of the table.
 
-`rerank_sft`, `rerank_rl`: the stage's model answers. `rerank_shuffled`: the RL model on shuffled candidates, which
-shows how far it goes by position. `rerank_midtrain`, `rerank_onerec_think`: by the likelihood of the candidates'
-semantic IDs. `rerank_lambdamart`: LightGBM over the same evidence.
+`rerank_sft`, `rerank_rl`: the stage's model answers. `rerank_internalised`: the model of the internalise stage, without
+reasoning. `rerank_shuffled`: the RL model on shuffled candidates, which shows how far it goes by position.
+`rerank_midtrain`, `rerank_onerec_think`: by the likelihood of the candidates' semantic IDs. `rerank_lambdamart`:
+LightGBM over the same evidence.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.generator import ONEREC_THINK
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
@@ -36,15 +36,8 @@ Rankings = dict[str, tuple[int, ...]]
 
 
 def run(context: Context) -> dict:
-    """Writes rankings.jsonl for the row that the stage is named after; with a language model's answers, their text.
-
-    Raises:
-        ConfigurationError: an unknown scope.
-    """
+    """Writes rankings.jsonl for the row that the stage is named after; with a language model's answers, their text."""
     settings, row = context.settings, context.stage.removeprefix(PREFIX)
-    if settings["eval_scope"] not in ("in_list", "all"):
-        raise ConfigurationError(f"there is no scope {settings['eval_scope']!r}", where="eval_scope",
-                                 do="choose in_list or all")  # fmt: skip
     items = load_items(context.folders["tokenizer"], context.data.items)
     requests, in_list = reported_lists(context, items)
     requests = in_list if settings["eval_scope"] == "in_list" else requests
@@ -91,12 +84,13 @@ def answered_rankings(context: Context, items: Sequence[Item], requests: list[Re
                       ) -> tuple[Rankings, dict, dict[str, dict]]:  # fmt: skip
     """A language model's answers: their rankings, facts about them all, and each one's details by request."""
     settings = context.settings
-    model, tokenizer = load_stage_model(context, "rl" if row == "shuffled" else row)
+    model, tokenizer = load_stage_model(context, {"shuffled": "rl", "internalised": "internalise"}.get(row, row))
+    grammar = answer_grammar(tokenizer, settings, reasoning=row != "internalised")
     orders = None
     if row == "shuffled":
         orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") for r in requests}
     answers, _ = answer_requests(
-        model, tokenizer, PromptMaker.of(settings, items), answer_grammar(tokenizer, settings), requests,
+        model, tokenizer, PromptMaker.of(settings, items), grammar, requests,
         bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
     )  # fmt: skip
     statuses = Counter(answer.status for answer in answers)

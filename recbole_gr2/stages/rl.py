@@ -1,4 +1,9 @@
-"""RL: DAPO on train lists that hold their target, rewarded for moving it up."""
+"""RL: DAPO on train lists that hold their target, rewarded for moving it up.
+
+`rl` starts from the sft model. `internalise` is a second run from the rl model, with the same reward and without the
+trace, for answers that are a ranking alone: the model that is quick enough to be deployed (GR2-TR, reasoning
+internalisation).
+"""
 
 from __future__ import annotations
 
@@ -51,8 +56,9 @@ def run(context: Context) -> dict:
             f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
             where="rl_prompts_per_step", do="lower it, or train a better base model",
         )  # fmt: skip
-    model, tokenizer = load_stage_model(context, "sft")
-    grammar = answer_grammar(tokenizer, settings)
+    second = context.stage == "internalise"
+    model, tokenizer = load_stage_model(context, "rl" if second else "sft")
+    grammar = answer_grammar(tokenizer, settings, reasoning=not second)
     rows = []
     for request in requests:
         prompt = maker.render(request)
@@ -63,7 +69,7 @@ def run(context: Context) -> dict:
     if settings["rl_overlong_buffer"] and grammar.max_reasoning:
         rewards["overlong"] = overlong(grammar.max_reasoning, settings["rl_overlong_buffer"])
         weights["overlong"] = settings["rl_overlong_weight"]
-    seed = derive_seed(settings["seed"], "rl")
+    seed = derive_seed(settings["seed"], context.stage)
     seed_everything(seed)
     bf16 = use_bf16(settings, model.device.type)
     folder = context.folder / "checkpoints"

@@ -93,9 +93,10 @@ def run(context: Context) -> dict:
     }
 
 
-def answer_grammar(tokenizer, settings) -> Grammar:
-    """The form of every answer of this run."""
-    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
+def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
+    """The form of every answer of this run; without reasoning the ranking comes at once."""
+    longest = settings["prompt_max_reasoning"] if reasoning else 0
+    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest)
 
 
 def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,

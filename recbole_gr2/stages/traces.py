@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.errors import GateError
 from recbole_gr2.extension import find
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker
@@ -27,7 +27,6 @@ from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher
 from recbole_gr2.types import Item, Request, Trace
 
-MODES = ("targeted", "rejection")
 SID = re.escape(SID_BEGIN) + ".*?" + re.escape(SID_END)
 
 
@@ -39,8 +38,6 @@ def run(context: Context) -> dict:
     """
     settings = context.settings
     mode = settings["trace_mode"]
-    if mode not in MODES:
-        raise ConfigurationError(f"trace_mode is {mode!r}", do=f"choose from {', '.join(MODES)}")
     items = load_items(context.folders["tokenizer"], context.data.items)
     requests = training_requests(context, items, settings["trace_max_lists"], "traces")
     seed = derive_seed(settings["seed"], "traces")
