@@ -83,8 +83,8 @@ RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenize
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
              "internalised": ("internalise",)}  # fmt: skip
-INTERNALISE = Stage(name="internalise", version=1, code="rl", needs=("candidates", "tokenizer", "evidence", "rl"),
-                    settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"))  # fmt: skip
+INTERNALISE = replace(next(stage for stage in STAGES if stage.name == "rl"), name="internalise", code="rl",
+                      needs=("candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
 
 
 CHOICES = {"trace_mode": ("targeted", "rejection"), "ort_variant": ("public", "paper"),

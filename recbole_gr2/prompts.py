@@ -103,7 +103,7 @@ class PromptMaker:
         order = tuple(order)
         labels = tuple(label_tokens(len(order)))
         values = {
-            "history": [self.shown(item) for item in request.history[max(len(request.history) - self.history, 0) :]],
+            "history": [self.shown(item) for item in recent(request.history, self.history)],
             "candidates": [self.shown(request.items[p], label) for p, label in zip(order, labels, strict=True)],
         }
         return Prompt(
@@ -125,6 +125,15 @@ class PromptMaker:
     def label_prior(self, request: Request, prompt: Prompt) -> list[float]:
         """Log-prior of each label, (K,); zeros where there is no evidence."""
         return [request.prior[position] if request.prior else 0.0 for position in prompt.order]
+
+
+def recent(history: Sequence[int], count: int) -> Sequence[int]:
+    """The last `count` items of a history, none for 0.
+
+    >>> recent((1, 2, 3), 2), recent((1, 2, 3), 0)
+    ((2, 3), ())
+    """
+    return history[max(len(history) - count, 0) :]
 
 
 def shuffled_order(request: Request, seed: int, purpose: str = "prompt") -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--stages", metavar="A,B", help="run these stages alone, with what they need")
     parser.add_argument("--from_stage", metavar="A", help="run this stage and what depends on it again")
     parser.add_argument("--force", action="store_true", help="run every stage again")
-    parser.add_argument("--ablation", metavar="NAME", help="a table of variants: tokenizer, or a YAML file of your own")
+    parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
     parser.add_argument("--show_prompt", nargs="?", const="", metavar="REQUEST",
                         help="print the prompt of a train list, by default the first, and stop")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")

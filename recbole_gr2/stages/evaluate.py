@@ -19,7 +19,6 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, reported_lists
-from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Request
 
@@ -33,7 +32,7 @@ def run(context: Context) -> dict:
     Raises:
         GR2Error: an invariant does not hold.
     """
-    requests, in_list = reported_lists(context, load_items(context.folders["tokenizer"], context.data.items))
+    requests, in_list = reported_lists(context, context.data.items)
     context.say(f"{len(in_list):,} of {len(requests):,} lists hold their target")
     rankings: dict[str, Rankings] = {
         "base": {r.request_id: r.items for r in requests},

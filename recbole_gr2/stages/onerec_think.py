@@ -31,7 +31,7 @@ from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import ProgressLines, Row, finetune
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.rollout import generate_rankings
-from recbole_gr2.prompts import PromptMaker, kind, shorten
+from recbole_gr2.prompts import PromptMaker, kind, recent, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
@@ -154,7 +154,7 @@ def prompt_ids(maker: PromptMaker, tokenizer, history: Sequence[int]) -> list[in
 
     Piece by piece, as in mid-training: a whole text could be cut into other tokens.
     """
-    shown = (maker.shown(item) for item in history[max(len(history) - maker.history, 0) :])
+    shown = (maker.shown(item) for item in recent(history, maker.history))
     pieces = [PERSONA, *(f"\n{describe(item)}" for item in shown), "\n"]
     return [token for ids in tokenizer(pieces, add_special_tokens=False)["input_ids"] for token in ids]
 

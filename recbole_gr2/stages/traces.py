@@ -16,7 +16,7 @@ from pathlib import Path
 from recbole_gr2.errors import GateError
 from recbole_gr2.extension import find
 from recbole_gr2.llm.constraint import Grammar
-from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.prompts import PromptMaker, recent
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import RANKING, SID_BEGIN, SID_END, label_tokens, sid_text
 from recbole_gr2.stages import Context
@@ -93,6 +93,7 @@ def run(context: Context) -> dict:
             why="the rest would be dropped, and too little would be left to learn from",
             do="raise trace_tries, use trace_mode targeted, or a stronger teacher",
         )  # fmt: skip
+    usage = getattr(teacher, "usage", {})
     return {
         "requests": len(requests),
         "accepted": len(accepted),
@@ -100,8 +101,8 @@ def run(context: Context) -> dict:
         "tries_mean": sum(t.tries for t in accepted) / len(accepted),
         "rejected_for": dict(Counter(t.reason for t in rejected)),
         **grounding(accepted, requests, items, settings["prompt_history"]),
-        "usage": getattr(teacher, "usage", {}),
-        "cost": cost(getattr(teacher, "usage", {}), settings["trace_price"]),
+        "usage": usage,
+        "cost": cost(usage, settings["trace_price"]),
     }
 
 
@@ -125,7 +126,7 @@ def grounding(traces: Sequence[Trace], requests: Sequence[Request], items: Seque
     picked, found, cited = 0, 0, 0
     for trace in traces:
         request = asked[trace.request_id]
-        visible = {sid_text(items[i - 1].sid) for i in (*request.history[-shown:], *request.items)}
+        visible = {sid_text(items[i - 1].sid) for i in (*recent(request.history, shown), *request.items)}
         said = re.findall(SID, trace.reasoning)
         picked += sid_text(items[trace.ranking[0] - 1].sid) in said
         found, cited = found + sum(sid in visible for sid in said), cited + len(said)
