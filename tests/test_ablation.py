@@ -325,17 +325,20 @@ def test_the_tokenizer_ablation_names_what_it_shows():
     off = {"sid_kmeans_init": False, "sid_ema": False, "sid_diversity": 0.0, "sid_reset_after": 0,
            "sid_random_last": 0, "sid_contrastive": 0.0}  # fmt: skip
     (default,) = [name for name in chosen if name.startswith("default (")]
-    assert chosen[default] == plain and chosen["all off"] == {**plain, **off}
+    assert chosen[default] == load_settings(**smoke).results(["sid_"]) | {"sid_min_unique": 0.0}
+    assert chosen["all off"] == {**plain, **off}
 
     def differs(one, two):
         return {key.removeprefix("sid_") for key in plain if chosen[one][key] != chosen[two][key]}
 
     ladder = list(chosen)[: list(chosen).index(default) + 1]
-    steps = ["kmeans_init", "ema", "reset_after", "random_last", "random_mode"]
+    steps = ["kmeans_init", "ema", "reset_after", "random_last", "random_mode", "contrastive"]
     assert [differs(*pair) - {"random_mode"} or {"random_mode"} for pair in zip(ladder, ladder[1:], strict=False)] == [
         {step} for step in steps
     ]
-    alone = {"default + diversity": "diversity", "default + contrastive": "contrastive", "residual k-means": "method",
-             "default - k-means init": "kmeans_init", "default - EMA": "ema",
-             "default - dead-code reset": "reset_after"}  # fmt: skip
-    assert {name: differs(name, default) for name in chosen if name not in ladder} == {n: {s} for n, s in alone.items()}
+    alone = {"no contrastive, diversity": "diversity", "no contrastive, no k-means init": "kmeans_init",
+             "no contrastive, no EMA": "ema", "no contrastive, no dead-code reset": "reset_after",
+             "residual k-means": "method"}  # fmt: skip
+    assert {name: differs(name, ladder[-2]) for name in chosen if name not in ladder} == {
+        name: {setting} for name, setting in alone.items()
+    }

@@ -62,10 +62,10 @@ def tokenizer_config(settings: Mapping[str, Any]) -> SidConfig:
     method = settings["sid_method"]
     if method not in METHODS:
         raise ConfigurationError(f"there is no tokenizer {method!r}", where="sid_method", do=f"choose {list(METHODS)}")
-    if method != "rqvae" and (settings["sid_contrastive"] or settings["sid_diversity"]):
+    if method != "rqvae" and settings["sid_diversity"]:  # unlike the contrastive loss it is never on by default
         raise ConfigurationError(
-            f"{method} is not trained by a loss", where="sid_contrastive, sid_diversity",
-            why="they would have no effect", do="set them to 0, or sid_method to rqvae",
+            f"{method} is not trained by a loss", where="sid_diversity",
+            why="it would have no effect", do="set it to 0, or sid_method to rqvae",
         )  # fmt: skip
     config, _ = METHODS[method]
     names = config.__dataclass_fields__
