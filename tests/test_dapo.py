@@ -2,7 +2,10 @@
 
 import inspect
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,10 @@ GR2 = {"rank_gain": 1.0, "format": {"weight": 0.2, "only_if": "promoted"}}
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    return word_tokenizer()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
@@ -426,6 +433,61 @@ def test_learns_to_put_the_target_first(tokenizer, tmp_path):
     expected |= {f"reward/{name}" for name in REWARDS}
     assert expected <= set(first)
     shutil.rmtree(tmp_path / "checkpoint-28")
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def some_are_dead(request_id, ranking):
+    """Half of the requests teach nothing, so that every round is refilled."""
+    return 0.0 if int(request_id[1:]) % 2 else float(ranking[0])
+
+
+def shared_run(folder, *, processes=1, steps=3, resume=False):
+    """A run whose rounds `processes` share; each of them calls this."""
+    trainer = build(word_tokenizer(), folder, steps=steps, count=24, rewards=RewardOf(some_are_dead), minibatches=2,
+                    micro_batch_size=2, processes=processes)  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-8") if resume else None)
+    return trainer
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """Two processes, stopped after two rounds and resumed, against one that was not."""
+    worker, two = tmp_path / "worker.py", tmp_path / "two"
+    worker.write_text(
+        f"import sys, torch\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_dapo\n"
+        "test_dapo.shared_run(sys.argv[1], processes=2, steps=2)\n"
+        "trainer = test_dapo.shared_run(sys.argv[1], processes=2, resume=True)\n"
+        "assert trainer.accelerator.num_processes == 2\n"
+        "torch.save((test_dapo.weights(trainer), trainer.state.log_history), "
+        "f'{sys.argv[1]}/result-{trainer.accelerator.process_index}.pt')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, two],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    (weights_0, log), (weights_1, _) = (torch.load(two / f"result-{i}.pt", weights_only=False) for i in (0, 1))
+    alone = shared_run(tmp_path / "one")
+    mine, theirs = rollouts(tmp_path / "one"), rollouts(two)
+    assert [line.pop("advantage") for line in mine] == pytest.approx([line.pop("advantage") for line in theirs])
+    assert mine == theirs
+    assert {line["attempt"] for line in mine} == {0, 1, 2}  # the refill is of both together
+    for name, value in weights(alone).items():
+        assert torch.equal(weights_0[name], weights_1[name])
+        assert torch.allclose(value, weights_0[name], atol=2e-5)
+    for name in ("reward", "frac_groups_kept", "refill_rounds", "loss", "grad_norm", "completions/mean_length"):
+        ours, their = ([line[name] for line in lines if name in line] for lines in (alone.state.log_history, log))
+        assert ours == pytest.approx(their, abs=2e-4) and len(ours) == 3
+
+
+def test_processes_have_whole_groups(tmp_path):
+    shared = {"steps": 1, "num_generations": 4, "num_iterations": 1, "learning_rate": 1e-3, "seed": 1, "save_steps": 1,
+              "use_cpu": True}  # fmt: skip
+    with pytest.raises(ConfigurationError, match="3 prompts x 4 completions .* on each of 2 processes"):
+        dapo_config(str(tmp_path), prompts_per_step=3, processes=2, **shared)
+    args = dapo_config(str(tmp_path), prompts_per_step=4, processes=2, micro_batch_size=32, **shared)
+    assert (args.per_device_train_batch_size, args.steps_per_generation) == (8, 1)
 
 
 def test_length_alone_keeps_no_group():

@@ -6,6 +6,10 @@ and under which distribution a token's probability is taken. A *round* is one su
 `num_iterations` passes over its completions.
 
 Everything random is a function of (seed, step, request), so a run that is killed and resumed equals one that was not.
+
+On several processes (`accelerate launch`) a round is still one round: each process generates for its share of the
+prompts, the groups are gathered, all processes see the same ones and draw the same further prompts, and each learns
+from its share of the batch. The rollouts are those of one process.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
@@ -84,6 +89,7 @@ def dapo_config(
     save_steps: int,
     minibatches: int = 1,
     micro_batch_size: int | None = None,
+    processes: int = 1,
     temperature: float = 1.0,
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.28,
@@ -103,23 +109,26 @@ def dapo_config(
         num_iterations: passes over a round's completions. With 1 (and 1 minibatch) the ratio is always 1 and nothing
             is ever clipped.
         minibatches: optimizer steps of one pass.
-        micro_batch_size: completions per forward pass (speed and memory only); all of a minibatch by default.
+        micro_batch_size: completions per forward pass (speed and memory only); all of a process's share of a minibatch
+            by default.
+        processes: how many processes share a round; each has whole groups.
         epsilon_low, epsilon_high: the ratio is clipped to [1 - low, 1 + high]. DAPO's 0.2 and 0.28.
         mask_truncated: leave completions whose reasoning was cut out of the loss. DAPO's overlong filtering.
 
     Raises:
         ConfigurationError: the completions of a round cannot be divided as asked.
     """
-    completions = prompts_per_step * num_generations
+    completions = prompts_per_step // processes * num_generations  # of one process
     minibatch = completions // minibatches
-    micro = micro_batch_size or minibatch
-    if minibatch * minibatches != completions or minibatch % micro:
+    micro = min(micro_batch_size or minibatch, minibatch) or 1
+    if prompts_per_step % processes or minibatch * minibatches != completions or minibatch % micro:
         raise ConfigurationError(
             f"{prompts_per_step} prompts x {num_generations} completions do not divide into {minibatches} minibatches "
-            f"of {micro} completions at a time",
+            f"of {micro} completions at a time" + (f" on each of {processes} processes" if processes > 1 else ""),
             where="rl_prompts_per_step, rl_num_generations, rl_minibatches, rl_micro_batch_size",
-            why="every optimizer step must see the same number of completions",
-            do="choose a micro batch that divides prompts * generations / minibatches",
+            why="every optimizer step must see the same number of completions, and a process whole groups",
+            do="choose prompts that divide by the processes, and a micro batch that divides prompts * generations / "
+            "(processes * minibatches)",
         )
     updates = num_iterations * minibatches
     return GRPOConfig(
@@ -209,12 +218,6 @@ class DAPOTrainer(GRPOTrainer):
         for module in self.model.modules():  # TRL switches off nn.Dropout, but attention keeps its rate as a number
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
-        if self.accelerator.num_processes > 1:
-            raise ConfigurationError(
-                f"DAPO was started on {self.accelerator.num_processes} processes",
-                why="refilling a batch draws prompts for one process; several would train on different batches",
-                do="start one process (CUDA_VISIBLE_DEVICES=0, no accelerate launch)",
-            )
         self._rollouts: Path | None = None  # opened by the first round, which knows the step it resumes at
         self._dead_rounds = 0
 
@@ -277,6 +280,7 @@ class DAPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, torch.Tensor]:
         """Generate a round: sample groups, draw further prompts for dead ones, and build the batch of the loss."""
+        inputs = gather_object(inputs)  # of all processes, in their order
         drawn = list(dict.fromkeys(row["request_id"] for row in inputs))
         assert len(inputs) == len(drawn) * self.num_generations == self.prompts_per_step * self.num_generations
         sampled = batch = self._sample(drawn, attempt=0)
@@ -299,6 +303,13 @@ class DAPOTrainer(GRPOTrainer):
         return self._tensors(batch)
 
     def _sample(self, request_ids: list[str], attempt: int) -> list[Group]:
+        """Groups of the requests, in their order: each process generates some, and all get all."""
+        place, processes = self.accelerator.process_index, self.accelerator.num_processes
+        groups = gather_object(self._own_sample(request_ids[place::processes], attempt))
+        by_id = {group.request_id: group for group in groups}
+        return [by_id[request_id] for request_id in request_ids]
+
+    def _own_sample(self, request_ids: list[str], attempt: int) -> list[Group]:
         """Generate, read and reward G completions of each request."""
         size = self.num_generations
         rows = [self.rows[request_id] for request_id in request_ids]
@@ -340,8 +351,15 @@ class DAPOTrainer(GRPOTrainer):
         return (phases.only[0] == FREE).int().tolist()
 
     def _tensors(self, batch: list[Group]) -> dict[str, torch.Tensor]:
-        """The batch that TRL's `_compute_loss` reads, B * G rows. `tool_mask` is its name for tokens that count."""
+        """The batch that TRL's `_compute_loss` reads: of B groups this process's share, B * G / processes rows.
+
+        `tool_mask` is TRL's name for tokens that count.
+        """
         device, pad = self.accelerator.device, self.grammar.pad_id
+        # Dead groups stay in the batch with advantage 0; they must not dilute the mean over tokens either.
+        counted = sum(map(sum, (mask for group in batch if group.alive for mask in group.learnt)))
+        # Every so-manieth group, so that a minibatch is the same groups however many processes share it.
+        batch = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [self.rows[group.request_id]["prompt_ids"] for group in batch for _ in group.completions]
         prompt_ids, prompt_mask = left_pad(prompts, pad, device)
         completions = [torch.tensor(ids) for group in batch for ids in group.completions]
@@ -360,10 +378,7 @@ class DAPOTrainer(GRPOTrainer):
                 device,
             ),
             "advantages": torch.tensor([a for group in batch for a in group.advantages], device=device),
-            # Dead groups stay in the batch with advantage 0; they must not dilute the mean over tokens either.
-            "num_items_in_batch": torch.tensor(
-                sum(map(sum, (mask for group in batch if group.alive for mask in group.learnt))), device=device
-            ),
+            "num_items_in_batch": torch.tensor(counted, device=device),  # of all processes, as TRL's
         }
         self._label_prior = tensors["label_prior"]
         with torch.no_grad():
@@ -399,7 +414,8 @@ class DAPOTrainer(GRPOTrainer):
                 where=type(model).__name__,
                 do="set router_aux_loss_coef=0, or choose another model",
             )
-        share_prompts = not self.args.gradient_checkpointing  # checkpointing and a key-value cache exclude each other
+        # Checkpointing and a key-value cache exclude each other; DistributedDataParallel wants one forward a backward.
+        share_prompts = not self.args.gradient_checkpointing and self.accelerator.num_processes == 1
         log_probs, entropies = [], []
         size = batch_size or len(input_ids)
         for ids, mask, prior in zip(
@@ -432,10 +448,12 @@ class DAPOTrainer(GRPOTrainer):
         metrics["refill_rounds"].append(refills)
 
         if self._rollouts is None:
-            self._open_rollouts()
-        with self._rollouts.open("a", encoding="utf-8") as file:
-            for group in sampled:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines(group))
+            with self.accelerator.main_process_first():
+                self._open_rollouts()
+        if self.accelerator.is_main_process:
+            with self._rollouts.open("a", encoding="utf-8") as file:
+                for group in sampled:
+                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines(group))
 
         self._dead_rounds = 0 if any(group.kept for group in batch) else self._dead_rounds + 1
         if self._dead_rounds >= self.max_dead:
@@ -478,7 +496,8 @@ class DAPOTrainer(GRPOTrainer):
                     break
                 lines.append(line)
                 alive[row["step"]] = alive.get(row["step"], False) or row["kept"]
-        self._rollouts.write_text("".join(lines), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            self._rollouts.write_text("".join(lines), encoding="utf-8")
         for step in sorted(alive):
             self._dead_rounds = 0 if alive[step] else self._dead_rounds + 1
 
