@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -11,10 +12,11 @@ NUMBER = re.compile(r"[-+]?[\d.,]*(%| s| MiB|)( \[.*\])?$")  # what a cell of a 
 
 
 class Console:
-    """Progress lines with elapsed time, and tables."""
+    """Progress lines with elapsed time, and tables; of several processes the first alone speaks."""
 
     def __init__(self) -> None:
-        self.started, self.stream = time.monotonic(), sys.stderr
+        self.started = time.monotonic()
+        self.stream = sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")
 
     def say(self, text: str) -> None:
         """One progress line."""

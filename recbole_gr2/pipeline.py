@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -86,6 +88,9 @@ RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl":
 INTERNALISE = replace(next(stage for stage in STAGES if stage.name == "rl"), name="internalise", code="rl",
                       needs=("candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
 
+
+SHARED = ("rl",)  # code of the stages that several processes run together
+PLACE, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as launchers set them
 
 CHOICES = {"trace_mode": ("targeted", "rejection"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all")}  # fmt: skip
@@ -275,13 +280,24 @@ def _plain(value: Any) -> Any:
 def execute(
     planned: Sequence[Planned], settings: Settings, data: Any, console: Console
 ) -> list[tuple[StageRecord, bool]]:
-    """Run what the plan says; returns every stage's record and whether it was cached."""
+    """Run what the plan says; returns every stage's record and whether it was cached.
+
+    Raises:
+        ConfigurationError: it was started as several processes, and one of the stages that would run is for one.
+    """
+    alone = [p.stage.name for p in planned if p.action != "cached" and (p.stage.code or p.stage.name) not in SHARED]
+    if PROCESSES > 1 and alone:
+        raise ConfigurationError(
+            f"{', '.join(alone)} would be run by {PROCESSES} processes at once", where="accelerate launch",
+            why="rl and internalise alone are shared by several processes",
+            do="finish the stages before them with one process, then launch --stages rl with several",
+        )  # fmt: skip
     records: dict[str, StageRecord] = {}
     folders: dict[str, Path] = {}
     done = []
     for entry in planned:
         name = entry.stage.name
-        with locked(entry.folder):
+        with locked(entry.folder) if PLACE == 0 else contextlib.nullcontext():
             record = read_manifest(entry.folder) if entry.action == "cached" else None
             cached = record is not None
             if not cached:
@@ -293,7 +309,7 @@ def execute(
 
 
 def _run(entry: Planned, settings: Settings, data: Any, console: Console, records: dict, folders: dict) -> StageRecord:
-    if entry.action == "run":
+    if entry.action == "run" and PLACE == 0:
         for path in entry.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -305,18 +321,34 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
         inputs={name: records[name] for name in entry.needs},
         folders={name: folders[name] for name in entry.needs},
     )  # fmt: skip
+    _wait_for_all()
     _reset_peak_memory()
     started = time.monotonic()
     facts = run(context)
+    if PLACE == 0:
+        _finish(entry, facts, time.monotonic() - started)
+    _wait_for_all()
+    return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
+
+
+def _finish(entry: Planned, facts: dict, seconds: float) -> None:
     for checkpoint in entry.folder.glob("checkpoints/**/checkpoint-*"):  # of no use once the stage is finished
         shutil.rmtree(checkpoint)
     record = StageRecord(
         stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
-        seconds=round(time.monotonic() - started, 3), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
+        seconds=round(seconds, 3), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
     )  # fmt: skip
     write_manifest(entry.folder, record)
-    return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
+
+
+def _wait_for_all() -> None:
+    """Go on when every process is here."""
+    if PROCESSES > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()  # the first also chooses each one's GPU
 
 
 def _reset_peak_memory() -> None:

@@ -171,7 +171,7 @@ def run(
     if dry_run:
         return None
     done = pipeline.execute(planned, settings, data, console)
-    if planned[-1].stage.name != "evaluate":
+    if planned[-1].stage.name != "evaluate" or pipeline.PLACE > 0:
         return None
     from recbole_gr2.report import write_run
 

@@ -3,6 +3,7 @@
 import ast
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -226,6 +227,31 @@ def test_two_runs_never_write_one_stage(smoke_run, tmp_path, capsys):
         assert main([*argv, "--stages=tokenizer"]) == 1
     assert "another process is working on this stage" in capsys.readouterr().err
     assert main([*argv, "--stages=tokenizer"]) == 0
+
+
+def test_several_processes_share_rl(smoke_run, tmp_path):
+    argv = copied(smoke_run, tmp_path)
+    before = smoke_run.stages["rl"]
+    shutil.rmtree(stage_folder(tmp_path, "rl"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         PACKAGE.parent / "run_recbole_gr2.py", *argv, "--stages=rl"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr.count("rl done in") == 1  # one of them speaks
+    after = stage_folder(tmp_path, "rl")
+    said = [[{**line, "advantage": round(line["advantage"], 4)}
+             for line in read_lines(folder / "checkpoints" / "rollouts.jsonl") if line["step"] == 0]
+            for folder in (before, after)]  # fmt: skip
+    assert said[0] == said[1] and said[0]  # of the first round; weights then differ in their last digits
+    assert read_manifest(after).files == read_manifest(before).files
+
+
+def test_other_stages_are_for_one_process(smoke_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "PROCESSES", 2)
+    assert main([*copied(smoke_run, tmp_path), "--stages=tokenizer", "--seed=3"]) == 2
+    assert "tokenizer would be run by 2 processes at once" in capsys.readouterr().err
 
 
 def test_extensions_are_part_of_the_keys(smoke_run, data, tmp_path, monkeypatch):

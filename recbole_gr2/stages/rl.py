@@ -7,6 +7,7 @@ internalisation).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ SHOWN = (
 
 
 def run(context: Context) -> dict:
-    """Writes model/, log.json and checkpoints/rollouts.jsonl.
+    """Writes model/, log.json and checkpoints/rollouts.jsonl. Several processes may run it together.
 
     Raises:
         GateError: no list to learn from, or `rl_max_dead` rounds in a row without a usable group.
@@ -81,6 +82,7 @@ def run(context: Context) -> dict:
         temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
         epsilon_high=settings["rl_epsilon_high"], mask_truncated=settings["rl_mask_truncated"], bf16=bf16, seed=seed,
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
     config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
@@ -90,9 +92,10 @@ def run(context: Context) -> dict:
         callbacks=[ProgressLines(context.say, SHOWN)],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    save_backbone(merged(model), tokenizer, context.folder / "model")
     log = [line for line in trainer.state.log_history if "reward" in line]
-    write_json(context.folder / "log.json", log)
+    if trainer.accelerator.is_main_process:
+        save_backbone(merged(model), tokenizer, context.folder / "model")
+        write_json(context.folder / "log.json", log)
     return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1], "curve": curve(log)}
 
 
