@@ -59,7 +59,7 @@ BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
 BASELINES = {  # those that RecBole does not train
     GENERATOR: Stage(name=GENERATOR, version=1, code="baseline", recbole="shared", needs=("tokenizer", "midtrain"),
                      settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed")),
-    **{name: Stage(name=name, version=1, code="onerec_think", recbole="shared",
+    **{name: Stage(name=name, version=2, code="onerec_think", recbole="shared",
                    needs=("embeddings", "tokenizer", "midtrain"),
                    settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
        for name in ONEREC_THINK},
@@ -84,15 +84,14 @@ NAMES = tuple(stage.name for stage in STAGES)
 RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
-             "internalised": ("internalise",)}  # fmt: skip
-INTERNALISE = replace(next(stage for stage in STAGES if stage.name == "rl"), name="internalise", code="rl",
-                      needs=("candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
-
-
+             "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip
+RL = next(stage for stage in STAGES if stage.name == "rl")
+INTERNALISE = replace(RL, name="internalise", code="rl", needs=("candidates", "tokenizer", "evidence", "rl"))
+DISTILL = replace(RL, name="distill", version=1, code="rl", settings=(*RL.settings, "distill_"),
+                  needs=("candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
 PLACE, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as launchers set them
-
-CHOICES = {"trace_mode": ("targeted", "rejection"), "ort_variant": ("public", "paper"),
+CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all")}  # fmt: skip
 
 
@@ -148,7 +147,7 @@ def check(settings: Settings) -> None:
 
 def stage_table(settings: Settings) -> list[Stage]:
     """STAGES with one more for each of `models`, and for each re-ranker of the table, in front of the last; and with
-    internalise where the table has a row of it.
+    distill and internalise where they are asked for.
 
     So each is trained, and answers, once, whatever the lists. A model that is made from other stages needs those: one
     that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
@@ -164,6 +163,11 @@ def stage_table(settings: Settings) -> list[Stage]:
     rows |= {ONEREC_THINK[name]: (name,) for name in models if name in ONEREC_THINK}
     rerankers = [replace(RERANK, name=PREFIX + row, needs=(*RERANK.needs, *needs)) for row, needs in rows.items()]
     last = replace(table[-1], needs=(*table[-1].needs, *models, *(stage.name for stage in rerankers)))
+    if "distilled" in rows or settings["rl_start"] == "distill":
+        sft = ("sft",) if settings["distill_teacher"] == "sft" else ()
+        place = NAMES.index("rl")
+        table[place] = replace(RL, needs=("candidates", "tokenizer", "evidence", settings["rl_start"]))
+        table.insert(place, replace(DISTILL, needs=(*DISTILL.needs, *sft)))
     second = [INTERNALISE] if "internalised" in rows else []
     return [*table[:-1], *second, *baselines, *rerankers, last]
 
@@ -251,6 +255,9 @@ def _extension_hashes(values: dict[str, Any]) -> dict[str, str]:
     for key in ("cand_file", "mid_general", "trace_file"):
         if values.get(key):
             hashes[f"{key}.sha"] = _file_hash(values[key])
+    teacher = values.get("distill_teacher", "sft")
+    if teacher != "sft" and "://" not in teacher:
+        hashes["distill_teacher.sha"] = _file_hash(str(Path(teacher) / "model" / "model.safetensors"))
     return hashes
 
 
@@ -289,7 +296,7 @@ def execute(
     if PROCESSES > 1 and alone:
         raise ConfigurationError(
             f"{', '.join(alone)} would be run by {PROCESSES} processes at once", where="accelerate launch",
-            why="rl and internalise alone are shared by several processes",
+            why="rl, distill and internalise alone are shared by several processes",
             do="finish the stages before them with one process, then launch --stages rl with several",
         )  # fmt: skip
     records: dict[str, StageRecord] = {}

@@ -53,7 +53,7 @@ def check_result(path: Path) -> None:
     """
     from recbole_gr2.report import copies
 
-    ours = ("midtrain", "sft", "rl", "internalised")
+    ours = ("midtrain", "sft", "rl", "distilled", "internalised")
     found = [row for row in copies(json.loads(path.read_text(encoding="utf-8"))) if row in ours]
     if found:
         raise GateError(

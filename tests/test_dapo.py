@@ -78,7 +78,8 @@ def first_label(request_id, ranking):
     return float(ranking[0])
 
 
-def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2, target=30, trainer=None, **changes):
+def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2, target=30, trainer=None,
+          trainer_class=DAPOTrainer, **changes):  # fmt: skip
     """A trainer over `count` requests whose prompts have different lengths."""
     known = requests(count, target)
     rows = [
@@ -90,7 +91,7 @@ def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2
         "prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "learning_rate": 1e-2, "seed": 5,
         "save_steps": 1, "use_cpu": True, "mask_truncated": False,  # a random policy seldom ends its reasoning
     } | changes  # fmt: skip
-    return DAPOTrainer(
+    return trainer_class(
         tiny_model(tokenizer),
         dapo_config(str(folder), steps=steps, **settings),
         rows,

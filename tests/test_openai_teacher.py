@@ -1,15 +1,23 @@
-"""The endpoint teacher against a real HTTP server on this machine: its form, its faults, and what a reply is read as."""
+"""The endpoint teacher against HTTP servers on this machine: its form, its faults, and what a reply is read as."""
 
+import contextlib
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.llm.backbone import load_backbone, save_backbone
 from recbole_gr2.prompts import PromptMaker, load_template
-from recbole_gr2.teachers.openai_api import OpenAITeacher, read_argument
+from recbole_gr2.teachers.openai_api import FORM, OpenAITeacher, read_argument
 from recbole_gr2.types import Candidate, Item, Request
 
 pytest.importorskip("openai", reason="the extra recbole-gr2[teacher] is not installed")
@@ -152,3 +160,47 @@ def test_what_is_no_answer_has_no_reasoning_and_keeps_the_base_order_or_its_labe
 def test_foreign_and_repeated_labels_are_dropped():
     text = '{"explanation": "x", "recommendations": ["<|Z|>", "<|D|>", "<|D|>", 7]}'
     assert read_argument(text, request(), MAKER.render(request())).ranking == (7, 4, 5, 6)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(URL, model) of `transformers serve` with a tiny untrained model."""
+    pytest.importorskip("fastapi", reason="transformers serve needs it")
+    folder = tmp_path_factory.mktemp("served")
+    words = [message["content"] for message in MAKER.render(request()).messages]
+    model, tokenizer = load_backbone("random", corpus=[*words, FORM], random_config={"vocab_size": 400})
+    save_backbone(model, tokenizer, folder / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            [Path(sys.executable).with_name("transformers"), "serve", folder / "model", "--port", str(port), "--device",
+             "cpu"], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            assert server.poll() is None, (folder / "log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1", str(folder / "model")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_a_server_of_transformers(served, tmp_path, monkeypatch):
+    """Not a server of ours: what an untrained model says is no answer, is paid once, and is rejected with its reason."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    url, model = served
+    asking = OpenAITeacher(MAKER, model=model, base_url=url, concurrency=1, temperature=1.0,
+                           replies=tmp_path / "replies.jsonl")  # fmt: skip
+    (argument,) = asking.argue(SEVERAL[:1], targeted=False, attempt=0)
+    assert (argument.reasoning, argument.ranking) == ("", SEVERAL[0].items)
+    assert asking.usage["asked"] == 1 and asking.usage["prompt_tokens"] > 100 and asking.usage["completion_tokens"] > 0
+    (line,) = (json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines())
+    assert line["text"].strip()
+    again = OpenAITeacher(MAKER, model=model, base_url="http://127.0.0.1:9/v1", concurrency=1, temperature=1.0,
+                          replies=tmp_path / "replies.jsonl")  # fmt: skip
+    assert again.argue(SEVERAL[:1], targeted=False, attempt=0) == [argument] and again.usage["asked"] == 0

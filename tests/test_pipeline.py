@@ -22,7 +22,7 @@ from recbole_gr2.report import metrics_table, render_report
 from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
 
 PACKAGE = Path(recbole_gr2.__file__).parent
-ROWS = [f"rerank_{row}" for row in RERANKERS if row != "internalised"]
+ROWS = [f"rerank_{row}" for row in RERANKERS if row not in ("distilled", "internalised")]
 TABLE = [*NAMES[:-1], *ROWS, NAMES[-1]]  # of a run without baselines
 
 

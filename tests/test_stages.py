@@ -620,7 +620,7 @@ TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_embedding_tokens": 1500, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
     "models": ["BPR", "Pop"], "models_words": {"epochs": 1}, "eval_rows": list(pipeline.RERANKERS),
-    "rl_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
+    "rl_steps": 3, "distill_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
 FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128,
@@ -634,6 +634,7 @@ KILLS = {
     "evidence": "test: 21 facts",
     "traces": "try 1:",
     "sft": "  step 7/11",
+    "distill": "step 4/6",
     "rl": "step 4/6",
     "internalise": "step 4/6",
     "BPR": "BPR epoch 1",
@@ -739,6 +740,7 @@ def same_files(one: Path, two: Path) -> int:
         ("traces", ["accepted.jsonl", "rejected.jsonl"]),
         ("sft", ["model/model.safetensors", "samples.json"]),
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
+        ("distill", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("internalise", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("BPR", ["model/model.safetensors", "test.json"]),
         ("Pop", ["model/model.safetensors", "test.json"]),
@@ -790,7 +792,7 @@ def test_an_internalised_answer_is_a_ranking_alone(uninterrupted):
     assert {line["ranking"][0] for line in answers} != {line["ranking"][0] for line in answers[:1]}
 
 
-@pytest.mark.parametrize("row", [row for row in pipeline.RERANKERS if row != "internalised"])
+@pytest.mark.parametrize("row", [row for row in pipeline.RERANKERS if row not in ("distilled", "internalised")])
 def test_rankings_are_those_the_table_is_made_of(smoke, smoke_run, items, row):
     import pandas as pd
 

@@ -185,6 +185,8 @@ class DAPOTrainer(GRPOTrainer):
         GateError: `max_dead` rounds in a row had no group with different rewards.
     """
 
+    keeps_dead = False  # whether a group with equal rewards has something else to learn from, a reference or a teacher
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -285,8 +287,8 @@ class DAPOTrainer(GRPOTrainer):
         assert len(inputs) == len(drawn) * self.num_generations == self.prompts_per_step * self.num_generations
         sampled = batch = self._sample(drawn, attempt=0)
         refills = 0
-        while refills < self.max_refill and not all(group.alive for group in batch):
-            dead = [position for position, group in enumerate(batch) if not group.alive]
+        while refills < self.max_refill and not all(map(self._teaches, batch)):
+            dead = [position for position, group in enumerate(batch) if not self._teaches(group)]
             further = self._further_prompts(drawn, refills + 1, len(dead))
             if not further:
                 break
@@ -294,13 +296,17 @@ class DAPOTrainer(GRPOTrainer):
             drawn += further
             fresh = self._sample(further, attempt=refills)
             sampled, batch = sampled + fresh, list(batch)
-            for position, group in zip(dead, (group for group in fresh if group.alive)):
+            for position, group in zip(dead, filter(self._teaches, fresh)):
                 batch[position] = group
         assert len({group.request_id for group in batch}) == len(batch), "two groups share a request"
         for group in batch:
-            group.kept = group.alive
+            group.kept = self._teaches(group)
         self._record(sampled, batch, refills)
         return self._tensors(batch)
+
+    def _teaches(self, group: Group) -> bool:
+        """Whether a group stays in the batch."""
+        return group.alive or self.keeps_dead and any(map(any, group.learnt))
 
     def _sample(self, request_ids: list[str], attempt: int) -> list[Group]:
         """Groups of the requests, in their order: each process generates some, and all get all."""
@@ -357,7 +363,7 @@ class DAPOTrainer(GRPOTrainer):
         """
         device, pad = self.accelerator.device, self.grammar.pad_id
         # Dead groups stay in the batch with advantage 0; they must not dilute the mean over tokens either.
-        counted = sum(map(sum, (mask for group in batch if group.alive for mask in group.learnt)))
+        counted = sum(map(sum, (mask for group in batch if group.kept for mask in group.learnt)))
         # Every so-manieth group, so that a minibatch is the same groups however many processes share it.
         batch = batch[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [self.rows[group.request_id]["prompt_ids"] for group in batch for _ in group.completions]
@@ -380,16 +386,21 @@ class DAPOTrainer(GRPOTrainer):
             "advantages": torch.tensor([a for group in batch for a in group.advantages], device=device),
             "num_items_in_batch": torch.tensor(counted, device=device),  # of all processes, as TRL's
         }
-        self._label_prior = tensors["label_prior"]
-        with torch.no_grad():
-            tensors["old_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                self.model,
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, tensors["completion_mask"]], dim=1),
-                completion_ids.size(1),
-                batch_size=self.args.per_device_train_batch_size,  # the loss's own pieces: the first ratio is exactly 1
-            )
+        tensors["old_per_token_logps"] = self.log_probs_under(self.model, tensors)
         return tensors
+
+    @torch.no_grad()
+    def log_probs_under(self, model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities (B, O) of a batch's completions under a model, by the grammar."""
+        self._label_prior = tensors["label_prior"]
+        log_probs, _, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1),
+            torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1),
+            tensors["completion_ids"].size(1),
+            batch_size=self.args.per_device_train_batch_size,  # the loss's own pieces: the first ratio is exactly 1
+        )
+        return log_probs
 
     def _compute_loss(self, model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """TRL's; what it hands to the method below does not say whose prior a row has."""

@@ -47,6 +47,8 @@ class RolloutBeamTrainer(DAPOTrainer):
         kl: weight of the KL divergence to it, beta. The paper: 0.001.
     """
 
+    keeps_dead = True  # as GRPO does; they stay near the reference
+
     def __init__(self, *args: Any, trie: SidTrie, codes: torch.Tensor, beams: int, constrained: bool,
                  reference: Any, kl: float, **kwargs: Any) -> None:  # fmt: skip
         super().__init__(*args, rewards=_Paid(), **kwargs)
@@ -66,14 +68,7 @@ class RolloutBeamTrainer(DAPOTrainer):
 
     def _tensors(self, batch: list[Group]) -> dict[str, torch.Tensor]:
         tensors = super()._tensors(batch)
-        with torch.no_grad():
-            tensors["ref_per_token_logps"], _, _ = self._get_per_token_logps_and_entropies(
-                self.reference,
-                torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1),
-                torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1),
-                tensors["completion_ids"].size(1),
-                batch_size=self.args.per_device_train_batch_size,
-            )
+        tensors["ref_per_token_logps"] = self.log_probs_under(self.reference, tensors)
         return tensors
 
 

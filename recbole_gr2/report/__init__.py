@@ -152,12 +152,12 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
             + (f" Endpoint: {traces['usage']}." if traces["usage"] else "")
             + (f" Cost: {traces['cost']:,.2f}." if traces["cost"] is not None else "")
         )
-    for title, stage in (("RL", "rl"), ("RL without reasoning", "internalise")):
+    for title, stage in (("On-policy distillation", "distill"), ("RL", "rl"), ("RL without reasoning", "internalise")):
         if stage not in records:
             continue
         rl = records[stage].facts
         shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
-                 "clip_ratio/high_mean", "entropy")  # fmt: skip
+                 "clip_ratio/high_mean", "entropy", "teacher_kl")  # fmt: skip
         rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
                   for name in shown if name in rl["last"]]  # fmt: skip
         parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"

@@ -238,7 +238,6 @@ def reinforce(context: Context, model, tokenizer, maker: PromptMaker, drawn: Seq
         grammar=grammar, tokenizer=tokenizer, trie=SidTrie.of(tokenizer, codes), codes=torch.from_numpy(codes),
         beams=settings["ort_rl_beams"], constrained=settings["mid_constrained"],
         reference=reference, kl=settings["ort_rl_kl"],
-        max_refill=0, max_dead=settings["ort_rl_steps"] + 1,  # GRPO keeps groups that teach nothing
         callbacks=[ProgressLines(context.say, ("reward", "frac_groups_kept", "kl", "completions/mean_length"))],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)

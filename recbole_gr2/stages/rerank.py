@@ -1,7 +1,7 @@
 """Rerank: one re-ranker orders the test lists, for a row of the table.
 
-`rerank_sft`, `rerank_rl`: the stage's model answers. `rerank_internalised`: the model of the internalise stage, without
-reasoning. `rerank_shuffled`: the RL model on shuffled candidates, which shows how far it goes by position.
+`rerank_sft`, `rerank_rl`, `rerank_distilled`: the stage's model answers. `rerank_internalised`: that of internalise,
+without reasoning. `rerank_shuffled`: the RL model on shuffled candidates, which shows how far it goes by position.
 `rerank_midtrain`, `rerank_onerec_think`: by the likelihood of the candidates' semantic IDs. `rerank_lambdamart`:
 LightGBM over the same evidence.
 """
@@ -31,6 +31,7 @@ from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.types import Item, Request
 
+MODELS = {"shuffled": "rl", "distilled": "distill", "internalised": "internalise"}  # stages of rows with other names
 PREFIX = "rerank_"  # of the stages' names, in front of the row's
 Rankings = dict[str, tuple[int, ...]]
 
@@ -84,7 +85,7 @@ def answered_rankings(context: Context, items: Sequence[Item], requests: list[Re
                       ) -> tuple[Rankings, dict, dict[str, dict]]:  # fmt: skip
     """A language model's answers: their rankings, facts about them all, and each one's details by request."""
     settings = context.settings
-    model, tokenizer = load_stage_model(context, {"shuffled": "rl", "internalised": "internalise"}.get(row, row))
+    model, tokenizer = load_stage_model(context, MODELS.get(row, row))
     grammar = answer_grammar(tokenizer, settings, reasoning=row != "internalised")
     orders = None
     if row == "shuffled":

@@ -1,6 +1,7 @@
 """RL: DAPO on train lists that hold their target, rewarded for moving it up.
 
-`rl` starts from the sft model. `internalise` is a second run from the rl model, with the same reward and without the
+`rl` starts from the sft model, or from the distill model if `rl_start` says so. `distill` stands in sft's place: from
+the mid-trained model, with the same reward, near a teacher (GR2-TR, on-policy distillation). `internalise` is a second run from the rl model, with the same reward and without the
 trace, for answers that are a ranking alone: the model that is quick enough to be deployed (GR2-TR, reasoning
 internalisation).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
+from recbole_gr2.stages.midtrain import load_model, load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.sft import answer_grammar
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import training_requests
@@ -35,6 +37,7 @@ SHOWN = (
     "clip_ratio/high_mean",
     "frac_groups_kept",
     "entropy",
+    "teacher_kl",
 )
 
 
@@ -47,6 +50,7 @@ def run(context: Context) -> dict:
     from transformers.trainer_utils import get_last_checkpoint
 
     from recbole_gr2.llm.dapo import DAPOTrainer, dapo_config
+    from recbole_gr2.llm.distill import DistillTrainer
 
     settings = context.settings
     items = load_items(context.folders["tokenizer"], context.data.items)
@@ -57,9 +61,10 @@ def run(context: Context) -> dict:
             f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
             where="rl_prompts_per_step", do="lower it, or train a better base model",
         )  # fmt: skip
-    second = context.stage == "internalise"
-    model, tokenizer = load_stage_model(context, "rl" if second else "sft")
-    grammar = answer_grammar(tokenizer, settings, reasoning=not second)
+    distill = context.stage == "distill"
+    start = {"internalise": "rl", "distill": "midtrain"}.get(context.stage, settings["rl_start"])
+    model, tokenizer = load_stage_model(context, start)
+    grammar = answer_grammar(tokenizer, settings, reasoning=context.stage != "internalise")
     rows = []
     for request in requests:
         prompt = maker.render(request)
@@ -75,21 +80,25 @@ def run(context: Context) -> dict:
     bf16 = use_bf16(settings, model.device.type)
     folder = context.folder / "checkpoints"
     config = dapo_config(
-        str(folder), steps=settings["rl_steps"], prompts_per_step=settings["rl_prompts_per_step"],
+        str(folder), steps=settings["distill_steps" if distill else "rl_steps"], prompts_per_step=settings["rl_prompts_per_step"],
         num_generations=settings["rl_num_generations"], num_iterations=settings["rl_num_iterations"],
         minibatches=settings["rl_minibatches"], micro_batch_size=settings["rl_micro_batch_size"],
         learning_rate=settings["rl_learning_rate"], warmup_steps=settings["rl_warmup_steps"],
         temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
-        epsilon_high=settings["rl_epsilon_high"], mask_truncated=settings["rl_mask_truncated"], bf16=bf16, seed=seed,
+        epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
+        mask_truncated=settings["rl_mask_truncated"] and not distill,  # it has yet to learn where to end
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
     config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
-    trainer = DAPOTrainer(
+    trainer_class, more = DAPOTrainer, {}
+    if distill:
+        trainer_class, more = DistillTrainer, {"teacher": teacher(context, tokenizer), "kl": settings["distill_kl"]}
+    trainer = trainer_class(
         model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),
         grammar=grammar, tokenizer=tokenizer, max_refill=settings["rl_max_refill"], max_dead=settings["rl_max_dead"],
-        callbacks=[ProgressLines(context.say, SHOWN)],
+        callbacks=[ProgressLines(context.say, SHOWN)], **more,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     log = [line for line in trainer.state.log_history if "reward" in line]
@@ -97,6 +106,17 @@ def run(context: Context) -> dict:
         save_backbone(merged(model), tokenizer, context.folder / "model")
         write_json(context.folder / "log.json", log)
     return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1], "curve": curve(log)}
+
+
+def teacher(context: Context, tokenizer):
+    """The teacher of distill: the sft model of this run, one in a folder, or one behind an endpoint."""
+    from recbole_gr2.llm.distill import EndpointTeacher, LocalTeacher
+
+    settings, name = context.settings, context.settings["distill_teacher"]
+    if name.startswith(("http://", "https://")):
+        return EndpointTeacher(name, settings["distill_endpoint_model"], concurrency=settings["trace_concurrency"])
+    model, known = load_model(context.folders["sft"] if name == "sft" else Path(name))
+    return LocalTeacher(model, known, tokenizer)
 
 
 def curve(log: Sequence[Mapping[str, float]], parts: int = 5) -> dict[str, list[float]]:
