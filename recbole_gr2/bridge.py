@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,6 @@ from recbole_gr2.text import clean_text
 from recbole_gr2.types import Item, Request
 
 SPLITS = ("train", "valid", "test")
-BEHIND = {"train": 3, "valid": 2, "test": 1}  # where a split's target stands, counted from the end of a sequence
 TEXTS = ("title", "categories", "brand", "description")
 DESCRIPTION_CHARS = 1000  # the encoder reads 128 tokens, and a description comes last
 OTHER = "other_parameter."  # prefix of tensors that RecBole keeps outside state_dict
@@ -74,6 +74,10 @@ class Data:
         self.sequences: dict[int, np.ndarray] = {
             int(user): group.to_numpy() for user, group in frame.groupby(self.uid)[self.iid]
         }
+        self.train_targets: int = settings["train_targets"]
+        if self.train_targets < 1:
+            raise ConfigurationError(f"train_targets is {self.train_targets}", do="choose 1 or more")
+        self._grades = _grades(frame, self.uid, settings["train_grades"])
         self.built = self.dataset.build()
 
     @property
@@ -90,6 +94,10 @@ class Data:
             digest.update(np.asarray([user, *self.sequences[user]], dtype=np.int64).tobytes())
         digest.update(json.dumps([[getattr(i, text) for text in TEXTS] for i in self.items]).encode())
         digest.update(str(self.dataset.max_item_list_len).encode())
+        if self.train_targets > 1:
+            digest.update(f"{self.train_targets} targets".encode())
+        for grades in self._grades.values():
+            digest.update(grades.tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -112,26 +120,62 @@ class Data:
         """Every user's training items, oldest first: all but the valid and the test item."""
         return {user: items[:-2] for user, items in self.sequences.items() if len(items) > 2}
 
+    def open_sequences(self) -> list[list[int]]:
+        """Every user's training items in front of the targets of its train list, oldest first."""
+        return [items[: -self.train_targets].tolist() for items in self.train_sequences().values()]
+
     def rows(self, split: str) -> tuple[object, np.ndarray]:
         """The split's rows as RecBole Interaction, one a user, and the user ids (B,).
 
-        For `train` that is each user's last training row; it needs at least one item of history.
+        For `train` that is the training row that asks for the first target of the user's train list; it needs at least
+        one item of history.
         """
         feat = self.built[SPLITS.index(split)].inter_feat
         if split == "train":
-            feat = feat[_last_rows(feat[self.uid].numpy())]
+            feat = feat[np.flatnonzero(_from_end(feat[self.uid].numpy()) == self.train_targets)]
         return feat, feat[self.uid].numpy()
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
         """Items before the split's target, oldest first, never cut."""
-        behind = BEHIND[split]
         items = self.sequences[user]
-        return tuple(int(item) for item in items[: max(len(items) - behind, 0)])
+        return tuple(int(item) for item in items[: max(len(items) - self._behind(split), 0)])
+
+    def targets(self, user: int, split: str) -> dict[int, int]:
+        """The items that the split's row asks for, oldest first, with their grades, 1 where none are set: one of them in
+        valid and test, `train_targets` in train. Empty for a user with too few items to have that row."""
+        items, behind = self.sequences[user], self._behind(split)
+        if len(items) <= behind:
+            return {}
+        count = self.train_targets if split == "train" else 1
+        asked = slice(len(items) - behind, len(items) - behind + count)
+        grades = self._grades[user][asked] if split == "train" and self._grades else np.ones(count, dtype=int)
+        return dict(zip(items[asked].tolist(), grades.tolist(), strict=True))
 
     def target(self, user: int, split: str) -> int | None:
-        """The item that the split's row asks for; None for a user with too few items to have that row."""
-        behind = BEHIND[split]
-        return int(self.sequences[user][-behind]) if len(self.sequences[user]) > behind else None
+        """The first item that the split's row asks for; None for a user with too few items to have that row."""
+        return next(iter(self.targets(user, split)), None)
+
+    def _behind(self, split: str) -> int:
+        """Where a split's first target stands, counted from the end of a sequence."""
+        return {"train": 2 + self.train_targets, "valid": 2, "test": 1}[split]
+
+
+def _grades(frame: pd.DataFrame, user_field: str, by: Mapping[str, Sequence[float]] | None) -> dict[int, np.ndarray]:
+    """Grade of every interaction of each user in the order of `frame`: how many of a column's thresholds it reaches.
+
+    Raises:
+        ConfigurationError: the setting is not one column with rising thresholds, or the column is not loaded.
+    """
+    if by is None:
+        return {}
+    (column, thresholds), *more = by.items() or [("", [])]
+    if more or not isinstance(thresholds, list) or not thresholds or thresholds != sorted(set(thresholds)):
+        raise ConfigurationError(f"train_grades is {by!r}", do="name a column and rising thresholds: {rating: [3, 5]}")
+    if column not in frame:
+        raise ConfigurationError(f"the interactions have no column {column!r}", where="train_grades",
+                                 do=f"load it: load_col: {{inter: [..., {column}]}}")  # fmt: skip
+    grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
+    return {int(user): grades[rows] for user, rows in frame.groupby(user_field).indices.items()}
 
 
 def _check_protocol(config) -> None:
@@ -273,10 +317,13 @@ def _description(text: str) -> str:
     return clean_text(text, " ")[:DESCRIPTION_CHARS].rstrip()
 
 
-def _last_rows(users: np.ndarray) -> np.ndarray:
-    """Index of each user's last row, in order of first appearance; rows of a user are in time order."""
-    last = {int(user): row for row, user in enumerate(users)}
-    return np.array(list(last.values()), dtype=np.int64)
+def _from_end(users: np.ndarray) -> np.ndarray:
+    """Number of each row among its user's, (B,), counted from the last, 1; rows of a user are in time order."""
+    numbers, counts = np.empty(len(users), dtype=np.int64), Counter()
+    for row, user in reversed(list(enumerate(users.tolist()))):
+        counts[user] += 1
+        numbers[row] = counts[user]
+    return numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +414,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     Args:
         data: the data set.
         folder: where `model.safetensors` and `facts.json` go; facts are written last.
-        hold_out: train without each user's last training interaction, the target of the train requests.
+        hold_out: train without each user's last training interactions, the targets of the train requests.
         epochs: train exactly so long without validation; None stops early by `valid_metric` on the valid rows.
             A hold-out base trains as long as the base did, so that its targets do not choose it.
         model: another model than the base model; it gets RecBole's words without those of the base model.
@@ -414,7 +461,7 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     train, valid, test = built
     keep = np.arange(len(train.inter_feat))
     if hold_out:
-        keep = np.setdiff1d(keep, _last_rows(train.inter_feat[data.uid].numpy()))
+        keep = np.flatnonzero(_from_end(train.inter_feat[data.uid].numpy()) > data.train_targets)
     if hasattr(model_class, "training_rows"):
         rows = model_class.training_rows(train.inter_feat[keep], config)
         keep = keep[rows]

@@ -1,7 +1,8 @@
 """Requests on disk: the candidate lists of every split, portable as JSON lines.
 
-One line a request: `request_id, user_id, split, history, target, candidates, scores, provider`, all ids as tokens of
-the data files, so that lists can be exchanged with other tools. `candidate_item_ids` is read as another name of
+One line a request: `request_id, user_id, split, history, target, candidates, scores, provider`, and `grades` in train
+lists with several targets or graded ones; all ids are tokens of the data files, so that lists can be exchanged with
+other tools. `candidate_item_ids` is read as another name of
 `candidates`.
 """
 
@@ -38,6 +39,7 @@ def write_requests(file: Path, requests: Iterable[Request], items: Sequence[Item
                 "candidates": [token(c.item_id) for c in r.candidates],
                 "scores": [c.score for c in r.candidates],
                 "provider": r.provider,
+                **({"grades": list(r.grades)} if r.grades else {}),
             }
             for r in requests
         ),
@@ -69,7 +71,12 @@ def read_requests(file: Path, items: Sequence[Item]) -> list[Request]:
                     for rank, (token, score) in enumerate(zip(candidates, scores, strict=True), start=1)
                 ),
                 provider=line.get("provider", file.name),
+                grades=tuple(line.get("grades", ())),
             )
+            if request.grades and (len(request.grades) != len(request.items) or request.split != "train"
+                                   or not all(isinstance(grade, int) and grade >= 0 for grade in request.grades)):
+                raise ValueError("grades are whole numbers from 0, one for each candidate of a train list")
+
         except (KeyError, TypeError, ValueError) as error:  # ValueError: as many scores as candidates
             raise ConfigurationError(
                 f"unknown item, missing or unreadable field: {error}", where=where,

@@ -6,6 +6,7 @@ V vocabulary, N items, P prompt tokens, O output tokens. Ranks start at 1, posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Sid = tuple[int, ...]
@@ -43,7 +44,8 @@ class Request:
     """One list to re-rank.
 
     `history` holds item ids, oldest first. `target` is the item the user took next: it is kept for training
-    targets, rewards and metrics and never reaches a prompt, a feature or a score. `prior` holds the evidence's
+    targets, rewards and metrics and never reaches a prompt, a feature or a score. So are `grades`: what each candidate
+    is worth, in base order, in train lists with several targets or graded ones; else (). `prior` holds the evidence's
     log-probability of each candidate, in base order; () before the evidence stage, and without evidence.
     """
 
@@ -55,6 +57,7 @@ class Request:
     target: int
     provider: str
     prior: tuple[float, ...] = ()
+    grades: tuple[int, ...] = ()
 
     @property
     def items(self) -> tuple[int, ...]:
@@ -71,6 +74,22 @@ class Request:
     def target_rank(self) -> int | None:
         """1-based rank of the target in the base order; None if the list does not hold it."""
         return self.items.index(self.target) + 1 if self.target in self.items else None
+
+
+    @property
+    def gains(self) -> tuple[int, ...]:
+        """What each candidate is worth in base order, (K,): its grade, or 1 for the target and 0 for the others."""
+        return self.grades or tuple(int(item == self.target) for item in self.items)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether some candidate is worth more than another."""
+        return len(set(self.gains)) > 1
+
+    def by_gain(self, ranking: Sequence[int]) -> tuple[int, ...]:
+        """A ranking of the candidates with those that are worth more first, else as it is."""
+        gain = dict(zip(self.items, self.gains, strict=True))
+        return tuple(sorted(ranking, key=lambda item: -gain[item]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.evidence import PROVIDERS, Counts, Observed, collect, overlap
-from recbole_gr2.evidence.prior import cross_fit, fit_prior, log_prior
+from recbole_gr2.evidence.prior import cross_entropy, cross_fit, fit_prior, log_prior, shares
 from recbole_gr2.types import Candidate, Item, Request
 
 ITEMS = tuple(
@@ -124,7 +124,7 @@ def planted(count: int, seed: int):
     rng = np.random.default_rng(seed)
     tables = [rng.normal(size=(5, 3)).astype(np.float32) for _ in range(count)]
     targets = [int(t[:, 0].argmax()) if rng.random() < 0.7 else int(rng.integers(5)) for t in tables]
-    return tables, targets
+    return tables, [tuple(int(place == target) for place in range(5)) for target in targets]
 
 
 def test_the_prior_finds_a_planted_pattern():
@@ -132,7 +132,7 @@ def test_the_prior_finds_a_planted_pattern():
     prior, steps, error = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
     new, truth = planted(200, 2)
     rows = log_prior(prior, new)
-    right = np.mean([np.argmax(row) == target for row, target in zip(rows, truth)])
+    right = np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth)])
     assert right > 0.65 and 10 <= steps <= 200 and error < math.log(5) - 0.3
     assert all(math.fsum(map(math.exp, row)) == pytest.approx(1, abs=1e-5) for row in rows)
     again, _, _ = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
@@ -140,21 +140,36 @@ def test_the_prior_finds_a_planted_pattern():
 
 
 def test_padding_of_short_lists_takes_no_probability():
-    tables, targets = planted(50, 0)
+    tables, gains = planted(50, 0)
     short = [table[:2] for table in tables[:25]] + tables[25:]
-    prior, _, _ = fit_prior(short, [min(t, 1) for t in targets[:25]] + targets[25:], valid=None, steps=20, seed=3,
-                            **OPTIONS)  # fmt: skip
+    prior, _, _ = fit_prior(short, [(1, 0)] * 25 + gains[25:], valid=None, steps=20, seed=3, **OPTIONS)
     rows = log_prior(prior, short)
     assert [len(row) for row in rows] == [2] * 25 + [5] * 25
     assert all(math.fsum(map(math.exp, row)) == pytest.approx(1, abs=1e-5) for row in rows)
     assert rows[0] == pytest.approx(log_prior(prior, [short[0]])[0], abs=1e-5)
 
 
+def test_several_targets_are_asked_for_in_proportion():
+    """Two facts make a candidate wanted, one of them twice as much: the likelihoods follow."""
+    rng = np.random.default_rng(0)
+    tables, gains = [], []
+    for _ in range(300):
+        kinds = rng.permutation([0, 1, 2, 2, 2])
+        tables.append(np.eye(3)[kinds].astype(np.float32))
+        gains.append(tuple(int((2, 1, 0)[kind]) for kind in kinds))
+    prior, _, _ = fit_prior(tables, gains, valid=None, steps=300, seed=3, **OPTIONS)
+    (row,) = log_prior(prior, [np.eye(3)[[2, 1, 0]].astype(np.float32)])
+    assert np.exp(row[1:]) == pytest.approx([1 / 3, 2 / 3], abs=0.03) and row[0] < -3
+    by_hand = -(2 * math.log(0.5) + math.log(0.25)) / 3
+    log_probs = torch.tensor([[0.25, 0.5, 0.25, 0.0]]).log()
+    assert cross_entropy(log_probs, shares([(1, 2, 0, 0)])).item() == pytest.approx(by_hand)
+
+
 def test_a_cross_fitted_list_does_not_know_its_own_target():
     tables, targets = planted(40, 0)
     before = cross_fit(tables, targets, folds=4, steps=30, seed=1, **OPTIONS)
     changed = list(targets)
-    changed[7] = (targets[7] + 1) % 5
+    changed[7] = targets[7][1:] + targets[7][:1]
     after = cross_fit(tables, changed, folds=4, steps=30, seed=1, **OPTIONS)
     assert before[7] == after[7] and before != after
     assert len(before) == 40 and all(len(row) == 5 for row in before)

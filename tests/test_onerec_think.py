@@ -26,10 +26,10 @@ from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens, sid_text
 from recbole_gr2.stages import Context, onerec_think
-from recbole_gr2.stages.midtrain import code_choices, describe, load_stage_model
+from recbole_gr2.stages.midtrain import code_choices, describe, learnt_histories, load_stage_model
 from recbole_gr2.stages.onerec_think import (
-    candidate_scores, most_similar, prompt_ids, prompts, recommender, sentence, thinks, train, training_positions,
-    training_row,
+    candidate_scores, most_similar, prompt_ids, prompt_maker, prompts, recommender, sentence, thinks, train,
+    training_positions, training_row,
 )  # fmt: skip
 from recbole_gr2.store import read_manifest, write_lines
 from recbole_gr2.types import Candidate, Item, Request
@@ -38,8 +38,8 @@ COUNT, LEVELS, CODES = 12, 2, 4
 THINK, NO_THINK = ONEREC_THINK  # the names of the two stages
 KINDS = ("Soap", "Brush", "Comb")
 PLANTED = {
-    "ort_steps": 200, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
-    "ort_max_trace": 8, "ort_samples": 3, "ort_beams": COUNT, "prompt_history": 2, "ort_save_steps": 1000,
+    "ort_steps": 300, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
+    "ort_max_trace": 8, "ort_samples": 3, "ort_beams": COUNT, "ort_texts": 2, "ort_save_steps": 1000,
 }  # fmt: skip
 
 
@@ -67,6 +67,9 @@ class ToyData:
     def train_sequences(self):
         return {user: items[:-2] for user, items in self.sequences.items()}
 
+    def open_sequences(self):
+        return [items[:-3].tolist() for items in self.sequences.values()]
+
     def history(self, user, split):
         return tuple(self.sequences[user][: -{"train": 3, "valid": 2, "test": 1}[split]].tolist())
 
@@ -76,7 +79,7 @@ def world(tmp_path_factory) -> Context:
     """A toy catalogue with a random language model in the place of the mid-trained one; nothing is trained yet."""
     root, data = tmp_path_factory.mktemp("toy"), ToyData()
     corpus = [describe(PromptMaker.of(SETTINGS, data.items).shown(item.item_id)) for item in data.items]
-    corpus += [sentence(item) for item in data.items] + ["A shopper took"]
+    corpus += [sentence(item) for item in data.items] + ["A shopper took", "Taken in order: "]
     model, tokenizer = load_backbone(
         "random", corpus=corpus, extra_tokens=added_tokens(LEVELS, CODES + 1, 2), seed=1,
         random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
@@ -118,7 +121,7 @@ def untrained(world):
     """(model, tokenizer, maker) with the marks of a trace."""
     model, tokenizer = load_stage_model(world, "midtrain")
     add_tokens(model, tokenizer, ["<think>", "</think>"])
-    return model, tokenizer, PromptMaker.of(SETTINGS, world.data.items)
+    return model, tokenizer, prompt_maker(SETTINGS, world.data.items)
 
 
 def changed(context: Context, **changes) -> Context:
@@ -133,17 +136,20 @@ def at(context: Context, name: str, folder: Path | None = None, **changes) -> Co
 
 # --- prompts and rows ------------------------------------------------------------------------------------------------
 
-SHOWN = (
+TEXTS = (
     "A shopper took\n<|sid_begin|><s_a_2><s_b_0><|sid_end|>, its title is Thing 2, its category is Comb"
     "\n<|sid_begin|><s_a_0><s_b_1><|sid_end|>, its title is Thing 3, its category is Soap\n"
 )
+SHOWN = f"{TEXTS}Taken in order: <|sid_begin|><s_a_2><s_b_0><|sid_end|><|sid_begin|><s_a_0><s_b_1><|sid_end|>"
 NEXT = "<|sid_begin|><s_a_1><s_b_1><|sid_end|>"
 
 
-def test_a_prompt_is_the_persona_text_of_the_last_items(untrained):
+def test_a_prompt_is_the_texts_of_the_last_items_and_all_semantic_ids(untrained):
     _, tokenizer, maker = untrained
-    assert tokenizer.decode(prompt_ids(maker, tokenizer, (5, 1, 2, 3))) == SHOWN
-    assert prompt_ids(maker, tokenizer, (2, 3)) == prompt_ids(maker, tokenizer, (9, 2, 3))  # prompt_history is 2
+    assert tokenizer.decode(prompt_ids(maker, tokenizer, (2, 3))) == SHOWN
+    longer = tokenizer.decode(prompt_ids(maker, tokenizer, (5, 2, 3)))  # ort_texts is 2
+    assert longer == SHOWN.replace("order: ", f"order: {sid_text(maker.items[4].sid)}")
+    assert prompt_ids(maker, tokenizer, (7, *[1] * 28, 2, 3)) == prompt_ids(maker, tokenizer, (*[1] * 28, 2, 3))
 
 
 def test_rows_by_hand(untrained):
@@ -174,10 +180,11 @@ def test_a_sentence_without_category_or_title():
 @pytest.mark.parametrize("hold_out", [True, False])
 def test_training_positions(hold_out):
     data = ToyData()
-    found = training_positions(data.train_sequences(), hold_out=hold_out, seed=3)
+    learnt = learnt_histories(data, {"mid_hold_out": hold_out})
+    found = training_positions(learnt, seed=3)
     assert len(found) == data.users * (4 - hold_out)
     assert len({history for history, _ in found}) <= len(found) and found != sorted(found)
-    assert found == training_positions(data.train_sequences(), hold_out=hold_out, seed=3)
+    assert found == training_positions(learnt, seed=3)
     longest = max(len(history) for history, _ in found)
     # Of 7 items the last two are valid and test, and the one before is the target of the train list.
     assert longest == (3 if hold_out else 4)
@@ -224,7 +231,7 @@ def brute_force(context: Context, name: str, histories) -> np.ndarray:
     """(B, N): every item's log-likelihood behind every prompt, the best of each history's prompts."""
     model, tokenizer = load_stage_model(context, name)
     items, rows = context.data.items, []
-    maker = PromptMaker.of(context.settings, items)
+    maker = prompt_maker(context.settings, items)
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
     for history in histories:
@@ -285,7 +292,7 @@ def test_it_learns_a_planted_pattern(trained):
         assert torch.isneginf(scores.gather(1, seen)).all(), name
         assert (scores.argmax(1) == targets).float().mean() > 0.9, name
     model, tokenizer = load_stage_model(trained, THINK)
-    maker = PromptMaker.of(trained.settings, trained.data.items)
+    maker = prompt_maker(trained.settings, trained.data.items)
     greedy = {**trained.settings, "ort_temperature": 0.0, "ort_samples": 1}
     (ids,) = prompts(model, tokenizer, maker, greedy, True, [(2, 3)])
     assert tokenizer.decode(ids) == f"{SHOWN}<think> Next is Brush. </think>"
@@ -349,10 +356,9 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     context, _ = papered
     _, tokenizer, maker = untrained
     asked = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
-    assert f"{SHOWN}Next the shopper took {NEXT}, its title is Thing 4" in asked
+    assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in asked
     written = lines(context.folder / "rationales.jsonl")
-    drawn = training_positions(context.data.train_sequences(), hold_out=True,
-                               seed=derive_seed(SETTINGS["seed"], "onerec_think"))[: len(written)]  # fmt: skip
+    drawn = training_positions(context.data.open_sequences(), seed=derive_seed(SETTINGS["seed"], "onerec_think"))[: len(written)]
     assert [(tuple(line["history"]), line["target"]) for line in written] == drawn and len(written) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
@@ -377,8 +383,8 @@ def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
     train(half, world.data.items)
     model, tokenizer = load_stage_model(half, THINK)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    drawn = training_positions(half.data.train_sequences(), hold_out=True, seed=1)
-    maker = PromptMaker.of(half.settings, half.data.items)
+    drawn = training_positions(half.data.open_sequences(), seed=1)
+    maker = prompt_maker(half.settings, half.data.items)
     after, log = onerec_think.reinforce(half, model, tokenizer, maker, drawn)
     assert any(line["frac_groups_kept"] > 0 for line in log)
     assert log[0]["kl"] == pytest.approx(0.0, abs=1e-6) and log[-1]["kl"] > 1e-4

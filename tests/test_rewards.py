@@ -1,6 +1,7 @@
 """Rewards: every one against ten kinds of answers, by hand, and the hack that the conditional reward closes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,32 @@ def test_each_reward_by_hand(kind):
 
 def test_the_table_covers_every_reward():
     assert set(NAMES) == set(REWARDS) and len(ANSWERS) == 10
+
+
+def graded(*grades: int) -> Request:
+    return replace(request(), grades=grades)
+
+
+@pytest.mark.parametrize(("ranking", "auc", "ndcg", "moved"), [
+    # grades of 10, 20, 30, 40: 0, 1, 2, 0. Five pairs have two grades; gains are 2^grade - 1: 0, 1, 3, 0.
+    ((30, 20, 10, 40), 1.0, 1.0, 1),
+    ((20, 30, 10, 40), 4 / 5, (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), 1),
+    ((10, 20, 30, 40), 2 / 5, (1 / math.log2(3) + 3 / 2) / (3 + 1 / math.log2(3)), 0),
+    ((10, 40, 20, 30), 0.0, (1 / 2 + 3 / math.log2(5)) / (3 + 1 / math.log2(3)), 1),
+])  # fmt: skip
+def test_graded_lists_by_hand(ranking, auc, ndcg, moved):
+    found = {name: REWARDS[name](graded(0, 1, 2, 0), answer(*ranking)) for name in ("auc", "ndcg", "moved")}
+    assert found == pytest.approx({"auc": auc, "ndcg": ndcg, "moved": moved})
+
+
+def test_lists_without_a_better_candidate_have_no_graded_reward():
+    for grades in ((0, 0, 0, 0), (1, 1, 1, 1)):
+        rewards = WeightedRewards({"ndcg": 1.0, "auc": 1.0})
+        assert rewards.total(rewards.terms(graded(*grades), answer(*ITEMS))) is None
+        assert not graded(*grades).teaches
+    assert REWARDS["moved"](graded(2, 1, 1, 0), answer(*ITEMS)) == 1.0  # nothing could be better
+    assert graded(0, 1, 2, 0).by_gain((40, 20, 10, 30)) == (30, 20, 40, 10)
+    assert request().gains == (0, 0, 1, 0) and request().by_gain((40, 20, 10, 30)) == (30, 40, 20, 10)
 
 
 def test_a_target_already_first_earns_the_format_by_staying_first():

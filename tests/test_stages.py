@@ -517,7 +517,7 @@ def test_midtrain_leaves_the_targets_of_the_train_lists_out(smoke, tmp_path, mon
     held = captured_histories(smoke, tmp_path, monkeypatch)
     whole = captured_histories(smoke, tmp_path, monkeypatch, mid_hold_out=False)
     for user, sequence in smoke.data.sequences.items():
-        assert held[user] == tuple(sequence[:-3].tolist()) and whole[user] == tuple(sequence[:-2].tolist())
+        assert held[user] == sequence[:-3].tolist() and whole[user] == sequence[:-2].tolist()
         assert smoke.data.target(user, "train") not in held[user]
 
 
@@ -689,13 +689,14 @@ def killed(tmp_path_factory):
     root, starts = tmp_path_factory.mktemp("killed"), []
     argv = [*(f"--{key}={value}" for key, value in TINY.items()), f"--checkpoint_dir={root}"]
     say = Console.say
-    for text in (*KILLS.values(), "nothing that is ever said"):
+    for stage, text in (*KILLS.items(), ("none", "nothing that is ever said")):
         said = []
 
-        def kill(self, line, text=text, said=said):
+        def kill(self, line, stage=stage, text=text, said=said):
             say(self, line)
             said.append(line)
-            if text in line:
+            now = [name for name, _, rest in (each.partition(": ") for each in said) if rest[:3] in ("run", "res")]
+            if text in line and now[-1:] == [stage]:  # rl and internalise say the same
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:
@@ -806,7 +807,8 @@ def test_rankings_are_those_the_table_is_made_of(smoke, smoke_run, items, row):
 def test_checkpoints_were_used(killed):
     """A run that starts from the beginning again would pass the comparison, too."""
     starts, _ = killed
-    for stage, first in (("midtrain", "  step 5/"), ("sft", "  step 7/"), ("rl", "  step 4/")):
+    for stage, first in (("midtrain", "  step 5/"), ("sft", "  step 7/"), ("distill", "  step 4/"), ("rl", "  step 4/"),
+                         ("internalise", "  step 4/")):  # fmt: skip
         _, said = starts[list(KILLS).index(stage) + 1]
         assert any(line.startswith(f"{stage}: resume") for line in said)
         assert next(line for line in said if line.startswith("  step ")).startswith(first)

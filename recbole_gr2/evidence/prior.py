@@ -14,6 +14,7 @@ from torch import nn
 
 from recbole_gr2.seeding import derive_seed
 
+Gains = Sequence[Sequence[int]]
 CHECK_EVERY = 10  # steps between looks at the validation lists
 
 
@@ -33,21 +34,22 @@ class Prior(nn.Module):
 
 
 def fit_prior(
-    facts: Sequence[np.ndarray], targets: Sequence[int], *, valid: tuple[Sequence[np.ndarray], Sequence[int]] | None,
+    facts: Sequence[np.ndarray], gains: Gains, *, valid: tuple[Sequence[np.ndarray], Gains] | None,
     steps: int, hidden: int, dropout: float, learning_rate: float, weight_decay: float, seed: int,
 ) -> tuple[Prior, int, float | None]:  # fmt: skip
     """Fit by cross-entropy over each list, all lists a step.
 
     Args:
-        facts: (K, F) of each list; `targets`: position of its target.
+        facts: (K, F) of each list; `gains`: what each of its candidates is worth (K,), not all 0. It asks for them in
+            proportion: for its one target, or for each of several.
         valid: lists that choose the number of steps; None takes all of them.
 
     Returns:
         (prior in eval mode, steps taken, cross-entropy of the validation lists in nats).
     """
     table, real = pad(facts)
-    goal = torch.tensor(targets)
-    checked = None if valid is None else (*pad(valid[0]), torch.tensor(valid[1]))
+    goal = shares(gains)
+    checked = None if valid is None else (*pad(valid[0]), shares(valid[1]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         prior = Prior(table.size(-1), hidden, dropout)
@@ -57,14 +59,14 @@ def fit_prior(
         best = (steps, float("inf"), None)
         for step in range(1, steps + 1):
             prior.train()
-            loss = nn.functional.nll_loss(prior(table, real), goal)
+            loss = cross_entropy(prior(table, real), goal)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if checked and (step % CHECK_EVERY == 0 or step == steps):
                 prior.eval()
                 with torch.no_grad():
-                    error = nn.functional.nll_loss(prior(*checked[:2]), checked[2]).item()
+                    error = cross_entropy(prior(*checked[:2]), checked[2]).item()
                 if error < best[1]:
                     best = (step, error, {name: value.clone() for name, value in prior.state_dict().items()})
     if best[2] is not None:
@@ -72,7 +74,23 @@ def fit_prior(
     return prior.eval(), best[0], best[1] if checked else None
 
 
-def cross_fit(facts: Sequence[np.ndarray], targets: Sequence[int], *, folds: int, seed: int, **options
+def shares(gains: Gains) -> torch.Tensor:
+    """Gains of B lists as shares of each list's sum, (B, K), 0 where a shorter list is padded.
+
+    >>> shares([(0, 1), (2, 0, 2)])
+    tensor([[0.0000, 1.0000, 0.0000],
+            [0.5000, 0.0000, 0.5000]])
+    """
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in gains], batch_first=True)
+    return padded / padded.sum(-1, keepdim=True)
+
+
+def cross_entropy(log_probs: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Mean over lists in nats, from log-probabilities (B, K) and shares (B, K)."""
+    return -(goal * log_probs.masked_fill(goal == 0, 0.0)).sum(-1).mean()
+
+
+def cross_fit(facts: Sequence[np.ndarray], gains: Gains, *, folds: int, seed: int, **options
               ) -> list[list[float]]:  # fmt: skip
     """Log-probabilities of each list from a prior that has not seen its target.
 
@@ -83,7 +101,7 @@ def cross_fit(facts: Sequence[np.ndarray], targets: Sequence[int], *, folds: int
     rows: list[list[float]] = [[]] * len(facts)
     for fold in range(folds):
         inside, outside = np.flatnonzero(of == fold), np.flatnonzero(of != fold)
-        prior, _, _ = fit_prior([facts[i] for i in outside], [targets[i] for i in outside], valid=None,
+        prior, _, _ = fit_prior([facts[i] for i in outside], [gains[i] for i in outside], valid=None,
                                 seed=derive_seed(seed, fold), **options)  # fmt: skip
         for i, row in zip(inside, log_prior(prior, [facts[i] for i in inside]), strict=True):
             rows[i] = row

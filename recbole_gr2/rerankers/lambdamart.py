@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Lists = tuple[Sequence[np.ndarray], Sequence[int]]  # facts (K, F) of each list, and the position of its target
+Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[int]]]  # facts (K, F) of each list, and its gains (K,)
 
 
 def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed: int) -> tuple[list[np.ndarray], int]:
@@ -39,7 +39,6 @@ def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed:
 
 
 def _table(lists: Lists) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Facts (sum K, F), 1 at the targets (sum K,), and the K of every list."""
-    facts, targets = lists
-    goals = [np.arange(len(table)) == target for table, target in zip(facts, targets, strict=True)]
-    return np.concatenate(list(facts)), np.concatenate(goals).astype(int), [len(table) for table in facts]
+    """Facts (sum K, F), gains (sum K,), and the K of every list."""
+    facts, gains = lists
+    return np.concatenate(list(facts)), np.concatenate(list(gains)).astype(int), [len(table) for table in facts]

@@ -43,24 +43,31 @@ def promoted(request: Request, answer: Answer) -> float | None:
 
 
 def moved(request: Request, answer: Answer) -> float | None:
-    """0 if the answer is the base order although the target is not first in it, else 1. GR2-TR's condition."""
-    if request.target_rank is None:
+    """0 if the answer is the base order although a better candidate stands below a worse one in it, else 1. GR2-TR's
+    condition."""
+    if not request.teaches:
         return None
-    return float(answer.ranking != request.items or request.target_rank == 1)
+    return float(answer.ranking != request.items or request.by_gain(request.items) == request.items)
 
 
 def auc(request: Request, answer: Answer) -> float | None:
-    """Share of the other candidates that stand below the target, in [0, 1]. GR2-TR's AUC, with one positive."""
-    if request.target_rank is None or len(request.items) < 2:
+    """Share of the pairs of a better and a worse candidate that stand in the right order, in [0, 1]. GR2-TR; with one
+    target the share of the others that stand below it."""
+    if not request.teaches:
         return None
-    return (len(request.items) - _rank(request, answer)) / (len(request.items) - 1)
+    gains = _gains(request, answer)
+    pairs = [above > below for place, above in enumerate(gains) for below in gains[place + 1 :] if above != below]
+    return sum(pairs) / len(pairs)
 
 
 def ndcg(request: Request, answer: Answer) -> float | None:
-    """1 / log2(1 + rank of the target), in (0, 1]."""
-    if request.target_rank is None:
+    """Sum of (2^grade - 1) / log2(1 + rank) over the candidates by that of the best order, in (0, 1]. GR2-TR; with one
+    target 1 / log2(1 + its rank)."""
+    if not request.teaches:
         return None
-    return 1.0 / math.log2(1 + _rank(request, answer))
+    found, best = (math.fsum((2**gain - 1) / math.log2(2 + place) for place, gain in enumerate(gains))
+                   for gains in (_gains(request, answer), sorted(request.gains, reverse=True)))  # fmt: skip
+    return found / best
 
 
 def unchanged(request: Request, answer: Answer) -> float:
@@ -175,6 +182,12 @@ def _form(name: str, value: Any) -> tuple[float, list[str]]:
         raise ConfigurationError(f"{name} is paid {value!r}", where="rl_rewards",
                                  do="write name: weight, or name: {weight: 0.2, only_if: promoted}")  # fmt: skip
     return float(weight), conditions
+
+
+def _gains(request: Request, answer: Answer) -> list[int]:
+    """What the candidates are worth, in the order of the answer, (K,)."""
+    gain = dict(zip(request.items, request.gains, strict=True))
+    return [gain[item] for item in answer.ranking]
 
 
 def _rank(request: Request, answer: Answer) -> int:

@@ -1,7 +1,8 @@
 """Candidates: the base model's top-K list of every row, without leakage.
 
 * Valid and test lists come from the base model, trained on train rows alone. The target is never inserted.
-* Train lists come from a hold-out base, trained without each user's last train interaction, which is their target.
+* Train lists come from a hold-out base, trained without each user's last train interaction (the last `train_targets`),
+  which is their target.
   Lists of a model that has seen the target rank it first far too often, and a re-ranker that is trained on them learns
   to keep the order.
 """
@@ -109,6 +110,8 @@ def recommender(context: Context, folder: Path, *, model: str | None = None, hol
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
     """The base model's first `count` unmasked items of every row of a split.
 
+    The target of a train list with several is the best of those it holds, by grade, then by time; of a list that holds
+    none, the best of all.
     Rows without a history, or with fewer than two unmasked items, give no request: there is nothing to order.
     """
     import torch
@@ -124,6 +127,11 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
             real = [(i, v) for i, v in zip(items, values, strict=False) if v > UNREACHED]
             if not history or len(real) < 2:
                 continue
+            wanted, grades = data.targets(user, split), ()
+            held = [item for item, _ in real if wanted.get(item)]
+            if split == "train" and (data.train_targets > 1 or data.settings["train_grades"]):
+                grades = tuple(wanted.get(item, 0) for item, _ in real)
+            target = min(held or wanted, key=lambda item: (-wanted[item], list(wanted).index(item)))
             requests.append(
                 Request(
                     request_id=request_id(split, data.user_tokens[user]),
@@ -133,7 +141,8 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
                     candidates=tuple(
                         Candidate(item_id=i, score=v, rank=rank) for rank, (i, v) in enumerate(real, start=1)
                     ),
-                    target=data.target(user, split),
+                    target=target,
+                    grades=grades,
                     provider=f"{base.name}{' hold-out' if base.facts['hold_out'] else ''}",
                 )
             )
@@ -151,9 +160,8 @@ def _imported(context: Context) -> dict[str, list[Request]]:
     lists = {split: [] for split in SPLITS}
     for request in read_requests(Path(context.settings["cand_file"]), data.items):
         user = users.get(request.user_token)
-        row = (data.history(user, request.split), data.target(user, request.split)) \
-            if request.split in SPLITS and user is not None else None  # fmt: skip
-        if row != (request.history, request.target):
+        if request.split not in SPLITS or user is None or request.history != data.history(user, request.split) \
+                or request.target not in data.targets(user, request.split):
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set", where=request.request_id,
                 why="a longer history would leak the target",

@@ -40,7 +40,7 @@ def run(context: Context) -> dict:
     context.say(f"{len(texts):,} texts embedded, {embeddings.shape[1]} dimensions")
     textless, collaborative = np.array([row for row, text in enumerate(texts) if not text], dtype=np.int64), 0
     if len(textless) and settings["text_missing"] == "collaborative":
-        pairs = co_engaged([sequence[:-1] for sequence in data.train_sequences().values()], data.item_count)
+        pairs = co_engaged(data.open_sequences(), data.item_count)
         found, means = neighbour_means(embeddings, textless, pairs)
         embeddings[textless[found]] = means
         collaborative = int(found.sum())

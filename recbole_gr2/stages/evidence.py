@@ -40,10 +40,10 @@ def run(context: Context) -> dict:
     requests = {
         split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS
     }
-    requests["train"] = [r for r in requests["train"] if r.target_rank]
+    requests["train"] = [r for r in requests["train"] if r.target_rank and r.teaches]
     embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
-    seen = {"train": [s[:-1] for s in training], "valid": training, "test": training}
+    seen = {"train": data.open_sequences(), "valid": training, "test": training}
     names, facts = [], {}
     for split in SPLITS:
         observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
@@ -53,9 +53,9 @@ def run(context: Context) -> dict:
 
     options = {name: settings[f"evidence_{name}"] for name in ("hidden", "dropout", "learning_rate", "weight_decay")}
     seed = derive_seed(settings["seed"], "evidence")
-    goals = [r.target_rank - 1 for r in requests["train"]]
+    goals = [r.gains for r in requests["train"]]
     held = [number for number, r in enumerate(requests["valid"]) if r.target_rank]
-    checked = [facts["valid"][n] for n in held], [requests["valid"][n].target_rank - 1 for n in held]
+    checked = [facts["valid"][n] for n in held], [requests["valid"][n].gains for n in held]
     prior, steps, error = fit_prior(facts["train"], goals, valid=checked, steps=settings["evidence_steps"], seed=seed,
                                     **options)  # fmt: skip
     rows = {split: log_prior(prior, facts[split]) for split in ("valid", "test")}

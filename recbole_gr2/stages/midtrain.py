@@ -43,10 +43,7 @@ def run(context: Context) -> dict:
     """
     settings = context.settings
     items = load_items(context.folders["tokenizer"], context.data.items)
-    histories = [
-        tuple(map(int, sequence[:-1] if settings["mid_hold_out"] else sequence))
-        for sequence in context.data.train_sequences().values()
-    ]
+    histories = learnt_histories(context.data, settings)
     seed = derive_seed(settings["seed"], "midtrain")
     seed_everything(seed)
     learnt, held = general_texts(settings["mid_general"], settings["mid_tokens"] * share_of("general", settings), seed)
@@ -139,6 +136,13 @@ def load_model(folder: Path):
 def code_choices(settings: Mapping, tokenizer, items: Sequence[Item]) -> SidTrie | None:
     """What the codes of semantic IDs are chosen among, or None for the whole vocabulary."""
     return SidTrie.of(tokenizer, np.array([item.sid for item in items])) if settings["mid_constrained"] else None
+
+
+def learnt_histories(data, settings: Mapping) -> list[list[int]]:
+    """What language models learn of every user, oldest first: by `mid_hold_out` without targets of the train lists."""
+    if settings["mid_hold_out"]:
+        return data.open_sequences()
+    return [sequence.tolist() for sequence in data.train_sequences().values()]
 
 
 def share_of(task: str, settings: Mapping) -> float:

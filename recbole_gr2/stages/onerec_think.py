@@ -17,6 +17,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -31,20 +32,21 @@ from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import ProgressLines, Row, finetune
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.rollout import generate_rankings
-from recbole_gr2.prompts import PromptMaker, kind, recent, shorten
+from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, recent, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import evaluated
 from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.stages.midtrain import (
-    PERSONA, code_choices, describe, load_model, load_stage_model, new_tokens, use_bf16,
+    PERSONA, code_choices, describe, learnt_histories, load_model, load_stage_model, new_tokens, use_bf16,
 )  # fmt: skip
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Candidate, Item, Request
 
 THINK, END_OF_THINK = "<think>", "</think>"
+SHOWN = 30  # items of a history that stand as semantic IDs, the last ones: about as many as mid-training shows at once
 TRACE, ITEM = 1, 2
 
 
@@ -60,9 +62,9 @@ def run(context: Context) -> dict:
 def train(context: Context, items: Sequence[Item]) -> dict:
     """Fine-tune the mid-trained model, with traces or without as the stage's name says; returns facts."""
     settings, think = context.settings, thinks(context.stage)
-    maker = PromptMaker.of(settings, items)
+    maker = prompt_maker(settings, items)
     seed = derive_seed(settings["seed"], "onerec_think")  # of both models: they learn the same histories
-    drawn = training_positions(context.data.train_sequences(), hold_out=settings["mid_hold_out"], seed=seed)
+    drawn = training_positions(learnt_histories(context.data, settings), seed=seed)
     size = settings["ort_batch_size"]
     steps = min(settings["ort_steps"], math.ceil(settings["ort_passes"] * len(drawn) / size))
     drawn = drawn[: steps * size]
@@ -110,20 +112,20 @@ def thinks(name: str) -> bool:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def training_positions(sequences: Mapping[int, Sequence[int]], *, hold_out: bool, seed: int
-                       ) -> list[tuple[tuple[int, ...], int]]:  # fmt: skip
-    """Every (history, next item) of the train sequences in random order; each history has an item or more.
+def training_positions(sequences: Sequence[Sequence[int]], *, seed: int) -> list[tuple[tuple[int, ...], int]]:
+    """Every (history, next item) of the sequences in random order; each history has an item or more.
 
-    Args:
-        hold_out: leave out each user's last train item, the target of the train lists, as `mid_hold_out` does.
-
-    >>> sorted(training_positions({1: [5, 6, 7, 8], 2: [9, 5]}, hold_out=True, seed=0))
+    >>> sorted(training_positions([[5, 6, 7], [9]], seed=0))
     [((5,), 6), ((5, 6), 7)]
     """
-    kept = [tuple(map(int, sequence[: len(sequence) - hold_out])) for sequence in sequences.values()]
-    found = [(sequence[:place], sequence[place]) for sequence in kept for place in range(1, len(sequence))]
+    found = [(tuple(items[:place]), items[place]) for items in sequences for place in range(1, len(items))]
     random.Random(seed).shuffle(found)
     return found
+
+
+def prompt_maker(settings: Mapping, items: Sequence[Item]) -> PromptMaker:
+    """How items are shown; `ort_texts` of a history have their text."""
+    return replace(PromptMaker.of(settings, items), history=settings["ort_texts"])
 
 
 def sentence(item: Item) -> str:
@@ -150,12 +152,14 @@ def training_row(maker: PromptMaker, tokenizer, history: Sequence[int], target: 
 
 
 def prompt_ids(maker: PromptMaker, tokenizer, history: Sequence[int]) -> list[int]:
-    """Token ids of a history's last items as mid-training's persona task writes them, up to where the next one begins.
+    """Token ids of a history, up to where the next item begins: its last items with their texts, as mid-training's
+    persona task writes them, then all of them as semantic IDs, as its sequential task does.
 
     Piece by piece, as in mid-training: a whole text could be cut into other tokens.
     """
-    shown = (maker.shown(item) for item in recent(history, maker.history))
-    pieces = [PERSONA, *(f"\n{describe(item)}" for item in shown), "\n"]
+    texts = (f"\n{describe(maker.shown(item))}" for item in recent(history, maker.history))
+    sids = (sid_text(maker.items[item - 1].sid) for item in recent(history, SHOWN))
+    pieces = [PERSONA, *texts, "\n", SEQUENTIAL, *sids]
     return [token for ids in tokenizer(pieces, add_special_tokens=False)["input_ids"] for token in ids]
 
 
@@ -280,7 +284,7 @@ def recommender(context: Context, items: Sequence[Item]) -> Generator:
         facts={"model": context.stage, "hold_out": settings["mid_hold_out"]},
         items=items, beams=settings["ort_beams"], constrained=settings["mid_constrained"],
         batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
-        prompts=partial(prompts, model, tokenizer, PromptMaker.of(settings, items), settings, thinks(context.stage)),
+        prompts=partial(prompts, model, tokenizer, prompt_maker(settings, items), settings, thinks(context.stage)),
     )  # fmt: skip
 
 
@@ -293,7 +297,7 @@ def candidate_scores(context: Context, items: Sequence[Item], requests: Sequence
     settings = context.settings
     name = next(name for name, own in ONEREC_THINK.items() if own == row)
     model, tokenizer = load_stage_model(context, name)
-    heads = prompts(model, tokenizer, PromptMaker.of(settings, items), settings, thinks(name),
+    heads = prompts(model, tokenizer, prompt_maker(settings, items), settings, thinks(name),
                     [request.history for request in requests])  # fmt: skip
     sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in items]
     samples = len(heads) // max(len(requests), 1)

@@ -110,8 +110,8 @@ def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[
     """Candidates by LambdaMART over the evidence that GR2 has, fitted to the train lists that GR2 learns from."""
     lists = {}
     for split in ("train", "valid"):
-        held = [r for r in load_requests(context, split, items) if r.target_rank]
-        lists[split] = load_facts(context, split, held), [r.target_rank - 1 for r in held]
+        held = [r for r in load_requests(context, split, items) if r.target_rank and r.teaches]
+        lists[split] = load_facts(context, split, held), [r.gains for r in held]
     scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
                                seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}

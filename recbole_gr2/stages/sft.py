@@ -111,7 +111,7 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
     head = encode_prompt(prompt, tokenizer)
     reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
-    labels = [label_of[item] for item in trace.ranking]
+    labels = [label_of[item] for item in request.by_gain(trace.ranking)]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))[0]
     choices, first = {}, len(head) + len(reasoning) + 1
     learnt = 1 if first_only else len(labels) - 1

@@ -78,13 +78,13 @@ def tokenizer_config(settings: Mapping[str, Any]) -> SidConfig:
 def fit(embeddings: np.ndarray, config: SidConfig, data: Any) -> RQVAE | RQKMeans:
     """The tokenizer of a configuration. `data` gives the interactions that a contrastive loss learns from.
 
-    These are training interactions without each user's last one: that is the target of the user's train list.
+    These are training interactions without the targets of the users' train lists.
     """
     if not isinstance(config, RQVAEConfig):
         return fit_rqkmeans(embeddings, config)
     pairs = None
     if config.contrastive:
-        pairs = co_engaged([sequence[:-1] for sequence in data.train_sequences().values()], data.item_count)
+        pairs = co_engaged(data.open_sequences(), data.item_count)
     return fit_rqvae(embeddings, config, pairs=pairs)
 
 

@@ -1,0 +1,107 @@
+"""Train lists with several targets, graded by ratings: the rows, the lists, and a run on ml-100k up to RL."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recbole_gr2.bridge import Data, train_base
+from recbole_gr2.config import load_settings
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.quick_start import main
+from recbole_gr2.requests import read_requests, write_requests
+
+RATED = {"preset": "smoke", "train_targets": 3, "train_grades": {"rating": [3, 5]}, "base_epochs": 1,
+         "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return Data(load_settings(config_dict={"preset": "smoke"}))
+
+
+@pytest.fixture(scope="module")
+def rated():
+    return Data(load_settings(config_dict=RATED))
+
+
+def test_the_last_three_train_items_are_targets(plain, rated):
+    frame = rated.dataset.inter_feat
+    rating = {(u, i): r for u, i, r in zip(frame["user_id"].tolist(), frame["item_id"].tolist(),
+                                           frame["rating"].tolist(), strict=True)}  # fmt: skip
+    seen = set()
+    for user, items in rated.sequences.items():
+        assert np.array_equal(items, plain.sequences[user])
+        asked = items[-5:-2].tolist()
+        assert rated.targets(user, "train") == {i: (rating[user, i] >= 3) + (rating[user, i] >= 5) for i in asked}
+        assert rated.history(user, "train") == tuple(items[:-5].tolist())
+        assert plain.targets(user, "train") == {int(items[-3]): 1}
+        for split in ("valid", "test"):
+            assert rated.targets(user, split) == plain.targets(user, split)
+            assert rated.history(user, split) == plain.history(user, split)
+        seen |= set(rated.targets(user, "train").values())
+    assert seen == {0, 1, 2} and rated.fingerprint != plain.fingerprint
+    assert rated.open_sequences() == [items[:-5].tolist() for items in rated.sequences.values()]
+    rows, users = rated.rows("train")
+    assert len(set(users.tolist())) == len(users) == 943
+    assert rows["item_id"].tolist() == [next(iter(rated.targets(user, "train"))) for user in users.tolist()]
+    ends = rows["item_length"].numpy() - 1
+    last = rows["item_id_list"].numpy()[np.arange(len(users)), ends].tolist()
+    assert last == [rated.history(user, "train")[-1] for user in users.tolist()]
+
+
+def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
+    held = [train_base(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop").facts["training_rows"]
+            for number, data in enumerate((plain, rated))]  # fmt: skip
+    assert held[0] - held[1] == 2 * 943
+
+
+def test_settings_that_cannot_be(rated):
+    for change, message in (
+        ({"train_targets": 0}, "train_targets is 0"),
+        ({"train_grades": {"stars": [1]}}, "no column 'stars'"),
+        ({"train_grades": {"rating": [5, 3]}}, "rising thresholds"),
+        ({"train_grades": {}}, "rising thresholds"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Data(load_settings(config_dict={**RATED, **change}))
+
+
+def test_a_run_on_graded_lists(rated, tmp_path, capsys):
+    """The targets of the lists are graded, traces argue for a best one, and RL is paid by graded NDCG."""
+    argv = [*(f"--{key}={value}" for key, value in RATED.items()), f"--checkpoint_dir={tmp_path}", "--stages=rl",
+            "--rl_rewards={ndcg: {weight: 1.0, only_if: [format, moved]}, format: 0.2}", "--mid_tokens=9000",
+            "--sft_steps=60", "--rl_steps=2", "--sft_check_lists=4"]  # fmt: skip
+    assert main(argv) == 0, capsys.readouterr().err[-3000:]
+    stages = tmp_path / "gr2" / "ml-100k" / "stages"
+    (folder,) = (stages / "candidates").iterdir()
+    requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", rated.items)}
+    usable = [r for r in requests.values() if r.target_rank and r.teaches]
+    several = [r for r in usable if sum(gain > 0 for gain in r.gains) > 1]
+    assert several and len(usable) > 100 and {gain for r in usable for gain in r.gains} == {0, 1, 2}
+    users = {token: user for user, token in enumerate(rated.user_tokens)}
+    for request in requests.values():
+        wanted = rated.targets(users[request.user_token], "train")
+        assert request.grades == tuple(wanted.get(item, 0) for item in request.items)
+        if request.target_rank and request.teaches:
+            assert request.gains[request.target_rank - 1] == max(request.gains)
+    write_requests(tmp_path / "again.jsonl", requests.values(), rated.items)
+    assert (tmp_path / "again.jsonl").read_text() == (folder / "train.jsonl").read_text()
+    (file,) = (stages / "traces").glob("*/accepted.jsonl")
+    ids = {item.token: item.item_id for item in rated.items}
+    for line in map(json.loads, file.read_text().splitlines()):
+        request = requests[line["request_id"]]
+        assert request.gains[request.items.index(ids[line["ranking"][0]])] == max(request.gains)
+    (file,) = (stages / "rl").glob("*/checkpoints/rollouts.jsonl")
+    ndcg = {line["terms"]["ndcg"] for line in map(json.loads, file.read_text().splitlines())}
+    assert len(ndcg) > 3 and all(0 < value <= 1 for value in ndcg)
+
+
+@pytest.mark.parametrize("grades", [[1], [1, -1], [1, 0.5], "ab"])
+def test_grades_of_an_imported_list(rated, tmp_path, grades):
+    tokens = [item.token for item in rated.items[:3]]
+    line = {"user_id": "1", "split": "train", "history": tokens[:1], "target": tokens[1], "candidates": tokens[1:],
+            "grades": grades}  # fmt: skip
+    (tmp_path / "lists.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ConfigurationError, match="grades are whole numbers"):
+        read_requests(tmp_path / "lists.jsonl", rated.items)
