@@ -141,8 +141,10 @@ class Data:
         return tuple(int(item) for item in items[: max(len(items) - self._behind(split), 0)])
 
     def targets(self, user: int, split: str) -> dict[int, int]:
-        """The items that the split's row asks for, oldest first, with their grades, 1 where none are set: one of them in
-        valid and test, `train_targets` in train. Empty for a user with too few items to have that row."""
+        """The items that the split's row asks for, oldest first, with their grades, 1 where none are set.
+
+        One item in valid and test, `train_targets` in train; none for a user with too few items to have that row.
+        """
         items, behind = self.sequences[user], self._behind(split)
         if len(items) <= behind:
             return {}

@@ -86,8 +86,10 @@ RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenize
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
              "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip
 RL = next(stage for stage in STAGES if stage.name == "rl")
-INTERNALISE = replace(RL, name="internalise", code="rl", needs=("candidates", "tokenizer", "evidence", "rl"))
+INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
+                      needs=("candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
 DISTILL = replace(RL, name="distill", version=1, code="rl", settings=(*RL.settings, "distill_"),
+                  but=("rl_start", "rl_steps", "rl_mask_truncated"),
                   needs=("candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
 PLACE, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as launchers set them

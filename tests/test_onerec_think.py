@@ -358,8 +358,9 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     asked = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
     assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in asked
     written = lines(context.folder / "rationales.jsonl")
-    drawn = training_positions(context.data.open_sequences(), seed=derive_seed(SETTINGS["seed"], "onerec_think"))[: len(written)]
-    assert [(tuple(line["history"]), line["target"]) for line in written] == drawn and len(written) > 100
+    drawn = training_positions(context.data.open_sequences(), seed=derive_seed(SETTINGS["seed"], "onerec_think"))
+    asked = [(tuple(line["history"]), line["target"]) for line in written]
+    assert asked == drawn[: len(asked)] and len(asked) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
     named = sid_text(maker.items[drawn[0][1] - 1].sid)

@@ -191,7 +191,7 @@ def served(tmp_path_factory):
 
 
 def test_a_server_of_transformers(served, tmp_path, monkeypatch):
-    """Not a server of ours: what an untrained model says is no answer, is paid once, and is rejected with its reason."""
+    """Not a server of ours: what an untrained model says is no answer, and is paid once."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     url, model = served
     asking = OpenAITeacher(MAKER, model=model, base_url=url, concurrency=1, temperature=1.0,

@@ -209,6 +209,22 @@ def test_from_stage_force_and_stages(smoke_run, data):
             planned(smoke_run, data, wrong)
 
 
+def test_rl_may_start_from_distill(smoke_run, data, tmp_path):
+    plain = planned(smoke_run, data)
+    plan = planned(smoke_run, data, rl_start="distill")
+    assert list(plan).index("distill") == list(plan).index("rl") - 1 and "distill" not in plain
+    assert set(plan["rl"].needs) == set(plain["rl"].needs) - {"sft"} | {"distill"}
+    assert {"midtrain", "sft"} <= set(plan["distill"].needs)  # the teacher is this run's sft model
+    asked = planned(smoke_run, data, eval_rows=["distilled"])
+    assert asked["rl"].key == plain["rl"].key and asked["distill"].key == plan["distill"].key
+    assert set(asked["rerank_distilled"].needs) > {"distill"}
+    with pytest.raises(MissingFileError, match="no-such-stage"):
+        planned(smoke_run, data, rl_start="distill", distill_teacher=str(tmp_path / "no-such-stage"))
+    teacher = str(smoke_run.stages["sft"])
+    alone = planned(smoke_run, data, rl_start="distill", distill_teacher=teacher)
+    assert "sft" not in alone["distill"].needs and alone["distill"].key != plan["distill"].key
+
+
 def test_a_stage_that_runs_again_starts_from_an_empty_folder(smoke_run, tmp_path):
     argv = copied(smoke_run, tmp_path)
     folder = stage_folder(tmp_path, "tokenizer")

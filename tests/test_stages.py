@@ -620,7 +620,8 @@ TINY = {
     "preset": "smoke", "base_epochs": 1, "mid_tokens": 9000, "mid_embedding_tokens": 1500, "mid_batch_size": 8,
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
     "models": ["BPR", "Pop"], "models_words": {"epochs": 1}, "eval_rows": list(pipeline.RERANKERS),
-    "rl_steps": 3, "distill_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4, "eval_draws": 200,
+    "rl_steps": 3, "distill_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4,
+    "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
 FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128,

@@ -38,7 +38,7 @@ class DistillTrainer(DAPOTrainer):
         """DAPO's, with advantages (B, O) of tokens."""
         tensors = super()._tensors(batch)
         gap = tensors["old_per_token_logps"] - self.teacher(self, tensors)
-        said = gap.isfinite() & tensors["tool_mask"].bool()
+        said = ~gap.isnan() & tensors["tool_mask"].bool()
         gap = gap.masked_fill(~said, 0.0)
         sums = self.accelerator.gather(torch.stack([gap.sum(), said.sum().to(gap.dtype)]).unsqueeze(0)).sum(0)
         self._metrics["train"]["teacher_kl"].append((sums[0] / sums[1].clamp(min=1.0)).item())
@@ -88,8 +88,9 @@ class EndpointTeacher:
         try:
             self.client = OpenAI(base_url=url, max_retries=5, timeout=timeout)
         except OpenAIError as error:
-            raise ConfigurationError(str(error), where="distill_teacher",
-                                     do="set OPENAI_API_KEY; a server of your own takes any word") from error  # fmt: skip
+            raise ConfigurationError(
+                str(error), where="distill_teacher", do="set OPENAI_API_KEY; a server of your own takes any word"
+            ) from error
         self.model, self.concurrency, self.error = model, concurrency, OpenAIError
 
     def __call__(self, trainer: DistillTrainer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """RL: DAPO on train lists that hold their target, rewarded for moving it up.
 
 `rl` starts from the sft model, or from the distill model if `rl_start` says so. `distill` stands in sft's place: from
-the mid-trained model, with the same reward, near a teacher (GR2-TR, on-policy distillation). `internalise` is a second run from the rl model, with the same reward and without the
-trace, for answers that are a ranking alone: the model that is quick enough to be deployed (GR2-TR, reasoning
-internalisation).
+the mid-trained model, with the same reward, near a teacher (GR2-TR, on-policy distillation). `internalise` is a second
+run from the rl model, with the same reward and without the trace, for answers that are a ranking alone: the model that
+is quick enough to be deployed (GR2-TR, reasoning internalisation).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(context: Context) -> dict:
             where="rl_prompts_per_step", do="lower it, or train a better base model",
         )  # fmt: skip
     distill = context.stage == "distill"
-    start = {"internalise": "rl", "distill": "midtrain"}.get(context.stage, settings["rl_start"])
+    start = {"internalise": "rl", "distill": "midtrain"}.get(context.stage) or settings["rl_start"]
     model, tokenizer = load_stage_model(context, start)
     grammar = answer_grammar(tokenizer, settings, reasoning=context.stage != "internalise")
     rows = []
@@ -80,13 +80,14 @@ def run(context: Context) -> dict:
     bf16 = use_bf16(settings, model.device.type)
     folder = context.folder / "checkpoints"
     config = dapo_config(
-        str(folder), steps=settings["distill_steps" if distill else "rl_steps"], prompts_per_step=settings["rl_prompts_per_step"],
+        str(folder), steps=settings["distill_steps" if distill else "rl_steps"],
+        prompts_per_step=settings["rl_prompts_per_step"],
         num_generations=settings["rl_num_generations"], num_iterations=settings["rl_num_iterations"],
         minibatches=settings["rl_minibatches"], micro_batch_size=settings["rl_micro_batch_size"],
         learning_rate=settings["rl_learning_rate"], warmup_steps=settings["rl_warmup_steps"],
         temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
         epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
-        mask_truncated=settings["rl_mask_truncated"] and not distill,  # it has yet to learn where to end
+        mask_truncated=not distill and settings["rl_mask_truncated"],  # distill has yet to learn where to end
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
         processes=int(os.environ.get("WORLD_SIZE", "1")),
     )  # fmt: skip
