@@ -112,6 +112,11 @@ class Data:
             if number > 0
         )
 
+    @property
+    def graded(self) -> bool:
+        """Whether a train list may hold several targets, or one that is not worth 1."""
+        return self.train_targets > 1 or bool(self._grades)
+
     def reach(self, count: int) -> int:
         """How deep RecBole's evaluator looks into a row, and at least `count`."""
         return min(max(count, *self.config["topk"]), self.item_count + 1)

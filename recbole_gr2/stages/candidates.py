@@ -129,7 +129,7 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
                 continue
             wanted, grades = data.targets(user, split), ()
             held = [item for item, _ in real if wanted.get(item)]
-            if split == "train" and (data.train_targets > 1 or data.settings["train_grades"]):
+            if split == "train" and data.graded:
                 grades = tuple(wanted.get(item, 0) for item, _ in real)
             target = min(held or wanted, key=lambda item: (-wanted[item], list(wanted).index(item)))
             requests.append(
