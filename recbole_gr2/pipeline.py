@@ -143,6 +143,9 @@ def check(settings: Settings) -> None:
     if unknown:
         raise ConfigurationError(f"there is no re-ranker {sorted(unknown)}", where="eval_rows",
                                  do=f"choose from {', '.join(RERANKERS)}")  # fmt: skip
+    unknown = set(settings["trace_price"]) - {"prompt", "completion"}
+    if unknown:
+        raise ConfigurationError(f"trace_price has no {sorted(unknown)}", do="write {prompt: 0.1, completion: 0.3}")
     tokenizer_config(settings)
     WeightedRewards(settings["rl_rewards"])
 

@@ -12,6 +12,7 @@ from recbole_gr2.pipeline import Planned
 from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
 from recbole_gr2.stages.rerank import PREFIX
+from recbole_gr2.stages.rl import FIGURES
 from recbole_gr2.store import write_json
 from recbole_gr2.types import StageRecord
 
@@ -156,10 +157,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         if stage not in records:
             continue
         rl = records[stage].facts
-        shown = ("reward", "reward/rank_gain", "unchanged", "truncated", "frac_groups_kept", "clip_ratio/low_mean",
-                 "clip_ratio/high_mean", "entropy", "teacher_kl")  # fmt: skip
         rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
-                  for name in shown if name in rl["last"]]  # fmt: skip
+                  for name in FIGURES if name in rl["last"]]  # fmt: skip
         parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
                      f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
     cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]

@@ -28,7 +28,7 @@ from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import training_requests
 from recbole_gr2.store import write_json
 
-SHOWN = (
+FIGURES = (  # of a round, in the log and in the report
     "reward",
     "unchanged",
     "reward/rank_gain",
@@ -99,7 +99,7 @@ def run(context: Context) -> dict:
     trainer = trainer_class(
         model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),
         grammar=grammar, tokenizer=tokenizer, max_refill=settings["rl_max_refill"], max_dead=settings["rl_max_dead"],
-        callbacks=[ProgressLines(context.say, SHOWN)], **more,
+        callbacks=[ProgressLines(context.say, FIGURES)], **more,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     log = [line for line in trainer.state.log_history if "reward" in line]
@@ -128,4 +128,4 @@ def curve(log: Sequence[Mapping[str, float]], parts: int = 5) -> dict[str, list[
     """
     places = np.array_split(np.arange(len(log)), min(parts, len(log)))
     return {name: [float(np.mean([log[place][name] for place in part])) for part in places]
-            for name in SHOWN if all(name in line for line in log)}  # fmt: skip
+            for name in FIGURES if all(name in line for line in log)}  # fmt: skip
