@@ -200,7 +200,7 @@ def test_a_server_of_transformers(served, tmp_path, monkeypatch):
     assert (argument.reasoning, argument.ranking) == ("", SEVERAL[0].items)
     assert asking.usage["asked"] == 1 and asking.usage["prompt_tokens"] > 100 and asking.usage["completion_tokens"] > 0
     (line,) = (json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines())
-    assert line["text"].strip()
+    assert set(line) == {"key", "text", "prompt_tokens", "completion_tokens"}
     again = OpenAITeacher(MAKER, model=model, base_url="http://127.0.0.1:9/v1", concurrency=1, temperature=1.0,
                           replies=tmp_path / "replies.jsonl")  # fmt: skip
     assert again.argue(SEVERAL[:1], targeted=False, attempt=0) == [argument] and again.usage["asked"] == 0
