@@ -160,7 +160,7 @@ class Gappy:
     item_count = 6
     items = (*(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
              *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)))  # fmt: skip
-    train_sequences = Data.train_sequences
+    train_targets, train_sequences, open_sequences = 1, Data.train_sequences, Data.open_sequences
 
     def __init__(self, *tails) -> None:
         heads = [[1, 4, 1], [2, 4, 5]]
@@ -358,7 +358,7 @@ class Toy:
         Item(item_id=n, token=f"t{n}", title=f"{KINDS[n % 3].split()[-1]} {n}", categories=f"Beauty > {KINDS[n % 3]}")
         for n in range(1, 49)
     )
-    train_sequences = Data.train_sequences
+    train_targets, train_sequences, open_sequences = 1, Data.train_sequences, Data.open_sequences
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
@@ -395,7 +395,8 @@ def test_positives_come_from_training_without_its_targets(tmp_path):
 
 def test_off_the_stage_reads_no_interactions(tmp_path):
     plain = SimpleNamespace(items=Toy.items)
-    assert made(tmp_path / "one", plain)[0] == made(tmp_path / "two")[0]
+    off = {"sid_contrastive": 0.0}
+    assert made(tmp_path / "one", plain, **off)[0] == made(tmp_path / "two", **off)[0]
 
 
 @pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
