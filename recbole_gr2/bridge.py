@@ -158,10 +158,6 @@ class Data:
         grades = self._grades[user][asked] if split == "train" and self._grades else np.ones(count, dtype=int)
         return dict(zip(items[asked].tolist(), grades.tolist(), strict=True))
 
-    def target(self, user: int, split: str) -> int | None:
-        """The first item that the split's row asks for; None for a user with too few items to have that row."""
-        return next(iter(self.targets(user, split)), None)
-
     def _behind(self, split: str) -> int:
         """Where a split's first target stands, counted from the end of a sequence."""
         return {"train": 2 + self.train_targets, "valid": 2, "test": 1}[split]

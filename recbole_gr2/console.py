@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from recbole_gr2.processes import PLACE
+
 NUMBER = re.compile(r"[-+]?[\d.,]*(%| s| MiB|)( \[.*\])?$")  # what a cell of a number column looks like, or nothing
 
 
@@ -16,7 +18,7 @@ class Console:
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.stream = sys.stderr if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")
+        self.stream = sys.stderr if PLACE == 0 else open(os.devnull, "w")
 
     def say(self, text: str) -> None:
         """One progress line."""

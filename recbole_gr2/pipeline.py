@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.evidence import find_providers
 from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
+from recbole_gr2.processes import PLACE, PROCESSES, wait_for_all
 from recbole_gr2.prompts import load_template, templates_for
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.rewards import named as reward_names
@@ -92,7 +92,6 @@ DISTILL = replace(RL, name="distill", version=1, code="rl", settings=(*RL.settin
                   but=("rl_start", "rl_steps", "rl_mask_truncated"),
                   needs=("candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
-PLACE, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # as launchers set them
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all")}  # fmt: skip
 
@@ -333,13 +332,13 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
         inputs={name: records[name] for name in entry.needs},
         folders={name: folders[name] for name in entry.needs},
     )  # fmt: skip
-    _wait_for_all()
+    wait_for_all()
     _reset_peak_memory()
     started = time.monotonic()
     facts = run(context)
     if PLACE == 0:
         _finish(entry, facts, time.monotonic() - started)
-    _wait_for_all()
+    wait_for_all()
     return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
 
 
@@ -352,15 +351,6 @@ def _finish(entry: Planned, facts: dict, seconds: float) -> None:
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
     )  # fmt: skip
     write_manifest(entry.folder, record)
-
-
-def _wait_for_all() -> None:
-    """Go on when every process is here."""
-    if PROCESSES > 1:
-        import torch
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()  # the first also chooses each one's GPU
 
 
 def _reset_peak_memory() -> None:

@@ -149,11 +149,14 @@ def history_ids(history: Sequence[int], items: Sequence[Item], tokenizer, longes
     Args:
         longest: tokens that these and one more semantic ID may have.
     """
-    head = tokenizer(SEQUENTIAL, add_special_tokens=False)["input_ids"]
-    sid = len(tokenizer(sid_text(items[0].sid), add_special_tokens=False)["input_ids"])
-    room = max(1, (longest - len(head)) // sid - 1)  # [-0:] would be all
-    text = "".join(sid_text(items[item - 1].sid) for item in history[-room:])
-    return head + tokenizer(text, add_special_tokens=False)["input_ids"]
+    head, sid = tokenizer([SEQUENTIAL, sid_text(items[0].sid)], add_special_tokens=False)["input_ids"]
+    return sequential_ids(recent(history, max(1, (longest - len(head)) // len(sid) - 1)), items, tokenizer)
+
+
+def sequential_ids(history: Sequence[int], items: Sequence[Item], tokenizer) -> list[int]:
+    """Token ids of a whole history in that form."""
+    head, text = SEQUENTIAL, "".join(sid_text(items[item - 1].sid) for item in history)
+    return [token for ids in tokenizer([head, text], add_special_tokens=False)["input_ids"] for token in ids]
 
 
 def encode_prompt(prompt: Prompt, tokenizer) -> list[int]:

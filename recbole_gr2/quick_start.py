@@ -156,6 +156,7 @@ def run(
     _quiet_libraries()
     from recbole_gr2 import pipeline
     from recbole_gr2.bridge import Data
+    from recbole_gr2.processes import PLACE
 
     console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
                 f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
@@ -171,7 +172,7 @@ def run(
     if dry_run:
         return None
     done = pipeline.execute(planned, settings, data, console)
-    if planned[-1].stage.name != "evaluate" or pipeline.PLACE > 0:
+    if planned[-1].stage.name != "evaluate" or PLACE > 0:
         return None
     from recbole_gr2.report import write_run
 

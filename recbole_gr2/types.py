@@ -75,7 +75,6 @@ class Request:
         """1-based rank of the target in the base order; None if the list does not hold it."""
         return self.items.index(self.target) + 1 if self.target in self.items else None
 
-
     @property
     def gains(self) -> tuple[int, ...]:
         """What each candidate is worth in base order, (K,): its grade, or 1 for the target and 0 for the others."""
@@ -83,8 +82,8 @@ class Request:
 
     @property
     def teaches(self) -> bool:
-        """Whether some candidate is worth more than another."""
-        return len(set(self.gains)) > 1
+        """Whether the list holds its target, and some candidate is worth more than another."""
+        return self.target in self.items and len(set(self.gains)) > 1
 
     def by_gain(self, ranking: Sequence[int]) -> tuple[int, ...]:
         """A ranking of the candidates with those that are worth more first, else as it is."""

@@ -1,12 +1,10 @@
 """On-policy distillation on a tiny random Llama: what a token is paid, and that the student nears its teacher."""
 
 import itertools
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from local_server import serve
 from test_dapo import RewardOf, build, first_label, one_round, tiny_model, word_tokenizer
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
@@ -120,38 +118,19 @@ def endpoint(tokenizer, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "test")
     model = other_model(tokenizer).eval()
 
-    class Handler(BaseHTTPRequestHandler):
-        faults, seen = [], []
+    def answer(asked, fault):
+        ids = torch.tensor([asked["prompt"]])
+        with torch.no_grad():
+            found = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        given = None if fault == "none" else {"token_logprobs": [None, *found, -1.0], "tokens": [], "text_offset": [],
+                                              "top_logprobs": None}  # fmt: skip
+        return {
+            "id": "1", "object": "text_completion", "created": 1, "model": asked["model"],
+            "choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": given}],
+        }  # fmt: skip
 
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.seen.append(asked)
-            fault = Handler.faults.pop(0) if Handler.faults else None
-            ids = torch.tensor([asked["prompt"]])
-            with torch.no_grad():
-                found = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
-            given = None if fault == "none" else {"token_logprobs": [None, *found, -1.0], "tokens": [],
-                                                  "text_offset": [], "top_logprobs": None}  # fmt: skip
-            body = json.dumps({
-                "id": "1", "object": "text_completion", "created": 1, "model": asked["model"],
-                "choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": given}],
-            }).encode()  # fmt: skip
-            self.send_response(fault if isinstance(fault, int) else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Handler.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    yield Handler
-    server.shutdown()
-    server.server_close()
+    with serve(answer) as server:
+        yield server
 
 
 def test_a_teacher_behind_an_endpoint(tokenizer, tmp_path, endpoint):

@@ -6,13 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_server import serve
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.llm.backbone import load_backbone, save_backbone
@@ -38,44 +37,16 @@ def endpoint(monkeypatch):
     """A server that fails as often as `faults` says, then answers with `reply`; `seen` holds what it was asked."""
     monkeypatch.setenv("OPENAI_API_KEY", "test")
 
-    class Handler(BaseHTTPRequestHandler):
-        faults, reply, seen, answered = [], "", [], 0
+    def answer(asked, fault):
+        message = {"role": "assistant", "content": server.reply}
+        return {
+            "id": "1", "object": "chat.completion", "created": 1, "model": asked["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
+        }  # fmt: skip
 
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.seen.append(asked)
-            fault = Handler.faults.pop(0) if Handler.faults else None
-            message = {"role": "assistant", "content": Handler.reply}
-            body = json.dumps({
-                "id": "1", "object": "chat.completion", "created": 1, "model": asked["model"],
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
-            }).encode()  # fmt: skip
-            if fault == "dropped":
-                self.close_connection = True
-                self.connection.shutdown(2)
-                return
-            if fault == "slow":
-                time.sleep(1.5)
-            if fault == "broken":
-                body = body[:30]
-            Handler.answered += fault is None
-            self.send_response(fault if isinstance(fault, int) else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Retry-After", "0")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Handler.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    yield Handler
-    server.shutdown()
-    server.server_close()
+    with serve(answer) as server:
+        yield server
 
 
 def teacher(endpoint, **given) -> OpenAITeacher:

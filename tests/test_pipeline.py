@@ -412,7 +412,7 @@ def test_nothing_is_pickled(smoke_run):
 # --- floors ----------------------------------------------------------------------------------------------------------
 
 FLOORS = (
-    {"errors", "types"},
+    {"errors", "processes", "types"},
     {"compat", "console", "extension", "ranking", "seeding", "store", "text"},
     {"config", "requests"},
     {"sid", "evidence"},

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.llm.dapo import DAPOTrainer, Group
+from recbole_gr2.llm.endpoint import connect
 
 Teacher = Callable[["DistillTrainer", dict[str, torch.Tensor]], torch.Tensor]
 
@@ -80,18 +81,8 @@ class EndpointTeacher:
     """
 
     def __init__(self, url: str, model: str, *, concurrency: int, timeout: float = 120.0) -> None:
-        try:
-            from openai import OpenAI, OpenAIError
-        except ImportError as error:
-            raise DependencyError("a teacher behind an endpoint needs the openai package", where="distill_teacher",
-                                  do='pip install "recbole-gr2[teacher]"') from error  # fmt: skip
-        try:
-            self.client = OpenAI(base_url=url, max_retries=5, timeout=timeout)
-        except OpenAIError as error:
-            raise ConfigurationError(
-                str(error), where="distill_teacher", do="set OPENAI_API_KEY; a server of your own takes any word"
-            ) from error
-        self.model, self.concurrency, self.error = model, concurrency, OpenAIError
+        self.client, self.error = connect(url, timeout=timeout, where="distill_teacher")
+        self.model, self.concurrency = model, concurrency
 
     def __call__(self, trainer: DistillTrainer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities (B, O), nan at labels, marks and padding.

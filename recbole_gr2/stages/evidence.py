@@ -40,7 +40,7 @@ def run(context: Context) -> dict:
     requests = {
         split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS
     }
-    requests["train"] = [r for r in requests["train"] if r.target_rank and r.teaches]
+    requests["train"] = [r for r in requests["train"] if r.teaches]
     embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
     seen = {"train": data.open_sequences(), "valid": training, "test": training}

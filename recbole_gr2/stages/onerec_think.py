@@ -32,7 +32,7 @@ from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import ProgressLines, Row, finetune
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.rollout import generate_rankings
-from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, recent, shorten
+from recbole_gr2.prompts import PromptMaker, kind, recent, sequential_ids, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
@@ -158,9 +158,8 @@ def prompt_ids(maker: PromptMaker, tokenizer, history: Sequence[int]) -> list[in
     Piece by piece, as in mid-training: a whole text could be cut into other tokens.
     """
     texts = (f"\n{describe(maker.shown(item))}" for item in recent(history, maker.history))
-    sids = (sid_text(maker.items[item - 1].sid) for item in recent(history, SHOWN))
-    pieces = [PERSONA, *texts, "\n", SEQUENTIAL, *sids]
-    return [token for ids in tokenizer(pieces, add_special_tokens=False)["input_ids"] for token in ids]
+    pieces = tokenizer([PERSONA, *texts, "\n"], add_special_tokens=False)["input_ids"]
+    return [token for ids in pieces for token in ids] + sequential_ids(recent(history, SHOWN), maker.items, tokenizer)
 
 
 def rationales(context: Context, maker: PromptMaker, drawn: Sequence[tuple[Sequence[int], int]]) -> list[str]:

@@ -110,7 +110,7 @@ def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[
     """Candidates by LambdaMART over the evidence that GR2 has, fitted to the train lists that GR2 learns from."""
     lists = {}
     for split in ("train", "valid"):
-        held = [r for r in load_requests(context, split, items) if r.target_rank and r.teaches]
+        held = [r for r in load_requests(context, split, items) if r.teaches]
         lists[split] = load_facts(context, split, held), [r.gains for r in held]
     scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
                                seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip

@@ -8,7 +8,6 @@ is quick enough to be deployed (GR2-TR, reasoning internalisation).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from recbole_gr2.errors import GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.finetune import ProgressLines
+from recbole_gr2.processes import PROCESSES
 from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -89,7 +89,7 @@ def run(context: Context) -> dict:
         epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
         mask_truncated=not distill and settings["rl_mask_truncated"],  # distill has yet to learn where to end
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=PROCESSES,
     )  # fmt: skip
     config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))

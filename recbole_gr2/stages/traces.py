@@ -112,8 +112,7 @@ def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str
         return "not a permutation of the candidates"
     if not reasoning.strip():
         return "no reasoning"
-    best = max(request.gains)
-    return "" if request.gains[request.items.index(ranking[0])] == best else "top-1 is not the target"
+    return "" if request.by_gain(ranking)[0] == ranking[0] else "top-1 is not the target"
 
 
 def grounding(traces: Sequence[Trace], requests: Sequence[Request], items: Sequence[Item], shown: int) -> dict:
@@ -146,7 +145,7 @@ def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:
 
 def training_requests(context: Context, items: tuple[Item, ...], limit: int | None, purpose: str) -> list[Request]:
     """Train lists that hold their target; at most `limit` of them, drawn by seed."""
-    requests = [r for r in load_requests(context, "train", items) if r.target_rank and r.teaches]
+    requests = [r for r in load_requests(context, "train", items) if r.teaches]
     if limit is not None and limit < len(requests):
         requests = random.Random(derive_seed(context.settings["seed"], purpose, "lists")).sample(requests, limit)
     return requests

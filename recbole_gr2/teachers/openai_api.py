@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error
+from recbole_gr2.errors import GR2Error
+from recbole_gr2.llm.endpoint import connect
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import complete, promote
 from recbole_gr2.store import read_lines
@@ -50,21 +51,7 @@ class OpenAITeacher:
 
     def __init__(self, maker: PromptMaker, *, model: str, base_url: str | None, concurrency: int, temperature: float,
                  replies: Path | None = None, timeout: float = 120.0) -> None:  # fmt: skip
-        try:
-            from openai import OpenAI, OpenAIError
-        except ImportError as error:
-            raise DependencyError(
-                "the openai_api teacher needs the openai package",
-                where="trace_teacher",
-                do='pip install "recbole-gr2[teacher]"',
-            ) from error
-        try:
-            self.client = OpenAI(base_url=base_url, max_retries=5, timeout=timeout)
-        except OpenAIError as error:
-            raise ConfigurationError(
-                str(error), where="trace_teacher", do="set OPENAI_API_KEY; a server of your own takes any word"
-            ) from error
-        self.error = OpenAIError
+        self.client, self.error = connect(base_url, timeout=timeout, where="trace_teacher")
         self.maker, self.model, self.concurrency, self.temperature = maker, model, concurrency, temperature
         self.replies = Replies(replies)
         self.usage = {"replies": 0, "asked": 0, "prompt_tokens": 0, "completion_tokens": 0}
