@@ -17,7 +17,7 @@ from recbole_gr2.bridge import find_model
 from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_properties, base_model_words, recbole_words
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
-from recbole_gr2.evidence import find_providers
+from recbole_gr2.evidence import PROVIDERS, fact_names, find_providers
 from recbole_gr2.generator import GENERATOR, ONEREC_THINK
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.processes import PLACE, PROCESSES, wait_for_all
@@ -61,7 +61,8 @@ BASELINES = {  # those that RecBole does not train
                      settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed")),
     **{name: Stage(name=name, version=2, code="onerec_think", recbole="shared",
                    needs=("embeddings", "tokenizer", "midtrain"),
-                   settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"))
+                   settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"),
+                   but=("prompt_evidence", "prompt_grounded"))
        for name in ONEREC_THINK},
 }  # fmt: skip
 STAGES = (
@@ -71,26 +72,26 @@ STAGES = (
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="evidence", version=2, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
-    Stage(name="traces", version=3, settings=("trace_", "prompt_", "seed"),
+    Stage(name="traces", version=4, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
-    Stage(name="sft", version=3, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="sft", version=4, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
-    Stage(name="rl", version=4, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
-          needs=("candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="evaluate", version=3, settings=("eval_", "seed"), recbole="base",
+    Stage(name="rl", version=5, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+          needs=("embeddings", "candidates", "tokenizer", "evidence", "sft")),
+    Stage(name="evaluate", version=4, settings=("eval_", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
-RERANK = Stage(name="", version=1, code="rerank", needs=("candidates", "tokenizer", "evidence"),
+RERANK = Stage(name="", version=2, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
              "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip
 RL = next(stage for stage in STAGES if stage.name == "rl")
 INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
-                      needs=("candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
-DISTILL = replace(RL, name="distill", version=1, code="rl", settings=(*RL.settings, "distill_"),
+                      needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
+DISTILL = replace(RL, name="distill", version=2, code="rl", settings=(*RL.settings, "distill_"),
                   but=("rl_start", "rl_steps", "rl_mask_truncated"),
-                  needs=("candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
+                  needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all")}  # fmt: skip
@@ -145,6 +146,14 @@ def check(settings: Settings) -> None:
     unknown = set(settings["trace_price"]) - {"prompt", "completion"}
     if unknown:
         raise ConfigurationError(f"trace_price has no {sorted(unknown)}", do="write {prompt: 0.1, completion: 0.3}")
+    providers = settings["evidence_providers"]
+    if set(providers) <= set(PROVIDERS):  # what others count is known when they have run
+        unknown = set(settings["prompt_evidence"]) - set(known := fact_names(providers) if providers else [])
+        if unknown:
+            raise ConfigurationError(
+                f"there are no facts {sorted(unknown)} to show", where="prompt_evidence",
+                do=f"choose from {', '.join(known)}" if known else "name evidence_providers, which count them",
+            )  # fmt: skip
     tokenizer_config(settings)
     WeightedRewards(settings["rl_rewards"])
 
@@ -170,7 +179,7 @@ def stage_table(settings: Settings) -> list[Stage]:
     if "distilled" in rows or settings["rl_start"] == "distill":
         sft = ("sft",) if settings["distill_teacher"] == "sft" else ()
         place = NAMES.index("rl")
-        table[place] = replace(RL, needs=("candidates", "tokenizer", "evidence", settings["rl_start"]))
+        table[place] = replace(RL, needs=(*RL.needs[:-1], settings["rl_start"]))
         table.insert(place, replace(DISTILL, needs=(*DISTILL.needs, *sft)))
     second = [INTERNALISE] if "internalised" in rows else []
     return [*table[:-1], *second, *baselines, *rerankers, last]

@@ -89,6 +89,7 @@ class PromptMaker:
             "title": shorten(item.title, self.title_chars),
             "category": kind(item),
             "brand": item.brand,
+            "facts": "",
         }
 
     def render(self, request: Request, order: Sequence[int] | None = None) -> Prompt:
@@ -106,6 +107,9 @@ class PromptMaker:
             "history": [self.shown(item) for item in recent(request.history, self.history)],
             "candidates": [self.shown(request.items[p], label) for p, label in zip(order, labels, strict=True)],
         }
+        if request.facts:
+            for shown, position in zip(values["candidates"], order, strict=True):
+                shown["facts"] = " ".join(f"{name} {level}" for name, level in request.facts[position].items())
         return Prompt(
             request_id=request.request_id,
             messages=(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from_stage=options.from_stage,
             force=options.force,
             ablation=options.ablation,
+            seeds=options.seeds,
             show_prompt=options.show_prompt,
             dry_run=options.dry_run,
             command=" ".join(["run_recbole_gr2.py", *argv]),
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result is not None:
             print(result)
             if not options.ablation:
-                check_result(result)
+                for path in json.loads(result.read_text(encoding="utf-8")).get("runs", [result]):
+                    check_result(Path(path))
     except GR2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -82,6 +85,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--from_stage", metavar="A", help="run this stage and what depends on it again")
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
+    parser.add_argument("--seeds", metavar="1,2,3", type=_numbers, default=(), help="run each and report them together")
     parser.add_argument("--show_prompt", nargs="?", const="", metavar="REQUEST",
                         help="print the prompt of a train list, by default the first, and stop")  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
@@ -96,6 +100,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         models = read_yaml(options.models)  # A,B or, as a setting, [A, B]
         settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models
     return options, settings | _extra_settings(rest)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _extra_settings(words: Sequence[str]) -> dict[str, Any]:
@@ -124,6 +132,7 @@ def run(
     from_stage: str | None = None,
     force: bool = False,
     ablation: str | None = None,
+    seeds: Sequence[int] = (),
     show_prompt: str | None = None,
     dry_run: bool = False,
     command: str = "recbole_gr2.quick_start.run()",
@@ -131,6 +140,7 @@ def run(
     """Plan and run; returns the path of `result.json`, or None if the evaluate stage was not asked for.
 
     With `ablation`, a name or a file, it is variants of the run that are planned and run (`recbole_gr2.ablation`). With
+    `seeds`, the run is repeated for each, and they are put together in one report (`recbole_gr2.seeds`). With
     `show_prompt`, a request id or "" for the first train list, its prompt is printed and nothing is run.
 
     Raises:
@@ -145,15 +155,28 @@ def run(
     given = {"command_line": command_line, "config_dict": config_dict, "config_files": config_files}
     console = Console()
     if ablation:
-        if stages or from_stage or force:
-            raise ConfigurationError("an ablation chooses its own stages", where="--stages, --from_stage, --force",
+        if stages or from_stage or force or seeds:
+            raise ConfigurationError("an ablation chooses its own stages, for one seed",
+                                     where="--stages, --from_stage, --force, --seeds",
                                      do="leave them out; --checkpoint_dir DIR starts anew elsewhere")  # fmt: skip
         _quiet_libraries()
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
-    settings = load_settings(**given)
     _quiet_libraries()
+    if seeds:
+        if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
+            raise ConfigurationError("--seeds stands for the seed of a whole run", where="--seeds",
+                                     do="leave out --seed and --show_prompt")  # fmt: skip
+        from recbole_gr2.seeds import run_seeds
+
+        def one(seed: int) -> Path | None:
+            return run(command_line={**(command_line or {}), "seed": seed}, config_dict=config_dict,
+                       config_files=config_files, stages=stages, from_stage=from_stage, force=force, dry_run=dry_run,
+                       command=re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command))  # fmt: skip
+
+        return run_seeds(seeds, one, command=command, console=console)
+    settings = load_settings(**given)
     from recbole_gr2 import pipeline
     from recbole_gr2.bridge import Data
     from recbole_gr2.processes import PLACE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -38,6 +38,12 @@ def ndcg_at(rank: np.ndarray, k: int) -> np.ndarray:
 def recall_at(rank: np.ndarray, k: int) -> np.ndarray:
     """Recall@k (= hit@k) with one relevant item, from its 1-based rank (B,)."""
     return (np.asarray(rank) <= k).astype(float)
+
+
+METRICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {  # by which orders are compared, of ranks (B,)
+    "recall@1": lambda rank: recall_at(rank, 1), "recall@5": lambda rank: recall_at(rank, 5),
+    "ndcg@5": lambda rank: ndcg_at(rank, 5), "ndcg@10": lambda rank: ndcg_at(rank, 10),
+}  # fmt: skip
 
 
 def paired_comparison(ours: np.ndarray, base: np.ndarray, *, seed: int, draws: int = 10_000) -> dict[str, float]:

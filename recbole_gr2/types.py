@@ -6,7 +6,7 @@ V vocabulary, N items, P prompt tokens, O output tokens. Ranks start at 1, posit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 Sid = tuple[int, ...]
@@ -46,7 +46,9 @@ class Request:
     `history` holds item ids, oldest first. `target` is the item the user took next: it is kept for training
     targets, rewards and metrics and never reaches a prompt, a feature or a score. So are `grades`: what each candidate
     is worth, in base order, in train lists with several targets or graded ones; else (). `prior` holds the evidence's
-    log-probability of each candidate, in base order; () before the evidence stage, and without evidence.
+    log-probability of each candidate, in base order; () before the evidence stage, and without evidence. `facts` holds
+    what a prompt shows of the evidence: the level of each candidate, 0 to 9, by the name of the fact; in base order, or
+    () where nothing is shown.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class Request:
     target: int
     provider: str
     prior: tuple[float, ...] = ()
+    facts: tuple[Mapping[str, int], ...] = ()
     grades: tuple[int, ...] = ()
 
     @property

@@ -314,7 +314,7 @@ def test_the_columns_of_packaged_ablations_are_facts_of_a_run(smoke_run, name):
     found = {heading: figure(facts, path) for heading, path in read_ablation(name).columns.items()}
     assert len(found) > 10 and None not in found.values()
     curves = [value for value in found.values() if isinstance(value, list)]
-    assert len(curves) == (3 if name == "reward" else 0) and all(len(curve) == 3 for curve in curves)  # three rounds
+    assert len(curves) == (4 if name == "reward" else 0) and all(len(curve) == 3 for curve in curves)  # three rounds
 
 
 def test_the_tokenizer_ablation_names_what_it_shows():

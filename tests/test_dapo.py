@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
 from recbole_gr2.errors import ConfigurationError, GateError
-from recbole_gr2.llm.constraint import Grammar
+from recbole_gr2.llm.constraint import FREE, Grammar
 from recbole_gr2.llm.dapo import DAPOTrainer, Rounds, completion_logits, dapo_config
 from recbole_gr2.rewards import REWARDS, WeightedRewards
 from recbole_gr2.sid.tokens import RANKING, label_tokens
@@ -155,9 +156,14 @@ def one_round(trainer) -> list[dict]:
 # --- the objective ---------------------------------------------------------------------------------------------------
 
 
-def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path):
+@pytest.mark.parametrize("grounded", [False, True])
+def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path, grounded):
     """DAPO eq. 8 with both clips active, forced tokens out, and the mean over the tokens that count."""
     trainer = build(tokenizer, tmp_path, rewards=RewardOf(first_label), trainer={"max_refill": 0})
+    if grounded:
+        trainer.grammar = replace(trainer.grammar, max_reasoning=20, sid_ids=(20, 21), code_ids=(22, 23, 24, 25))
+        for row in trainer.rows.values():
+            row["prompt_ids"] += [20, 22, 24, 21, 20, 22, 25, 21, 20, 23, 24, 21]
     model = trainer.model.train()
     batch = trainer._generate_and_score_completions(one_round(trainer))
     torch.manual_seed(8)
@@ -174,7 +180,9 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path):
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     logits = model(ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
     counts = torch.full((len(ids),), K)
-    allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1))
+    cited = trainer.grammar.cited(batch["prompt_ids"])
+    assert not grounded or (trainer.grammar.phases(batch["completion_ids"], counts, cited).copies != FREE).sum() > 10
+    allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1), cited)
     prior = batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1)
     logits = logits.index_add(-1, torch.tensor(trainer.grammar.label_ids), prior)
     log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)

@@ -98,6 +98,21 @@ def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):
     assert len(expected) == 4 and log[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
+def test_a_choice_among_copies_by_hand(tokenizer, tmp_path):
+    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], copies={2: [12, 11], 3: [10, 5, 7]}),
+            Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]  # fmt: skip
+    expected = []
+    for text in rows:
+        logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
+        for t in (t for t, part in enumerate(text.parts) if part):
+            among = text.copies.get(t, range(28))
+            expected.append(-logits[t - 1, among].log_softmax(-1)[list(among).index(text.input_ids[t])].item())
+    log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"reasoning": 1.0}, steps=1, batch_size=2,
+                   micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
+                   save_steps=5)  # fmt: skip
+    assert len(expected) == 5 and log[0]["loss"] == pytest.approx(sum(expected) / 5, rel=1e-4)
+
+
 def test_a_killed_run_ends_with_the_same_weights(tokenizer, tmp_path):
     whole = tiny()
     train(whole, tokenizer, tmp_path / "whole")
@@ -177,8 +192,9 @@ def test_rank_zero_trains_the_model_itself():
 
 
 def test_collator_masks_padding_that_looks_like_a_token():
-    batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1]},
-                         {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7]}])  # fmt: skip
+    plain = {"copy_at": [], "copies": []}
+    batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1], **plain},
+                         {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7], **plain}])  # fmt: skip
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 1, -100], [-100, 6, 7]]
     assert batch["parts"].tolist() == [[0, 1, 0], [0, 1, 1]]

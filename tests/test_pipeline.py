@@ -18,7 +18,8 @@ from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
-from recbole_gr2.report import metrics_table, render_report
+from recbole_gr2.report import metrics_table, pairs_table, render_report
+from recbole_gr2.stages.evaluate import read_per_user
 from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
 
 PACKAGE = Path(recbole_gr2.__file__).parent
@@ -341,7 +342,16 @@ def test_store(tmp_path):
 
 def test_result_json_has_the_documented_fields(smoke_run):
     result = smoke_run.result
-    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "rows", "tokenizer", "stages"}
+    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "rows", "pairs", "tokenizer",
+                           "stages"}  # fmt: skip
+    per_user = read_per_user(smoke_run.stages["evaluate"])
+    for pair in result["pairs"]:
+        assert set(pair["metrics"]) == {"recall@1", "recall@5", "ndcg@5", "ndcg@10"}
+        first = (per_user[pair["row"]] == 1).mean() - (per_user[pair["versus"]] == 1).mean()
+        assert pair["metrics"]["recall@1"]["diff"] == pytest.approx(first, abs=1e-12)
+    assert [(pair["row"], pair["versus"]) for pair in result["pairs"]] == [
+        ("sft", "evidence"), ("sft", "lambdamart"), ("rl", "sft"), ("rl", "evidence"), ("rl", "lambdamart"),
+        ("rl", "shuffled"), ("evidence", "lambdamart")]  # fmt: skip
     assert (result["dataset"], result["base_model"], result["llm"]) == ("ml-100k", "CausalSASRec", "random")
     assert (result["preset"], result["seeds"]) == ("smoke", [2020])
     assert result["command"].split()[1:] == smoke_run.argv
@@ -392,7 +402,9 @@ def test_the_run_folder(smoke_run):
     chosen = load_settings(config_files=[folder / "config.yaml"])
     assert chosen["preset"] == "smoke" and chosen["checkpoint_dir"] == str(smoke_run.root)
     done = [(read_manifest(path), False) for path in smoke_run.stages.values()]
-    assert render_report(smoke_run.result, done) == report  # a function of what the stages wrote
+    per_user = read_per_user(smoke_run.stages["evaluate"])
+    assert render_report(smoke_run.result, done, per_user) == report  # a function of what the stages wrote
+    assert "## Slices" in report and pairs_table(smoke_run.result) in report
 
 
 def test_manifests_list_their_files(smoke_run):
@@ -423,7 +435,7 @@ FLOORS = (
     {"stages"},
     {"pipeline"},
     {"report"},
-    {"ablation"},
+    {"ablation", "seeds"},
     {"quick_start"},
 )
 DOORS = ("config.py", "bridge.py", "compat.py", "model/")

@@ -1,7 +1,7 @@
 """The report: reference figures stand apart, and copies are named."""
 
 from recbole_gr2.config import properties_folder, read_yaml
-from recbole_gr2.report import SHOWN, copies, metrics_table, published
+from recbole_gr2.report import SHOWN, copies, metrics_table, pairs_table, published
 
 
 def row(name: str, scope: str = "in_list", unchanged: float | None = 0.5, ndcg: float = 0.5) -> dict:
@@ -24,6 +24,15 @@ def test_published_figures_are_shown_for_their_data_set_alone():
     text = "\n".join(published("amazon-beauty"))
     assert "RL, rejection, KP (GR2)" in text and "0.5234" in text and "for reference" in text
     assert published("ml-100k") == []
+
+
+def test_pairs_table():
+    found = {"recall@1": {"diff": 0.0125, "low": -0.001, "high": 0.0234, "p": 0.04, "p_holm": 0.08},
+             "ndcg@5": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002}}  # fmt: skip
+    table = pairs_table({"pairs": [{"row": "sft", "versus": "evidence", "metrics": found}]}).splitlines()
+    assert table[0].split("  ")[0] == "rows"
+    assert table[-1].split() == ["sft", "-", "evidence", "+0.0125", "[-0.0010,", "+0.0234]", "0.0800",
+                                 "-0.5000", "[-0.6000,", "-0.4000]", "0.0002"]  # fmt: skip
 
 
 def test_copies_and_rows_without_lists():

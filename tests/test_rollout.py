@@ -1,6 +1,7 @@
 """The grammar, constrained generation on a tiny model, and reading completions back."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,92 @@ def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
     assert logits.grad.isfinite().all()
     assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [True, True, True, True, False, False]
 
+# --- reasoning that cites the prompt ---------------------------------------------------------------------------------
+
+BEGIN, END = 20, 21
+GROUNDED = Grammar(MARK, (A, B, C, D, E), EOS, PAD, 7, sid_ids=(BEGIN, END), code_ids=tuple(range(22, 30)))
+SHOWN = [5, BEGIN, 22, 25, END, 6, BEGIN, 22, 26, END, BEGIN, 23, 25, END, BEGIN, 22, 25, END]  # the first one twice
+
+
+def test_what_a_prompt_shows():
+    prompts = torch.tensor([[PAD] * 3 + SHOWN, SHOWN[:5] + [4] * 16])
+    first, second, third = ([BEGIN, *codes, END] for codes in ((22, 25), (22, 26), (23, 25)))
+    none = [FREE] * 4
+    assert GROUNDED.cited(prompts).tolist() == [[first, second, third, first], [first, none, none, none]]
+    assert GROUNDED.cited(torch.tensor([[4, 5, 6]])).tolist() == [[[FREE, FREE]]]
+    assert GROUNDED.cited(torch.tensor([SHOWN[:-1]])).tolist() == [[first, second, third, none]]  # cut off
+    assert replace(GROUNDED, sid_ids=None).cited(prompts) is None
+
+
+def test_a_cited_id_is_one_that_the_prompt_shows():
+    words = set(range(56)) - {A, B, C, D, E, EOS, PAD, END} - set(range(22, 30))
+    ids = torch.tensor([
+        [7, BEGIN, 22, 26, END, MARK, A, B, EOS],
+        [BEGIN, 23, 25, END, 7, 8, 9, MARK, A],
+        [BEGIN, 24, 7, BEGIN, 22, MARK, A, B, EOS],  # a code that it does not show, and a mark inside
+        [7, 7, 7, 7, 7, BEGIN, 22, 25, A],  # the limit of 7 stands in it
+    ])  # fmt: skip
+    expected = [
+        [words, words, {22, 23}, {25, 26}, {END}, words, {A, B}, {B}, {EOS}],
+        [words, {22, 23}, {25}, {END}, words, words, words, {MARK}, {A, B}],
+        [words, {22, 23}, {END}, {END}, {22, 23}, {25, 26}, {A, B}, {B}, {EOS}],
+        [words, words, words, words, words, words, {22, 23}, {MARK}, {MARK}],
+    ]
+    cited = GROUNDED.cited(torch.tensor([SHOWN] * 4))
+    allowed, forced = GROUNDED.allowed(ids, torch.tensor([2] * 4), 56, cited)
+    assert [[set(cell.nonzero().flatten().tolist()) for cell in row] for row in allowed] == expected
+    assert forced.tolist() == [[len(cell) == 1 for cell in row] for row in expected]
+    phases = GROUNDED.phases(ids, torch.tensor([2] * 4), cited)
+    kinds = torch.stack([phases.reasoning, phases.labels.any(-1), phases.only != FREE, (phases.copies != FREE).any(-1)])
+    assert (kinds.sum(0) == 1).all()
+    nothing = GROUNDED.allowed(ids[:1], torch.tensor([2]), 56, GROUNDED.cited(torch.tensor([[4, 5]])))[0]
+    assert nothing[0, 2].nonzero().flatten().tolist() == [END]
+
+
+def test_grounded_log_probs_match_the_full_mask(model):
+    prompts = torch.tensor([SHOWN, [PAD] * 8 + [4, *SHOWN[5:14]]])
+    cited = GROUNDED.cited(prompts)
+    torch.manual_seed(0)
+    for _ in range(20):
+        ids, logits = [], torch.randn(2, 12, 56) * 3
+        for row in range(2):  # a random walk that the grammar allows
+            walk: list[int] = []
+            for place in range(12):
+                asked = torch.tensor([[*walk, PAD]])
+                allowed, _ = GROUNDED.allowed(asked, torch.tensor([3]), 56, cited[row : row + 1])
+                open_ = allowed[0, -1].nonzero().flatten()
+                likely = [BEGIN] if BEGIN in open_ and place % 2 else open_.tolist()
+                walk.append(likely[torch.randint(len(likely), ()).item()])
+            ids.append(walk)
+        ids = torch.tensor(ids)
+        prior = prior_tensor([[0.0, 2.0, -1.0]] * 2, GROUNDED, torch.device("cpu"))
+        log_probs, entropy, forced = constrained_log_probs(logits, ids, prior, GROUNDED, 0.7, cited)
+        allowed, all_forced = GROUNDED.allowed(ids, torch.tensor([3, 3]), 56, cited)
+        biased = logits.clone()
+        biased[..., A : A + 3] += torch.tensor([0.0, 2.0, -1.0])
+        reference = (biased / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1)
+        torch.testing.assert_close(log_probs, reference.gather(-1, ids.unsqueeze(-1))[..., 0])
+        spread = -(reference.exp() * reference.clamp(min=-1e30)).sum(-1)
+        torch.testing.assert_close(entropy, spread, atol=1e-5, rtol=1e-5)
+        assert torch.equal(forced, all_forced)
+    foreign = torch.tensor([[BEGIN, 24, END, MARK, A, B, C, EOS]])
+    log_probs, _, _ = constrained_log_probs(torch.zeros(1, 8, 56), foreign, prior[:1], GROUNDED, 1.0, cited[:1])
+    assert log_probs[0, 1] == -math.inf and log_probs[0, 2] == 0
+
+
+def test_a_policy_cites_what_its_prompt_shows(model):
+    """Sampled hot, so that it would cite anything."""
+    prompts = [SHOWN, [4, *SHOWN[5:14]], [4, 5, 6]]
+    got = generate_rankings(model, prompts, [[0.0] * 3] * 3, grammar=replace(GROUNDED, max_reasoning=30),
+                            num_generations=100, temperature=20.0)  # fmt: skip
+    cited: dict[int, set] = {0: set(), 1: set(), 2: set()}
+    for number, ids in enumerate(got):
+        text = ids[: ids.index(MARK)]
+        for place in (place for place, token in enumerate(text) if token == BEGIN and END in text[place:]):
+            cited[number // 100].add(tuple(text[place : text.index(END, place) + 1]))
+    first, second, third = ((BEGIN, *codes, END) for codes in ((22, 25), (22, 26), (23, 25)))
+    assert cited == {0: {first, second, third}, 1: {second, third}, 2: {(BEGIN, END)}}
+
 
 # --- generation ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +270,7 @@ def plain_generation(model, grammar, prompt, prior):
     ids = torch.tensor([prompt])
     config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD)
     label_prior = prior_tensor([prior], grammar, model.device)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, len(prompt), label_prior)])
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior)])
     output = model.generate(ids, generation_config=config, logits_processor=processors)
     return output[0, len(prompt) :].tolist()
 

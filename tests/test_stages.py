@@ -22,13 +22,15 @@ from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuffled_order
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
-from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.sid.tokens import is_code, sid_text
 from recbole_gr2.stages import Context, midtrain, traces
 from recbole_gr2.stages.embeddings import item_text
+from recbole_gr2.stages.evidence import injected_requests, load_facts, load_requests
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
 from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
 from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.teachers import RulesTeacher
 from recbole_gr2.types import Candidate, Item, Request, Trace
 
 
@@ -110,6 +112,26 @@ def test_a_prompt_does_not_know_the_target():
     assert "Title25x" not in str(prompts[2]) and "Title12x" in str(prompts[2])
 
 
+@pytest.mark.parametrize("grounded", [True, False])
+def test_answers_cite_what_their_prompts_show(smoke, items, student, grounded):
+    """A policy that begins an ID wherever it can, and has not learnt to end one."""
+    (model, tokenizer), maker = student, PromptMaker.of(smoke.settings, items)
+    requests = load_requests(smoke, "test", items)[:40]
+    grammar = answer_grammar(tokenizer, {**dict(smoke.settings), "prompt_grounded": grounded})
+    push = torch.zeros(len(tokenizer))
+    push[tokenizer.convert_tokens_to_ids("<|sid_begin|>")] = 100.0
+    codes = [number for token, number in tokenizer.get_vocab().items() if is_code(token)]
+    push[codes] = 50.0 if not grounded else 0.0
+    hook = model.get_output_embeddings().register_forward_hook(lambda head, given, logits: logits + push)
+    try:
+        answers, _ = answer_requests(model, tokenizer, maker, grammar, requests, bf16=False)
+    finally:
+        hook.remove()
+    begun = [answer.reasoning.count("<|sid_begin|>") for answer in answers]
+    found = traces.grounding(answers, requests, items, smoke.settings["prompt_history"])
+    assert min(begun) > 3 and (found["cited"] > 100 and found["cited_in_prompt"] == 1.0) is grounded
+
+
 def test_history_and_candidates_as_they_are_shown():
     maker = toy_maker(history=2)
     prompt = maker.render(toy_request(11), order=(2, 0, 1))
@@ -120,6 +142,66 @@ def test_history_and_candidates_as_they_are_shown():
     assert places == sorted(places)
     assert prompt.labels == ("<|A|>", "<|B|>", "<|C|>") and prompt.order == (2, 0, 1)
     assert maker.label_items(toy_request(11), prompt) == (12, 10, 11)
+
+
+def test_facts_are_shown_behind_their_candidate():
+    facts = ({"next": 7, "text": 0}, {"next": 2, "text": 9}, {"next": 0, "text": 3})
+    request = replace(toy_request(11), facts=facts)
+    user = toy_maker().render(request, order=(2, 0, 1)).messages[1]["content"]
+    shown = [line.split(" Title")[1] for line in user.splitlines() if "[" in line]
+    assert shown == ["12x (Kind0) [next 0 text 3]", "10x (Kind1) [next 7 text 0]", "11x (Kind2) [next 2 text 9]"]
+    assert "In brackets" in toy_maker().render(request).messages[0]["content"]
+    plain = toy_maker().render(toy_request(11))
+    assert "[" not in plain.messages[1]["content"] and "In brackets" not in plain.messages[0]["content"]
+
+
+def test_the_rules_teacher_says_in_which_facts_its_pick_is_first():
+    facts = ({"next": 7, "text": 0}, {"next": 7, "text": 2}, {"next": 0, "text": 0})
+    teacher, request = RulesTeacher(toy_items(), seed=0, temperature=1.0), replace(toy_request(11), facts=facts)
+    assert "; first in next. Best" in teacher.text(request, 10)
+    assert "; first in next, text. Best" in teacher.text(request, 11)
+    assert "first in" not in teacher.text(request, 12)  # a fact that all lack makes no one first
+
+
+def test_facts_of_a_run(smoke, items, tmp_path):
+    """The levels are those of the evidence stage's facts, and prompts, traces and training rows hold them."""
+    shown = other(smoke, tmp_path, prompt_evidence=["rank", "next"], trace_mode="targeted", trace_min_accepted=0.0)
+    for split in ("train", "test"):
+        requests = [r for r in load_requests(shown, split, items) if r.prior]
+        tables = load_facts(shown, split, requests)
+        assert len(requests) > 50
+        for request, table in zip(requests, tables, strict=True):
+            ranks = [facts["rank"] for facts in request.facts]
+            assert ranks == sorted(ranks) and ranks[0] == 0 and ranks[-1] == 9 and len(ranks) == len(request.items)
+            order = sorted(range(len(table)), key=lambda place: table[place, 5])
+            assert [request.facts[place]["next"] for place in order] == sorted(f["next"] for f in request.facts)
+    assert all(r.facts == () for r in load_requests(smoke, "train", items))
+    traces.run(shown)
+    assert any("; first in " in trace["reasoning"] for trace in lines(tmp_path / "accepted.jsonl"))
+    with pytest.raises(ConfigurationError, match="there are no facts .'weather'. to show"):
+        load_requests(other(smoke, tmp_path, prompt_evidence=["weather"]), "test", items)
+
+
+def test_injected_lists(smoke, items):
+    """They are train lists that lack their target, with it in place of one candidate, at any rank, at that one's score."""
+    lacking = {r.request_id: r for r in read_requests(smoke.folders["candidates"] / "train.jsonl", items)
+               if r.target_rank is None}  # fmt: skip
+    assert injected_requests(smoke, items, 0) == []
+    shown = other(smoke, Path("nowhere"), prompt_evidence=["next"])
+    injected = injected_requests(shown, items, 200)
+    assert len(injected) == 200 == len({r.request_id for r in injected})
+    for request in injected:
+        was = lacking[request.request_id]
+        assert [a == b for a, b in zip(request.items, was.items, strict=True)].count(False) == 1
+        assert request.target in request.items and request.history == was.history and request.teaches
+        assert [(c.score, c.rank) for c in request.candidates] == [(c.score, c.rank) for c in was.candidates]
+        assert sum(map(math.exp, request.prior)) == pytest.approx(1, abs=1e-5) and len(request.facts) == len(was.items)
+    counts = Counter(r.target_rank for r in injected)
+    assert set(counts) == set(range(1, 11)) and max(counts.values()) < 45
+    assert injected_requests(shown, items, 200) == injected
+    assert len(injected_requests(smoke, items, 10**6)) == len(lacking)
+    plain = injected_requests(other(smoke, Path("nowhere"), evidence_providers=[]), items, 20)
+    assert len(plain) == 20 and all(r.prior == () for r in plain)
 
 
 def test_candidates_are_shuffled_by_request():
@@ -457,6 +539,29 @@ def test_a_training_row_by_hand(student, longest):
     assert first.choices == {start: [-3.0, -1.0, -2.0]}  # in the order of the labels
 
 
+def test_a_grounded_training_row_by_hand(student):
+    """What can be cited is a choice, what is forced or cannot be said has no loss, and no ID is cut in two."""
+    _, tokenizer = student
+    number, request = tokenizer.convert_tokens_to_ids, toy_request(11)
+    prompt = toy_maker(history=1).render(request)  # shows items 3, 10, 11, 12: all first codes differ
+    grammar = Grammar.of(tokenizer, "<|ranking|>", ["<|A|>", "<|B|>", "<|C|>"], 40, grounded=True)
+    maker, said = toy_maker(history=1), f"Best {sid_text((11, 12))} or {sid_text((5, 6))}."
+    row = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, grammar)
+    head = row.parts.index(1)
+    words = tokenizer.convert_ids_to_tokens(row.input_ids[head:])
+    one, two = (place for place, word in enumerate(words) if word == "<|sid_begin|>")
+    parts = row.parts[head:]
+    assert [parts[one + step] for step in range(5)] == [1, 1, 0, 0, 1]  # begin, first code, second code, end, next word
+    assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
+    assert {at: set(tokens) for at, tokens in row.copies.items()} == {
+        head + one + 1: {number(f"<s_a_{n}>") for n in (3, 10, 11, 12)}}  # fmt: skip
+    for longest in range(one + 2, one + 5):  # the limit stands in the first ID
+        short = replace(grammar, max_reasoning=longest)
+        cut = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)
+        assert cut.input_ids[head : head + one + 1] == [*row.input_ids[head : head + one], grammar.ranking_id]
+        assert not cut.copies
+
+
 def test_sft_rows_of_the_run_fit(smoke, items, student):
     _, tokenizer = student
     maker, grammar = PromptMaker.of(smoke.settings, items), answer_grammar(tokenizer, smoke.settings)
@@ -773,8 +878,6 @@ def test_baselines_have_rows_over_all_users(uninterrupted):
 
 
 def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
-    from recbole_gr2.stages.evidence import load_facts, load_requests
-
     test = load_requests(smoke, "test", items)[:50]
     rankings, how = lambdamart_rankings(smoke, items, test)
     assert all(sorted(rankings[r.request_id]) == sorted(r.items) for r in test) and how["trees"] >= 1

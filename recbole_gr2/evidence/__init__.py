@@ -13,7 +13,7 @@ import numpy as np
 
 from recbole_gr2.errors import GR2Error
 from recbole_gr2.extension import find
-from recbole_gr2.types import Item, Request
+from recbole_gr2.types import Candidate, Item, Request
 
 RECENT = 10  # items of a history that transitions and texts are compared with; ours
 Facts = dict[str, np.ndarray]
@@ -191,6 +191,19 @@ def collect(requests: Sequence[Request], names: Sequence[str], observed: Observe
     if len(set(labels)) < len(labels):
         raise GR2Error(f"two facts have one name: {labels}", where="evidence_providers", do="rename one of them")
     return labels, values
+
+
+def fact_names(names: Sequence[str]) -> list[str]:
+    """What these providers count, asked about a list of a made-up catalogue.
+
+    >>> fact_names(["popularity", "text"])
+    ['popularity', 'text of last', 'closest text', 'text']
+    """
+    items = [Item(item_id=number, token="", title="") for number in (1, 2, 3)]
+    candidates = tuple(Candidate(item_id=item, score=0.0, rank=item - 1) for item in (2, 3))
+    request = Request(request_id="", user_token="", split="", history=(1,), candidates=candidates, target=2,
+                      provider="")  # fmt: skip
+    return collect([request], names, Observed(items=items, sequences=[[1, 2, 3]], embeddings=np.eye(3)))[0]
 
 
 class Counts:

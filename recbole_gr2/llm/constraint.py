@@ -4,52 +4,69 @@ A completion is `reasoning ... <|ranking|> L1 .. LK eos`: the labels are a permu
 the next token by this grammar, and training renormalises log-probabilities by the same grammar, so the ratio of the
 DAPO objective (arXiv 2503.14476, eq. 8) is a ratio of the distribution that was sampled. Where only one token is
 allowed it is *forced*: probability 1, nothing to learn.
+
+Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
+go on like one of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_code
 
-FREE = -1  # in `Phases.only`: more than one token is allowed here
+FREE = -1  # in place of a token: in `Phases.only`, more than one is allowed here
 
 
 class Phases(NamedTuple):
     """What the grammar allows at each position of B completions of O tokens.
 
-    `reasoning` (B, O) bool: any token but labels, eos and pad. `labels` (B, O, K) bool: exactly these labels, two or
-    more. `only` (B, O) long: the one allowed token, or FREE. Each position is in exactly one of the three.
+    `reasoning` (B, O) bool: any token but the `forbidden` ones. `labels` (B, O, K) bool: exactly these labels, two or
+    more. `only` (B, O) long: the one allowed token, or FREE. `copies` (B, O, M) long: exactly these tokens, two or
+    more, each once, FREE in other places. Each position is in exactly one of the four.
     """
 
     reasoning: torch.Tensor
     labels: torch.Tensor
     only: torch.Tensor
+    copies: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """Token ids of the grammar and the longest reasoning in tokens (0: no reasoning, the ranking comes at once)."""
+    """Token ids of the grammar and the longest reasoning in tokens (0: no reasoning, the ranking comes at once).
+
+    `sid_ids` are those that begin and end a semantic ID, and `code_ids` those inside: with them reasoning cites what
+    the prompt shows, without them it is free.
+    """
 
     ranking_id: int
     label_ids: tuple[int, ...]
     eos_id: int
     pad_id: int
     max_reasoning: int
+    sid_ids: tuple[int, int] | None = None
+    code_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, ranking: str, labels: list[str], max_reasoning: int) -> Grammar:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, ranking: str, labels: list[str], max_reasoning: int, *,
+           grounded: bool = False) -> Grammar:  # fmt: skip
         """The grammar of a tokenizer that holds the ranking mark and the labels as single tokens.
+
+        Args:
+            grounded: reasoning cites the semantic IDs of the prompt alone.
 
         Raises:
             ConfigurationError: one of them is not in the vocabulary, or the tokenizer has no eos token.
         """
         vocabulary = tokenizer.get_vocab()
-        absent = [token for token in (ranking, *labels) if token not in vocabulary]
+        ends = (SID_BEGIN, SID_END) if grounded else ()
+        absent = [token for token in (ranking, *labels, *ends) if token not in vocabulary]
         if absent or tokenizer.eos_token_id is None:
             raise ConfigurationError(
                 f"the tokenizer has no token for {', '.join(absent) or 'the end of a turn (eos)'}",
@@ -59,7 +76,11 @@ class Grammar:
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         label_ids = tuple(vocabulary[label] for label in labels)
-        return cls(vocabulary[ranking], label_ids, tokenizer.eos_token_id, pad, max_reasoning)
+        grammar = cls(vocabulary[ranking], label_ids, tokenizer.eos_token_id, pad, max_reasoning)
+        if not grounded:
+            return grammar
+        codes = tuple(sorted(number for token, number in vocabulary.items() if is_code(token)))
+        return replace(grammar, sid_ids=(vocabulary[SID_BEGIN], vocabulary[SID_END]), code_ids=codes)
 
     @property
     def max_tokens(self) -> int:
@@ -71,10 +92,32 @@ class Grammar:
         head = completion_ids[: self.max_reasoning]
         return 0 < self.max_reasoning == len(head) and self.ranking_id not in head and self.eos_id not in head
 
-    def phases(self, completion_ids: torch.Tensor, label_counts: torch.Tensor) -> Phases:
+    def cited(self, prompt_ids: torch.Tensor) -> torch.Tensor | None:
+        """The semantic IDs that prompts (B, P) show, from begin to end, (B, M, W); FREE where one shows fewer.
+
+        None without `sid_ids`.
+        """
+        if self.sid_ids is None:
+            return None
+        begins, ends = (prompt_ids == number for number in self.sid_ids)
+        shown = begins.any(-1) & ends.any(-1)
+        width = int((ends.int().argmax(-1) - begins.int().argmax(-1))[shown].max()) + 1 if shown.any() else 2
+        found = torch.full((len(prompt_ids), max(int(begins.sum(-1).max()), 1), width), FREE, device=prompt_ids.device)
+        rows, starts = begins[:, : prompt_ids.size(1) - width + 1].nonzero(as_tuple=True)
+        number = begins.cumsum(-1)[rows, starts] - 1
+        places = starts.unsqueeze(-1) + torch.arange(width, device=rows.device)
+        found[rows, number] = prompt_ids[rows.unsqueeze(-1), places]
+        return found
+
+    def phases(
+        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: torch.Tensor | None = None
+    ) -> Phases:
         """What is allowed at each position, from the tokens before it: ids (B, O), counts (B,) with 1 <= K <= labels.
 
         The rule is total: it is defined behind tokens that it would not have allowed, too.
+
+        Args:
+            cited: what `cited` says of the prompts.
         """
         ids = completion_ids
         labels = torch.tensor(self.label_ids, device=ids.device)
@@ -87,48 +130,80 @@ class Grammar:
         left = open_labels.sum(-1)
 
         only = torch.full_like(ids, FREE)
+        copies = torch.full_like(ids, FREE).unsqueeze(-1)
+        if cited is not None:
+            inside, copies = self._copies(ids, position, cited)
+            inside &= ~marked
+            several = (copies != FREE).sum(-1)
+            only = torch.where(inside & (several == 1), copies.amax(-1), only)
+            only[inside & (several == 0)] = self.sid_ids[1]  # behind codes that the prompt does not show
         only[~marked & (position >= self.max_reasoning)] = self.ranking_id
         only = torch.where(marked & (left == 1), labels[open_labels.int().argmax(-1)], only)
         only[marked & (left == 0)] = self.eos_id
         only[ended] = self.pad_id
         free = only == FREE
-        return Phases(free & ~marked, open_labels & (free & marked).unsqueeze(-1), only)
+        copies = copies.masked_fill(~(free & ~marked).unsqueeze(-1), FREE)
+        copying = (copies != FREE).any(-1)
+        return Phases(free & ~marked & ~copying, open_labels & (free & marked).unsqueeze(-1), only, copies)
+
+    def _copies(
+        self, ids: torch.Tensor, position: torch.Tensor, cited: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a semantic ID has begun and not ended, (B, O) bool, and what may follow there, (B, O, M)."""
+        begin, end = (_last(ids == number, position) for number in self.sid_ids)
+        inside = begin > end
+        width, said = cited.size(-1), position - begin  # tokens of it that are there already, begin among them
+        place = torch.arange(width, device=ids.device)
+        at = (begin.clamp(min=0).unsqueeze(-1) + place).clamp(max=ids.size(1) - 1)
+        own = ids.gather(1, at.flatten(1)).view(at.shape)
+        same = (own.unsqueeze(2) == cited.unsqueeze(1)) | (place >= said.unsqueeze(-1)).unsqueeze(2)  # (B, O, M, W)
+        fits = same.all(-1) & (cited[:, :, 0] != FREE).unsqueeze(1) & (inside & (said < width)).unsqueeze(-1)
+        nexts = cited.gather(2, said.clamp(max=width - 1).unsqueeze(1).expand(-1, cited.size(1), -1)).transpose(1, 2)
+        nexts = nexts.masked_fill(~fits, FREE).sort(-1, descending=True).values
+        again = torch.zeros_like(fits)
+        again[..., 1:] = nexts[..., 1:] == nexts[..., :-1]
+        return inside, nexts.masked_fill(again, FREE)
 
     def forbidden(self, device: torch.device) -> torch.Tensor:
-        """Token ids that reasoning never holds."""
-        return torch.tensor([*self.label_ids, self.eos_id, self.pad_id], device=device)
+        """Token ids that reasoning holds nowhere, or in a semantic ID alone."""
+        inside = () if self.sid_ids is None else (*self.code_ids, self.sid_ids[1])
+        return torch.tensor([*self.label_ids, self.eos_id, self.pad_id, *inside], device=device)
 
     def mask(self, phases: Phases, vocabulary: int) -> torch.Tensor:
         """Allowed tokens (B, O, V) bool."""
         allowed = phases.reasoning.unsqueeze(-1).repeat(1, 1, vocabulary)
         allowed[..., self.forbidden(allowed.device)] = False
         allowed[..., torch.tensor(self.label_ids, device=allowed.device)] |= phases.labels
+        behind = phases.copies.masked_fill(phases.copies == FREE, vocabulary)
+        allowed |= torch.nn.functional.pad(torch.zeros_like(allowed), (0, 1)).scatter_(-1, behind, True)[..., :-1]
         # FREE is no token id, so it matches nothing.
         return allowed | (torch.arange(vocabulary, device=allowed.device) == phases.only.unsqueeze(-1))
 
     def allowed(
-        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, vocabulary: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, vocabulary: int,
+        cited: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Allowed tokens (B, O, V) bool and forced positions (B, O) bool."""
-        phases = self.phases(completion_ids, label_counts)
+        phases = self.phases(completion_ids, label_counts, cited)
         return self.mask(phases, vocabulary), phases.only != FREE
 
 
 class GrammarProcessor(LogitsProcessor):
     """Lets `generate` choose only what the grammar allows, with the log-prior of the labels added to their logits.
 
-    `label_prior` (B, labels), one row per row of the batch; -inf behind a list's last label.
+    `prompt_ids` (B, P) and `label_prior` (B, labels), one row per row of the batch; -inf behind a list's last label.
     """
 
-    def __init__(self, grammar: Grammar, prompt_length: int, label_prior: torch.Tensor) -> None:
-        self.grammar, self.prompt_length, self.label_prior = grammar, prompt_length, label_prior
+    def __init__(self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor) -> None:
+        self.grammar, self.prompt_length, self.label_prior = grammar, prompt_ids.size(1), label_prior
+        self.cited = grammar.cited(prompt_ids)
         self.labels = torch.tensor(grammar.label_ids, device=label_prior.device)
         self.label_counts = label_prior.isfinite().sum(-1)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # `phases` looks at the tokens before a position: append one position, and ask about it.
         asked = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
-        phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts)))
+        phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts, self.cited)))
         scores = scores.index_add(-1, self.labels, self.label_prior.to(scores.dtype))
         return scores.masked_fill(~self.grammar.mask(phases, scores.size(-1)).squeeze(1), -torch.inf)
 
@@ -139,11 +214,13 @@ def constrained_log_probs(
     label_prior: torch.Tensor,
     grammar: Grammar,
     temperature: float,
+    cited: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities under the grammar, for logits (B, O, V) that predict completion_ids (B, O).
 
     Args:
         label_prior: (B, labels), added to the logits of the labels; -inf behind a list's last label.
+        cited: what `grammar.cited` says of the prompts.
 
     Returns:
         log-probabilities (B, O) in nats, 0 where the token is forced, -inf where the grammar forbids it; entropy
@@ -151,7 +228,7 @@ def constrained_log_probs(
 
     Reasoning positions share one vocabulary mask and label positions read K logits, so no (B, O, V) mask is made.
     """
-    phases = grammar.phases(completion_ids, label_prior.isfinite().sum(-1))
+    phases = grammar.phases(completion_ids, label_prior.isfinite().sum(-1), cited)
     forced = phases.only != FREE
     wrong = forced & (completion_ids != phases.only)
     log_probs = torch.zeros(completion_ids.shape, device=logits.device).masked_fill(wrong, -torch.inf)
@@ -170,7 +247,26 @@ def constrained_log_probs(
     is_label = completion_ids[rows].unsqueeze(-1) == labels
     chosen, spread = _choose(scores, is_label.int().argmax(-1))
     chosen = chosen.masked_fill(~is_label.any(-1), -torch.inf)
+    log_probs, entropy = log_probs.masked_scatter(rows, chosen), entropy.masked_scatter(rows, spread)
+
+    rows = (phases.copies != FREE).any(-1)
+    tokens = phases.copies[rows]
+    scores = among(logits[rows], tokens) / temperature
+    is_one = completion_ids[rows].unsqueeze(-1) == tokens
+    chosen, spread = _choose(scores, is_one.int().argmax(-1))
+    chosen = chosen.masked_fill(~is_one.any(-1), -torch.inf)
     return log_probs.masked_scatter(rows, chosen), entropy.masked_scatter(rows, spread), forced
+
+
+def among(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits (n, V) of these tokens (n, M) alone, in float32, -inf where one is FREE."""
+    return logits.gather(-1, tokens.clamp(min=0)).float().masked_fill(tokens == FREE, -torch.inf)
+
+
+def _last(flags: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Where a flag (B, O) was last set before each position, (B, O); -1 if nowhere."""
+    last = torch.where(flags, position, -1).cummax(-1).values
+    return torch.nn.functional.pad(last, (1, 0), value=-1)[:, :-1]
 
 
 def _before(flags: torch.Tensor) -> torch.Tensor:

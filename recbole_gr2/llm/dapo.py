@@ -339,7 +339,7 @@ class DAPOTrainer(GRPOTrainer):
             ]
             terms = self._terms(row, own, answers)
             rewards = [self.rewards.total(term) for term in terms]
-            learnt = [self._learnt(ids, len(row["label_items"])) for ids in own]
+            learnt = [self._learnt(row, ids) for ids in own]
             unshaped = [{name: None if name in SHAPING else value for name, value in term.items()} for term in terms]
             verified = [self.rewards.total(term) for term in unshaped]
             groups.append(Group(row["request_id"], attempt, own, learnt, answers, terms, rewards, verified))
@@ -349,11 +349,12 @@ class DAPOTrainer(GRPOTrainer):
         """What the completions of one request earn, term by term."""
         return [self.rewards.terms(self.requests[row["request_id"]], answer) for answer in answers]
 
-    def _learnt(self, completion_ids: list[int], label_count: int) -> list[int]:
+    def _learnt(self, row: Mapping, completion_ids: list[int]) -> list[int]:
         """1 where a token counts in the loss: it was chosen, and not by a policy that was cut short."""
         if self.mask_truncated_completions and self.grammar.was_truncated(completion_ids):
             return [0] * len(completion_ids)
-        phases = self.grammar.phases(torch.tensor([completion_ids]), torch.tensor([label_count]))
+        cited = self.grammar.cited(torch.tensor([row["prompt_ids"]]))
+        phases = self.grammar.phases(torch.tensor([completion_ids]), torch.tensor([len(row["label_items"])]), cited)
         return (phases.only[0] == FREE).int().tolist()
 
     def _tensors(self, batch: list[Group]) -> dict[str, torch.Tensor]:
@@ -435,7 +436,10 @@ class DAPOTrainer(GRPOTrainer):
             completion_ids = ids[:, -logits_to_keep:]
             with self.accelerator.autocast():
                 logits = completion_logits(model, ids, mask, logits_to_keep, share_prompts)
-            log_prob, entropy, _ = constrained_log_probs(logits, completion_ids, prior, self.grammar, self.temperature)
+            log_prob, entropy, _ = constrained_log_probs(
+                logits, completion_ids, prior, self.grammar, self.temperature,
+                self.grammar.cited(ids[:, :-logits_to_keep]),
+            )  # fmt: skip
             log_probs.append(log_prob)
             entropies.append(entropy)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None

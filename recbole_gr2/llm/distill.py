@@ -100,7 +100,8 @@ class EndpointTeacher:
                 log_probs[number, : len(own)] = torch.tensor(own)
         log_probs = log_probs.to(tensors["completion_ids"].device)
         counts = tensors["label_prior"].isfinite().sum(-1)
-        traces = trainer.grammar.phases(tensors["completion_ids"], counts).reasoning
+        cited = trainer.grammar.cited(tensors["prompt_ids"])
+        traces = trainer.grammar.phases(tensors["completion_ids"], counts, cited).reasoning
         return log_probs.masked_fill(~traces, torch.nan)
 
     def _ask(self, row: tuple[list[int], list[int]]) -> list[float]:

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.constraint import FREE, among
 
 IGNORED = -100
 
@@ -29,12 +30,14 @@ class Row:
     """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss.
 
     `choices` maps a position to the log-prior of every label there, -inf for those that are not open: such a token is
-    a choice among the open labels, as it is in generation, not among the whole vocabulary.
+    a choice among the open labels, as it is in generation, not among the whole vocabulary. `copies` maps a position to
+    the tokens that it is a choice among.
     """
 
     input_ids: list[int]
     parts: list[int]
     choices: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    copies: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 class PartsTrainer(SFTTrainer):
@@ -70,10 +73,14 @@ class PartsTrainer(SFTTrainer):
             bias = inputs["choices"][:, 1:][scored]
             chosen, label_ids = ~bias[:, 0].isnan(), self.label_ids.to(labels.device)
             which = (labels[scored][chosen].unsqueeze(-1) == label_ids).int().argmax(-1)
-            among = functional.cross_entropy(
-                logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none"
-            )
-            losses = losses.masked_scatter(chosen, among)
+            own = functional.cross_entropy(logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none")
+            losses = losses.masked_scatter(chosen, own)
+        if "copies" in inputs:  # (B, T, M), FREE behind the last of them
+            tokens = inputs["copies"][:, 1:][scored]
+            chosen = tokens[:, 0] != FREE
+            which = (labels[scored][chosen].unsqueeze(-1) == tokens[chosen]).int().argmax(-1)
+            own = functional.cross_entropy(among(logits[chosen], tokens[chosen]), which, reduction="none")
+            losses = losses.masked_scatter(chosen, own)
         if self.trie:
             codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
             losses = losses.index_put((codes,), -self.trie.log_probs(logits[codes], labels[scored][codes]))
@@ -147,6 +154,8 @@ def finetune(
             "length": [len(row.input_ids) for row in rows],
             "choice_at": [list(row.choices) for row in rows],
             "choice_prior": [[list(prior) for prior in row.choices.values()] for row in rows],
+            "copy_at": [list(row.copies) for row in rows],
+            "copies": [[list(tokens) for tokens in row.copies.values()] for row in rows],
         }
     )
     trainer = PartsTrainer(
@@ -180,6 +189,12 @@ class Collator:
             for number, row in enumerate(rows):
                 for position, prior in zip(row["choice_at"], row["choice_prior"], strict=True):
                     batch["choices"][number, position] = torch.tensor(prior)
+        most = max((len(tokens) for row in rows for tokens in row["copies"]), default=0)
+        if most:
+            batch["copies"] = torch.full((len(rows), width, most), FREE)
+            for number, row in enumerate(rows):
+                for position, tokens in zip(row["copy_at"], row["copies"], strict=True):
+                    batch["copies"][number, position, : len(tokens)] = torch.tensor(tokens)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
         return batch

@@ -6,11 +6,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from recbole_gr2.config import Settings, properties_folder, read_yaml
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.pipeline import Planned
 from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
+from recbole_gr2.ranking import ndcg_at
+from recbole_gr2.stages.evaluate import DIAGNOSTIC, read_per_user
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.rl import FIGURES
 from recbole_gr2.store import write_json
@@ -27,7 +32,8 @@ def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool
     (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
     write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})
     write_json(folder / "result.json", result)
-    (folder / "report.md").write_text(render_report(result, done), encoding="utf-8")
+    per_user = read_per_user(planned[-1].folder)
+    (folder / "report.md").write_text(render_report(result, done, per_user), encoding="utf-8")
     for scope in ("all", "in_list"):
         print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}", flush=True, file=console.stream)
     console.say(f"report: {folder / 'report.md'}")
@@ -54,6 +60,7 @@ def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, c
         "seeds": [settings["seed"]],
         "command": command,
         "rows": records["evaluate"].facts["rows"],
+        "pairs": records["evaluate"].facts["pairs"],
         "tokenizer": {"uniqueness": records["tokenizer"].facts["uniqueness"]},
         "stages": [
             {"stage": record.stage, "key": record.key, "seconds": record.seconds,
@@ -89,7 +96,19 @@ def metrics_table(result: dict, scope: str) -> str:
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
 
-def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str:
+def pairs_table(result: dict) -> str:
+    """One line a pair of re-rankers: differences in R@1 and NDCG@5, with interval and adjusted p."""
+    shown, lines = ("recall@1", "ndcg@5"), []
+    for pair in result["pairs"]:
+        line = [f"{pair['row']} - {pair['versus']}"]
+        for metric in shown:
+            found = pair["metrics"][metric]
+            line += [f"{found['diff']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", f"{found['p_holm']:.4f}"]
+        lines.append(line)
+    return render_table(["rows", *(cell for metric in shown for cell in (f"{metric} [95 %]", "p (Holm)"))], lines)
+
+
+def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_user: pd.DataFrame) -> str:
     """report.md."""
     records = {record.stage: record for record, _ in done}
     sids = records["tokenizer"].facts
@@ -109,17 +128,29 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         "`gap closed` is the share of the way from base to oracle. "
         f"Caution: one seed{caveat(result)}."
     )
+    if result["pairs"]:
+        parts.append(
+            "## Re-rankers against each other\n\nPaired differences over the users of the in_list scope, with 95 % "
+            "bootstrap intervals; p-values of two-sided paired randomisation tests, Holm-adjusted over this table and "
+            f"its metrics.\n\n```\n{pairs_table(result)}\n```"
+        )
+    parts.append(f"## Slices\n\nNDCG@5 of the in_list scope.\n\n```\n{slices_table([per_user])}\n```")
     parts += published(result["dataset"])
     answers = [
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
-         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}",
+         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}", _share(facts["cited_in_prompt"]),
+         _share(facts["grounded"] if facts["cited"] else None),
          str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
         for row, facts in rankings.items() if "readable" in facts
     ]  # fmt: skip
     if answers:
-        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "lists/s",
-                  "first place goes to base rank"]  # fmt: skip
-        parts.append(f"## Answers\n\n```\n{render_table(header, answers)}\n```")
+        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "cited in prompt",
+                  "cites its first", "lists/s", "first place goes to base rank"]  # fmt: skip
+        parts.append(
+            f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
+            "very order of the prior, `cited in prompt` the share of the semantic IDs in the reasoning which the prompt "
+            "shows, `cites its first` the share of answers whose reasoning cites the item that they put first."
+        )
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
              for split, facts in stats.items()]  # fmt: skip
@@ -159,7 +190,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]]) -> str
         rl = records[stage].facts
         rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
                   for name in FIGURES if name in rl["last"]]  # fmt: skip
-        parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists.\n\n```\n"
+        injected = f", {rl['injected']:,} of them with their target put in" if rl["injected"] else ""
+        parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists{injected}.\n\n```\n"
                      f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
     cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]
             for s in result["stages"]]  # fmt: skip
@@ -178,6 +210,29 @@ def published(dataset: str) -> list[str]:
         lines = [[name, *(f"{row[m]:.4f}" if m in row else "" for m in names)] for name, row in rows.items()]
         parts.append(f"{scope}:\n\n```\n{render_table(['published', *names], lines)}\n```")
     return parts
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
+
+
+def slices_table(frames: Sequence[pd.DataFrame]) -> str:
+    """NDCG@5 of each re-ranker by the target's base rank, the history's length and the target's popularity."""
+    lists = pd.concat(frames)
+    rows = [name for name in lists.columns if name not in ("user", "history", "popularity", *DIAGNOSTIC)]
+    cuts = {
+        "base": pd.cut(lists["base"], [0, 1, 3, 5, np.inf], duplicates="drop"),
+        "history": pd.qcut(lists["history"], 3, duplicates="drop"),
+        "popularity": pd.qcut(lists["popularity"], 3, duplicates="drop"),
+    }
+    lines = []
+    for column, cut in cuts.items():
+        for _, part in lists.groupby(cut, observed=True):
+            low, high = part[column].min(), part[column].max()
+            what = {"base": "base rank", "history": "items of history", "popularity": "target taken"}[column]
+            lines.append([f"{what} {low}" + (f" to {high}" if high > low else ""), f"{len(part):,}",
+                          *(f"{ndcg_at(part[row].to_numpy(), 5).mean():.4f}" for row in rows)])  # fmt: skip
+    return render_table(["lists", "n", *rows], lines)
 
 
 def copies(result: dict) -> list[str]:

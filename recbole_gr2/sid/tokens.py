@@ -6,12 +6,14 @@ mark are ours: one token a candidate makes a ranking of K items K tokens long, w
 
 from __future__ import annotations
 
+import re
 import string
 
 from recbole_gr2.types import Sid
 
 SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
 RANKING = "<|ranking|>"  # ends the reasoning; the K labels follow
+CODE = re.compile(r"<s_[a-z]_\d+>")
 MAX_CANDIDATES = len(string.ascii_uppercase)
 
 
@@ -28,6 +30,15 @@ def sid_text(sid: Sid) -> str:
 def code_tokens(levels: int, codes: int) -> list[str]:
     """All L * C code tokens, level by level."""
     return [f"<s_{string.ascii_lowercase[level]}_{code}>" for level in range(levels) for code in range(codes)]
+
+
+def is_code(token: str) -> bool:
+    """Whether a token is a code of a semantic ID.
+
+    >>> is_code("<s_b_17>"), is_code("<s>")
+    (True, False)
+    """
+    return CODE.fullmatch(token) is not None
 
 
 def label_tokens(count: int) -> list[str]:

@@ -8,12 +8,13 @@ whose list holds the target. With one target a ranking metric depends on the lis
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
 from recbole_gr2.errors import GR2Error
-from recbole_gr2.ranking import holm, ndcg_at, paired_comparison, promote, recall_at
+from recbole_gr2.ranking import METRICS, holm, paired_comparison, promote
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
@@ -22,6 +23,11 @@ from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, reported_
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Request
 
+PAIRS = (  # what each step is worth: its row, and the row that it has to beat
+    ("sft", "evidence"), ("sft", "lambdamart"), ("sft", "onerec_think"), ("sft", "onerec_think-no-think"),
+    ("distilled", "sft"), ("rl", "sft"), ("rl", "evidence"), ("rl", "lambdamart"), ("rl", "shuffled"),
+    ("internalised", "rl"), ("internalised", "evidence"), ("evidence", "lambdamart"),
+)  # fmt: skip
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
 OWN = "the base model's own scores"
 
@@ -49,7 +55,17 @@ def run(context: Context) -> dict:
     rows = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", rows)
     _write_per_user(context, in_list, rankings)
-    return {"lists": len(requests), "in_list": len(in_list), "rows": rows}
+    return {"lists": len(requests), "in_list": len(in_list), "rows": rows,
+            "pairs": _pairs(in_list, rankings, context.settings)}
+
+
+def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:
+    """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted as one family."""
+    pairs = [{"row": row, "versus": other, "metrics": _comparisons(
+                _ranks(requests, rankings[row]), _ranks(requests, rankings[other]), len(requests), settings)}
+             for row, other in PAIRS if row in rankings and other in rankings]  # fmt: skip
+    adjust([pair["metrics"] for pair in pairs])
+    return pairs
 
 
 def _metrics(
@@ -85,7 +101,7 @@ def _metrics(
     _check_invariants(rows, own, settings["cand_num"])
     rows += _model_rows(context, dict(zip((r.user_token for r in in_list), ranks["base"], strict=True)), everyone)
     for scope in scopes:
-        _adjust([row["vs_base"] for row in rows if row["scope"] == scope and row["row"] not in DIAGNOSTIC])
+        adjust([row["vs_base"] for row in rows if row["scope"] == scope and row["row"] not in DIAGNOSTIC])
     return rows
 
 
@@ -110,18 +126,17 @@ def _ranks(requests: list[Request], rankings: Rankings) -> np.ndarray:
 
 
 def _comparisons(ours: np.ndarray, base: np.ndarray, n: int, settings) -> dict[str, dict[str, float]]:
-    """Paired differences to the base order over n users; those whose list lacks the target differ by 0."""
+    """Paired differences between two orders over n users; those whose list lacks the target differ by 0."""
     missing = np.full(n - len(ours), BEYOND)
     ours, base = np.concatenate([ours, missing]), np.concatenate([base, missing])
     seed, compared = derive_seed(settings["seed"], "comparisons"), {}
-    for metric, value in (("recall@1", lambda r: recall_at(r, 1)), ("recall@5", lambda r: recall_at(r, 5)),
-                          ("ndcg@5", lambda r: ndcg_at(r, 5)), ("ndcg@10", lambda r: ndcg_at(r, 10))):  # fmt: skip
+    for metric, value in METRICS.items():
         compared[metric] = paired_comparison(value(ours), value(base), seed=seed, draws=settings["eval_draws"])
     return compared
 
 
-def _adjust(family: list[dict[str, dict[str, float]]]) -> None:
-    """Add Holm-adjusted p-values over all rows and metrics of one scope, in place."""
+def adjust(family: list[dict[str, dict[str, float]]]) -> None:
+    """Add Holm-adjusted p-values over all comparisons of a family and their metrics, in place."""
     adjusted = holm({(row, metric): c["p"] for row, compared in enumerate(family) for metric, c in compared.items()})
     for (row, metric), p in adjusted.items():
         family[row][metric]["p_holm"] = p
@@ -146,10 +161,22 @@ def _without_gauc(metrics: dict) -> dict:
 
 
 def _write_per_user(context: Context, requests: list[Request], rankings: dict[str, Rankings]) -> None:
-    """Rank of the target under every row, one line a user of the in_list scope."""
+    """Rank of the target under every row, one line a user of the in_list scope, with what reports slice it by: the
+    history's length, and how often the target was taken in training."""
     import pandas as pd
 
-    frame = pd.DataFrame({"user": [r.user_token for r in requests], "history": [len(r.history) for r in requests]})
+    taken = np.bincount(np.concatenate(list(context.data.train_sequences().values())))
+    frame = pd.DataFrame({
+        "user": [r.user_token for r in requests], "history": [len(r.history) for r in requests],
+        "popularity": [taken[r.target] if r.target < len(taken) else 0 for r in requests],
+    })  # fmt: skip
     for name, given in rankings.items():
         frame[name] = _ranks(requests, given)
     frame.to_csv(context.folder / "per_user.csv", index=False)
+
+
+def read_per_user(folder: Path):
+    """per_user.csv of an evaluate folder, as a frame."""
+    import pandas as pd
+
+    return pd.read_csv(folder / "per_user.csv", dtype={"user": str})

@@ -7,14 +7,17 @@ lists choose when to stop.
 
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.evidence import Observed, collect
-from recbole_gr2.evidence.prior import cross_fit, fit_prior, log_prior
+from recbole_gr2.evidence.prior import Prior, cross_fit, fit_prior, log_prior
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed
@@ -78,11 +81,76 @@ def run(context: Context) -> dict:
 
 
 def load_requests(context: Context, split: str, items: Sequence[Item]) -> list[Request]:
-    """The lists of a split with their prior."""
+    """The lists of a split with their prior, and with the facts that a prompt shows."""
     lines = read_lines(context.folders["evidence"] / f"{split}.jsonl")
     priors = {line["request_id"]: tuple(line["log_prior"]) for line in lines}
     requests = read_requests(context.folders["candidates"] / f"{split}.jsonl", items)
-    return [replace(r, prior=priors.get(r.request_id, ())) for r in requests]
+    requests = [replace(r, prior=priors.get(r.request_id, ())) for r in requests]
+    if not context.settings["prompt_evidence"]:
+        return requests
+    described = [r for r in requests if r.prior]
+    shown = {r.request_id: r for r in _show(context, described, load_facts(context, split, described))}
+    return [shown.get(r.request_id, r) for r in requests]
+
+
+def injected_requests(context: Context, items: Sequence[Item], count: int) -> list[Request]:
+    """`count` train lists that lack their target, drawn by seed, with it in place of a random candidate.
+
+    It takes that candidate's rank and score: its own score, below all others, would give it away. The prior has not
+    seen these lists.
+    """
+    if not count:
+        return []
+    settings, data = context.settings, context.data
+    rng = random.Random(derive_seed(settings["seed"], "injected"))
+    lists = [r for r in read_requests(context.folders["candidates"] / "train.jsonl", items) if r.target not in r.items]
+    users = {token: user for user, token in enumerate(data.user_tokens)}
+    requests = []
+    for r in rng.sample(lists, min(count, len(lists))):
+        place, grade = rng.randrange(len(r.candidates)), data.targets(users[r.user_token], "train")[r.target]
+        requests.append(replace(
+            r, candidates=(*r.candidates[:place], replace(r.candidates[place], item_id=r.target),
+                           *r.candidates[place + 1 :]),
+            grades=r.grades and (*r.grades[:place], grade, *r.grades[place + 1 :]),
+        ))  # fmt: skip
+    requests = [r for r in requests if r.teaches]
+    if not requests or not settings["evidence_providers"]:
+        return requests
+    observed = Observed(items=data.items, sequences=data.open_sequences(), embeddings=load_embeddings(context))
+    _, tables = collect(requests, settings["evidence_providers"], observed)
+    prior = Prior(tables[0].shape[1], settings["evidence_hidden"], settings["evidence_dropout"])
+    prior.load_state_dict(load_file(context.folders["evidence"] / "prior.safetensors"))
+    rows = log_prior(prior.eval(), tables)
+    return _show(context, [replace(r, prior=tuple(row)) for r, row in zip(requests, rows, strict=True)], tables)
+
+
+def _show(context: Context, requests: Sequence[Request], tables: Sequence[np.ndarray]) -> list[Request]:
+    """Requests with the facts that a prompt shows, from all of theirs, (K, F) each.
+
+    Raises:
+        ConfigurationError: `prompt_evidence` names a fact that there is not.
+    """
+    folder, names = context.folders["evidence"], context.settings["prompt_evidence"]
+    known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    if set(names) - set(known):
+        raise ConfigurationError(f"there are no facts {sorted(set(names) - set(known))} to show",
+                                 where="prompt_evidence", do=f"choose from {', '.join(known)}")  # fmt: skip
+    columns = [known.index(name) for name in names]
+    tenths = edges(np.load(folder / "facts-train.npy")[:, columns])
+    shown = [(table[:, None, columns] > tenths).sum(axis=1).tolist() for table in tables]
+    return [replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows)) if names else r
+            for r, rows in zip(requests, shown, strict=True)]  # fmt: skip
+
+
+def edges(seen: np.ndarray) -> np.ndarray:
+    """What a fact has to exceed to be 1, .. 9 instead of 0, (9, F): tenths of those that were seen, (n, F).
+
+    So the smallest value is 0 however often it occurs, and counts and cosines are read alike.
+
+    >>> edges(np.array([[0.0], [0.0], [0.0], [0.5], [3.0]])).ravel().tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5]
+    """
+    return np.quantile(seen, np.linspace(0.1, 0.9, 9), axis=0, method="lower")
 
 
 def load_facts(context: Context, split: str, requests: Sequence[Request]) -> list[np.ndarray]:

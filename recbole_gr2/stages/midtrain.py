@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
+from recbole_gr2.evidence import PROVIDERS, fact_names
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone, start_from_codebooks
@@ -291,6 +292,8 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
             candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)),
         )  # fmt: skip
         texts += [message["content"] for message in maker.render(request).messages]
+    every = {name: level % 10 for level, name in enumerate(fact_names(list(PROVIDERS)))}
+    request = replace(request, facts=(every,) * len(request.items))
     for template in templates_for(settings["prompt_template"]):  # their own words; those of the items are there
         texts += [message["content"] for message in replace(maker, template=template).render(request).messages]
     texts += ["".join(text) for text in caption_texts(plain, (), settings)]

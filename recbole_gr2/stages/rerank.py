@@ -28,6 +28,7 @@ from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
 from recbole_gr2.stages.onerec_think import candidate_scores
 from recbole_gr2.stages.sft import answer_grammar, answer_requests
 from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.stages.traces import grounding
 from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.types import Item, Request
 
@@ -100,6 +101,7 @@ def answered_rankings(context: Context, items: Sequence[Item], requests: list[Re
         "readable": 1.0 - statuses["unreadable"] / len(answers), "statuses": dict(statuses),
         "output_tokens": round(float(np.mean([answer.output_tokens for answer in answers])), 1),
         "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
+        **grounding(answers, requests, items, settings["prompt_history"]),
     }  # fmt: skip
     details = {a.request_id: {"status": a.status, "reasoning": a.reasoning, "output_tokens": a.output_tokens}
                for a in answers}  # fmt: skip

@@ -1,4 +1,4 @@
-"""RL: DAPO on train lists that hold their target, rewarded for moving it up.
+"""RL: DAPO on train lists that hold their target (or get it, `rl_injected`), rewarded for moving it up.
 
 `rl` starts from the sft model, or from the distill model if `rl_start` says so. `distill` stands in sft's place: from
 the mid-trained model, with the same reward, near a teacher (GR2-TR, on-policy distillation). `internalise` is a second
@@ -22,6 +22,7 @@ from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.stages import Context
+from recbole_gr2.stages.evidence import injected_requests
 from recbole_gr2.stages.midtrain import load_model, load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.sft import answer_grammar
 from recbole_gr2.stages.tokenizer import load_items
@@ -32,6 +33,7 @@ FIGURES = (  # of a round, in the log and in the report
     "reward",
     "unchanged",
     "reward/rank_gain",
+    "reward/ndcg",
     "truncated",
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -61,6 +63,8 @@ def run(context: Context) -> dict:
             f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
             where="rl_prompts_per_step", do="lower it, or train a better base model",
         )  # fmt: skip
+    injected = injected_requests(context, items, settings["rl_injected"])
+    requests += injected
     distill = context.stage == "distill"
     start = {"internalise": "rl", "distill": "midtrain"}.get(context.stage) or settings["rl_start"]
     model, tokenizer = load_stage_model(context, start)
@@ -106,7 +110,7 @@ def run(context: Context) -> dict:
     if trainer.accelerator.is_main_process:
         save_backbone(merged(model), tokenizer, context.folder / "model")
         write_json(context.folder / "log.json", log)
-    return {"requests": len(requests), "rounds": len(log), "first": log[0], "last": log[-1], "curve": curve(log)}
+    return {"requests": len(requests), "injected": len(injected), "rounds": len(log), "first": log[0], "last": log[-1], "curve": curve(log)}
 
 
 def teacher(context: Context, tokenizer):

@@ -11,7 +11,7 @@ import torch
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
-from recbole_gr2.llm.constraint import Grammar
+from recbole_gr2.llm.constraint import FREE, Grammar
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
 from recbole_gr2.prompts import PromptMaker, encode_prompt
@@ -96,20 +96,24 @@ def run(context: Context) -> dict:
 def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
     """The form of every answer of this run; without reasoning the ranking comes at once."""
     longest = settings["prompt_max_reasoning"] if reasoning else 0
-    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest)
+    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest,
+                      grounded=settings["prompt_grounded"])  # fmt: skip
 
 
 def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,
                  first_only: bool = False) -> Row:  # fmt: skip
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
-    A label is a choice among the open ones, under the prior, as it is in generation. With `first_only` the labels
-    behind the first carry no loss. A trace longer than the grammar
-    allows ends at its limit, as it would in generation. Without reasoning (`max_reasoning` 0) the trace is left out.
-    The last label and the end are forced in generation, so they carry no loss.
+    A label is a choice among the open ones, under the prior, as it is in generation, and a cited semantic ID one among
+    those that the prompt shows; what is forced there, or cannot be said, carries no loss. With `first_only` the labels
+    behind the first carry none either. A trace longer than the grammar allows ends at its limit, or in front of the
+    semantic ID that stands across it. Without reasoning (`max_reasoning` 0) the trace is left out.
     """
     head = encode_prompt(prompt, tokenizer)
     reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]
+    begin, end = grammar.sid_ids or (None, None)
+    if begin in reasoning and end not in reasoning[(last := len(reasoning) - 1 - reasoning[::-1].index(begin)) :]:
+        reasoning = reasoning[:last]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
     labels = [label_of[item] for item in request.by_gain(trace.ranking)]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))[0]
@@ -118,11 +122,20 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
     for place, label in enumerate(labels[:learnt]):
         choices[first + place] = prior.tolist()
         prior[grammar.label_ids.index(label)] = -torch.inf
+    parts, copies = [REASONING] * len(reasoning), {}
+    said = grammar.phases(torch.tensor([[*reasoning, grammar.ranking_id]]), torch.tensor([len(labels)]),
+                          grammar.cited(torch.tensor([head])))  # fmt: skip
+    for place, (only, tokens) in enumerate(zip(said.only[0, :-1].tolist(), said.copies[0, :-1].tolist(), strict=True)):
+        tokens = [token for token in tokens if token != FREE]
+        if only != FREE or tokens and reasoning[place] not in tokens:
+            parts[place] = 0
+        elif tokens:
+            copies[len(head) + place] = tokens
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
-        parts=[*[0] * len(head), *[REASONING] * len(reasoning), ANSWER if grammar.max_reasoning else 0,
+        parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
                *[ANSWER] * learnt, *[0] * (len(labels) - learnt), 0],
-        choices=choices,
+        choices=choices, copies=copies,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher
-from recbole_gr2.types import Item, Request, Trace
+from recbole_gr2.types import Answer, Item, Request, Trace
 
 SID = re.escape(SID_BEGIN) + ".*?" + re.escape(SID_END)
 
@@ -44,7 +44,8 @@ def run(context: Context) -> dict:
 
     def local_llm() -> LocalLLMTeacher:
         model, tokenizer = _teacher_model(context)
-        grammar = Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"])
+        grammar = Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"],
+                             grounded=settings["prompt_grounded"])  # fmt: skip
         bf16, temperature = use_bf16(settings, model.device.type), settings["trace_temperature"]
         return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed, bf16=bf16,
                                temperature=temperature)  # fmt: skip
@@ -115,8 +116,8 @@ def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str
     return "" if request.by_gain(ranking)[0] == ranking[0] else "top-1 is not the target"
 
 
-def grounding(traces: Sequence[Trace], requests: Sequence[Request], items: Sequence[Item], shown: int) -> dict:
-    """What accepted traces cite: `grounded`, the share that cite the semantic ID of the item they put first; `cited`,
+def grounding(said: Sequence[Trace | Answer], requests: Sequence[Request], items: Sequence[Item], shown: int) -> dict:
+    """What traces or answers cite: `grounded`, the share that cite the semantic ID of the item they put first; `cited`,
     how many IDs they cite in all; `cited_in_prompt`, the share of these that the prompt showed (None without any).
 
     Args:
@@ -124,13 +125,13 @@ def grounding(traces: Sequence[Trace], requests: Sequence[Request], items: Seque
     """
     asked = {request.request_id: request for request in requests}
     picked, found, cited = 0, 0, 0
-    for trace in traces:
-        request = asked[trace.request_id]
+    for each in said:
+        request = asked[each.request_id]
         visible = {sid_text(items[i - 1].sid) for i in (*recent(request.history, shown), *request.items)}
-        said = re.findall(SID, trace.reasoning)
-        picked += sid_text(items[trace.ranking[0] - 1].sid) in said
-        found, cited = found + sum(sid in visible for sid in said), cited + len(said)
-    return {"grounded": picked / len(traces), "cited": cited, "cited_in_prompt": found / cited if cited else None}
+        sids = re.findall(SID, each.reasoning)
+        picked += sid_text(items[each.ranking[0] - 1].sid) in sids
+        found, cited = found + sum(sid in visible for sid in sids), cited + len(sids)
+    return {"grounded": picked / len(said), "cited": cited, "cited_in_prompt": found / cited if cited else None}
 
 
 def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:

@@ -45,7 +45,8 @@ class Teacher(Protocol):
 
 
 class RulesTeacher:
-    """A deterministic teacher that needs no model: it compares kinds, brands and titles with the history.
+    """A deterministic teacher that needs no model: it compares kinds, brands and titles with the history, and cites the
+    facts that the prompt shows.
 
     Its first attempt takes the best candidate by the prior, or by its own score where there is no evidence; later ones
     sample by it, so that rejection sampling has something to choose from. The others follow in the prior's order.
@@ -82,7 +83,8 @@ class RulesTeacher:
         return fit + 2.0 / math.log2(rank + 1)
 
     def text(self, request: Request, pick: int) -> str:
-        """Pattern in the history, what goes with it, and the candidate that matches, cited by semantic ID."""
+        """Pattern in the history, what goes with it and in which facts it is first, and the candidate that matches, cited
+        by semantic ID."""
         history = [self.items[i - 1] for i in request.history[-8:]]
         chosen, last = self.items[pick - 1], history[-1]
         kinds = Counter(kind(item) for item in history if kind(item))
@@ -96,6 +98,10 @@ class RulesTeacher:
             why = f"it goes with {sid_text(related.sid)}"
         else:
             why = "something new beside them"
+        if request.facts:
+            own = request.facts[request.items.index(pick)]
+            first = [name for name, level in own.items() if level == max(facts[name] for facts in request.facts) > 0]
+            why += f"; first in {', '.join(first)}" if first else ""
         return (  # the pick comes last, next to its label, which the prompt shows behind the same ID
             f"The shopper takes {usual}, last {sid_text(last.sid)}. "
             f"Next {kind(chosen) or shorten(chosen.title, 30)}: {why}. Best is {sid_text(chosen.sid)}"
@@ -190,6 +196,6 @@ def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
         "The shopper takes A and B, last <. Next A: the same brand, A. Best is <", ": the same kind as <",
-        ": it goes with <", ": something new beside them.", " items like A",
+        ": it goes with <", ": something new beside them.", "; first in A, A.", " items like A",
         "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip

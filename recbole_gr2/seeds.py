@@ -1,0 +1,129 @@
+"""Several seeds of one run in one table: `--seeds 2020,2021,2022`.
+
+Each seed is a run of its own, with its own folder, and is cached and continued as any run is. Figures are means over
+the seeds with their standard deviation (n - 1). In the tests the unit is the user: a user's differences are added up
+over the seeds, of whose lists some may hold the target and others not, and intervals and p-values are over users.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_gr2.console import Console, render_table
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.ranking import METRICS, paired_comparison
+from recbole_gr2.report import SHOWN, new_folder, pairs_table, published, slices_table
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust, read_per_user
+from recbole_gr2.store import write_json
+
+
+def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, command: str, console: Console) -> Path | None:
+    """Run `one(seed)` for each, and put their results together; returns the path of result.json, None without results.
+
+    Raises:
+        ConfigurationError: fewer than two seeds, or one twice.
+    """
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise ConfigurationError(f"--seeds {seeds} are not two or more different numbers", where="--seeds",
+                                 do="write --seeds 2020,2021,2022; --seed for a single one")  # fmt: skip
+    paths = []
+    for number, seed in enumerate(seeds, start=1):
+        console.say(f"seed {seed}, {number} of {len(seeds)}")
+        paths.append(one(seed))
+    if None in paths:
+        return None
+    result, frames = combine(paths, command)
+    folder = new_folder(paths[0].parent.parent)
+    write_json(folder / "result.json", result)
+    (folder / "report.md").write_text(render_seeds(result, frames), encoding="utf-8")
+    for scope in ("all", "in_list"):
+        print(f"\n{scope}\n{seeds_table(result, scope)}", flush=True, file=console.stream)
+    console.say(f"report: {folder / 'report.md'}")
+    return folder / "result.json"
+
+
+def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[pd.DataFrame]]:
+    """What the runs with these result.json say together, and each one's per-user ranks."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    folders = [json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["stages"] for path in paths]
+    frames = [read_per_user(Path(stages["evaluate"])) for stages in folders]
+    rows = []
+    for first in runs[0]["rows"]:
+        same = [next(r for r in run["rows"] if (r["row"], r["scope"]) == (first["row"], first["scope"])) for run in runs]
+        values = {metric: [row["metrics"][metric] for row in same] for metric in first["metrics"]}
+        rows.append({
+            "row": first["row"], "scope": first["scope"], "n": [row["n"] for row in same],
+            "metrics": {m: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for m, v in values.items()},
+        })  # fmt: skip
+    there = [name for name in frames[0].columns if name in {row["row"] for row in rows}]
+    wanted = [(row, "base") for row in there if row not in ("base", *DIAGNOSTIC)]
+    wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
+    seed = derive_seed(runs[0]["seeds"][0], "seeds")
+    pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed)} for row, other in wanted]
+    adjust([pair["metrics"] for pair in pairs])
+    kept = ("dataset", "base_model", "llm", "preset")
+    return {
+        **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,
+        "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
+        "seconds": [sum(stage["seconds"] for stage in run["stages"]) for run in runs],
+    }, frames  # fmt: skip
+
+
+def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int = 10_000
+            ) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Paired differences between two rows per list that holds its target, users drawn with all their lists.
+
+    Args:
+        frames: of each seed, users and the target's rank under each row.
+    """
+    compared = {}
+    for metric, value in METRICS.items():
+        differences = [pd.Series(value(frame[row].to_numpy()) - value(frame[other].to_numpy()), frame["user"])
+                       for frame in frames]  # fmt: skip
+        of_user = pd.concat(differences).groupby(level=0).sum().to_numpy()
+        found = paired_comparison(of_user, np.zeros(len(of_user)), seed=seed, draws=draws)
+        lists = sum(map(len, frames))
+        compared[metric] = {name: v if name == "p" else v * len(of_user) / lists for name, v in found.items()}
+    return compared
+
+
+def seeds_table(result: Mapping[str, Any], scope: str) -> str:
+    """One line a row: mean and standard deviation of each metric over the seeds."""
+    rows = [row for row in result["rows"] if row["scope"] == scope]
+    shown = [metric for metric in SHOWN if metric in rows[0]["metrics"]]
+    lines = [[row["row"], *(f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['sd']:.4f}" for m in shown)]
+             for row in rows]  # fmt: skip
+    return render_table(["row", *shown], lines)
+
+
+def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> str:
+    """report.md: what the seeds say together."""
+    seeds = result["seeds"]
+    parts = [
+        f"# GR2 on {result['dataset']}, {len(seeds)} seeds",
+        f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, seeds "
+        f"{', '.join(map(str, seeds))}.\n\n    {result['command']}",
+    ]
+    for scope, who in (("all", "all users"), ("in_list", "users whose list holds their target (in_list)")):
+        counts = next(row["n"] for row in result["rows"] if row["scope"] == scope)
+        said = ", ".join(f"{count:,}" for count in dict.fromkeys(counts))
+        parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")
+    parts += [
+        "Mean ± standard deviation over the seeds.",
+        f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with 95 % "
+        "bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose differences are "
+        "added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
+        f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
+        *published(result["dataset"]),
+        "## Runs\n\n```\n" + render_table(["seed", "stages", "run"], [
+            [str(seed), f"{seconds:,.0f} s", Path(run).parent.name]
+            for seed, seconds, run in zip(seeds, result["seconds"], result["runs"], strict=True)]) + "\n```",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
