@@ -163,7 +163,7 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path, grounded):
     if grounded:
         trainer.grammar = replace(trainer.grammar, max_reasoning=20, sid_ids=(20, 21), code_ids=(22, 23, 24, 25))
         for row in trainer.rows.values():
-            row["prompt_ids"] += [20, 22, 24, 21, 20, 22, 25, 21, 20, 23, 24, 21]
+            row["prompt_ids"] += [20, 22, 24, 21, 20, 22, 25, 21, 20, 23, 24, 21]  # without labels: no prior
     model = trainer.model.train()
     batch = trainer._generate_and_score_completions(one_round(trainer))
     torch.manual_seed(8)
@@ -180,7 +180,7 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path, grounded):
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     logits = model(ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
     counts = torch.full((len(ids),), K)
-    cited = trainer.grammar.cited(batch["prompt_ids"])
+    cited = trainer.grammar.cited(batch["prompt_ids"], batch["label_prior"])
     assert not grounded or (trainer.grammar.phases(batch["completion_ids"], counts, cited).copies != FREE).sum() > 10
     allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1), cited)
     prior = batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1)

@@ -99,14 +99,15 @@ def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):
 
 
 def test_a_choice_among_copies_by_hand(tokenizer, tmp_path):
-    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], copies={2: [12, 11], 3: [10, 5, 7]}),
+    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], copies={2: {12: 0.5, 11: -1.0}, 3: {10: 0.0, 5: 2.0, 7: -3.0}}),
             Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]  # fmt: skip
     expected = []
     for text in rows:
         logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
         for t in (t for t, part in enumerate(text.parts) if part):
-            among = text.copies.get(t, range(28))
-            expected.append(-logits[t - 1, among].log_softmax(-1)[list(among).index(text.input_ids[t])].item())
+            among = text.copies.get(t, dict.fromkeys(range(28), 0.0))
+            scores = logits[t - 1, list(among)] + torch.tensor(list(among.values()))
+            expected.append(-scores.log_softmax(-1)[list(among).index(text.input_ids[t])].item())
     log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"reasoning": 1.0}, steps=1, batch_size=2,
                    micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
                    save_steps=5)  # fmt: skip
@@ -192,7 +193,7 @@ def test_rank_zero_trains_the_model_itself():
 
 
 def test_collator_masks_padding_that_looks_like_a_token():
-    plain = {"copy_at": [], "copies": []}
+    plain = {"copy_at": [], "copies": [], "copy_prior": []}
     batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1], **plain},
                          {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7], **plain}])  # fmt: skip
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

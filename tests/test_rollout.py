@@ -182,14 +182,21 @@ GROUNDED = Grammar(MARK, (A, B, C, D, E), EOS, PAD, 7, sid_ids=(BEGIN, END), cod
 SHOWN = [5, BEGIN, 22, 25, END, 6, BEGIN, 22, 26, END, BEGIN, 23, 25, END, BEGIN, 22, 25, END]  # the first one twice
 
 
+NONE = torch.zeros(1, 5)
+
+
 def test_what_a_prompt_shows():
     prompts = torch.tensor([[PAD] * 3 + SHOWN, SHOWN[:5] + [4] * 16])
     first, second, third = ([BEGIN, *codes, END] for codes in ((22, 25), (22, 26), (23, 25)))
     none = [FREE] * 4
-    assert GROUNDED.cited(prompts).tolist() == [[first, second, third, first], [first, none, none, none]]
-    assert GROUNDED.cited(torch.tensor([[4, 5, 6]])).tolist() == [[[FREE, FREE]]]
-    assert GROUNDED.cited(torch.tensor([SHOWN[:-1]])).tolist() == [[first, second, third, none]]  # cut off
-    assert replace(GROUNDED, sid_ids=None).cited(prompts) is None
+    assert GROUNDED.cited(prompts, NONE.repeat(2, 1)).tokens.tolist() == [
+        [first, second, third, first], [first, none, none, none]]  # fmt: skip
+    assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[[FREE, FREE]]]
+    assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third, none]]  # cut off
+    assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
+    labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # behind the second and the third
+    prior = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf, -torch.inf]])
+    assert GROUNDED.cited(labelled, prior).prior.tolist() == [[0.0, -2.0, -1.0]]
 
 
 def test_a_cited_id_is_one_that_the_prompt_shows():
@@ -206,45 +213,58 @@ def test_a_cited_id_is_one_that_the_prompt_shows():
         [words, {22, 23}, {END}, {END}, {22, 23}, {25, 26}, {A, B}, {B}, {EOS}],
         [words, words, words, words, words, words, {22, 23}, {MARK}, {MARK}],
     ]
-    cited = GROUNDED.cited(torch.tensor([SHOWN] * 4))
+    cited = GROUNDED.cited(torch.tensor([SHOWN] * 4), NONE.repeat(4, 1))
     allowed, forced = GROUNDED.allowed(ids, torch.tensor([2] * 4), 56, cited)
     assert [[set(cell.nonzero().flatten().tolist()) for cell in row] for row in allowed] == expected
     assert forced.tolist() == [[len(cell) == 1 for cell in row] for row in expected]
     phases = GROUNDED.phases(ids, torch.tensor([2] * 4), cited)
     kinds = torch.stack([phases.reasoning, phases.labels.any(-1), phases.only != FREE, (phases.copies != FREE).any(-1)])
     assert (kinds.sum(0) == 1).all()
-    nothing = GROUNDED.allowed(ids[:1], torch.tensor([2]), 56, GROUNDED.cited(torch.tensor([[4, 5]])))[0]
+    nothing = GROUNDED.allowed(ids[:1], torch.tensor([2]), 56, GROUNDED.cited(torch.tensor([[4, 5]]), NONE))[0]
     assert nothing[0, 2].nonzero().flatten().tolist() == [END]
 
 
-def test_grounded_log_probs_match_the_full_mask(model):
-    prompts = torch.tensor([SHOWN, [PAD] * 8 + [4, *SHOWN[5:14]]])
-    cited = GROUNDED.cited(prompts)
+def test_grounded_log_probs_match_the_full_mask():
+    """Along random walks that the grammar allows, against a softmax over (B, O, V) of logits and priors by hand."""
+    prompts = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A, *SHOWN[14:]], [PAD] * 8 + [4, *SHOWN[5:15]] + [7]])
+    prior = torch.tensor([[0.0, 2.0, -1.0, -torch.inf, -torch.inf], [-1.0, 0.5, -0.5, -torch.inf, -torch.inf]])
+    ids_of = [{(22, 25): [0.0, 0.0], (22, 26): [2.0], (23, 25): [0.0]}, {(22, 26): [0.0], (23, 25): [0.0]}]  # priors
+    cited = GROUNDED.cited(prompts, prior)
     torch.manual_seed(0)
-    for _ in range(20):
-        ids, logits = [], torch.randn(2, 12, 56) * 3
-        for row in range(2):  # a random walk that the grammar allows
+    several = 0
+    for _ in range(30):
+        walks, logits = [], torch.randn(2, 12, 56) * 3
+        bias = torch.zeros_like(logits)
+        for row in range(2):
             walk: list[int] = []
             for place in range(12):
-                asked = torch.tensor([[*walk, PAD]])
-                allowed, _ = GROUNDED.allowed(asked, torch.tensor([3]), 56, cited[row : row + 1])
-                open_ = allowed[0, -1].nonzero().flatten()
-                likely = [BEGIN] if BEGIN in open_ and place % 2 else open_.tolist()
+                own = type(cited)(*(part[row : row + 1] for part in cited))
+                allowed, _ = GROUNDED.allowed(torch.tensor([[*walk, PAD]]), torch.tensor([3]), 56, own)
+                open_ = allowed[0, -1].nonzero().flatten().tolist()
+                if set(open_) <= set(range(22, 30)):
+                    begun = walk[len(walk) - walk[::-1].index(BEGIN) :]
+                    for token in open_:
+                        fits = [value for codes, values in ids_of[row].items() for value in values
+                                if [*codes[: len(begun) + 1]] == [*begun, token]]  # fmt: skip
+                        bias[row, place, token] = torch.tensor(fits).logsumexp(0) - math.log(len(fits))
+                    several += len(open_) > 1
+                if MARK in walk:
+                    bias[row, place, A : A + 3] = prior[row, :3]
+                likely = [BEGIN] if BEGIN in open_ and place % 2 else open_
                 walk.append(likely[torch.randint(len(likely), ()).item()])
-            ids.append(walk)
-        ids = torch.tensor(ids)
-        prior = prior_tensor([[0.0, 2.0, -1.0]] * 2, GROUNDED, torch.device("cpu"))
+            walks.append(walk)
+        ids = torch.tensor(walks)
         log_probs, entropy, forced = constrained_log_probs(logits, ids, prior, GROUNDED, 0.7, cited)
         allowed, all_forced = GROUNDED.allowed(ids, torch.tensor([3, 3]), 56, cited)
-        biased = logits.clone()
-        biased[..., A : A + 3] += torch.tensor([0.0, 2.0, -1.0])
-        reference = (biased / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1)
+        reference = ((logits + bias) / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1)
         torch.testing.assert_close(log_probs, reference.gather(-1, ids.unsqueeze(-1))[..., 0])
         spread = -(reference.exp() * reference.clamp(min=-1e30)).sum(-1)
         torch.testing.assert_close(entropy, spread, atol=1e-5, rtol=1e-5)
         assert torch.equal(forced, all_forced)
+    assert several > 50
     foreign = torch.tensor([[BEGIN, 24, END, MARK, A, B, C, EOS]])
-    log_probs, _, _ = constrained_log_probs(torch.zeros(1, 8, 56), foreign, prior[:1], GROUNDED, 1.0, cited[:1])
+    own = type(cited)(*(part[:1] for part in cited))
+    log_probs, _, _ = constrained_log_probs(torch.zeros(1, 8, 56), foreign, prior[:1], GROUNDED, 1.0, own)
     assert log_probs[0, 1] == -math.inf and log_probs[0, 2] == 0
 
 

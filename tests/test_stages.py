@@ -542,7 +542,7 @@ def test_a_training_row_by_hand(student, longest):
 def test_a_grounded_training_row_by_hand(student):
     """What can be cited is a choice, what is forced or cannot be said has no loss, and no ID is cut in two."""
     _, tokenizer = student
-    number, request = tokenizer.convert_tokens_to_ids, toy_request(11)
+    number, request = tokenizer.convert_tokens_to_ids, replace(toy_request(11), prior=(-1.0, -2.0, -3.0))
     prompt = toy_maker(history=1).render(request)  # shows items 3, 10, 11, 12: all first codes differ
     grammar = Grammar.of(tokenizer, "<|ranking|>", ["<|A|>", "<|B|>", "<|C|>"], 40, grounded=True)
     maker, said = toy_maker(history=1), f"Best {sid_text((11, 12))} or {sid_text((5, 6))}."
@@ -553,8 +553,8 @@ def test_a_grounded_training_row_by_hand(student):
     parts = row.parts[head:]
     assert [parts[one + step] for step in range(5)] == [1, 1, 0, 0, 1]  # begin, first code, second code, end, next word
     assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
-    assert {at: set(tokens) for at, tokens in row.copies.items()} == {
-        head + one + 1: {number(f"<s_a_{n}>") for n in (3, 10, 11, 12)}}  # fmt: skip
+    priors = {3: 0.0, 10: -1.0, 11: -2.0, 12: -3.0}  # of an item of the history 1
+    assert row.copies == {head + one + 1: {number(f"<s_a_{n}>"): prior for n, prior in priors.items()}}
     for longest in range(one + 2, one + 5):  # the limit stands in the first ID
         short = replace(grammar, max_reasoning=longest)
         cut = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)

@@ -6,7 +6,8 @@ DAPO objective (arXiv 2503.14476, eq. 8) is a ratio of the distribution that was
 allowed it is *forced*: probability 1, nothing to learn.
 
 Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
-go on like one of them.
+go on like one of them. Where a candidate is chosen, by its label or by its ID, its prior has a say:
+P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having prior 1.
 """
 
 from __future__ import annotations
@@ -28,13 +29,23 @@ class Phases(NamedTuple):
 
     `reasoning` (B, O) bool: any token but the `forbidden` ones. `labels` (B, O, K) bool: exactly these labels, two or
     more. `only` (B, O) long: the one allowed token, or FREE. `copies` (B, O, M) long: exactly these tokens, two or
-    more, each once, FREE in other places. Each position is in exactly one of the four.
+    more, each once, FREE in other places. Each position is in exactly one of the four. `copy_prior` (B, O, M) is added
+    to the logits of `copies`, and 0 in other places.
     """
 
     reasoning: torch.Tensor
     labels: torch.Tensor
     only: torch.Tensor
     copies: torch.Tensor
+    copy_prior: torch.Tensor
+
+
+class Cited(NamedTuple):
+    """The semantic IDs that B prompts show: tokens from begin to end (B, M, W), FREE where one shows fewer, and their
+    log-prior (B, M): that of the label which stands behind the ID, 0 where none does."""
+
+    tokens: torch.Tensor
+    prior: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,8 @@ class Grammar:
         head = completion_ids[: self.max_reasoning]
         return 0 < self.max_reasoning == len(head) and self.ranking_id not in head and self.eos_id not in head
 
-    def cited(self, prompt_ids: torch.Tensor) -> torch.Tensor | None:
-        """The semantic IDs that prompts (B, P) show, from begin to end, (B, M, W); FREE where one shows fewer.
-
-        None without `sid_ids`.
-        """
+    def cited(self, prompt_ids: torch.Tensor, label_prior: torch.Tensor) -> Cited | None:
+        """What prompts (B, P), whose labels have these log-priors (B, labels), show; None without `sid_ids`."""
         if self.sid_ids is None:
             return None
         begins, ends = (prompt_ids == number for number in self.sid_ids)
@@ -107,10 +115,14 @@ class Grammar:
         number = begins.cumsum(-1)[rows, starts] - 1
         places = starts.unsqueeze(-1) + torch.arange(width, device=rows.device)
         found[rows, number] = prompt_ids[rows.unsqueeze(-1), places]
-        return found
+        behind = prompt_ids[rows, (starts + width).clamp(max=prompt_ids.size(1) - 1)]
+        is_label = behind.unsqueeze(-1) == torch.tensor(self.label_ids, device=rows.device)
+        prior = torch.zeros(found.shape[:2], device=rows.device)
+        prior[rows, number] = torch.where(is_label, label_prior[rows], 0.0).sum(-1)
+        return Cited(found, prior)
 
     def phases(
-        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: torch.Tensor | None = None
+        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: Cited | None = None
     ) -> Phases:
         """What is allowed at each position, from the tokens before it: ids (B, O), counts (B,) with 1 <= K <= labels.
 
@@ -130,9 +142,9 @@ class Grammar:
         left = open_labels.sum(-1)
 
         only = torch.full_like(ids, FREE)
-        copies = torch.full_like(ids, FREE).unsqueeze(-1)
+        copies, copy_prior = only.clone().unsqueeze(-1), torch.zeros(*ids.shape, 1, device=ids.device)
         if cited is not None:
-            inside, copies = self._copies(ids, position, cited)
+            inside, copies, copy_prior = self._copies(ids, position, cited)
             inside &= ~marked
             several = (copies != FREE).sum(-1)
             only = torch.where(inside & (several == 1), copies.amax(-1), only)
@@ -144,25 +156,29 @@ class Grammar:
         free = only == FREE
         copies = copies.masked_fill(~(free & ~marked).unsqueeze(-1), FREE)
         copying = (copies != FREE).any(-1)
-        return Phases(free & ~marked & ~copying, open_labels & (free & marked).unsqueeze(-1), only, copies)
+        return Phases(free & ~marked & ~copying, open_labels & (free & marked).unsqueeze(-1), only, copies,
+                      copy_prior.masked_fill(copies == FREE, 0.0))  # fmt: skip
 
     def _copies(
-        self, ids: torch.Tensor, position: torch.Tensor, cited: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a semantic ID has begun and not ended, (B, O) bool, and what may follow there, (B, O, M)."""
+        self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the logarithm of
+        the mean prior of what it may then become, (B, O, M): 0 where all have prior 1."""
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
-        width, said = cited.size(-1), position - begin  # tokens of it that are there already, begin among them
+        shown = cited.tokens
+        width, said = shown.size(-1), position - begin  # tokens of it that are there already, begin among them
         place = torch.arange(width, device=ids.device)
         at = (begin.clamp(min=0).unsqueeze(-1) + place).clamp(max=ids.size(1) - 1)
         own = ids.gather(1, at.flatten(1)).view(at.shape)
-        same = (own.unsqueeze(2) == cited.unsqueeze(1)) | (place >= said.unsqueeze(-1)).unsqueeze(2)  # (B, O, M, W)
-        fits = same.all(-1) & (cited[:, :, 0] != FREE).unsqueeze(1) & (inside & (said < width)).unsqueeze(-1)
-        nexts = cited.gather(2, said.clamp(max=width - 1).unsqueeze(1).expand(-1, cited.size(1), -1)).transpose(1, 2)
-        nexts = nexts.masked_fill(~fits, FREE).sort(-1, descending=True).values
-        again = torch.zeros_like(fits)
-        again[..., 1:] = nexts[..., 1:] == nexts[..., :-1]
-        return inside, nexts.masked_fill(again, FREE)
+        same = (own.unsqueeze(2) == shown.unsqueeze(1)) | (place >= said.unsqueeze(-1)).unsqueeze(2)  # (B, O, M, W)
+        fits = same.all(-1) & (shown[:, :, 0] != FREE).unsqueeze(1) & (inside & (said < width)).unsqueeze(-1)
+        nexts = shown.gather(2, said.clamp(max=width - 1).unsqueeze(1).expand(-1, shown.size(1), -1)).transpose(1, 2)
+        nexts = nexts.masked_fill(~fits, FREE)
+        alike = nexts.unsqueeze(-1) == nexts.unsqueeze(-2)  # (B, O, M, M)
+        prior = torch.where(alike, cited.prior[:, None, None], -torch.inf).logsumexp(-1) - alike.sum(-1).log()
+        again = alike.tril(-1).any(-1)
+        return inside, nexts.masked_fill(again, FREE), prior
 
     def forbidden(self, device: torch.device) -> torch.Tensor:
         """Token ids that reasoning holds nowhere, or in a semantic ID alone."""
@@ -181,7 +197,7 @@ class Grammar:
 
     def allowed(
         self, completion_ids: torch.Tensor, label_counts: torch.Tensor, vocabulary: int,
-        cited: torch.Tensor | None = None,
+        cited: Cited | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Allowed tokens (B, O, V) bool and forced positions (B, O) bool."""
         phases = self.phases(completion_ids, label_counts, cited)
@@ -189,14 +205,14 @@ class Grammar:
 
 
 class GrammarProcessor(LogitsProcessor):
-    """Lets `generate` choose only what the grammar allows, with the log-prior of the labels added to their logits.
+    """Lets `generate` choose only what the grammar allows, with the candidates' log-prior added to their logits.
 
     `prompt_ids` (B, P) and `label_prior` (B, labels), one row per row of the batch; -inf behind a list's last label.
     """
 
     def __init__(self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor) -> None:
         self.grammar, self.prompt_length, self.label_prior = grammar, prompt_ids.size(1), label_prior
-        self.cited = grammar.cited(prompt_ids)
+        self.cited = grammar.cited(prompt_ids, label_prior)
         self.labels = torch.tensor(grammar.label_ids, device=label_prior.device)
         self.label_counts = label_prior.isfinite().sum(-1)
 
@@ -205,6 +221,7 @@ class GrammarProcessor(LogitsProcessor):
         asked = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
         phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts, self.cited)))
         scores = scores.index_add(-1, self.labels, self.label_prior.to(scores.dtype))
+        scores = scores.scatter_add(-1, phases.copies[:, 0].clamp(min=0), phases.copy_prior[:, 0].to(scores.dtype))
         return scores.masked_fill(~self.grammar.mask(phases, scores.size(-1)).squeeze(1), -torch.inf)
 
 
@@ -214,13 +231,13 @@ def constrained_log_probs(
     label_prior: torch.Tensor,
     grammar: Grammar,
     temperature: float,
-    cited: torch.Tensor | None = None,
+    cited: Cited | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probabilities under the grammar, for logits (B, O, V) that predict completion_ids (B, O).
 
     Args:
         label_prior: (B, labels), added to the logits of the labels; -inf behind a list's last label.
-        cited: what `grammar.cited` says of the prompts.
+        cited: what `grammar.cited` says of the prompts, whose priors are added to the logits of what cites them.
 
     Returns:
         log-probabilities (B, O) in nats, 0 where the token is forced, -inf where the grammar forbids it; entropy
@@ -251,7 +268,7 @@ def constrained_log_probs(
 
     rows = (phases.copies != FREE).any(-1)
     tokens = phases.copies[rows]
-    scores = among(logits[rows], tokens) / temperature
+    scores = (among(logits[rows], tokens) + phases.copy_prior[rows]) / temperature
     is_one = completion_ids[rows].unsqueeze(-1) == tokens
     chosen, spread = _choose(scores, is_one.int().argmax(-1))
     chosen = chosen.masked_fill(~is_one.any(-1), -torch.inf)

@@ -353,7 +353,8 @@ class DAPOTrainer(GRPOTrainer):
         """1 where a token counts in the loss: it was chosen, and not by a policy that was cut short."""
         if self.mask_truncated_completions and self.grammar.was_truncated(completion_ids):
             return [0] * len(completion_ids)
-        cited = self.grammar.cited(torch.tensor([row["prompt_ids"]]))
+        prior = prior_tensor([row["label_prior"]], self.grammar, torch.device("cpu"))
+        cited = self.grammar.cited(torch.tensor([row["prompt_ids"]]), prior)
         phases = self.grammar.phases(torch.tensor([completion_ids]), torch.tensor([len(row["label_items"])]), cited)
         return (phases.only[0] == FREE).int().tolist()
 
@@ -438,7 +439,7 @@ class DAPOTrainer(GRPOTrainer):
                 logits = completion_logits(model, ids, mask, logits_to_keep, share_prompts)
             log_prob, entropy, _ = constrained_log_probs(
                 logits, completion_ids, prior, self.grammar, self.temperature,
-                self.grammar.cited(ids[:, :-logits_to_keep]),
+                self.grammar.cited(ids[:, :-logits_to_keep], prior),
             )  # fmt: skip
             log_probs.append(log_prob)
             entropies.append(entropy)

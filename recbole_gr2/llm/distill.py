@@ -100,7 +100,7 @@ class EndpointTeacher:
                 log_probs[number, : len(own)] = torch.tensor(own)
         log_probs = log_probs.to(tensors["completion_ids"].device)
         counts = tensors["label_prior"].isfinite().sum(-1)
-        cited = trainer.grammar.cited(tensors["prompt_ids"])
+        cited = trainer.grammar.cited(tensors["prompt_ids"], tensors["label_prior"])
         traces = trainer.grammar.phases(tensors["completion_ids"], counts, cited).reasoning
         return log_probs.masked_fill(~traces, torch.nan)
 

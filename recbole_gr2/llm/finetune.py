@@ -31,13 +31,13 @@ class Row:
 
     `choices` maps a position to the log-prior of every label there, -inf for those that are not open: such a token is
     a choice among the open labels, as it is in generation, not among the whole vocabulary. `copies` maps a position to
-    the tokens that it is a choice among.
+    the tokens that it is a choice among, with their log-prior.
     """
 
     input_ids: list[int]
     parts: list[int]
     choices: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    copies: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    copies: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
 class PartsTrainer(SFTTrainer):
@@ -76,10 +76,12 @@ class PartsTrainer(SFTTrainer):
             own = functional.cross_entropy(logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none")
             losses = losses.masked_scatter(chosen, own)
         if "copies" in inputs:  # (B, T, M), FREE behind the last of them
-            tokens = inputs["copies"][:, 1:][scored]
+            tokens, bias = (inputs[name][:, 1:][scored] for name in ("copies", "copy_prior"))
             chosen = tokens[:, 0] != FREE
             which = (labels[scored][chosen].unsqueeze(-1) == tokens[chosen]).int().argmax(-1)
-            own = functional.cross_entropy(among(logits[chosen], tokens[chosen]), which, reduction="none")
+            own = functional.cross_entropy(
+                among(logits[chosen], tokens[chosen]) + bias[chosen], which, reduction="none"
+            )
             losses = losses.masked_scatter(chosen, own)
         if self.trie:
             codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
@@ -155,7 +157,8 @@ def finetune(
             "choice_at": [list(row.choices) for row in rows],
             "choice_prior": [[list(prior) for prior in row.choices.values()] for row in rows],
             "copy_at": [list(row.copies) for row in rows],
-            "copies": [[list(tokens) for tokens in row.copies.values()] for row in rows],
+            "copies": [[list(shown) for shown in row.copies.values()] for row in rows],
+            "copy_prior": [[list(shown.values()) for shown in row.copies.values()] for row in rows],
         }
     )
     trainer = PartsTrainer(
@@ -192,9 +195,11 @@ class Collator:
         most = max((len(tokens) for row in rows for tokens in row["copies"]), default=0)
         if most:
             batch["copies"] = torch.full((len(rows), width, most), FREE)
+            batch["copy_prior"] = torch.zeros(len(rows), width, most)
             for number, row in enumerate(rows):
-                for position, tokens in zip(row["copy_at"], row["copies"], strict=True):
-                    batch["copies"][number, position, : len(tokens)] = torch.tensor(tokens)
+                for place, tokens, prior in zip(row["copy_at"], row["copies"], row["copy_prior"], strict=True):
+                    batch["copies"][number, place, : len(tokens)] = torch.tensor(tokens)
+                    batch["copy_prior"][number, place, : len(tokens)] = torch.tensor(prior)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
         return batch

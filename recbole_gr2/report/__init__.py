@@ -148,7 +148,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
                   "cites its first", "lists/s", "first place goes to base rank"]  # fmt: skip
         parts.append(
             f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
-            "very order of the prior, `cited in prompt` the share of the semantic IDs in the reasoning which the prompt "
+            "very order of the prior, `cited in prompt` the share of the semantic IDs in the reasoning that the prompt "
             "shows, `cites its first` the share of answers whose reasoning cites the item that they put first."
         )
     stats = records["candidates"].facts["stats"]

@@ -116,21 +116,23 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
         reasoning = reasoning[:last]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
     labels = [label_of[item] for item in request.by_gain(trace.ranking)]
-    prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))[0]
+    prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))
+    said = grammar.phases(torch.tensor([[*reasoning, grammar.ranking_id]]), torch.tensor([len(labels)]),
+                          grammar.cited(torch.tensor([head]), prior))  # fmt: skip
+    prior = prior[0]
     choices, first = {}, len(head) + len(reasoning) + 1
     learnt = 1 if first_only else len(labels) - 1
     for place, label in enumerate(labels[:learnt]):
         choices[first + place] = prior.tolist()
         prior[grammar.label_ids.index(label)] = -torch.inf
     parts, copies = [REASONING] * len(reasoning), {}
-    said = grammar.phases(torch.tensor([[*reasoning, grammar.ranking_id]]), torch.tensor([len(labels)]),
-                          grammar.cited(torch.tensor([head])))  # fmt: skip
-    for place, (only, tokens) in enumerate(zip(said.only[0, :-1].tolist(), said.copies[0, :-1].tolist(), strict=True)):
-        tokens = [token for token in tokens if token != FREE]
-        if only != FREE or tokens and reasoning[place] not in tokens:
+    for place, token in enumerate(reasoning):
+        found = zip(said.copies[0, place].tolist(), said.copy_prior[0, place].tolist(), strict=True)
+        shown = {one: own for one, own in found if one != FREE}
+        if said.only[0, place] != FREE or shown and token not in shown:
             parts[place] = 0
-        elif tokens:
-            copies[len(head) + place] = tokens
+        elif shown:
+            copies[len(head) + place] = shown
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
