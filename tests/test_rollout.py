@@ -196,7 +196,8 @@ def test_what_a_prompt_shows():
     assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
     labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # behind the second and the third
     prior = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf, -torch.inf]])
-    assert GROUNDED.cited(labelled, prior).prior.tolist() == [[0.0, -2.0, -1.0]]
+    mean = math.log((math.exp(-1) + math.exp(-2)) / 2)
+    assert GROUNDED.cited(labelled, prior).prior.tolist() == [pytest.approx([mean, -2.0, -1.0])]
 
 
 def test_a_cited_id_is_one_that_the_prompt_shows():
@@ -228,7 +229,8 @@ def test_grounded_log_probs_match_the_full_mask():
     """Along random walks that the grammar allows, against a softmax over (B, O, V) of logits and priors by hand."""
     prompts = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A, *SHOWN[14:]], [PAD] * 8 + [4, *SHOWN[5:15]] + [7]])
     prior = torch.tensor([[0.0, 2.0, -1.0, -torch.inf, -torch.inf], [-1.0, 0.5, -0.5, -torch.inf, -torch.inf]])
-    ids_of = [{(22, 25): [0.0, 0.0], (22, 26): [2.0], (23, 25): [0.0]}, {(22, 26): [0.0], (23, 25): [0.0]}]  # priors
+    mean = (prior[:, :3].logsumexp(-1) - math.log(3)).tolist()
+    ids_of = [{(22, 25): [mean[0]] * 2, (22, 26): [2.0], (23, 25): [0.0]}, {(22, 26): mean[1:], (23, 25): mean[1:]}]
     cited = GROUNDED.cited(prompts, prior)
     torch.manual_seed(0)
     several = 0

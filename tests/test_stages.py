@@ -553,8 +553,10 @@ def test_a_grounded_training_row_by_hand(student):
     parts = row.parts[head:]
     assert [parts[one + step] for step in range(5)] == [1, 1, 0, 0, 1]  # begin, first code, second code, end, next word
     assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
-    priors = {3: 0.0, 10: -1.0, 11: -2.0, 12: -3.0}  # of an item of the history 1
-    assert row.copies == {head + one + 1: {number(f"<s_a_{n}>"): prior for n, prior in priors.items()}}
+    mean = math.log(sum(map(math.exp, request.prior)) / 3)
+    priors = {3: mean, 10: -1.0, 11: -2.0, 12: -3.0}  # item 3 is of the history
+    assert row.copies == {
+        head + one + 1: pytest.approx({number(f"<s_a_{n}>"): prior for n, prior in priors.items()})}  # fmt: skip
     for longest in range(one + 2, one + 5):  # the limit stands in the first ID
         short = replace(grammar, max_reasoning=longest)
         cut = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)

@@ -7,7 +7,7 @@ allowed it is *forced*: probability 1, nothing to learn.
 
 Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
 go on like one of them. Where a candidate is chosen, by its label or by its ID, its prior has a say:
-P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having prior 1.
+P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having the candidates' mean prior.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Phases(NamedTuple):
 
 class Cited(NamedTuple):
     """The semantic IDs that B prompts show: tokens from begin to end (B, M, W), FREE where one shows fewer, and their
-    log-prior (B, M): that of the label which stands behind the ID, 0 where none does."""
+    log-prior (B, M): that of the label which stands behind the ID, or that of the labels' mean prior."""
 
     tokens: torch.Tensor
     prior: torch.Tensor
@@ -117,8 +117,10 @@ class Grammar:
         found[rows, number] = prompt_ids[rows.unsqueeze(-1), places]
         behind = prompt_ids[rows, (starts + width).clamp(max=prompt_ids.size(1) - 1)]
         is_label = behind.unsqueeze(-1) == torch.tensor(self.label_ids, device=rows.device)
-        prior = torch.zeros(found.shape[:2], device=rows.device)
-        prior[rows, number] = torch.where(is_label, label_prior[rows], 0.0).sum(-1)
+        mean = label_prior.logsumexp(-1) - label_prior.isfinite().sum(-1).log()
+        prior = mean.unsqueeze(-1).repeat(1, found.size(1))
+        own = torch.where(is_label, label_prior[rows], 0.0).sum(-1)
+        prior[rows, number] = torch.where(is_label.any(-1), own, mean[rows])
         return Cited(found, prior)
 
     def phases(
@@ -162,8 +164,8 @@ class Grammar:
     def _copies(
         self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the logarithm of
-        the mean prior of what it may then become, (B, O, M): 0 where all have prior 1."""
+        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the log of the
+        mean prior of what it may then become, (B, O, M)."""
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
         shown = cited.tokens
