@@ -147,7 +147,7 @@ def check(settings: Settings) -> None:
     if unknown:
         raise ConfigurationError(f"trace_price has no {sorted(unknown)}", do="write {prompt: 0.1, completion: 0.3}")
     providers = settings["evidence_providers"]
-    if set(providers) <= set(PROVIDERS):  # what others count is known when they have run
+    if settings["prompt_evidence"] and set(providers) <= set(PROVIDERS):  # what others count is known when they ran
         unknown = set(settings["prompt_evidence"]) - set(known := fact_names(providers) if providers else [])
         if unknown:
             raise ConfigurationError(

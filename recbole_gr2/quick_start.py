@@ -163,7 +163,6 @@ def run(
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
-    _quiet_libraries()
     if seeds:
         if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
             raise ConfigurationError("--seeds stands for the seed of a whole run", where="--seeds",
@@ -177,6 +176,7 @@ def run(
 
         return run_seeds(seeds, one, command=command, console=console)
     settings = load_settings(**given)
+    _quiet_libraries()
     from recbole_gr2 import pipeline
     from recbole_gr2.bridge import Data
     from recbole_gr2.processes import PLACE

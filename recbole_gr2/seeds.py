@@ -18,7 +18,7 @@ import pandas as pd
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
-from recbole_gr2.report import SHOWN, new_folder, pairs_table, published, slices_table
+from recbole_gr2.report import SCOPES, SHOWN, new_folder, pairs_table, published, slices_table
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust, read_per_user
 from recbole_gr2.store import write_json
@@ -111,7 +111,7 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, seeds "
         f"{', '.join(map(str, seeds))}.\n\n    {result['command']}",
     ]
-    for scope, who in (("all", "all users"), ("in_list", "users whose list holds their target (in_list)")):
+    for scope, who in SCOPES.items():
         counts = next(row["n"] for row in result["rows"] if row["scope"] == scope)
         said = ", ".join(f"{count:,}" for count in dict.fromkeys(counts))
         parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")

@@ -21,6 +21,7 @@ from recbole_gr2.stages.rl import FIGURES
 from recbole_gr2.store import write_json
 from recbole_gr2.types import StageRecord
 
+SCOPES = {"all": "all users", "in_list": "users whose list holds their target (in_list)"}
 SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
@@ -73,8 +74,7 @@ def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, c
 def scope_title(result: dict, scope: str) -> str:
     """Which users a table is over."""
     count = next(row["n"] for row in result["rows"] if row["scope"] == scope)
-    who = "all users" if scope == "all" else "users whose list holds their target (in_list)"
-    return f"{result['dataset']}, {who}, n = {count:,}"
+    return f"{result['dataset']}, {SCOPES[scope]}, n = {count:,}"
 
 
 def metrics_table(result: dict, scope: str) -> str:

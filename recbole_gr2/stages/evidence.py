@@ -121,7 +121,8 @@ def injected_requests(context: Context, items: Sequence[Item], count: int) -> li
     prior = Prior(tables[0].shape[1], settings["evidence_hidden"], settings["evidence_dropout"])
     prior.load_state_dict(load_file(context.folders["evidence"] / "prior.safetensors"))
     rows = log_prior(prior.eval(), tables)
-    return _show(context, [replace(r, prior=tuple(row)) for r, row in zip(requests, rows, strict=True)], tables)
+    requests = [replace(r, prior=tuple(row)) for r, row in zip(requests, rows, strict=True)]
+    return _show(context, requests, tables) if settings["prompt_evidence"] else requests
 
 
 def _show(context: Context, requests: Sequence[Request], tables: Sequence[np.ndarray]) -> list[Request]:
@@ -138,7 +139,7 @@ def _show(context: Context, requests: Sequence[Request], tables: Sequence[np.nda
     columns = [known.index(name) for name in names]
     tenths = edges(np.load(folder / "facts-train.npy")[:, columns])
     shown = [(table[:, None, columns] > tenths).sum(axis=1).tolist() for table in tables]
-    return [replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows)) if names else r
+    return [replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows))
             for r, rows in zip(requests, shown, strict=True)]  # fmt: skip
 
 
