@@ -24,7 +24,8 @@ from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust, read_per_user
 from recbole_gr2.store import write_json
 
 
-def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, command: str, console: Console) -> Path | None:
+def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, command: str, console: Console
+              ) -> Path | None:  # fmt: skip
     """Run `one(seed)` for each, and put their results together; returns the path of result.json, None without results.
 
     Raises:
@@ -56,7 +57,8 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     frames = [read_per_user(Path(stages["evaluate"])) for stages in folders]
     rows = []
     for first in runs[0]["rows"]:
-        same = [next(r for r in run["rows"] if (r["row"], r["scope"]) == (first["row"], first["scope"])) for run in runs]
+        place = first["row"], first["scope"]
+        same = [next(r for r in run["rows"] if (r["row"], r["scope"]) == place) for run in runs]
         values = {metric: [row["metrics"][metric] for row in same] for metric in first["metrics"]}
         rows.append({
             "row": first["row"], "scope": first["scope"], "n": [row["n"] for row in same],
@@ -117,9 +119,9 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")
     parts += [
         "Mean ± standard deviation over the seeds.",
-        f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with 95 % "
-        "bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose differences are "
-        "added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
+        f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with "
+        "95 % bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose "
+        "differences are added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
         f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
         *published(result["dataset"]),
         "## Runs\n\n```\n" + render_table(["seed", "stages", "run"], [

@@ -164,8 +164,8 @@ class Grammar:
     def _copies(
         self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the log of the
-        mean prior of what it may then become, (B, O, M)."""
+        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the log of
+        the mean prior of what it may then become, (B, O, M)."""
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
         shown = cited.tokens

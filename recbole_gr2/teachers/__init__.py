@@ -83,8 +83,8 @@ class RulesTeacher:
         return fit + 2.0 / math.log2(rank + 1)
 
     def text(self, request: Request, pick: int) -> str:
-        """Pattern in the history, what goes with it and in which facts it is first, and the candidate that matches, cited
-        by semantic ID."""
+        """Pattern in the history, what goes with it and in which facts it is first, and the candidate that matches,
+        cited by semantic ID."""
         history = [self.items[i - 1] for i in request.history[-8:]]
         chosen, last = self.items[pick - 1], history[-1]
         kinds = Counter(kind(item) for item in history if kind(item))
