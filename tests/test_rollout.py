@@ -187,17 +187,19 @@ NONE = torch.zeros(1, 5)
 
 def test_what_a_prompt_shows():
     prompts = torch.tensor([[PAD] * 3 + SHOWN, SHOWN[:5] + [4] * 16])
-    first, second, third = ([BEGIN, *codes, END] for codes in ((22, 25), (22, 26), (23, 25)))
-    none = [FREE] * 4
+    first, second, third = ([BEGIN, *codes, END, FREE] for codes in ((22, 25), (22, 26), (23, 25)))
+    none = [FREE] * 5
     assert GROUNDED.cited(prompts, NONE.repeat(2, 1)).tokens.tolist() == [
         [first, second, third, first], [first, none, none, none]]  # fmt: skip
-    assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[[FREE, FREE]]]
+    assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[[FREE] * 3]]
     assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third, none]]  # cut off
     assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
     labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # behind the second and the third
     prior = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf, -torch.inf]])
     mean = math.log((math.exp(-1) + math.exp(-2)) / 2)
-    assert GROUNDED.cited(labelled, prior).prior.tolist() == [pytest.approx([mean, -2.0, -1.0])]
+    cited = GROUNDED.cited(labelled, prior)
+    assert cited.tokens.tolist() == [[first, [*second[:-1], B], [*third[:-1], A]]]
+    assert cited.prior.tolist() == [pytest.approx([mean, -2.0, -1.0])]
 
 
 def test_a_cited_id_is_one_that_the_prompt_shows():
@@ -221,6 +223,11 @@ def test_a_cited_id_is_one_that_the_prompt_shows():
     phases = GROUNDED.phases(ids, torch.tensor([2] * 4), cited)
     kinds = torch.stack([phases.reasoning, phases.labels.any(-1), phases.only != FREE, (phases.copies != FREE).any(-1)])
     assert (kinds.sum(0) == 1).all()
+    labelled = torch.tensor([[5, 5, *SHOWN[:10], B, *SHOWN[10:]], [*SHOWN[:5], A, *SHOWN[5:10], B, *SHOWN[10:], C]])
+    ids = torch.tensor([[7, BEGIN, 22, 26, END, B, 7, MARK, B, A], [BEGIN, 22, 25, END, C, 7, 7, MARK, C, A]])
+    allowed, _ = GROUNDED.allowed(ids, torch.tensor([3] * 2), 56, GROUNDED.cited(labelled, NONE.repeat(2, 1)))
+    assert [set(cell.nonzero().flatten().tolist()) for cell in allowed[0]][4:8] == [{END}, {B}, words, {MARK}]
+    assert [set(cell.nonzero().flatten().tolist()) for cell in allowed[1]][3:6] == [{END}, {A, C}, words]  # an ID twice
     nothing = GROUNDED.allowed(ids[:1], torch.tensor([2]), 56, GROUNDED.cited(torch.tensor([[4, 5]]), NONE))[0]
     assert nothing[0, 2].nonzero().flatten().tolist() == [END]
 

@@ -19,6 +19,7 @@ from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
 from recbole_gr2.llm.constraint import Grammar
+from recbole_gr2.llm.rollout import read_answer
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuffled_order
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
@@ -157,10 +158,20 @@ def test_facts_are_shown_behind_their_candidate():
 
 def test_the_rules_teacher_says_in_which_facts_its_pick_is_first():
     facts = ({"next": 7, "text": 0}, {"next": 7, "text": 2}, {"next": 0, "text": 0})
-    teacher, request = RulesTeacher(toy_items(), seed=0, temperature=1.0), replace(toy_request(11), facts=facts)
-    assert "; first in next. Best" in teacher.text(request, 10)
-    assert "; first in next, text. Best" in teacher.text(request, 11)
+    teacher = RulesTeacher(toy_items(), seed=0, temperature=1.0, history=8)
+    request = replace(toy_request(11), facts=facts)
+    assert teacher.text(request, 10).endswith("; first in next")
+    assert teacher.text(request, 11).endswith("; first in next, text")
     assert "first in" not in teacher.text(request, 12)  # a fact that all lack makes no one first
+
+
+def test_the_rules_teacher_cites_what_a_prompt_shows():
+    """Items 2 and 3 are shown; item 1 alone has the brand and the kind of candidate 13."""
+    items = [replace(item, brand=f"Brand{item.item_id % 4}", categories=f"Root{item.item_id % 4} > Kind")
+             for item in toy_items()]  # fmt: skip
+    request = toy_request(13, candidates=(13, 14))
+    said = {n: RulesTeacher(items, seed=0, temperature=1.0, history=n).text(request, 13) for n in (2, 3)}
+    assert said[3].endswith("the same brand, Brand1") and said[2].endswith("something new beside them")
 
 
 def test_facts_of_a_run(smoke, items, tmp_path):
@@ -388,7 +399,7 @@ def test_rejected_traces_are_kept_with_their_reasons(smoke, items, tmp_path):
 def test_a_rejecting_teacher_does_not_see_the_target(smoke, items):
     requests = traces.training_requests(smoke, items, 20, "x")
     false = [replace(r, target=r.items[0]) for r in requests]
-    teacher = traces.RulesTeacher(items, seed=1, temperature=1.0)
+    teacher = traces.RulesTeacher(items, seed=1, temperature=1.0, history=8)
     for attempt in (0, 1, 5):
         said = [teacher.argue(given, targeted=False, attempt=attempt) for given in (requests, false)]
         assert said[0] == said[1]
@@ -533,10 +544,9 @@ def test_a_training_row_by_hand(student, longest):
     assert not grammar.was_truncated(row.input_ids[len(head) :])
     start = len(head) + len(said) + 1
     assert row.choices == {start: [0, 0, 0], start + 1: [0, 0, -math.inf]}  # no evidence, and C is taken
-    first = training_row(toy_maker(), replace(request, prior=(-1.0, -2.0, -3.0)), prompt, trace, tokenizer, grammar,
-                         first_only=True)  # fmt: skip
-    assert first.input_ids == row.input_ids and first.parts == row.parts[: start + 1] + [0, 0, 0]
-    assert first.choices == {start: [-3.0, -1.0, -2.0]}  # in the order of the labels
+    known = training_row(toy_maker(), replace(request, prior=(-1.0, -2.0, -3.0)), prompt, trace, tokenizer, grammar)
+    assert (known.input_ids, known.parts) == (row.input_ids, row.parts)
+    assert known.choices[start] == [-3.0, -1.0, -2.0]  # in the order of the labels
 
 
 def test_a_grounded_training_row_by_hand(student):
@@ -551,17 +561,24 @@ def test_a_grounded_training_row_by_hand(student):
     words = tokenizer.convert_ids_to_tokens(row.input_ids[head:])
     one, two = (place for place, word in enumerate(words) if word == "<|sid_begin|>")
     parts = row.parts[head:]
-    assert [parts[one + step] for step in range(5)] == [1, 1, 0, 0, 1]  # begin, first code, second code, end, next word
+    assert [parts[one + step] for step in range(6)] == [1, 1, 0, 0, 0, 1]  # begin, codes, end, label, next word
+    assert words[one + 3 : one + 5] == ["<|sid_end|>", "<|B|>"]
     assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
     mean = math.log(sum(map(math.exp, request.prior)) / 3)
     priors = {3: mean, 10: -1.0, 11: -2.0, 12: -3.0}  # item 3 is of the history
     assert row.copies == {
         head + one + 1: pytest.approx({number(f"<s_a_{n}>"): prior for n, prior in priors.items()})}  # fmt: skip
-    for longest in range(one + 2, one + 5):  # the limit stands in the first ID
+    for longest in range(one + 2, one + 6):  # the limit stands in the first citation
         short = replace(grammar, max_reasoning=longest)
         cut = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)
         assert cut.input_ids[head : head + one + 1] == [*row.input_ids[head : head + one], grammar.ranking_id]
         assert not cut.copies
+    answer = read_answer(request, row.input_ids[head:], maker.label_items(request, prompt), grammar, tokenizer)
+    assert answer.reasoning.replace(" ", "") == said.replace(" ", "")  # read back without the label
+    twins = replace(maker, items=[replace(item, sid=(7, 7)) for item in maker.items])
+    prompt, trace = twins.render(request), toy_trace(request, (11, 10, 12), f"Best is {sid_text((7, 7))}")
+    row = training_row(twins, request, prompt, trace, tokenizer, grammar)
+    assert tokenizer.decode(row.input_ids).endswith("<|sid_end|><|B|><|ranking|><|B|><|A|><|C|><|im_end|>")  # B is the best
 
 
 def test_sft_rows_of_the_run_fit(smoke, items, student):

@@ -6,7 +6,8 @@ DAPO objective (arXiv 2503.14476, eq. 8) is a ratio of the distribution that was
 allowed it is *forced*: probability 1, nothing to learn.
 
 Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
-go on like one of them. Where a candidate is chosen, by its label or by its ID, its prior has a say:
+go on like one of them, and where the prompt has a label behind an ID, a citation has it too, so that the ranking can
+copy it. Where a candidate is chosen, by its label or by its ID, its prior has a say:
 P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having the candidates' mean prior.
 """
 
@@ -41,8 +42,8 @@ class Phases(NamedTuple):
 
 
 class Cited(NamedTuple):
-    """The semantic IDs that B prompts show: tokens from begin to end (B, M, W), FREE where one shows fewer, and their
-    log-prior (B, M): that of the label which stands behind the ID, or that of the labels' mean prior."""
+    """The semantic IDs that B prompts show: tokens from begin to end and the label behind (B, M, W), FREE where there is
+    none, and their log-prior (B, M): that of this label, or that of the labels' mean prior."""
 
     tokens: torch.Tensor
     prior: torch.Tensor
@@ -110,13 +111,16 @@ class Grammar:
         begins, ends = (prompt_ids == number for number in self.sid_ids)
         shown = begins.any(-1) & ends.any(-1)
         width = int((ends.int().argmax(-1) - begins.int().argmax(-1))[shown].max()) + 1 if shown.any() else 2
-        found = torch.full((len(prompt_ids), max(int(begins.sum(-1).max()), 1), width), FREE, device=prompt_ids.device)
+        found = torch.full(
+            (len(prompt_ids), max(int(begins.sum(-1).max()), 1), width + 1), FREE, device=prompt_ids.device
+        )
         rows, starts = begins[:, : prompt_ids.size(1) - width + 1].nonzero(as_tuple=True)
         number = begins.cumsum(-1)[rows, starts] - 1
         places = starts.unsqueeze(-1) + torch.arange(width, device=rows.device)
-        found[rows, number] = prompt_ids[rows.unsqueeze(-1), places]
-        behind = prompt_ids[rows, (starts + width).clamp(max=prompt_ids.size(1) - 1)]
-        is_label = behind.unsqueeze(-1) == torch.tensor(self.label_ids, device=rows.device)
+        behind = prompt_ids[rows, (starts + width).clamp(max=prompt_ids.size(1) - 1)].unsqueeze(-1)
+        is_label = behind == torch.tensor(self.label_ids, device=rows.device)
+        behind = behind.masked_fill(~is_label.any(-1, keepdim=True), FREE)
+        found[rows, number] = torch.cat([prompt_ids[rows.unsqueeze(-1), places], behind], dim=-1)
         mean = label_prior.logsumexp(-1) - label_prior.isfinite().sum(-1).log()
         prior = mean.unsqueeze(-1).repeat(1, found.size(1))
         own = torch.where(is_label, label_prior[rows], 0.0).sum(-1)
@@ -147,10 +151,9 @@ class Grammar:
         copies, copy_prior = only.clone().unsqueeze(-1), torch.zeros(*ids.shape, 1, device=ids.device)
         if cited is not None:
             inside, copies, copy_prior = self._copies(ids, position, cited)
-            inside &= ~marked
             several = (copies != FREE).sum(-1)
-            only = torch.where(inside & (several == 1), copies.amax(-1), only)
-            only[inside & (several == 0)] = self.sid_ids[1]  # behind codes that the prompt does not show
+            only = torch.where(~marked & (several == 1), copies.amax(-1), only)
+            only[~marked & inside & (several == 0)] = self.sid_ids[1]  # behind codes that the prompt does not show
         only[~marked & (position >= self.max_reasoning)] = self.ranking_id
         only = torch.where(marked & (left == 1), labels[open_labels.int().argmax(-1)], only)
         only[marked & (left == 0)] = self.eos_id
@@ -164,8 +167,8 @@ class Grammar:
     def _copies(
         self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, (B, O, M), and the log of
-        the mean prior of what it may then become, (B, O, M)."""
+        """Where a semantic ID has begun and not ended, (B, O) bool, what has to follow there or right behind its end,
+        (B, O, M), and the log of the mean prior of what it may then become, (B, O, M)."""
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
         shown = cited.tokens
@@ -174,7 +177,7 @@ class Grammar:
         at = (begin.clamp(min=0).unsqueeze(-1) + place).clamp(max=ids.size(1) - 1)
         own = ids.gather(1, at.flatten(1)).view(at.shape)
         same = (own.unsqueeze(2) == shown.unsqueeze(1)) | (place >= said.unsqueeze(-1)).unsqueeze(2)  # (B, O, M, W)
-        fits = same.all(-1) & (shown[:, :, 0] != FREE).unsqueeze(1) & (inside & (said < width)).unsqueeze(-1)
+        fits = same.all(-1) & (shown[:, :, 0] != FREE).unsqueeze(1) & ((begin >= 0) & (said < width)).unsqueeze(-1)
         nexts = shown.gather(2, said.clamp(max=width - 1).unsqueeze(1).expand(-1, shown.size(1), -1)).transpose(1, 2)
         nexts = nexts.masked_fill(~fits, FREE)
         alike = nexts.unsqueeze(-1) == nexts.unsqueeze(-2)  # (B, O, M, M)

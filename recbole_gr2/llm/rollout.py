@@ -116,7 +116,9 @@ def read_answer(
         request_id=request.request_id,
         ranking=complete(named, request.items),
         status=status,
-        reasoning=tokenizer.decode(text[:mark], skip_special_tokens=True).strip(),
+        # without the labels of cited candidates, which mean nothing without their prompt
+        reasoning=tokenizer.decode([t for t in text[:mark] if t not in grammar.label_ids],
+                                   skip_special_tokens=True).strip(),
         missing=missing,
         repeated=repeated,
         foreign=foreign,

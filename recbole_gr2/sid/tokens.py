@@ -14,6 +14,7 @@ from recbole_gr2.types import Sid
 SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
 RANKING = "<|ranking|>"  # ends the reasoning; the K labels follow
 CODE = re.compile(r"<s_[a-z]_\d+>")
+SID = re.compile(f"{re.escape(SID_BEGIN)}.*?{re.escape(SID_END)}")
 MAX_CANDIDATES = len(string.ascii_uppercase)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from recbole_gr2.errors import ConfigurationError, GateError
+from recbole_gr2.errors import GateError
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.backbone import save_backbone
 from recbole_gr2.llm.constraint import FREE, Grammar
@@ -16,7 +16,7 @@ from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
 from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.sid.tokens import RANKING, label_tokens
+from recbole_gr2.sid.tokens import RANKING, SID, label_tokens, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
@@ -41,10 +41,7 @@ def run(context: Context) -> dict:
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)
-    if settings["sft_labels"] not in ("first", "all"):
-        raise ConfigurationError(f"sft_labels is {settings['sft_labels']!r}", do="choose first or all")
-    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar,
-                         first_only=settings["sft_labels"] == "first") for r in requests]  # fmt: skip
+    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar) for r in requests]
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "sft")
@@ -100,20 +97,25 @@ def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
                       grounded=settings["prompt_grounded"])  # fmt: skip
 
 
-def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,
-                 first_only: bool = False) -> Row:  # fmt: skip
+def training_row(
+    maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar
+) -> Row:
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
     A label is a choice among the open ones, under the prior, as it is in generation, and a cited semantic ID one among
-    those that the prompt shows; what is forced there, or cannot be said, carries no loss. With `first_only` the labels
-    behind the first carry none either. A trace longer than the grammar allows ends at its limit, or in front of the
-    semantic ID that stands across it. Without reasoning (`max_reasoning` 0) the trace is left out.
+    those that the prompt shows, with the label that stands behind it there; what is forced, or cannot be said, carries
+    no loss. A trace longer than the grammar allows ends at its limit, or in front of the citation that stands across
+    it. Without reasoning (`max_reasoning` 0) the trace is left out.
     """
     head = encode_prompt(prompt, tokenizer)
-    reasoning = tokenizer(trace.reasoning, add_special_tokens=False)["input_ids"][: max(grammar.max_reasoning - 1, 0)]
+    text = with_labels(trace, maker, request, prompt) if grammar.sid_ids else trace.reasoning
+    whole, longest = tokenizer(text, add_special_tokens=False)["input_ids"], max(grammar.max_reasoning - 1, 0)
+    reasoning, behind = whole[:longest], whole[longest : longest + 1]
     begin, end = grammar.sid_ids or (None, None)
-    if begin in reasoning and end not in reasoning[(last := len(reasoning) - 1 - reasoning[::-1].index(begin)) :]:
-        reasoning = reasoning[:last]
+    if begin in reasoning:
+        last = len(reasoning) - 1 - reasoning[::-1].index(begin)
+        if end not in reasoning[last:] or set(behind) & set(grammar.label_ids):
+            reasoning = reasoning[:last]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
     labels = [label_of[item] for item in request.by_gain(trace.ranking)]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))
@@ -121,8 +123,7 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
                           grammar.cited(torch.tensor([head]), prior))  # fmt: skip
     prior = prior[0]
     choices, first = {}, len(head) + len(reasoning) + 1
-    learnt = 1 if first_only else len(labels) - 1
-    for place, label in enumerate(labels[:learnt]):
+    for place, label in enumerate(labels[:-1]):  # the last one is forced
         choices[first + place] = prior.tolist()
         prior[grammar.label_ids.index(label)] = -torch.inf
     parts, copies = [REASONING] * len(reasoning), {}
@@ -136,9 +137,21 @@ def training_row(maker: PromptMaker, request: Request, prompt: Prompt, trace: Tr
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
-               *[ANSWER] * learnt, *[0] * (len(labels) - learnt), 0],
+               *[ANSWER] * len(choices), 0, 0],
         choices=choices, copies=copies,
     )  # fmt: skip
+
+
+def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prompt) -> str:
+    """A trace whose cited candidates have the labels behind them that stand behind their IDs in the prompt."""
+    shown = "".join(message["content"] for message in prompt.messages)
+    label_of = dict(zip(maker.label_items(request, prompt), prompt.labels, strict=True))
+    behind: dict[str, str] = {}
+    for item in trace.ranking:  # best first: of two candidates with one ID that one is meant
+        sid = sid_text(maker.items[item - 1].sid)
+        if sid + label_of[item] in shown:
+            behind.setdefault(sid, label_of[item])
+    return SID.sub(lambda cited: cited[0] + behind.get(cited[0], ""), trace.reasoning)
 
 
 def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requests: list[Request], *, bf16: bool,

@@ -7,7 +7,6 @@ its argument is kept if its first item is the target, up to `trace_tries` times 
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from recbole_gr2.extension import find
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.prompts import PromptMaker, recent
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import RANKING, SID_BEGIN, SID_END, label_tokens, sid_text
+from recbole_gr2.sid.tokens import RANKING, SID, label_tokens, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
@@ -26,8 +25,6 @@ from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.teachers import LocalLLMTeacher, RecordedTeacher, RulesTeacher, Teacher
 from recbole_gr2.types import Answer, Item, Request, Trace
-
-SID = re.escape(SID_BEGIN) + ".*?" + re.escape(SID_END)
 
 
 def run(context: Context) -> dict:
@@ -59,7 +56,8 @@ def run(context: Context) -> dict:
                              replies=Path(settings["checkpoint_dir"], "gr2", settings["dataset"], "replies.jsonl"))
 
     build = {
-        "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"]),
+        "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"],
+                                      history=settings["prompt_history"]),
         "local_llm": local_llm,
         "openai_api": openai_api,
         "recorded": lambda: RecordedTeacher(settings["trace_file"], items),
@@ -128,7 +126,7 @@ def grounding(said: Sequence[Trace | Answer], requests: Sequence[Request], items
     for each in said:
         request = asked[each.request_id]
         visible = {sid_text(items[i - 1].sid) for i in (*recent(request.history, shown), *request.items)}
-        sids = re.findall(SID, each.reasoning)
+        sids = SID.findall(each.reasoning)
         picked += sid_text(items[each.ranking[0] - 1].sid) in sids
         found, cited = found + sum(sid in visible for sid in sids), cited + len(sids)
     return {"grounded": picked / len(said), "cited": cited, "cited_in_prompt": found / cited if cited else None}

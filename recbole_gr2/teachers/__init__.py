@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.evidence import overlap
-from recbole_gr2.prompts import kind, shorten
+from recbole_gr2.prompts import kind, recent, shorten
 from recbole_gr2.ranking import complete, promote
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
@@ -50,12 +50,13 @@ class RulesTeacher:
 
     Its first attempt takes the best candidate by the prior, or by its own score where there is no evidence; later ones
     sample by it, so that rejection sampling has something to choose from. The others follow in the prior's order.
+    `history` is how many of the last items it looks at: those that the prompt shows.
     """
 
     name = "rules"
 
-    def __init__(self, items: Sequence[Item], *, seed: int, temperature: float) -> None:
-        self.items, self.seed, self.temperature = items, seed, temperature
+    def __init__(self, items: Sequence[Item], *, seed: int, temperature: float, history: int) -> None:
+        self.items, self.seed, self.temperature, self.history = items, seed, temperature, max(history, 1)
 
     def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
         """See `Teacher`."""
@@ -83,12 +84,12 @@ class RulesTeacher:
         return fit + 2.0 / math.log2(rank + 1)
 
     def text(self, request: Request, pick: int) -> str:
-        """Pattern in the history, what goes with it and in which facts it is first, and the candidate that matches,
-        cited by semantic ID."""
-        history = [self.items[i - 1] for i in request.history[-8:]]
-        chosen, last = self.items[pick - 1], history[-1]
+        """Pattern in the history, the candidate that matches, cited by semantic ID, and why: what it has in common with
+        the history, and in which facts it is first."""
+        history = [self.items[i - 1] for i in recent(request.history, self.history)]
+        chosen = self.items[pick - 1]
         kinds = Counter(kind(item) for item in history if kind(item))
-        usual = " and ".join(name for name, _ in kinds.most_common(2)) or "items like " + shorten(last.title, 30)
+        usual = " and ".join(name for name, _ in kinds.most_common(2)) or "items like " + shorten(history[-1].title, 30)
         related = max(history, key=lambda item: (overlap(chosen, item), item.brand == chosen.brand != ""))
         if chosen.brand and chosen.brand in {item.brand for item in history}:
             why = f"the same brand, {chosen.brand}"
@@ -102,10 +103,9 @@ class RulesTeacher:
             own = request.facts[request.items.index(pick)]
             first = [name for name, level in own.items() if level == max(facts[name] for facts in request.facts) > 0]
             why += f"; first in {', '.join(first)}" if first else ""
-        return (  # the pick comes last, next to its label, which the prompt shows behind the same ID
-            f"The shopper takes {usual}, last {sid_text(last.sid)}. "
-            f"Next {kind(chosen) or shorten(chosen.title, 30)}: {why}. Best is {sid_text(chosen.sid)}"
-        )
+        # The pick comes before its reasons: it is a choice under the prior, and words that anticipate it are not.
+        what = kind(chosen) or shorten(chosen.title, 30)
+        return f"The shopper takes {usual}. Best is {sid_text(chosen.sid)}: {what}, {why}"
 
 
 class LocalLLMTeacher:
@@ -195,7 +195,7 @@ class RecordedTeacher:
 def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
-        "The shopper takes A and B, last <. Next A: the same brand, A. Best is <", ": the same kind as <",
-        ": it goes with <", ": something new beside them.", "; first in A, A.", " items like A",
+        "The shopper takes A and B. Best is <", ": A, the same brand, A", ", the same kind as <", ", it goes with <",
+        ", something new beside them", "; first in A, A", " items like A",
         "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip
