@@ -42,8 +42,8 @@ class Phases(NamedTuple):
 
 
 class Cited(NamedTuple):
-    """The semantic IDs that B prompts show: tokens from begin to end and the label behind (B, M, W), FREE where there is
-    none, and their log-prior (B, M): that of this label, or that of the labels' mean prior."""
+    """The semantic IDs that B prompts show: tokens from begin to end and the label behind, FREE where there is
+    none (B, M, W), and their log-prior (B, M): that of this label, or that of the labels' mean prior."""
 
     tokens: torch.Tensor
     prior: torch.Tensor
