@@ -160,8 +160,8 @@ def test_the_rules_teacher_says_in_which_facts_its_pick_is_first():
     facts = ({"next": 7, "text": 0}, {"next": 7, "text": 2}, {"next": 0, "text": 0})
     teacher = RulesTeacher(toy_items(), seed=0, temperature=1.0, history=8)
     request = replace(toy_request(11), facts=facts)
-    assert teacher.text(request, 10).endswith("; first in next")
-    assert teacher.text(request, 11).endswith("; first in next, text")
+    assert teacher.text(request, 10).endswith(f"; first in next. Best is {sid_text((10, 11))}")
+    assert teacher.text(request, 11).endswith(f"; first in next, text. Best is {sid_text((11, 12))}")
     assert "first in" not in teacher.text(request, 12)  # a fact that all lack makes no one first
 
 
@@ -171,7 +171,7 @@ def test_the_rules_teacher_cites_what_a_prompt_shows():
              for item in toy_items()]  # fmt: skip
     request = toy_request(13, candidates=(13, 14))
     said = {n: RulesTeacher(items, seed=0, temperature=1.0, history=n).text(request, 13) for n in (2, 3)}
-    assert said[3].endswith("the same brand, Brand1") and said[2].endswith("something new beside them")
+    assert ", the same brand, Brand1. Best" in said[3] and ", something new beside them. Best" in said[2]
 
 
 def test_facts_of_a_run(smoke, items, tmp_path):
@@ -564,8 +564,7 @@ def test_a_grounded_training_row_by_hand(student):
     assert [parts[one + step] for step in range(6)] == [1, 1, 0, 0, 0, 1]  # begin, codes, end, label, next word
     assert words[one + 3 : one + 5] == ["<|sid_end|>", "<|B|>"]
     assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
-    mean = math.log(sum(map(math.exp, request.prior)) / 3)
-    priors = {3: mean, 10: -1.0, 11: -2.0, 12: -3.0}  # item 3 is of the history
+    priors = {3: -3.0, 10: -1.0, 11: -2.0, 12: -3.0}  # item 3 is of the history
     assert row.copies == {
         head + one + 1: pytest.approx({number(f"<s_a_{n}>"): prior for n, prior in priors.items()})}  # fmt: skip
     for longest in range(one + 2, one + 6):  # the limit stands in the first citation

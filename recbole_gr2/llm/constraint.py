@@ -8,7 +8,7 @@ allowed it is *forced*: probability 1, nothing to learn.
 Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
 go on like one of them, and where the prompt has a label behind an ID, a citation has it too, so that the ranking can
 copy it. Where a candidate is chosen, by its label or by its ID, its prior has a say:
-P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having the candidates' mean prior.
+P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having the least prior of the candidates.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Phases(NamedTuple):
 
 class Cited(NamedTuple):
     """The semantic IDs that B prompts show: tokens from begin to end and the label behind, FREE where there is
-    none (B, M, W), and their log-prior (B, M): that of this label, or that of the labels' mean prior."""
+    none (B, M, W), and their log-prior (B, M): that of this label, or the least of all labels."""
 
     tokens: torch.Tensor
     prior: torch.Tensor
@@ -121,10 +121,10 @@ class Grammar:
         is_label = behind == torch.tensor(self.label_ids, device=rows.device)
         behind = behind.masked_fill(~is_label.any(-1, keepdim=True), FREE)
         found[rows, number] = torch.cat([prompt_ids[rows.unsqueeze(-1), places], behind], dim=-1)
-        mean = label_prior.logsumexp(-1) - label_prior.isfinite().sum(-1).log()
-        prior = mean.unsqueeze(-1).repeat(1, found.size(1))
+        least = label_prior.masked_fill(label_prior == -torch.inf, torch.inf).amin(-1)
+        prior = least.unsqueeze(-1).repeat(1, found.size(1))
         own = torch.where(is_label, label_prior[rows], 0.0).sum(-1)
-        prior[rows, number] = torch.where(is_label.any(-1), own, mean[rows])
+        prior[rows, number] = torch.where(is_label.any(-1), own, least[rows])
         return Cited(found, prior)
 
     def phases(

@@ -94,18 +94,19 @@ class RulesTeacher:
         if chosen.brand and chosen.brand in {item.brand for item in history}:
             why = f"the same brand, {chosen.brand}"
         elif overlap(chosen, related) == 1.0:
-            why = f"the same kind as {sid_text(related.sid)}"
+            why = "the same kind"
         elif overlap(chosen, related) > 0:
-            why = f"it goes with {sid_text(related.sid)}"
+            why = f"it goes with {kind(related)}"
         else:
             why = "something new beside them"
         if request.facts:
             own = request.facts[request.items.index(pick)]
             first = [name for name, level in own.items() if level == max(facts[name] for facts in request.facts) > 0]
             why += f"; first in {', '.join(first)}" if first else ""
-        # The pick comes before its reasons: it is a choice under the prior, and words that anticipate it are not.
-        what = kind(chosen) or shorten(chosen.title, 30)
-        return f"The shopper takes {usual}. Best is {sid_text(chosen.sid)}: {what}, {why}"
+        # The pick comes before its reasons, since it is a choice under the prior, and words that anticipate it are not;
+        # and once more behind them, next to the ranking: a small model copies a label from there alone.
+        what, sid = kind(chosen) or shorten(chosen.title, 30), sid_text(chosen.sid)
+        return f"The shopper takes {usual}. {sid}: {what}, {why}. Best is {sid}"
 
 
 class LocalLLMTeacher:
@@ -195,7 +196,7 @@ class RecordedTeacher:
 def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
-        "The shopper takes A and B. Best is <", ": A, the same brand, A", ", the same kind as <", ", it goes with <",
-        ", something new beside them", "; first in A, A", " items like A",
+        "The shopper takes A and B. <", ": A, the same brand, A. Best is <", ", the same kind.", ", it goes with A.",
+        ", something new beside them.", "; first in A, A.", " items like A",
         "The shopper took A. Say why, in one sentence.",
     ]  # fmt: skip
