@@ -62,7 +62,7 @@ BASELINES = {  # those that RecBole does not train
     **{name: Stage(name=name, version=2, code="onerec_think", recbole="shared",
                    needs=("embeddings", "tokenizer", "midtrain"),
                    settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"),
-                   but=("prompt_evidence", "prompt_grounded"))
+                   but=("prompt_evidence", "prompt_grounded", "prompt_llm_weight"))
        for name in ONEREC_THINK},
 }  # fmt: skip
 STAGES = (
@@ -71,7 +71,7 @@ STAGES = (
     Stage(name="midtrain", version=3, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
-    Stage(name="evidence", version=2, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
+    Stage(name="evidence", version=3, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
     Stage(name="traces", version=5, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
     Stage(name="sft", version=5, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),

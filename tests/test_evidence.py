@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.evidence import PROVIDERS, Counts, Observed, collect, overlap
+from recbole_gr2.evidence import PROVIDERS, RECENT, Counts, Described, Observed, collect, overlap
 from recbole_gr2.evidence.prior import cross_entropy, cross_fit, fit_prior, log_prior, shares
 from recbole_gr2.types import Candidate, Item, Request
 
@@ -58,10 +58,30 @@ def test_facts_by_hand():
     assert pair["most together"] == pytest.approx([1 / math.sqrt(3)] * 3, abs=1e-6)
     assert pair["users together"] == logs(2, 2, 2)
     assert facts("text", candidates=(2, 1, 3)) == {
-        "text of last": [1, 0, 0], "closest text": [1, 1, 0], "text": [0.5, 0.5, 0]}  # fmt: skip
-    assert facts("brand", candidates=(6, 3, 4)) == {"brand of last": [1, 0, 0], "brand": [1, 0, 0]}
+        "text of last": [1, 0, 0], "closest text": [1, 1, 0], "text": [0.5, 0.5, 0],
+        "text of each": [[0, 1, 0], [1, 0, 0]]}  # fmt: skip
+    assert facts("brand", candidates=(6, 3, 4)) == {
+        "brand of last": [1, 0, 0], "brand": [1, 0, 0], "brand of each": [[1, 0, 0], [1, 0, 0]]}  # fmt: skip
     same = facts("category", candidates=(6, 3, 5))
     assert same["category of last"] == [0.666667, 0.5, 0] and same["category"] == [0.833333, 0.416667, 0]
+    assert same["category of each"] == [[1, 0.333333, 0], [0.666667, 0.5, 0]]
+
+
+def test_facts_about_pairs_by_hand():
+    """The rows are items 1 and 2 of the history, the columns candidates 3, 4 and 6."""
+    after = facts("transition", candidates=(3, 4, 6))
+    assert after["next after each"] == [logs(0, 0, 0), logs(1, 1, 0)]
+    assert after["soon after each"] == [logs(1, 1, 0), logs(1, 1, 0)]
+    assert after["soon before each"] == [logs(0, 0, 1), logs(0, 0, 1)]
+    both = facts("together", candidates=(3, 4, 6))
+    assert both["users together with each"] == [logs(1, 1, 1)] * 2
+    assert both["together with each"] == [[round(1 / math.sqrt(3), 6)] * 3, [0.5] * 3]
+    _, (known,) = collect([request(candidates=(2, 1, 3))], ["text", "brand"], OBSERVED)
+    assert known.facts.shape == (3, 5) and known.pairs.shape == (3, 2, 2)
+    assert known.pairs[:, :, 0].tolist() == [[1, 0], [0, 1], [0, 0]]  # of each candidate the text, newest item first
+    _, (known,) = collect([request(history=tuple(range(1, 7)) * 3)], ["popularity", "text"], OBSERVED)
+    assert known.pairs.shape == (3, RECENT, 1) and known.pairs[1, :, 0].tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 1, 0]
+    assert collect([request()], ["popularity"], OBSERVED)[1][0].pairs.shape == (3, 2, 0)
 
 
 def test_overlap():
@@ -73,9 +93,10 @@ def test_overlap():
 def test_the_target_is_in_no_fact():
     names = list(PROVIDERS)
     rows = [collect([request(target=target)], names, OBSERVED) for target in (3, 4, 5, 0)]
-    for labels, (table,) in rows:
-        assert labels == rows[0][0] and len(labels) == len(set(labels)) == table.shape[1] > 15
-        assert np.array_equal(table, rows[0][1][0]) and table.shape[0] == 3
+    for labels, (known,) in rows:
+        assert labels == rows[0][0] and len(labels) == len(set(labels)) == known.facts.shape[1] > 15
+        assert all(np.array_equal(one, other) for one, other in zip(known, rows[0][1][0], strict=True))
+        assert known.facts.shape[0] == 3 and known.pairs.shape == (3, 2, 8)
 
 
 @settings(deadline=None, max_examples=30)
@@ -102,8 +123,8 @@ def not_finite(observed):
 
 
 def test_providers_of_a_user():
-    labels, (table,) = collect([request()], ["popularity", f"{__name__}:two_names"], OBSERVED)
-    assert labels == ["popularity", "rank"] and table.shape == (3, 2)
+    labels, (known,) = collect([request()], ["popularity", f"{__name__}:two_names"], OBSERVED)
+    assert labels == ["popularity", "rank"] and known.facts.shape == (3, 2)
     with pytest.raises(GR2Error, match="two facts have one name"):
         collect([request()], ["base", f"{__name__}:two_names"], OBSERVED)
     for wrong in ("too_short", "not_finite"):
@@ -119,12 +140,31 @@ def test_providers_of_a_user():
 OPTIONS = dict(hidden=8, dropout=0.0, learning_rate=0.02, weight_decay=0.0)
 
 
+def alone(table: np.ndarray) -> Described:
+    """Facts about candidates, and none about pairs."""
+    return Described(table.astype(np.float32), np.zeros((len(table), 1, 0), np.float16))
+
+
 def planted(count: int, seed: int):
     """Lists of five in which the target is the candidate with the largest first fact, seven times out of ten."""
     rng = np.random.default_rng(seed)
-    tables = [rng.normal(size=(5, 3)).astype(np.float32) for _ in range(count)]
+    tables = [rng.normal(size=(5, 3)) for _ in range(count)]
     targets = [int(t[:, 0].argmax()) if rng.random() < 0.7 else int(rng.integers(5)) for t in tables]
-    return tables, [tuple(int(place == target) for place in range(5)) for target in targets]
+    return [alone(t) for t in tables], [tuple(int(place == target) for place in range(5)) for target in targets]
+
+
+def planted_pairs(count: int, seed: int):
+    """Histories of two to four items, and lists of four in which the target has the largest first fact with the one item
+    that the second fact is 1 for; with the others its first fact is noise."""
+    rng = np.random.default_rng(seed)
+    lists, gains = [], []
+    for _ in range(count):
+        size = int(rng.integers(2, 5))
+        pairs = np.stack([rng.normal(size=(4, size)), np.zeros((4, size))], axis=2)
+        pairs[:, (counts := int(rng.integers(size))), 1] = 1
+        lists.append(Described(np.zeros((4, 1), np.float32), pairs.astype(np.float16)))
+        gains.append(tuple(int(place == pairs[:, counts, 0].argmax()) for place in range(4)))
+    return lists, gains
 
 
 def test_the_prior_finds_a_planted_pattern():
@@ -139,9 +179,20 @@ def test_the_prior_finds_a_planted_pattern():
     assert log_prior(again, new) == rows
 
 
+def test_the_prior_finds_which_item_of_the_history_counts():
+    """Without knowing the item: the mean over 3 of them, 45 % right."""
+    prior, _, _ = fit_prior(*planted_pairs(500, 0), valid=planted_pairs(200, 1), steps=400, seed=3,
+                            **{**OPTIONS, "hidden": 32})  # fmt: skip
+    new, truth = planted_pairs(200, 2)
+    rows = log_prior(prior, new)
+    assert np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth)]) > 0.8
+    short = min(new, key=lambda each: each.pairs.shape[1])  # beside longer histories, and by itself
+    assert rows[[each is short for each in new].index(True)] == pytest.approx(log_prior(prior, [short])[0], abs=1e-5)
+
+
 def test_padding_of_short_lists_takes_no_probability():
     tables, gains = planted(50, 0)
-    short = [table[:2] for table in tables[:25]] + tables[25:]
+    short = [Described(*(part[:2] for part in each)) for each in tables[:25]] + tables[25:]
     prior, _, _ = fit_prior(short, [(1, 0)] * 25 + gains[25:], valid=None, steps=20, seed=3, **OPTIONS)
     rows = log_prior(prior, short)
     assert [len(row) for row in rows] == [2] * 25 + [5] * 25
@@ -155,10 +206,10 @@ def test_several_targets_are_asked_for_in_proportion():
     tables, gains = [], []
     for _ in range(300):
         kinds = rng.permutation([0, 1, 2, 2, 2])
-        tables.append(np.eye(3)[kinds].astype(np.float32))
+        tables.append(alone(np.eye(3)[kinds]))
         gains.append(tuple(int((2, 1, 0)[kind]) for kind in kinds))
     prior, _, _ = fit_prior(tables, gains, valid=None, steps=300, seed=3, **OPTIONS)
-    (row,) = log_prior(prior, [np.eye(3)[[2, 1, 0]].astype(np.float32)])
+    (row,) = log_prior(prior, [alone(np.eye(3)[[2, 1, 0]])])
     assert np.exp(row[1:]) == pytest.approx([1 / 3, 2 / 3], abs=0.03) and row[0] < -3
     by_hand = -(2 * math.log(0.5) + math.log(0.25)) / 3
     log_probs = torch.tensor([[0.25, 0.5, 0.25, 0.0]]).log()

@@ -88,13 +88,13 @@ def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):
         logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
         for t in range(1, len(text.input_ids)):
             if t in text.choices:
-                among = (logits[t - 1, labels] + torch.tensor(text.choices[t])).log_softmax(-1)
+                among = (0.2 * logits[t - 1, labels] + torch.tensor(text.choices[t])).log_softmax(-1)
                 expected.append(-among[labels.index(text.input_ids[t])].item())
             elif text.parts[t]:
                 expected.append(-logits[t - 1].log_softmax(-1)[text.input_ids[t]].item())
     log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"ranking": 1.0}, steps=1, batch_size=2,
                    micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
-                   save_steps=5, label_ids=labels)  # fmt: skip
+                   save_steps=5, label_ids=labels, llm_weight=0.2)  # fmt: skip
     assert len(expected) == 4 and log[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
@@ -106,11 +106,12 @@ def test_a_choice_among_copies_by_hand(tokenizer, tmp_path):
         logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
         for t in (t for t, part in enumerate(text.parts) if part):
             among = text.copies.get(t, dict.fromkeys(range(28), 0.0))
-            scores = logits[t - 1, list(among)] + torch.tensor(list(among.values()))
+            weight = 0.2 if t in text.copies else 1.0
+            scores = weight * logits[t - 1, list(among)] + torch.tensor(list(among.values()))
             expected.append(-scores.log_softmax(-1)[list(among).index(text.input_ids[t])].item())
     log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"reasoning": 1.0}, steps=1, batch_size=2,
                    micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
-                   save_steps=5)  # fmt: skip
+                   save_steps=5, llm_weight=0.2)  # fmt: skip
     assert len(expected) == 5 and log[0]["loss"] == pytest.approx(sum(expected) / 5, rel=1e-4)
 
 

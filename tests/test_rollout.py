@@ -150,6 +150,11 @@ def test_probabilities_sum_to_one_and_match_the_full_mask(model, grammar):
     assert torch.equal(forced, all_forced)
 
 
+def test_a_weight_that_leaves_nothing_of_the_model(tokenizer):
+    with pytest.raises(ConfigurationError, match="prompt_llm_weight is 0"):
+        Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=0, llm_weight=0)
+
+
 def test_the_prior_by_hand(grammar):
     """P(label) is proportional to P_LLM(label) * P_prior(label), and -inf closes a label."""
     logits = torch.zeros(1, 3, 56)
@@ -231,23 +236,28 @@ def test_a_cited_id_is_one_that_the_prompt_shows():
     assert nothing[0, 2].nonzero().flatten().tolist() == [END]
 
 
-def test_grounded_log_probs_match_the_full_mask():
-    """Along random walks that the grammar allows, against a softmax over (B, O, V) of logits and priors by hand."""
+@pytest.mark.parametrize("weight", [1.0, 0.2])
+def test_grounded_log_probs_match_the_full_mask(weight):
+    """Along random walks that the grammar allows, against a softmax over (B, O, V) of logits and priors by hand; and the
+    processor of `generate` gives the same probabilities."""
+    grammar = replace(GROUNDED, llm_weight=weight)
     prompts = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A, *SHOWN[14:]], [PAD] * 8 + [4, *SHOWN[5:15]] + [7]])
     prior = torch.tensor([[0.0, 2.0, -1.0, -torch.inf, -torch.inf], [-1.0, 0.5, -0.5, -torch.inf, -torch.inf]])
     ids_of = [{(22, 25): [-1.0] * 2, (22, 26): [2.0], (23, 25): [0.0]}, {(22, 26): [-1.0], (23, 25): [-1.0]}]
-    cited = GROUNDED.cited(prompts, prior)
+    cited = grammar.cited(prompts, prior)
     torch.manual_seed(0)
     several = 0
     for _ in range(30):
         walks, logits = [], torch.randn(2, 12, 56) * 3
-        bias = torch.zeros_like(logits)
+        bias, scale = torch.zeros_like(logits), torch.ones_like(logits)
         for row in range(2):
             walk: list[int] = []
             for place in range(12):
                 own = type(cited)(*(part[row : row + 1] for part in cited))
                 allowed, _ = GROUNDED.allowed(torch.tensor([[*walk, PAD]]), torch.tensor([3]), 56, own)
                 open_ = allowed[0, -1].nonzero().flatten().tolist()
+                if set(open_) <= set(range(22, 30)) or MARK in walk:  # a candidate is chosen
+                    scale[row, place] = weight
                 if set(open_) <= set(range(22, 30)):
                     begun = walk[len(walk) - walk[::-1].index(BEGIN) :]
                     for token in open_:
@@ -261,14 +271,19 @@ def test_grounded_log_probs_match_the_full_mask():
                 walk.append(likely[torch.randint(len(likely), ()).item()])
             walks.append(walk)
         ids = torch.tensor(walks)
-        log_probs, entropy, forced = constrained_log_probs(logits, ids, prior, GROUNDED, 0.7, cited)
+        log_probs, entropy, forced = constrained_log_probs(logits, ids, prior, grammar, 0.7, cited)
         allowed, all_forced = GROUNDED.allowed(ids, torch.tensor([3, 3]), 56, cited)
-        reference = ((logits + bias) / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1)
+        reference = ((scale * logits + bias) / 0.7).masked_fill(~allowed, -math.inf).log_softmax(-1)
         torch.testing.assert_close(log_probs, reference.gather(-1, ids.unsqueeze(-1))[..., 0])
         spread = -(reference.exp() * reference.clamp(min=-1e30)).sum(-1)
         torch.testing.assert_close(entropy, spread, atol=1e-5, rtol=1e-5)
         assert torch.equal(forced, all_forced)
     assert several > 50
+    processor = GrammarProcessor(grammar, prompts, prior)
+    for place in range(12):
+        scores = processor(torch.cat([prompts, ids[:, :place]], dim=1), logits[:, place]).log_softmax(-1)
+        reference = (scale * logits + bias).masked_fill(~allowed, -math.inf).log_softmax(-1)[:, place]
+        torch.testing.assert_close(scores, reference)
     foreign = torch.tensor([[BEGIN, 24, END, MARK, A, B, C, EOS]])
     own = type(cited)(*(part[:1] for part in cited))
     log_probs, _, _ = constrained_log_probs(torch.zeros(1, 8, 56), foreign, prior[:1], GROUNDED, 1.0, own)

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from recbole_gr2.bridge import Data, ListedBase, evaluate_rows
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
+from recbole_gr2.evidence import Observed, collect
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.rollout import read_answer
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuffled_order
@@ -25,12 +27,13 @@ from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.sid.tokens import is_code, sid_text
 from recbole_gr2.stages import Context, midtrain, traces
-from recbole_gr2.stages.embeddings import item_text
-from recbole_gr2.stages.evidence import injected_requests, load_facts, load_requests
+from recbole_gr2.stages.embeddings import item_text, load_embeddings
+from recbole_gr2.stages.evidence import injected_requests, load_described, load_requests
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
-from recbole_gr2.stages.sft import answer_grammar, answer_requests, training_row
+from recbole_gr2.stages.sft import answer_requests, training_row
 from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.stages.traces import answer_grammar
 from recbole_gr2.teachers import RulesTeacher
 from recbole_gr2.types import Candidate, Item, Request, Trace
 
@@ -179,7 +182,7 @@ def test_facts_of_a_run(smoke, items, tmp_path):
     shown = other(smoke, tmp_path, prompt_evidence=["rank", "next"], trace_mode="targeted", trace_min_accepted=0.0)
     for split in ("train", "test"):
         requests = [r for r in load_requests(shown, split, items) if r.prior]
-        tables = load_facts(shown, split, requests)
+        tables = [each.facts for each in load_described(shown, split, requests)]
         assert len(requests) > 50
         for request, table in zip(requests, tables, strict=True):
             ranks = [facts["rank"] for facts in request.facts]
@@ -901,8 +904,14 @@ def test_lambdamart_learns_from_the_lists_of_gr2(smoke, items):
     assert all(sorted(rankings[r.request_id]) == sorted(r.items) for r in test) and how["trees"] >= 1
     false = [replace(r, target=r.items[0]) for r in test]
     assert lambdamart_rankings(smoke, items, false)[0] == rankings
-    facts = load_facts(smoke, "test", test[::-1])
+    known = load_described(smoke, "test", test[::-1])
+    facts = [each.facts for each in known]
     assert [len(table) for table in facts] == [len(r.items) for r in test[::-1]]
+    assert [each.pairs.shape[:2] for each in known] == [(len(r.items), min(len(r.history), 10)) for r in test[::-1]]
+    training = [sequence.tolist() for sequence in smoke.data.train_sequences().values()]
+    observed = Observed(items=smoke.data.items, sequences=training, embeddings=load_embeddings(smoke))
+    _, again = collect(test[::-1], smoke.settings["evidence_providers"], observed)
+    assert all(np.array_equal(*parts) for one, two in zip(known, again, strict=True) for parts in zip(one, two))
     names = json.loads((smoke.folders["evidence"] / "facts.json").read_text())
     assert [row.tolist() for row in facts[0][:, [names.index("rank")]].T] == [list(range(1, len(facts[0]) + 1))]
 

@@ -1,13 +1,15 @@
 """Evidence: short facts about each candidate of a list that a re-ranker needs and a language model cannot know.
 
-A provider is a function `provider(observed) -> describe`, and `describe(request)` gives named facts, one number per
-candidate. It sees training interactions and item texts alone; the target of a list reaches none of them.
+A provider is a function `provider(observed) -> describe`, and `describe(request)` gives named facts: one number per
+candidate, (K,), or one for each of the last R items of the history and each candidate, (R, K), oldest first. It sees
+training interactions and item texts alone; the target of a list reaches none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from recbole_gr2.errors import GR2Error
 from recbole_gr2.extension import find
 from recbole_gr2.types import Candidate, Item, Request
 
-RECENT = 10  # items of a history that transitions and texts are compared with; ours
+RECENT = 10  # items of a history that candidates are compared with, at most: R; ours
 Facts = dict[str, np.ndarray]
 Describe = Callable[[Request], Facts]
 
@@ -33,6 +35,14 @@ class Observed:
     items: Sequence[Item]
     sequences: Sequence[Sequence[int]]
     embeddings: np.ndarray
+
+
+class Described(NamedTuple):
+    """What is known of a list: F facts about each candidate, (K, F) float32, and P about each candidate and each of the
+    last R items of the history, newest first, (K, R, P) float16."""
+
+    facts: np.ndarray
+    pairs: np.ndarray
 
 
 def base(observed: Observed) -> Describe:
@@ -70,12 +80,16 @@ def transition(observed: Observed) -> Describe:
         recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
         last = recent[-1]
         fade = 0.7 ** np.arange(len(recent))[::-1, None]
+        later = soon.of(recent[:, None], items)
         return {
             "next": np.log1p(direct.of(last, items)),
             "share of next": direct.of(last, items) / followed[last],
             "soon after last": np.log1p(soon.of(last, items)),
-            "soon after": np.log1p((fade * soon.of(recent[:, None], items)).sum(axis=0)),
+            "soon after": np.log1p((fade * later).sum(axis=0)),
             "soon before last": np.log1p(soon.of(items, last)),
+            "next after each": np.log1p(direct.of(recent[:, None], items)),
+            "soon after each": np.log1p(later),
+            "soon before each": np.log1p(soon.of(items, recent[:, None])),
         }
 
     return describe
@@ -98,7 +112,8 @@ def together(observed: Observed) -> Describe:
         number = both.of(recent[:, None], items)
         cosine = number / np.sqrt(counts[recent][:, None] * counts[items])
         return {"together": cosine.sum(axis=0), "most together": cosine.max(axis=0),
-                "together with last": cosine[-1], "users together": np.log1p(number.sum(axis=0))}  # fmt: skip
+                "together with last": cosine[-1], "users together": np.log1p(number.sum(axis=0)),
+                "together with each": cosine, "users together with each": np.log1p(number)}  # fmt: skip
 
     return describe
 
@@ -109,7 +124,8 @@ def text(observed: Observed) -> Describe:
     def describe(request: Request) -> Facts:
         recent = observed.embeddings[np.array(request.history[-RECENT:]) - 1]
         cosine = recent @ observed.embeddings[np.array(request.items) - 1].T
-        return {"text of last": cosine[-1], "closest text": cosine.max(axis=0), "text": cosine.mean(axis=0)}
+        return {"text of last": cosine[-1], "closest text": cosine.max(axis=0), "text": cosine.mean(axis=0),
+                "text of each": cosine}  # fmt: skip
 
     return describe
 
@@ -123,6 +139,7 @@ def brand(observed: Observed) -> Describe:
         return {
             "brand of last": np.array([float(b != "" and b == theirs[-1]) for b in ours]),
             "brand": np.array([theirs.count(b) / len(theirs) if b else 0.0 for b in ours]),
+            "brand of each": np.array([[float(b != "" and b == past) for b in ours] for past in theirs[-RECENT:]]),
         }
 
     return describe
@@ -134,7 +151,7 @@ def category(observed: Observed) -> Describe:
     def describe(request: Request) -> Facts:
         recent = [observed.items[i - 1] for i in request.history[-RECENT:]]
         shared = np.array([[overlap(observed.items[c - 1], past) for c in request.items] for past in recent])
-        return {"category of last": shared[-1], "category": shared.mean(axis=0)}
+        return {"category of last": shared[-1], "category": shared.mean(axis=0), "category of each": shared}
 
     return describe
 
@@ -167,30 +184,36 @@ def find_providers(names: Sequence[str]) -> list[Callable[[Observed], Describe]]
 
 
 def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed
-            ) -> tuple[list[str], list[np.ndarray]]:  # fmt: skip
-    """Names of the F facts, and for each request their values, (K, F) float32.
+            ) -> tuple[list[str], list[Described]]:  # fmt: skip
+    """Names of the F facts about candidates, and what is known of each request.
 
     Raises:
-        GR2Error: a provider gave something else than one finite number per candidate, or a name twice.
+        GR2Error: a provider gave something else than finite numbers of one of the two forms, or a name twice.
     """
     describes = [provider(observed) for provider in find_providers(names)]
     labels: list[str] = []
-    values = []
+    rows = []
     for request in requests:
-        facts = [pair for describe in describes for pair in describe(request).items()]
-        columns = [np.asarray(column, dtype=np.float32) for _, column in facts]
-        wrong = [name for (name, _), column in zip(facts, columns, strict=True)
-                 if column.shape != (len(request.items),) or not np.isfinite(column).all()]  # fmt: skip
+        found = [pair for describe in describes for pair in describe(request).items()]
+        shapes = (len(request.items),), (min(len(request.history), RECENT), len(request.items))
+        values = [np.asarray(value, dtype=np.float32) for _, value in found]
+        wrong = [name for (name, _), value in zip(found, values, strict=True)
+                 if value.shape not in shapes or not np.isfinite(value).all()]  # fmt: skip
         if wrong:
             raise GR2Error(
-                f"the fact {wrong[0]!r} is not one finite number per candidate", where=request.request_id,
-                do=f"mend its provider, one of evidence_providers {list(names)}",
+                f"the fact {wrong[0]!r} is not one finite number per candidate, nor one per item and candidate",
+                where=request.request_id, do=f"mend its provider, one of evidence_providers {list(names)}",
             )  # fmt: skip
-        labels = labels or [name for name, _ in facts]
-        values.append(np.stack(columns, axis=1))
-    if len(set(labels)) < len(labels):
-        raise GR2Error(f"two facts have one name: {labels}", where="evidence_providers", do="rename one of them")
-    return labels, values
+        every = [name for name, _ in found]
+        if len(set(every)) < len(every):
+            raise GR2Error(f"two facts have one name: {every}", where="evidence_providers", do="rename one of them")
+        labels = [name for name, value in zip(every, values, strict=True) if value.ndim == 1]
+        pairs = [value[::-1].T for value in values if value.ndim == 2]
+        rows.append(Described(
+            np.stack([value for value in values if value.ndim == 1], axis=1),
+            np.stack(pairs, axis=2).astype(np.float16) if pairs else np.zeros((*shapes[1][::-1], 0), np.float16),
+        ))  # fmt: skip
+    return labels, rows
 
 
 def fact_names(names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ allowed it is *forced*: probability 1, nothing to learn.
 Reasoning may cite the semantic IDs that the prompt shows and no others: each token of one is a choice among those that
 go on like one of them, and where the prompt has a label behind an ID, a citation has it too, so that the ranking can
 copy it. Where a candidate is chosen, by its label or by its ID, its prior has a say:
-P(choice) ~ P_LLM(choice) * P_prior(candidate), an item of the history having the least prior of the candidates.
+P(choice) ~ P_LLM(choice) ** llm_weight * P_prior(candidate), an item of the history having the least prior of all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Grammar:
     """Token ids of the grammar and the longest reasoning in tokens (0: no reasoning, the ranking comes at once).
 
     `sid_ids` are those that begin and end a semantic ID, and `code_ids` those inside: with them reasoning cites what
-    the prompt shows, without them it is free.
+    the prompt shows, without them it is free. `llm_weight` (> 0) is the power of the model's probability where a
+    candidate is chosen.
     """
 
     ranking_id: int
@@ -64,18 +65,23 @@ class Grammar:
     max_reasoning: int
     sid_ids: tuple[int, int] | None = None
     code_ids: tuple[int, ...] = ()
+    llm_weight: float = 1.0
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, ranking: str, labels: list[str], max_reasoning: int, *,
-           grounded: bool = False) -> Grammar:  # fmt: skip
+           grounded: bool = False, llm_weight: float = 1.0) -> Grammar:  # fmt: skip
         """The grammar of a tokenizer that holds the ranking mark and the labels as single tokens.
 
         Args:
             grounded: reasoning cites the semantic IDs of the prompt alone.
 
         Raises:
-            ConfigurationError: one of them is not in the vocabulary, or the tokenizer has no eos token.
+            ConfigurationError: one of them is not in the vocabulary, the tokenizer has no eos token, or llm_weight is
+                not above 0.
         """
+        if not llm_weight > 0:
+            raise ConfigurationError(f"prompt_llm_weight is {llm_weight}", do="choose a number above 0",
+                                     why="at 0 the language model would have no say")  # fmt: skip
         vocabulary = tokenizer.get_vocab()
         ends = (SID_BEGIN, SID_END) if grounded else ()
         absent = [token for token in (ranking, *labels, *ends) if token not in vocabulary]
@@ -88,7 +94,7 @@ class Grammar:
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         label_ids = tuple(vocabulary[label] for label in labels)
-        grammar = cls(vocabulary[ranking], label_ids, tokenizer.eos_token_id, pad, max_reasoning)
+        grammar = cls(vocabulary[ranking], label_ids, tokenizer.eos_token_id, pad, max_reasoning, llm_weight=llm_weight)
         if not grounded:
             return grammar
         codes = tuple(sorted(number for token, number in vocabulary.items() if is_code(token)))
@@ -225,8 +231,12 @@ class GrammarProcessor(LogitsProcessor):
         # `phases` looks at the tokens before a position: append one position, and ask about it.
         asked = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
         phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts, self.cited)))
-        scores = scores.index_add(-1, self.labels, self.label_prior.to(scores.dtype))
-        scores = scores.scatter_add(-1, phases.copies[:, 0].clamp(min=0), phases.copy_prior[:, 0].to(scores.dtype))
+        weight, copies = self.grammar.llm_weight, phases.copies[:, 0]
+        labels = weight * scores[:, self.labels] + self.label_prior.to(scores.dtype)
+        scores = scores.index_copy(-1, self.labels, labels)
+        cited = copies.clamp(min=0)  # FREE adds 0 to token 0
+        more = (weight - 1) * scores.gather(-1, cited) + phases.copy_prior[:, 0].to(scores.dtype)
+        scores = scores.scatter_add(-1, cited, more.masked_fill(copies == FREE, 0.0))
         return scores.masked_fill(~self.grammar.mask(phases, scores.size(-1)).squeeze(1), -torch.inf)
 
 
@@ -241,7 +251,7 @@ def constrained_log_probs(
     """Log-probabilities under the grammar, for logits (B, O, V) that predict completion_ids (B, O).
 
     Args:
-        label_prior: (B, labels), added to the logits of the labels; -inf behind a list's last label.
+        label_prior: (B, labels), added to the weighted logits of the labels; -inf behind a list's last label.
         cited: what `grammar.cited` says of the prompts, whose priors are added to the logits of what cites them.
 
     Returns:
@@ -264,7 +274,8 @@ def constrained_log_probs(
 
     labels = torch.tensor(grammar.label_ids, device=logits.device)
     rows = phases.labels.any(-1)
-    scores = (logits[rows][:, labels].float() + label_prior[rows.nonzero()[:, 0]]) / temperature
+    scores = grammar.llm_weight * logits[rows][:, labels].float() + label_prior[rows.nonzero()[:, 0]]
+    scores = scores / temperature
     scores = scores.masked_fill(~phases.labels[rows], -torch.inf)
     is_label = completion_ids[rows].unsqueeze(-1) == labels
     chosen, spread = _choose(scores, is_label.int().argmax(-1))
@@ -273,7 +284,7 @@ def constrained_log_probs(
 
     rows = (phases.copies != FREE).any(-1)
     tokens = phases.copies[rows]
-    scores = (among(logits[rows], tokens) + phases.copy_prior[rows]) / temperature
+    scores = (grammar.llm_weight * among(logits[rows], tokens) + phases.copy_prior[rows]) / temperature
     is_one = completion_ids[rows].unsqueeze(-1) == tokens
     chosen, spread = _choose(scores, is_one.int().argmax(-1))
     chosen = chosen.masked_fill(~is_one.any(-1), -torch.inf)

@@ -44,10 +44,10 @@ class PartsTrainer(SFTTrainer):
     """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
 
     def __init__(self, *args, part_weights: Mapping[str, float], label_ids: Sequence[int] = (),
-                 trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
+                 llm_weight: float = 1.0, trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.trie = trie and trie.to(self.model.device)
-        self.label_ids = torch.tensor(label_ids, dtype=torch.long)
+        self.label_ids, self.llm_weight = torch.tensor(label_ids, dtype=torch.long), llm_weight
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
         self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
@@ -73,15 +73,15 @@ class PartsTrainer(SFTTrainer):
             bias = inputs["choices"][:, 1:][scored]
             chosen, label_ids = ~bias[:, 0].isnan(), self.label_ids.to(labels.device)
             which = (labels[scored][chosen].unsqueeze(-1) == label_ids).int().argmax(-1)
-            own = functional.cross_entropy(logits[chosen][:, label_ids].float() + bias[chosen], which, reduction="none")
+            scores = self.llm_weight * logits[chosen][:, label_ids].float() + bias[chosen]
+            own = functional.cross_entropy(scores, which, reduction="none")
             losses = losses.masked_scatter(chosen, own)
         if "copies" in inputs:  # (B, T, M), FREE behind the last of them
             tokens, bias = (inputs[name][:, 1:][scored] for name in ("copies", "copy_prior"))
             chosen = tokens[:, 0] != FREE
             which = (labels[scored][chosen].unsqueeze(-1) == tokens[chosen]).int().argmax(-1)
-            own = functional.cross_entropy(
-                among(logits[chosen], tokens[chosen]) + bias[chosen], which, reduction="none"
-            )
+            scores = self.llm_weight * among(logits[chosen], tokens[chosen]) + bias[chosen]
+            own = functional.cross_entropy(scores, which, reduction="none")
             losses = losses.masked_scatter(chosen, own)
         if self.trie:
             codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
@@ -107,7 +107,7 @@ class PartsTrainer(SFTTrainer):
 def finetune(
     model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
     batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
-    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), trie: SidTrie | None = None,
+    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), llm_weight: float = 1.0, trie: SidTrie | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
@@ -120,6 +120,7 @@ def finetune(
         max_length: longest text in tokens; a longer one is an error, never cut.
         bf16: bfloat16 autocast.
         label_ids: the labels that `Row.choices` are about.
+        llm_weight: power of the model's probability in `Row.choices` and `Row.copies`, beside their prior.
         trie: where a semantic ID stands, each of its codes is a choice among those that lead on to an item, as it is in
             generation, not among the whole vocabulary; None: among the whole vocabulary.
 
@@ -163,7 +164,7 @@ def finetune(
     )
     trainer = PartsTrainer(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        label_ids=label_ids, trie=trie, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
+        label_ids=label_ids, llm_weight=llm_weight, trie=trie, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
         callbacks=[ProgressLines(say)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it

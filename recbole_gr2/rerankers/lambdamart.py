@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Lists = tuple[Sequence[np.ndarray], Sequence[Sequence[int]]]  # facts (K, F) of each list, and its gains (K,)
+from recbole_gr2.evidence import RECENT, Described
+
+Lists = tuple[Sequence[Described], Sequence[Sequence[int]]]  # what is known of each list, and its gains (K,)
 
 
-def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed: int) -> tuple[list[np.ndarray], int]:
+def lambdamart(train: Lists, valid: Lists, asked: Sequence[Described], *, seed: int) -> tuple[list[np.ndarray], int]:
     """Scores (K,) of every asked list by a model that was fitted to the train lists.
 
     The validation lists choose the number of trees. Small trees and strong shrinkage are ours: with 7 leaves it does
@@ -25,7 +27,7 @@ def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed:
 
     model = LGBMRanker(
         objective="lambdarank", n_estimators=500, learning_rate=0.05, num_leaves=7, min_child_samples=50, subsample=0.8,
-        subsample_freq=1, colsample_bytree=0.8, reg_lambda=1.0, random_state=seed, n_jobs=1, deterministic=True,
+        subsample_freq=1, colsample_bytree=0.4, reg_lambda=1.0, random_state=seed, n_jobs=1, deterministic=True,
         force_row_wise=True, verbose=-1,
     )  # fmt: skip
     rows, goals, sizes = _table(train)
@@ -34,11 +36,20 @@ def lambdamart(train: Lists, valid: Lists, asked: Sequence[np.ndarray], *, seed:
         rows, goals, group=sizes, eval_X=(checked,), eval_y=(wanted,), eval_group=[lengths], eval_at=[5],
         callbacks=[early_stopping(50, verbose=False)],
     )  # fmt: skip
-    scores = model.predict(np.concatenate(list(asked)))
-    return np.split(scores, np.cumsum([len(table) for table in asked])[:-1]), model.best_iteration_
+    scores = model.predict(np.concatenate([columns(each) for each in asked]))
+    return np.split(scores, np.cumsum([len(each.facts) for each in asked])[:-1]), model.best_iteration_
+
+
+def columns(known: Described) -> np.ndarray:
+    """All that the prior sees of each candidate in one row, (K, F + (RECENT + 2) P): its facts, those of the pairs with
+    every item of the history (0 where it is shorter), and their largest and their sum."""
+    pairs = known.pairs.astype(np.float32)
+    pooled = [pairs.max(axis=1), pairs.sum(axis=1)]
+    padded = np.pad(pairs, ((0, 0), (0, RECENT - pairs.shape[1]), (0, 0)))
+    return np.concatenate([known.facts, padded.reshape(len(padded), -1), *pooled], axis=1)
 
 
 def _table(lists: Lists) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Facts (sum K, F), gains (sum K,), and the K of every list."""
-    facts, gains = lists
-    return np.concatenate(list(facts)), np.concatenate(list(gains)).astype(int), [len(table) for table in facts]
+    """Columns (sum K, ..), gains (sum K,), and the K of every list."""
+    tables, gains = [columns(each) for each in lists[0]], lists[1]
+    return np.concatenate(tables), np.concatenate(list(gains)).astype(int), [len(table) for table in tables]

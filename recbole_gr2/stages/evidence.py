@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.evidence import Observed, collect
+from recbole_gr2.evidence import RECENT, Described, Observed, collect
 from recbole_gr2.evidence.prior import Prior, cross_fit, fit_prior, log_prior
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.requests import read_requests
@@ -30,7 +30,8 @@ SPLITS = ("train", "valid", "test")
 
 
 def run(context: Context) -> dict:
-    """Writes facts.json (names), facts-<split>.npy, prior.safetensors and <split>.jsonl: every candidate's log-prior.
+    """Writes facts.json (names), facts-<split>.npy and pairs-<split>.npy (`Described`, all lists' candidates behind each
+    other), prior.safetensors and <split>.jsonl: every candidate's log-prior.
 
     Train lists without their target are left out: nothing is learnt from them.
     """
@@ -47,22 +48,24 @@ def run(context: Context) -> dict:
     embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
     seen = {"train": data.open_sequences(), "valid": training, "test": training}
-    names, facts = [], {}
+    names, known = [], {}
     for split in SPLITS:
         observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
-        names, facts[split] = collect(requests[split], settings["evidence_providers"], observed)
-        np.save(context.folder / f"facts-{split}.npy", np.concatenate(facts[split]))
-        context.say(f"{split}: {len(names)} facts about each candidate of {len(facts[split]):,} lists")
+        names, known[split] = collect(requests[split], settings["evidence_providers"], observed)
+        np.save(context.folder / f"facts-{split}.npy", np.concatenate([each.facts for each in known[split]]))
+        np.save(context.folder / f"pairs-{split}.npy", _behind(known[split]))
+        context.say(f"{split}: {len(names)} facts about each candidate of {len(known[split]):,} lists, "
+                    f"{known[split][0].pairs.shape[2]} about it and each item of the history")  # fmt: skip
 
     options = {name: settings[f"evidence_{name}"] for name in ("hidden", "dropout", "learning_rate", "weight_decay")}
     seed = derive_seed(settings["seed"], "evidence")
     goals = [r.gains for r in requests["train"]]
     held = [number for number, r in enumerate(requests["valid"]) if r.target_rank]
-    checked = [facts["valid"][n] for n in held], [requests["valid"][n].gains for n in held]
-    prior, steps, error = fit_prior(facts["train"], goals, valid=checked, steps=settings["evidence_steps"], seed=seed,
+    checked = [known["valid"][n] for n in held], [requests["valid"][n].gains for n in held]
+    prior, steps, error = fit_prior(known["train"], goals, valid=checked, steps=settings["evidence_steps"], seed=seed,
                                     **options)  # fmt: skip
-    rows = {split: log_prior(prior, facts[split]) for split in ("valid", "test")}
-    rows["train"] = cross_fit(facts["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed,
+    rows = {split: log_prior(prior, known[split]) for split in ("valid", "test")}
+    rows["train"] = cross_fit(known["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed,
                               **options)  # fmt: skip
     save_file(prior.state_dict(), context.folder / "prior.safetensors")
     for split in SPLITS:
@@ -89,7 +92,7 @@ def load_requests(context: Context, split: str, items: Sequence[Item]) -> list[R
     if not context.settings["prompt_evidence"]:
         return requests
     described = [r for r in requests if r.prior]
-    shown = {r.request_id: r for r in _show(context, described, load_facts(context, split, described))}
+    shown = {r.request_id: r for r in _show(context, described, load_described(context, split, described))}
     return [shown.get(r.request_id, r) for r in requests]
 
 
@@ -117,28 +120,29 @@ def injected_requests(context: Context, items: Sequence[Item], count: int) -> li
     if not requests or not settings["evidence_providers"]:
         return requests
     observed = Observed(items=data.items, sequences=data.open_sequences(), embeddings=load_embeddings(context))
-    _, tables = collect(requests, settings["evidence_providers"], observed)
-    prior = Prior(tables[0].shape[1], settings["evidence_hidden"], settings["evidence_dropout"])
+    _, known = collect(requests, settings["evidence_providers"], observed)
+    prior = Prior(known[0].facts.shape[1], known[0].pairs.shape[2], settings["evidence_hidden"],
+                  settings["evidence_dropout"])  # fmt: skip
     prior.load_state_dict(load_file(context.folders["evidence"] / "prior.safetensors"))
-    rows = log_prior(prior.eval(), tables)
+    rows = log_prior(prior.eval(), known)
     requests = [replace(r, prior=tuple(row)) for r, row in zip(requests, rows, strict=True)]
-    return _show(context, requests, tables) if settings["prompt_evidence"] else requests
+    return _show(context, requests, known) if settings["prompt_evidence"] else requests
 
 
-def _show(context: Context, requests: Sequence[Request], tables: Sequence[np.ndarray]) -> list[Request]:
-    """Requests with the facts that a prompt shows, from all of theirs, (K, F) each.
+def _show(context: Context, requests: Sequence[Request], described: Sequence[Described]) -> list[Request]:
+    """Requests with the facts that a prompt shows, from all of theirs.
 
     Raises:
         ConfigurationError: `prompt_evidence` names a fact that there is not.
     """
     folder, names = context.folders["evidence"], context.settings["prompt_evidence"]
-    known = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    if set(names) - set(known):
-        raise ConfigurationError(f"there are no facts {sorted(set(names) - set(known))} to show",
-                                 where="prompt_evidence", do=f"choose from {', '.join(known)}")  # fmt: skip
-    columns = [known.index(name) for name in names]
+    every = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    if set(names) - set(every):
+        raise ConfigurationError(f"there are no facts {sorted(set(names) - set(every))} to show",
+                                 where="prompt_evidence", do=f"choose from {', '.join(every)}")  # fmt: skip
+    columns = [every.index(name) for name in names]
     tenths = edges(np.load(folder / "facts-train.npy")[:, columns])
-    shown = [(table[:, None, columns] > tenths).sum(axis=1).tolist() for table in tables]
+    shown = [(each.facts[:, None, columns] > tenths).sum(axis=1).tolist() for each in described]
     return [replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows))
             for r, rows in zip(requests, shown, strict=True)]  # fmt: skip
 
@@ -154,13 +158,21 @@ def edges(seen: np.ndarray) -> np.ndarray:
     return np.quantile(seen, np.linspace(0.1, 0.9, 9), axis=0, method="lower")
 
 
-def load_facts(context: Context, split: str, requests: Sequence[Request]) -> list[np.ndarray]:
-    """Facts (K, F) of each of these lists of a split, given in any order; train lists have to hold their target."""
+def load_described(context: Context, split: str, requests: Sequence[Request]) -> list[Described]:
+    """What is known of each of these lists of a split, given in any order; train lists have to hold their target."""
     lines = read_lines(context.folders["evidence"] / f"{split}.jsonl")
     sizes = {line["request_id"]: len(line["log_prior"]) for line in lines}
-    table = np.load(context.folders["evidence"] / f"facts-{split}.npy")
-    parts = dict(zip(sizes, np.split(table, np.cumsum(list(sizes.values()))[:-1]), strict=True))
-    return [parts[r.request_id] for r in requests]
+    ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
+    facts, pairs = (np.load(context.folders["evidence"] / f"{kind}-{split}.npy", mmap_mode="r")
+                    for kind in ("facts", "pairs"))  # fmt: skip
+    rows = {r.request_id: slice(ends[r.request_id] - sizes[r.request_id], ends[r.request_id]) for r in requests}
+    return [Described(np.array(facts[rows[r.request_id]]),
+                      np.array(pairs[rows[r.request_id], : len(r.history)])) for r in requests]  # fmt: skip
+
+
+def _behind(lists: Sequence[Described]) -> np.ndarray:
+    """Pairs of all lists' candidates behind each other, (sum K, RECENT, P), 0 where a history is shorter."""
+    return np.concatenate([np.pad(each.pairs, ((0, 0), (0, RECENT - each.pairs.shape[1]), (0, 0))) for each in lists])
 
 
 def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> dict:

@@ -23,12 +23,12 @@ from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.evidence import load_facts, load_requests
+from recbole_gr2.stages.evidence import load_described, load_requests
 from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
 from recbole_gr2.stages.onerec_think import candidate_scores
-from recbole_gr2.stages.sft import answer_grammar, answer_requests
+from recbole_gr2.stages.sft import answer_requests
 from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.stages.traces import grounding
+from recbole_gr2.stages.traces import answer_grammar, grounding
 from recbole_gr2.store import read_lines, write_lines
 from recbole_gr2.types import Item, Request
 
@@ -113,8 +113,8 @@ def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[
     lists = {}
     for split in ("train", "valid"):
         held = [r for r in load_requests(context, split, items) if r.teaches]
-        lists[split] = load_facts(context, split, held), [r.gains for r in held]
-    scores, trees = lambdamart(lists["train"], lists["valid"], load_facts(context, "test", requests),
+        lists[split] = load_described(context, split, held), [r.gains for r in held]
+    scores, trees = lambdamart(lists["train"], lists["valid"], load_described(context, "test", requests),
                                seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}
 

@@ -24,9 +24,8 @@ from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import injected_requests
 from recbole_gr2.stages.midtrain import load_model, load_stage_model, new_tokens, use_bf16
-from recbole_gr2.stages.sft import answer_grammar
 from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.stages.traces import training_requests
+from recbole_gr2.stages.traces import answer_grammar, training_requests
 from recbole_gr2.store import write_json
 
 FIGURES = (  # of a round, in the log and in the report

@@ -16,12 +16,12 @@ from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
 from recbole_gr2.prompts import PromptMaker, encode_prompt
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.sid.tokens import RANKING, SID, label_tokens, sid_text
+from recbole_gr2.sid.tokens import SID, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import load_requests
 from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
 from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.stages.traces import accepted_traces, training_requests
+from recbole_gr2.stages.traces import accepted_traces, answer_grammar, training_requests
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Prompt, Request, Trace
 
@@ -51,7 +51,7 @@ def run(context: Context) -> dict:
     log = finetune(
         model, tokenizer, rows, context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
-        label_ids=grammar.label_ids,
+        label_ids=grammar.label_ids, llm_weight=grammar.llm_weight,
         steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(rows) / settings["sft_batch_size"])),
         batch_size=settings["sft_batch_size"],
         micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
@@ -88,13 +88,6 @@ def run(context: Context) -> dict:
         "loss_last": {k: v for k, v in log[-1].items() if k.startswith("loss")},
         "checked": dict(statuses),
     }
-
-
-def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
-    """The form of every answer of this run; without reasoning the ranking comes at once."""
-    longest = settings["prompt_max_reasoning"] if reasoning else 0
-    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest,
-                      grounded=settings["prompt_grounded"])  # fmt: skip
 
 
 def training_row(

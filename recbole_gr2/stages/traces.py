@@ -41,8 +41,7 @@ def run(context: Context) -> dict:
 
     def local_llm() -> LocalLLMTeacher:
         model, tokenizer = _teacher_model(context)
-        grammar = Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), settings["prompt_max_reasoning"],
-                             grounded=settings["prompt_grounded"])  # fmt: skip
+        grammar = answer_grammar(tokenizer, settings)
         bf16, temperature = use_bf16(settings, model.device.type), settings["trace_temperature"]
         return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed, bf16=bf16,
                                temperature=temperature)  # fmt: skip
@@ -103,6 +102,14 @@ def run(context: Context) -> dict:
         "usage": usage,
         "cost": cost(usage, settings["trace_price"]),
     }
+
+
+def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
+    """The form of every answer of this run; without reasoning the ranking comes at once."""
+    longest = settings["prompt_max_reasoning"] if reasoning else 0
+    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest,
+                      grounded=settings["prompt_grounded"],
+                      llm_weight=settings["prompt_llm_weight"] if settings["evidence_providers"] else 1.0)  # fmt: skip
 
 
 def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str:
