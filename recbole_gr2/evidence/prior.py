@@ -17,7 +17,7 @@ from recbole_gr2.evidence import RECENT, Described
 from recbole_gr2.seeding import derive_seed
 
 Gains = Sequence[Sequence[int]]
-CHECK_EVERY = 10  # steps between looks at the validation lists
+CHECK_EVERY, PATIENCE = 10, 250  # steps between looks at the validation lists, and without a better one; ours
 BATCH = 512  # lists a step; ours
 AT_ONCE = 4096  # lists scored side by side
 
@@ -77,7 +77,7 @@ def fit_prior(
     Args:
         gains: what each candidate of a list is worth (K,), not all 0. It asks for them in proportion: for its one
             target, or for each of several.
-        valid: lists that choose the number of steps; None takes all of them.
+        valid: lists that choose the number of steps, up to `steps`; None takes all of them.
 
     Returns:
         (prior in eval mode, steps taken, cross-entropy of the validation lists in nats).
@@ -106,6 +106,8 @@ def fit_prior(
                     error = cross_entropy(prior(checked[0]), checked[1]).item()
                 if error < best[1]:
                     best = (step, error, {name: value.clone() for name, value in prior.state_dict().items()})
+                if step - best[0] >= PATIENCE:
+                    break
     if best[2] is not None:
         prior.load_state_dict(best[2])
     return prior.eval(), best[0], best[1] if checked else None
