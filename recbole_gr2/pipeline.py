@@ -154,6 +154,9 @@ def check(settings: Settings) -> None:
                 f"there are no facts {sorted(unknown)} to show", where="prompt_evidence",
                 do=f"choose from {', '.join(known)}" if known else "name evidence_providers, which count them",
             )  # fmt: skip
+    if not settings["prompt_llm_weight"] > 0:
+        raise ConfigurationError(f"prompt_llm_weight is {settings['prompt_llm_weight']}", do="choose a number above 0",
+                                 why="at 0 the language model would have no say")  # fmt: skip
     tokenizer_config(settings)
     WeightedRewards(settings["rl_rewards"])
 

@@ -122,12 +122,22 @@ def not_finite(observed):
     return lambda request: {"x": np.full(len(request.items), np.nan)}
 
 
+def beyond_float16(observed):
+    return lambda request: {"x": np.full((len(request.history), len(request.items)), 1e6)}
+
+
+def about_pairs_alone(observed):
+    return lambda request: {"x": np.arange(6).reshape(2, 3)}
+
+
 def test_providers_of_a_user():
     labels, (known,) = collect([request()], ["popularity", f"{__name__}:two_names"], OBSERVED)
     assert labels == ["popularity", "rank"] and known.facts.shape == (3, 2)
     with pytest.raises(GR2Error, match="two facts have one name"):
         collect([request()], ["base", f"{__name__}:two_names"], OBSERVED)
-    for wrong in ("too_short", "not_finite"):
+    labels, (known,) = collect([request()], [f"{__name__}:about_pairs_alone"], OBSERVED)
+    assert labels == [] and known.facts.shape == (3, 0) and known.pairs[:, :, 0].tolist() == [[3, 0], [4, 1], [5, 2]]
+    for wrong in ("too_short", "not_finite", "beyond_float16"):
         with pytest.raises(GR2Error, match="one finite number per candidate"):
             collect([request()], ["popularity", f"{__name__}:{wrong}"], OBSERVED)
     for wrong in ("weather", "no_such_module:x", f"{__name__}:no_such_name"):

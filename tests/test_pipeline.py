@@ -49,6 +49,7 @@ def actions(plan) -> dict[str, str]:
     ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
     ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
     ({"prompt_evidence": ["next", "weather"]}, r"there are no facts \['weather'\] to show"),
+    ({"prompt_llm_weight": 0}, "prompt_llm_weight is 0"),
     ({"prompt_evidence": ["next"], "evidence_providers": []}, r"there are no facts \['next'\] to show"),
     ({"trace_price": {"promt": 0.1}}, r"trace_price has no \['promt'\]"),
     ({"rl_start": "midtrain"}, "rl_start is 'midtrain'"),

@@ -150,11 +150,6 @@ def test_probabilities_sum_to_one_and_match_the_full_mask(model, grammar):
     assert torch.equal(forced, all_forced)
 
 
-def test_a_weight_that_leaves_nothing_of_the_model(tokenizer):
-    with pytest.raises(ConfigurationError, match="prompt_llm_weight is 0"):
-        Grammar.of(tokenizer, RANKING, LABELS, max_reasoning=0, llm_weight=0)
-
-
 def test_the_prior_by_hand(grammar):
     """P(label) is proportional to P_LLM(label) * P_prior(label), and -inf closes a label."""
     logits = torch.zeros(1, 3, 56)

@@ -195,10 +195,10 @@ def collect(requests: Sequence[Request], names: Sequence[str], observed: Observe
     rows = []
     for request in requests:
         found = [pair for describe in describes for pair in describe(request).items()]
-        shapes = (len(request.items),), (min(len(request.history), RECENT), len(request.items))
-        values = [np.asarray(value, dtype=np.float32) for _, value in found]
+        size, recent = len(request.items), min(len(request.history), RECENT)
+        values = [np.asarray(value, dtype=np.float16 if np.ndim(value) == 2 else np.float32) for _, value in found]
         wrong = [name for (name, _), value in zip(found, values, strict=True)
-                 if value.shape not in shapes or not np.isfinite(value).all()]  # fmt: skip
+                 if value.shape not in ((size,), (recent, size)) or not np.isfinite(value).all()]  # fmt: skip
         if wrong:
             raise GR2Error(
                 f"the fact {wrong[0]!r} is not one finite number per candidate, nor one per item and candidate",
@@ -208,10 +208,11 @@ def collect(requests: Sequence[Request], names: Sequence[str], observed: Observe
         if len(set(every)) < len(every):
             raise GR2Error(f"two facts have one name: {every}", where="evidence_providers", do="rename one of them")
         labels = [name for name, value in zip(every, values, strict=True) if value.ndim == 1]
+        facts = [value for value in values if value.ndim == 1]
         pairs = [value[::-1].T for value in values if value.ndim == 2]
         rows.append(Described(
-            np.stack([value for value in values if value.ndim == 1], axis=1),
-            np.stack(pairs, axis=2).astype(np.float16) if pairs else np.zeros((*shapes[1][::-1], 0), np.float16),
+            np.stack(facts, axis=1) if facts else np.zeros((size, 0), np.float32),
+            np.stack(pairs, axis=2) if pairs else np.zeros((size, recent, 0), np.float16),
         ))  # fmt: skip
     return labels, rows
 

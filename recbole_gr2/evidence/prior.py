@@ -89,8 +89,9 @@ def fit_prior(
         prior = Prior(table.facts.size(-1), table.pairs.size(-1), hidden, dropout)
         there = table.real.unsqueeze(-1) & table.known.unsqueeze(1)
         for name, seen in (("facts", table.facts[table.real]), ("pairs", table.pairs[there].float())):
-            getattr(prior, f"{name}_mean").copy_(seen.mean(0))
-            getattr(prior, f"{name}_scale").copy_(seen.std(0).clamp(min=1e-6))
+            if seen.size(1):
+                getattr(prior, f"{name}_mean").copy_(seen.mean(0))
+                getattr(prior, f"{name}_scale").copy_(seen.std(0).clamp(min=1e-6))
         optimizer = torch.optim.AdamW(prior.parameters(), lr=learning_rate, weight_decay=weight_decay)
         best = (steps, float("inf"), None)
         for step in range(1, steps + 1):

@@ -76,12 +76,8 @@ class Grammar:
             grounded: reasoning cites the semantic IDs of the prompt alone.
 
         Raises:
-            ConfigurationError: one of them is not in the vocabulary, the tokenizer has no eos token, or llm_weight is
-                not above 0.
+            ConfigurationError: one of them is not in the vocabulary, or the tokenizer has no eos token.
         """
-        if not llm_weight > 0:
-            raise ConfigurationError(f"prompt_llm_weight is {llm_weight}", do="choose a number above 0",
-                                     why="at 0 the language model would have no say")  # fmt: skip
         vocabulary = tokenizer.get_vocab()
         ends = (SID_BEGIN, SID_END) if grounded else ()
         absent = [token for token in (ranking, *labels, *ends) if token not in vocabulary]
@@ -173,8 +169,8 @@ class Grammar:
     def _copies(
         self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where a semantic ID has begun and not ended, (B, O) bool, what has to follow there or right behind its end,
-        (B, O, M), and the log of the mean prior of what it may then become, (B, O, M)."""
+        """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, and the label behind its
+        end, (B, O, M), and the log of the mean prior of what it may then become, (B, O, M)."""
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
         shown = cited.tokens

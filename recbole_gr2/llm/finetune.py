@@ -164,8 +164,8 @@ def finetune(
     )
     trainer = PartsTrainer(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        label_ids=label_ids, llm_weight=llm_weight, trie=trie, data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
-        callbacks=[ProgressLines(say)],
+        label_ids=label_ids, llm_weight=llm_weight, trie=trie, callbacks=[ProgressLines(say)],
+        data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)

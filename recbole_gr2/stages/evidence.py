@@ -30,8 +30,8 @@ SPLITS = ("train", "valid", "test")
 
 
 def run(context: Context) -> dict:
-    """Writes facts.json (names), facts-<split>.npy and pairs-<split>.npy (`Described`, all lists' candidates behind each
-    other), prior.safetensors and <split>.jsonl: every candidate's log-prior.
+    """Writes facts.json (names), facts-<split>.npy and pairs-<split>.npy (`Described`, all lists' candidates behind
+    each other), prior.safetensors and <split>.jsonl: every candidate's log-prior.
 
     Train lists without their target are left out: nothing is learnt from them.
     """
