@@ -44,6 +44,11 @@ class Described(NamedTuple):
     facts: np.ndarray
     pairs: np.ndarray
 
+    @property
+    def padded(self) -> np.ndarray:
+        """The pairs with 0 behind a shorter history, (K, RECENT, P)."""
+        return np.pad(self.pairs, ((0, 0), (0, RECENT - self.pairs.shape[1]), (0, 0)))
+
 
 def base(observed: Observed) -> Describe:
     """Where the base model puts a candidate: rank, score below the first one, log-softmax of the scores."""

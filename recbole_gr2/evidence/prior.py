@@ -1,7 +1,7 @@
 """The prior: a small listwise model of the evidence, whose log-probabilities the policy starts from.
 
 The language model then learns what the evidence does not say: P(label) is proportional to
-P_LLM(label | prompt) * P_prior(label), in SFT, in RL and in use alike.
+P_LLM(label | prompt) ** w * P_prior(label), in SFT, in RL and in use alike.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recbole_gr2.evidence import RECENT, Described
+from recbole_gr2.evidence import Described
 
 Lists = tuple[Sequence[Described], Sequence[Sequence[int]]]  # what is known of each list, and its gains (K,)
 
@@ -44,9 +44,8 @@ def columns(known: Described) -> np.ndarray:
     """All that the prior sees of each candidate in one row, (K, F + (RECENT + 2) P): its facts, those of the pairs with
     every item of the history (0 where it is shorter), and their largest and their sum."""
     pairs = known.pairs.astype(np.float32)
-    pooled = [pairs.max(axis=1), pairs.sum(axis=1)]
-    padded = np.pad(pairs, ((0, 0), (0, RECENT - pairs.shape[1]), (0, 0)))
-    return np.concatenate([known.facts, padded.reshape(len(padded), -1), *pooled], axis=1)
+    flat = known.padded.reshape(len(pairs), -1).astype(np.float32)
+    return np.concatenate([known.facts, flat, pairs.max(axis=1), pairs.sum(axis=1)], axis=1)
 
 
 def _table(lists: Lists) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.evidence import RECENT, Described, Observed, collect
+from recbole_gr2.evidence import Described, Observed, collect
 from recbole_gr2.evidence.prior import Prior, cross_fit, fit_prior, log_prior
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.requests import read_requests
@@ -53,7 +53,7 @@ def run(context: Context) -> dict:
         observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
         names, known[split] = collect(requests[split], settings["evidence_providers"], observed)
         np.save(context.folder / f"facts-{split}.npy", np.concatenate([each.facts for each in known[split]]))
-        np.save(context.folder / f"pairs-{split}.npy", _behind(known[split]))
+        np.save(context.folder / f"pairs-{split}.npy", np.concatenate([each.padded for each in known[split]]))
         context.say(f"{split}: {len(names)} facts about each candidate of {len(known[split]):,} lists, "
                     f"{known[split][0].pairs.shape[2]} about it and each item of the history")  # fmt: skip
 
@@ -168,11 +168,6 @@ def load_described(context: Context, split: str, requests: Sequence[Request]) ->
     rows = {r.request_id: slice(ends[r.request_id] - sizes[r.request_id], ends[r.request_id]) for r in requests}
     return [Described(np.array(facts[rows[r.request_id]]),
                       np.array(pairs[rows[r.request_id], : len(r.history)])) for r in requests]  # fmt: skip
-
-
-def _behind(lists: Sequence[Described]) -> np.ndarray:
-    """Pairs of all lists' candidates behind each other, (sum K, RECENT, P), 0 where a history is shorter."""
-    return np.concatenate([np.pad(each.pairs, ((0, 0), (0, RECENT - each.pairs.shape[1]), (0, 0))) for each in lists])
 
 
 def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> dict:
