@@ -72,29 +72,29 @@ STAGES = (
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="evidence", version=3, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
-    Stage(name="traces", version=5, settings=("trace_", "prompt_", "seed"),
+    Stage(name="traces", version=6, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
-    Stage(name="sft", version=5, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="sft", version=6, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
-    Stage(name="rl", version=6, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    Stage(name="rl", version=7, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("embeddings", "candidates", "tokenizer", "evidence", "sft")),
     Stage(name="evaluate", version=4, settings=("eval_", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
-RERANK = Stage(name="", version=2, code="rerank", needs=("candidates", "tokenizer", "evidence"),
+RERANK = Stage(name="", version=3, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
              "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip
 RL = next(stage for stage in STAGES if stage.name == "rl")
 INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
                       needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
-DISTILL = replace(RL, name="distill", version=3, code="rl", settings=(*RL.settings, "distill_"),
-                  but=("rl_start", "rl_steps", "rl_mask_truncated"),
+DISTILL = replace(RL, name="distill", version=4, code="rl", settings=(*RL.settings, "distill_"),
+                  but=("rl_start", "rl_steps", "rl_learning_rate", "rl_mask_truncated"),
                   needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
-           "eval_scope": ("in_list", "all")}  # fmt: skip
+           "eval_scope": ("in_list", "all"), "sft_others": ("prior", "base", "teacher")}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,34 +79,16 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
     assert log[0]["loss"] == pytest.approx(sum(expected) / 6, rel=1e-4)
 
 
-def test_a_choice_among_labels_by_hand(tokenizer, tmp_path):
-    labels, gone = [10, 11, 12], -float("inf")
-    row = Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 0], choices={2: [0.5, 0.0, -1.0], 3: [0.5, gone, -1.0]})
-    rows = [row, Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]
-    expected = []
-    for text in rows:
-        logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
-        for t in range(1, len(text.input_ids)):
-            if t in text.choices:
-                among = (0.2 * logits[t - 1, labels] + torch.tensor(text.choices[t])).log_softmax(-1)
-                expected.append(-among[labels.index(text.input_ids[t])].item())
-            elif text.parts[t]:
-                expected.append(-logits[t - 1].log_softmax(-1)[text.input_ids[t]].item())
-    log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"ranking": 1.0}, steps=1, batch_size=2,
-                   micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
-                   save_steps=5, label_ids=labels, llm_weight=0.2)  # fmt: skip
-    assert len(expected) == 4 and log[0]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-4)
-
-
-def test_a_choice_among_copies_by_hand(tokenizer, tmp_path):
-    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], copies={2: {12: 0.5, 11: -1.0}, 3: {10: 0.0, 5: 2.0, 7: -3.0}}),
+def test_a_choice_by_hand(tokenizer, tmp_path):
+    choices = {2: {12: 0.5, 11: -1.0}, 3: {10: 0.0, 5: 2.0, 7: -3.0}}
+    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], choices=choices),
             Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]  # fmt: skip
     expected = []
     for text in rows:
         logits = tiny()(input_ids=torch.tensor([text.input_ids])).logits[0]
         for t in (t for t, part in enumerate(text.parts) if part):
-            among = text.copies.get(t, dict.fromkeys(range(28), 0.0))
-            weight = 0.2 if t in text.copies else 1.0
+            among = text.choices.get(t, dict.fromkeys(range(28), 0.0))
+            weight = 0.2 if t in text.choices else 1.0
             scores = weight * logits[t - 1, list(among)] + torch.tensor(list(among.values()))
             expected.append(-scores.log_softmax(-1)[list(among).index(text.input_ids[t])].item())
     log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"reasoning": 1.0}, steps=1, batch_size=2,
@@ -194,7 +176,7 @@ def test_rank_zero_trains_the_model_itself():
 
 
 def test_collator_masks_padding_that_looks_like_a_token():
-    plain = {"copy_at": [], "copies": [], "copy_prior": []}
+    plain = {"choice_at": [], "choices": [], "choice_prior": []}
     batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1], **plain},
                          {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7], **plain}])  # fmt: skip
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

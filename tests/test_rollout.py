@@ -258,7 +258,7 @@ def test_grounded_log_probs_match_the_full_mask(weight):
                     for token in open_:
                         fits = [value for codes, values in ids_of[row].items() for value in values
                                 if [*codes[: len(begun) + 1]] == [*begun, token]]  # fmt: skip
-                        bias[row, place, token] = torch.tensor(fits).logsumexp(0) - math.log(len(fits))
+                        bias[row, place, token] = 0.7 * (torch.tensor(fits) / 0.7).logsumexp(0)
                     several += len(open_) > 1
                 if MARK in walk:
                     bias[row, place, A : A + 3] = prior[row, :3]
@@ -274,7 +274,7 @@ def test_grounded_log_probs_match_the_full_mask(weight):
         torch.testing.assert_close(entropy, spread, atol=1e-5, rtol=1e-5)
         assert torch.equal(forced, all_forced)
     assert several > 50
-    processor = GrammarProcessor(grammar, prompts, prior)
+    processor = GrammarProcessor(grammar, prompts, prior, temperature=0.7)
     for place in range(12):
         scores = processor(torch.cat([prompts, ids[:, :place]], dim=1), logits[:, place]).log_softmax(-1)
         reference = (scale * logits + bias).masked_fill(~allowed, -math.inf).log_softmax(-1)[:, place]
@@ -283,6 +283,24 @@ def test_grounded_log_probs_match_the_full_mask(weight):
     own = type(cited)(*(part[:1] for part in cited))
     log_probs, _, _ = constrained_log_probs(torch.zeros(1, 8, 56), foreign, prior[:1], GROUNDED, 1.0, own)
     assert log_probs[0, 1] == -math.inf and log_probs[0, 2] == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_an_id_written_token_by_token_follows_the_prior_of_its_candidate(temperature):
+    """With a language model that knows nothing, whatever first codes the candidates share."""
+    shown = [[BEGIN, 22, 25, END, A], [BEGIN, 22, 26, END, B], [BEGIN, 22, 27, END, C], [BEGIN, 23, 25, END, D]]
+    prompts, prior = torch.tensor([[5, *sum(shown, [])]]), torch.tensor([[0.3, 0.25, 0.05, 0.4, 0.0]]).log()
+    cited = GROUNDED.cited(prompts, prior)
+    logits = torch.zeros(1, 6, 56)
+    found = [constrained_log_probs(logits, torch.tensor([[*walk, 7]]), prior, GROUNDED, temperature, cited)[0][0, 1:5]
+             for walk in shown]  # fmt: skip
+    expected = (prior[0, :4] / temperature).softmax(-1)
+    torch.testing.assert_close(torch.stack(found).sum(-1).exp(), expected)
+    greedy = GrammarProcessor(GROUNDED, prompts, prior, temperature=0.0)
+    ids = torch.cat([prompts, torch.tensor([[BEGIN]])], dim=1)
+    while ids[0, -1] not in GROUNDED.label_ids:
+        ids = torch.cat([ids, greedy(ids, torch.zeros(1, 56)).argmax(-1, keepdim=True)], dim=1)
+    assert ids[0, -5:].tolist() == shown[3]  # the likeliest of all, though the first code of the others has more
 
 
 def test_a_policy_cites_what_its_prompt_shows(model):
@@ -307,7 +325,7 @@ def plain_generation(model, grammar, prompt, prior):
     ids = torch.tensor([prompt])
     config = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=EOS, pad_token_id=PAD)
     label_prior = prior_tensor([prior], grammar, model.device)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior)])
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior, temperature=0.0)])
     output = model.generate(ids, generation_config=config, logits_processor=processors)
     return output[0, len(prompt) :].tolist()
 

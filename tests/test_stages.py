@@ -31,7 +31,7 @@ from recbole_gr2.stages.embeddings import item_text, load_embeddings
 from recbole_gr2.stages.evidence import injected_requests, load_described, load_requests
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
 from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, load_rankings, reported_lists
-from recbole_gr2.stages.sft import answer_requests, training_row
+from recbole_gr2.stages.sft import answer_requests, taught_ranking, training_row
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import answer_grammar
 from recbole_gr2.teachers import RulesTeacher
@@ -546,10 +546,10 @@ def test_a_training_row_by_hand(student, longest):
     assert row.parts == [0] * len(head) + [1] * len(said) + [mark, 2, 2, 0, 0]  # last label and end are forced
     assert not grammar.was_truncated(row.input_ids[len(head) :])
     start = len(head) + len(said) + 1
-    assert row.choices == {start: [0, 0, 0], start + 1: [0, 0, -math.inf]}  # no evidence, and C is taken
+    assert row.choices == {start: {a: 0, b: 0, c: 0}, start + 1: {a: 0, b: 0}}  # no evidence, and C is taken
     known = training_row(toy_maker(), replace(request, prior=(-1.0, -2.0, -3.0)), prompt, trace, tokenizer, grammar)
     assert (known.input_ids, known.parts) == (row.input_ids, row.parts)
-    assert known.choices[start] == [-3.0, -1.0, -2.0]  # in the order of the labels
+    assert known.choices[start] == {a: -3.0, b: -1.0, c: -2.0}
 
 
 def test_a_grounded_training_row_by_hand(student):
@@ -568,19 +568,34 @@ def test_a_grounded_training_row_by_hand(student):
     assert words[one + 3 : one + 5] == ["<|sid_end|>", "<|B|>"]
     assert [parts[two + step] for step in range(5)] == [1, 0, 0, 0, 1]  # it is not shown
     priors = {3: -3.0, 10: -1.0, 11: -2.0, 12: -3.0}  # item 3 is of the history
-    assert row.copies == {
-        head + one + 1: pytest.approx({number(f"<s_a_{n}>"): prior for n, prior in priors.items()})}  # fmt: skip
+    assert row.choices[head + one + 1] == pytest.approx({number(f"<s_a_{n}>"): own for n, own in priors.items()})
+    assert min(row.choices) == head + one + 1 and len(row.choices) == 3  # beside the first two of three labels
     for longest in range(one + 2, one + 6):  # the limit stands in the first citation
         short = replace(grammar, max_reasoning=longest)
         cut = training_row(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)
         assert cut.input_ids[head : head + one + 1] == [*row.input_ids[head : head + one], grammar.ranking_id]
-        assert not cut.copies
+        assert len(cut.choices) == 2
     answer = read_answer(request, row.input_ids[head:], maker.label_items(request, prompt), grammar, tokenizer)
     assert answer.reasoning.replace(" ", "") == said.replace(" ", "")  # read back without the label
     twins = replace(maker, items=[replace(item, sid=(7, 7)) for item in maker.items])
     prompt, trace = twins.render(request), toy_trace(request, (11, 10, 12), f"Best is {sid_text((7, 7))}")
     row = training_row(twins, request, prompt, trace, tokenizer, grammar)
     assert tokenizer.decode(row.input_ids).endswith("<|sid_end|><|B|><|ranking|><|B|><|A|><|C|><|im_end|>")  # B is the best
+
+
+def test_what_the_taught_ranking_has_behind_its_first():
+    request, ranking = replace(toy_request(11), prior=(-1.0, -2.0, -3.0)), (11, 12, 10)
+
+    def taught(request: Request, others: str) -> tuple[int, ...]:
+        return taught_ranking(request, ranking, others, seed=1)
+
+    assert taught(request, "teacher") == ranking
+    assert taught(request, "base") == (11, 10, 12)
+    assert taught(replace(request, prior=()), "prior") == ranking
+    several = [taught(replace(request, request_id=str(number)), "prior") for number in range(4000)]
+    assert set(several) == {(11, 10, 12), ranking}
+    assert several.count((11, 10, 12)) / 4000 == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)  # of 10 and 12 alone
+    assert taught(request, "prior") == taught(request, "prior")
 
 
 def test_sft_rows_of_the_run_fit(smoke, items, student):

@@ -130,14 +130,16 @@ class Grammar:
         return Cited(found, prior)
 
     def phases(
-        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: Cited | None = None
-    ) -> Phases:
+        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: Cited | None = None,
+        temperature: float = 1.0,
+    ) -> Phases:  # fmt: skip
         """What is allowed at each position, from the tokens before it: ids (B, O), counts (B,) with 1 <= K <= labels.
 
         The rule is total: it is defined behind tokens that it would not have allowed, too.
 
         Args:
             cited: what `cited` says of the prompts.
+            temperature: that of the choice, 0 for the likeliest: `copy_prior` depends on it.
         """
         ids = completion_ids
         labels = torch.tensor(self.label_ids, device=ids.device)
@@ -152,7 +154,7 @@ class Grammar:
         only = torch.full_like(ids, FREE)
         copies, copy_prior = only.clone().unsqueeze(-1), torch.zeros(*ids.shape, 1, device=ids.device)
         if cited is not None:
-            inside, copies, copy_prior = self._copies(ids, position, cited)
+            inside, copies, copy_prior = self._copies(ids, position, cited, temperature)
             several = (copies != FREE).sum(-1)
             only = torch.where(~marked & (several == 1), copies.amax(-1), only)
             only[~marked & inside & (several == 0)] = self.sid_ids[1]  # behind codes that the prompt does not show
@@ -167,10 +169,14 @@ class Grammar:
                       copy_prior.masked_fill(copies == FREE, 0.0))  # fmt: skip
 
     def _copies(
-        self, ids: torch.Tensor, position: torch.Tensor, cited: Cited
+        self, ids: torch.Tensor, position: torch.Tensor, cited: Cited, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where a semantic ID has begun and not ended, (B, O) bool, what may follow there, and the label behind its
-        end, (B, O, M), and the log of the mean prior of what it may then become, (B, O, M)."""
+        end, (B, O, M), and the log-prior of all that it may then become, (B, O, M).
+
+        An ID is chosen token by token, yet P_prior(candidate) ** (1 / temperature) is what it shall be drawn from: so a
+        token has the sum of it over the candidates behind that token. At 0 that is the likeliest of them.
+        """
         begin, end = (_last(ids == number, position) for number in self.sid_ids)
         inside = begin > end
         shown = cited.tokens
@@ -183,7 +189,8 @@ class Grammar:
         nexts = shown.gather(2, said.clamp(max=width - 1).unsqueeze(1).expand(-1, shown.size(1), -1)).transpose(1, 2)
         nexts = nexts.masked_fill(~fits, FREE)
         alike = nexts.unsqueeze(-1) == nexts.unsqueeze(-2)  # (B, O, M, M)
-        prior = torch.where(alike, cited.prior[:, None, None], -torch.inf).logsumexp(-1) - alike.sum(-1).log()
+        prior = torch.where(alike, cited.prior[:, None, None], -torch.inf)
+        prior = temperature * (prior / temperature).logsumexp(-1) if temperature else prior.amax(-1)
         again = alike.tril(-1).any(-1)
         return inside, nexts.masked_fill(again, FREE), prior
 
@@ -215,10 +222,13 @@ class GrammarProcessor(LogitsProcessor):
     """Lets `generate` choose only what the grammar allows, with the candidates' log-prior added to their logits.
 
     `prompt_ids` (B, P) and `label_prior` (B, labels), one row per row of the batch; -inf behind a list's last label.
+    `temperature` is that by which logits are divided behind this, 0 where the largest is taken.
     """
 
-    def __init__(self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor) -> None:
+    def __init__(self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor,
+                 temperature: float) -> None:  # fmt: skip
         self.grammar, self.prompt_length, self.label_prior = grammar, prompt_ids.size(1), label_prior
+        self.temperature = temperature
         self.cited = grammar.cited(prompt_ids, label_prior)
         self.labels = torch.tensor(grammar.label_ids, device=label_prior.device)
         self.label_counts = label_prior.isfinite().sum(-1)
@@ -226,7 +236,8 @@ class GrammarProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         # `phases` looks at the tokens before a position: append one position, and ask about it.
         asked = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
-        phases = Phases(*(part[:, -1:] for part in self.grammar.phases(asked, self.label_counts, self.cited)))
+        phases = self.grammar.phases(asked, self.label_counts, self.cited, self.temperature)
+        phases = Phases(*(part[:, -1:] for part in phases))
         weight, copies = self.grammar.llm_weight, phases.copies[:, 0]
         labels = weight * scores[:, self.labels] + self.label_prior.to(scores.dtype)
         scores = scores.index_copy(-1, self.labels, labels)
@@ -256,7 +267,7 @@ def constrained_log_probs(
 
     Reasoning positions share one vocabulary mask and label positions read K logits, so no (B, O, V) mask is made.
     """
-    phases = grammar.phases(completion_ids, label_prior.isfinite().sum(-1), cited)
+    phases = grammar.phases(completion_ids, label_prior.isfinite().sum(-1), cited, temperature)
     forced = phases.only != FREE
     wrong = forced & (completion_ids != phases.only)
     log_probs = torch.zeros(completion_ids.shape, device=logits.device).masked_fill(wrong, -torch.inf)

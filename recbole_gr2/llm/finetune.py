@@ -29,25 +29,23 @@ IGNORED = -100
 class Row:
     """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss.
 
-    `choices` maps a position to the log-prior of every label there, -inf for those that are not open: such a token is
-    a choice among the open labels, as it is in generation, not among the whole vocabulary. `copies` maps a position to
-    the tokens that it is a choice among, with their log-prior.
+    `choices` maps a position to the tokens that it is a choice among, with their log-prior: as in generation, the
+    choice is not among the whole vocabulary there.
     """
 
     input_ids: list[int]
     parts: list[int]
-    choices: Mapping[int, Sequence[float]] = field(default_factory=dict)
-    copies: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    choices: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
 
 class PartsTrainer(SFTTrainer):
     """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
 
-    def __init__(self, *args, part_weights: Mapping[str, float], label_ids: Sequence[int] = (),
-                 llm_weight: float = 1.0, trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
+    def __init__(self, *args, part_weights: Mapping[str, float], llm_weight: float = 1.0,
+                 trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self.trie = trie and trie.to(self.model.device)
-        self.label_ids, self.llm_weight = torch.tensor(label_ids, dtype=torch.long), llm_weight
+        self.llm_weight = llm_weight
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
         self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
@@ -69,15 +67,8 @@ class PartsTrainer(SFTTrainer):
             ).last_hidden_state[:, :-1]
             logits = head(hidden[scored])
         losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
-        if "choices" in inputs:  # (B, T, labels), nan where a token is no choice among labels
-            bias = inputs["choices"][:, 1:][scored]
-            chosen, label_ids = ~bias[:, 0].isnan(), self.label_ids.to(labels.device)
-            which = (labels[scored][chosen].unsqueeze(-1) == label_ids).int().argmax(-1)
-            scores = self.llm_weight * logits[chosen][:, label_ids].float() + bias[chosen]
-            own = functional.cross_entropy(scores, which, reduction="none")
-            losses = losses.masked_scatter(chosen, own)
-        if "copies" in inputs:  # (B, T, M), FREE behind the last of them
-            tokens, bias = (inputs[name][:, 1:][scored] for name in ("copies", "copy_prior"))
+        if "choices" in inputs:  # (B, T, M), FREE behind the last of them
+            tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
             chosen = tokens[:, 0] != FREE
             which = (labels[scored][chosen].unsqueeze(-1) == tokens[chosen]).int().argmax(-1)
             scores = self.llm_weight * among(logits[chosen], tokens[chosen]) + bias[chosen]
@@ -107,7 +98,7 @@ class PartsTrainer(SFTTrainer):
 def finetune(
     model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
     batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
-    bf16: bool, save_steps: int, label_ids: Sequence[int] = (), llm_weight: float = 1.0, trie: SidTrie | None = None,
+    bf16: bool, save_steps: int, llm_weight: float = 1.0, trie: SidTrie | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
@@ -119,8 +110,7 @@ def finetune(
         warmup_share: share of the steps in which the learning rate rises; it then falls linearly to 0.
         max_length: longest text in tokens; a longer one is an error, never cut.
         bf16: bfloat16 autocast.
-        label_ids: the labels that `Row.choices` are about.
-        llm_weight: power of the model's probability in `Row.choices` and `Row.copies`, beside their prior.
+        llm_weight: power of the model's probability in `Row.choices`, beside their prior.
         trie: where a semantic ID stands, each of its codes is a choice among those that lead on to an item, as it is in
             generation, not among the whole vocabulary; None: among the whole vocabulary.
 
@@ -156,16 +146,14 @@ def finetune(
             "labels": [[t if p else IGNORED for t, p in zip(row.input_ids, row.parts, strict=True)] for row in rows],
             "length": [len(row.input_ids) for row in rows],
             "choice_at": [list(row.choices) for row in rows],
-            "choice_prior": [[list(prior) for prior in row.choices.values()] for row in rows],
-            "copy_at": [list(row.copies) for row in rows],
-            "copies": [[list(shown) for shown in row.copies.values()] for row in rows],
-            "copy_prior": [[list(shown.values()) for shown in row.copies.values()] for row in rows],
+            "choices": [[list(shown) for shown in row.choices.values()] for row in rows],
+            "choice_prior": [[list(shown.values()) for shown in row.choices.values()] for row in rows],
         }
     )
     trainer = PartsTrainer(
         model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        label_ids=label_ids, llm_weight=llm_weight, trie=trie, callbacks=[ProgressLines(say)],
-        data_collator=Collator(tokenizer.pad_token_id, len(label_ids)),
+        llm_weight=llm_weight, trie=trie, callbacks=[ProgressLines(say)],
+        data_collator=Collator(tokenizer.pad_token_id),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
@@ -178,8 +166,8 @@ def finetune(
 class Collator:
     """Pads rows on the right."""
 
-    def __init__(self, pad_id: int, label_count: int = 0) -> None:
-        self.fill, self.label_count = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}, label_count
+    def __init__(self, pad_id: int) -> None:
+        self.fill = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Tensors (B, T), with an attention mask, since padding may equal another token."""
@@ -188,19 +176,14 @@ class Collator:
             name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
             for name, fill in self.fill.items()
         }
-        if self.label_count:
-            batch["choices"] = torch.full((len(rows), width, self.label_count), torch.nan)
-            for number, row in enumerate(rows):
-                for position, prior in zip(row["choice_at"], row["choice_prior"], strict=True):
-                    batch["choices"][number, position] = torch.tensor(prior)
-        most = max((len(tokens) for row in rows for tokens in row["copies"]), default=0)
+        most = max((len(tokens) for row in rows for tokens in row["choices"]), default=0)
         if most:
-            batch["copies"] = torch.full((len(rows), width, most), FREE)
-            batch["copy_prior"] = torch.zeros(len(rows), width, most)
+            batch["choices"] = torch.full((len(rows), width, most), FREE)
+            batch["choice_prior"] = torch.zeros(len(rows), width, most)
             for number, row in enumerate(rows):
-                for place, tokens, prior in zip(row["copy_at"], row["copies"], row["copy_prior"], strict=True):
-                    batch["copies"][number, place, : len(tokens)] = torch.tensor(tokens)
-                    batch["copy_prior"][number, place, : len(tokens)] = torch.tensor(prior)
+                for place, tokens, prior in zip(row["choice_at"], row["choices"], row["choice_prior"], strict=True):
+                    batch["choices"][number, place, : len(tokens)] = torch.tensor(tokens)
+                    batch["choice_prior"][number, place, : len(tokens)] = torch.tensor(prior)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
         return batch

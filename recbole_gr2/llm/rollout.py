@@ -209,7 +209,7 @@ def _generate_batch(
         cache.batch_repeat_interleave(num_generations)
     ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
     label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior)])
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior, temperature)])
     if temperature > 0:
         seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
         processors.append(GumbelSampler(temperature, seeds, ids.device))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from recbole_gr2.errors import GateError
@@ -15,6 +18,7 @@ from recbole_gr2.llm.constraint import FREE, Grammar
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
 from recbole_gr2.prompts import PromptMaker, encode_prompt
+from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID, sid_text
 from recbole_gr2.stages import Context
@@ -41,17 +45,21 @@ def run(context: Context) -> dict:
     requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
     model, tokenizer = load_stage_model(context, "midtrain")
     grammar = answer_grammar(tokenizer, settings)
-    rows = [training_row(maker, r, maker.render(r), traces[r.request_id], tokenizer, grammar) for r in requests]
+    seed = derive_seed(settings["seed"], "sft")
+    rows = []
+    for request in requests:
+        trace = traces[request.request_id]
+        trace = replace(trace, ranking=taught_ranking(request, trace.ranking, settings["sft_others"], seed))
+        rows.append(training_row(maker, request, maker.render(request), trace, tokenizer, grammar))
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
-    seed = derive_seed(settings["seed"], "sft")
     seed_everything(seed)
     bf16 = use_bf16(settings, model.device.type)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = finetune(
         model, tokenizer, rows, context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
-        label_ids=grammar.label_ids, llm_weight=grammar.llm_weight,
+        llm_weight=grammar.llm_weight,
         steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(rows) / settings["sft_batch_size"])),
         batch_size=settings["sft_batch_size"],
         micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
@@ -90,6 +98,22 @@ def run(context: Context) -> dict:
     }
 
 
+def taught_ranking(request: Request, ranking: Sequence[int], others: str, seed: int) -> tuple[int, ...]:
+    """The ranking that a text teaches: what a teacher's puts first, and the others behind it by `others`.
+
+    `prior` draws them from the prior, one after another without putting back (Plackett-Luce). The best that a model can
+    learn of them is then nothing, as the prior is added to what it says; from the prior's own order it would learn to
+    say the prior once more, as well as it can.
+    """
+    if others == "teacher" or others == "prior" and not request.prior:
+        return tuple(ranking)
+    if others == "base":
+        return promote(request.items, ranking[0])
+    noise = np.random.default_rng(derive_seed(seed, request.request_id)).gumbel(size=len(request.items))
+    drawn = [request.items[n] for n in np.argsort(-(np.array(request.prior) + noise))]
+    return promote(drawn, ranking[0])
+
+
 def training_row(
     maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar
 ) -> Row:
@@ -114,24 +138,22 @@ def training_row(
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))
     said = grammar.phases(torch.tensor([[*reasoning, grammar.ranking_id]]), torch.tensor([len(labels)]),
                           grammar.cited(torch.tensor([head]), prior))  # fmt: skip
-    prior = prior[0]
-    choices, first = {}, len(head) + len(reasoning) + 1
-    for place, label in enumerate(labels[:-1]):  # the last one is forced
-        choices[first + place] = prior.tolist()
-        prior[grammar.label_ids.index(label)] = -torch.inf
-    parts, copies = [REASONING] * len(reasoning), {}
+    parts, choices = [REASONING] * len(reasoning), {}
     for place, token in enumerate(reasoning):
         found = zip(said.copies[0, place].tolist(), said.copy_prior[0, place].tolist(), strict=True)
         shown = {one: own for one, own in found if one != FREE}
         if said.only[0, place] != FREE or shown and token not in shown:
             parts[place] = 0
         elif shown:
-            copies[len(head) + place] = shown
+            choices[len(head) + place] = shown
+    prior_of, first = dict(zip(grammar.label_ids, prior[0].tolist(), strict=True)), len(head) + len(reasoning) + 1
+    for place in range(len(labels) - 1):  # the last one is forced
+        choices[first + place] = {label: prior_of[label] for label in labels[place:]}
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
-               *[ANSWER] * len(choices), 0, 0],
-        choices=choices, copies=copies,
+               *[ANSWER] * (len(labels) - 1), 0, 0],
+        choices=choices,
     )  # fmt: skip
 
 
