@@ -69,7 +69,7 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
     seed = derive_seed(runs[0]["seeds"][0], "seeds")
     pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed)} for row, other in wanted]
-    adjust([pair["metrics"] for pair in pairs])
+    adjust([pair["metrics"] for pair in pairs if pair["versus"] not in DIAGNOSTIC])
     kept = ("dataset", "base_model", "llm", "preset")
     return {
         **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,

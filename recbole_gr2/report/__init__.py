@@ -103,7 +103,8 @@ def pairs_table(result: dict) -> str:
         line = [f"{pair['row']} - {pair['versus']}"]
         for metric in shown:
             found = pair["metrics"][metric]
-            line += [f"{found['diff']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]", f"{found['p_holm']:.4f}"]
+            line += [f"{found['diff']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]",
+                     f"{found['p_holm']:.4f}" if "p_holm" in found else ""]  # fmt: skip
         lines.append(line)
     return render_table(["rows", *(cell for metric in shown for cell in (f"{metric} [95 %]", "p (Holm)"))], lines)
 
@@ -138,18 +139,19 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
     parts += published(result["dataset"])
     answers = [
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
-         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}", _share(facts["cited_in_prompt"]),
-         _share(facts["grounded"] if facts["cited"] else None),
+         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}", f"{facts['first_as_evidence']:.1%}",
+         _share(facts["cited_in_prompt"]), _share(facts["grounded"] if facts["cited"] else None),
          str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
         for row, facts in rankings.items() if "readable" in facts
     ]  # fmt: skip
     if answers:
-        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "cited in prompt",
+        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "its first", "cited in prompt",
                   "cites its first", "lists/s", "first place goes to base rank"]  # fmt: skip
         parts.append(
             f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
-            "very order of the prior, `cited in prompt` the share of the semantic IDs in the reasoning that the prompt "
-            "shows, `cites its first` the share of answers whose reasoning cites the item that they put first."
+            "very order of the prior, `its first` the share with the same item in front, `cited in prompt` the share "
+            "of the semantic IDs in the reasoning that the prompt shows, `cites its first` the share of answers whose "
+            "reasoning cites the item that they put first."
         )
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]

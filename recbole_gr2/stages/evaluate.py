@@ -60,11 +60,12 @@ def run(context: Context) -> dict:
 
 
 def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:
-    """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted as one family."""
+    """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted as one family, without those
+    to a diagnostic row."""
     pairs = [{"row": row, "versus": other, "metrics": _comparisons(
                 _ranks(requests, rankings[row]), _ranks(requests, rankings[other]), len(requests), settings)}
              for row, other in PAIRS if row in rankings and other in rankings]  # fmt: skip
-    adjust([pair["metrics"] for pair in pairs])
+    adjust([pair["metrics"] for pair in pairs if pair["versus"] not in DIAGNOSTIC])
     return pairs
 
 

@@ -62,9 +62,10 @@ def run(context: Context) -> dict:
     ))  # fmt: skip
     unchanged = float(np.mean([rankings[r.request_id] == r.items for r in requests]))
     as_evidence = float(np.mean([rankings[r.request_id] == r.by_prior for r in requests]))
+    first_as_evidence = float(np.mean([rankings[r.request_id][0] == r.by_prior[0] for r in requests]))
     context.say(f"{row}: {len(requests):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
-    return {**how, "unchanged": unchanged, "as_evidence": as_evidence, "seconds": round(seconds, 1),
-            "lists_per_second": round(len(requests) / seconds, 2)}  # fmt: skip
+    return {**how, "unchanged": unchanged, "as_evidence": as_evidence, "first_as_evidence": first_as_evidence,
+            "seconds": round(seconds, 1), "lists_per_second": round(len(requests) / seconds, 2)}  # fmt: skip
 
 
 def reported_lists(context: Context, items: Sequence[Item]) -> tuple[list[Request], list[Request]]:
