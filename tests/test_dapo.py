@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -185,6 +186,9 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path, grounded):
     allowed, forced = trainer.grammar.allowed(batch["completion_ids"], counts, logits.size(-1), cited)
     prior = batch["label_prior"].unsqueeze(1).expand(-1, logits.size(1), -1)
     logits = logits.index_add(-1, torch.tensor(trainer.grammar.label_ids), prior)
+    if grounded:  # two of the three IDs begin with 22, and all have one prior
+        begun = ids[:, batch["prompt_ids"].size(1) - 1 : -1] == 20
+        logits = logits.index_add(-1, torch.tensor([22]), begun.unsqueeze(-1) * math.log(2))
     log_probs = logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)
     log_probs = log_probs.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1)
     ratio = (log_probs - batch["old_per_token_logps"]).exp()

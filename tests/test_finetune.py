@@ -81,7 +81,7 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
 
 def test_a_choice_by_hand(tokenizer, tmp_path):
     choices = {2: {12: 0.5, 11: -1.0}, 3: {10: 0.0, 5: 2.0, 7: -3.0}}
-    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], choices=choices),
+    rows = [Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], choices=choices, drawn=frozenset([3])),
             Row(input_ids=[4, 5, 6], parts=[0, 1, 1])]  # fmt: skip
     expected = []
     for text in rows:
@@ -90,7 +90,10 @@ def test_a_choice_by_hand(tokenizer, tmp_path):
             among = text.choices.get(t, dict.fromkeys(range(28), 0.0))
             weight = 0.2 if t in text.choices else 1.0
             scores = weight * logits[t - 1, list(among)] + torch.tensor(list(among.values()))
-            expected.append(-scores.log_softmax(-1)[list(among).index(text.input_ids[t])].item())
+            goal = torch.eye(len(among))[list(among).index(text.input_ids[t])]
+            if t in text.drawn:
+                goal = torch.tensor(list(among.values())).softmax(-1)
+            expected.append(-(goal * scores.log_softmax(-1)).sum().item())
     log = finetune(tiny(), tokenizer, rows, tmp_path, part_weights={"reasoning": 1.0}, steps=1, batch_size=2,
                    micro_batch_size=2, learning_rate=1e-3, warmup_share=0.0, max_length=16, seed=7, bf16=False,
                    save_steps=5, llm_weight=0.2)  # fmt: skip
@@ -176,7 +179,7 @@ def test_rank_zero_trains_the_model_itself():
 
 
 def test_collator_masks_padding_that_looks_like_a_token():
-    plain = {"choice_at": [], "choices": [], "choice_prior": []}
+    plain = {"choice_at": [], "choices": [], "choice_prior": [], "drawn": []}
     batch = Collator(1)([{"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1], **plain},
                          {"input_ids": [5, 6, 7], "parts": [0, 1, 1], "labels": [-100, 6, 7], **plain}])  # fmt: skip
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -549,7 +549,14 @@ def test_a_training_row_by_hand(student, longest):
     assert row.choices == {start: {a: 0, b: 0, c: 0}, start + 1: {a: 0, b: 0}}  # no evidence, and C is taken
     known = training_row(toy_maker(), replace(request, prior=(-1.0, -2.0, -3.0)), prompt, trace, tokenizer, grammar)
     assert (known.input_ids, known.parts) == (row.input_ids, row.parts)
-    assert known.choices[start] == {a: -3.0, b: -1.0, c: -2.0}
+    assert known.choices[start] == {a: -3.0, b: -1.0, c: -2.0} and known.drawn == set()
+    drawn = training_row(toy_maker(), request, prompt, trace, tokenizer, grammar, drawn=True)
+    assert drawn.drawn == {start + 1}  # behind the target
+    graded = replace(request, grades=(1, 3, 1), split="train")
+    drawn = training_row(toy_maker(), graded, prompt, trace, tokenizer, grammar, drawn=True)
+    assert drawn.drawn == {start + 1}
+    graded = replace(request, grades=(1, 3, 0), split="train")
+    assert not training_row(toy_maker(), graded, prompt, trace, tokenizer, grammar, drawn=True).drawn
 
 
 def test_a_grounded_training_row_by_hand(student):

@@ -30,12 +30,14 @@ class Row:
     """One training text: token ids (T,) and for each the 1-based number of its part, 0 for no loss.
 
     `choices` maps a position to the tokens that it is a choice among, with their log-prior: as in generation, the
-    choice is not among the whole vocabulary there.
+    choice is not among the whole vocabulary there. At positions of `drawn` the token was drawn from that prior: what is
+    learnt there is the prior, not the draw, which is the same on average and has no noise.
     """
 
     input_ids: list[int]
     parts: list[int]
     choices: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    drawn: frozenset[int] = frozenset()
 
 
 class PartsTrainer(SFTTrainer):
@@ -70,9 +72,12 @@ class PartsTrainer(SFTTrainer):
         if "choices" in inputs:  # (B, T, M), FREE behind the last of them
             tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
             chosen = tokens[:, 0] != FREE
-            which = (labels[scored][chosen].unsqueeze(-1) == tokens[chosen]).int().argmax(-1)
-            scores = self.llm_weight * among(logits[chosen], tokens[chosen]) + bias[chosen]
-            own = functional.cross_entropy(scores, which, reduction="none")
+            tokens, bias, drawn = tokens[chosen], bias[chosen], inputs["drawn"][:, 1:][scored][chosen]
+            goal = (labels[scored][chosen].unsqueeze(-1) == tokens).float()
+            prior = bias.masked_fill(tokens == FREE, -torch.inf).softmax(-1)
+            goal = torch.where(drawn.unsqueeze(-1), prior, goal)
+            log_probs = (self.llm_weight * among(logits[chosen], tokens) + bias).log_softmax(-1)
+            own = -(goal * log_probs.masked_fill(tokens == FREE, 0.0)).sum(-1)
             losses = losses.masked_scatter(chosen, own)
         if self.trie:
             codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
@@ -148,6 +153,7 @@ def finetune(
             "choice_at": [list(row.choices) for row in rows],
             "choices": [[list(shown) for shown in row.choices.values()] for row in rows],
             "choice_prior": [[list(shown.values()) for shown in row.choices.values()] for row in rows],
+            "drawn": [[place in row.drawn for place in row.choices] for row in rows],
         }
     )
     trainer = PartsTrainer(
@@ -180,10 +186,13 @@ class Collator:
         if most:
             batch["choices"] = torch.full((len(rows), width, most), FREE)
             batch["choice_prior"] = torch.zeros(len(rows), width, most)
+            batch["drawn"] = torch.zeros(len(rows), width, dtype=torch.bool)
             for number, row in enumerate(rows):
-                for place, tokens, prior in zip(row["choice_at"], row["choices"], row["choice_prior"], strict=True):
+                own = (row[name] for name in ("choice_at", "choices", "choice_prior", "drawn"))
+                for place, tokens, prior, drawn in zip(*own, strict=True):
                     batch["choices"][number, place, : len(tokens)] = torch.tensor(tokens)
                     batch["choice_prior"][number, place, : len(tokens)] = torch.tensor(prior)
+                    batch["drawn"][number, place] = drawn
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
         return batch

@@ -48,9 +48,9 @@ def run(context: Context) -> dict:
     seed = derive_seed(settings["seed"], "sft")
     rows = []
     for request in requests:
-        trace = traces[request.request_id]
+        trace, drawn = traces[request.request_id], settings["sft_others"] == "prior" and request.prior != ()
         trace = replace(trace, ranking=taught_ranking(request, trace.ranking, settings["sft_others"], seed))
-        rows.append(training_row(maker, request, maker.render(request), trace, tokenizer, grammar))
+        rows.append(training_row(maker, request, maker.render(request), trace, tokenizer, grammar, drawn=drawn))
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed_everything(seed)
@@ -115,14 +115,18 @@ def taught_ranking(request: Request, ranking: Sequence[int], others: str, seed: 
 
 
 def training_row(
-    maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar
-) -> Row:
+    maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,
+    drawn: bool = False,
+) -> Row:  # fmt: skip
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
     A label is a choice among the open ones, under the prior, as it is in generation, and a cited semantic ID one among
     those that the prompt shows, with the label that stands behind it there; what is forced, or cannot be said, carries
     no loss. A trace longer than the grammar allows ends at its limit, or in front of the citation that stands across
     it. Without reasoning (`max_reasoning` 0) the trace is left out.
+
+    Args:
+        drawn: candidates that are worth the same stand in the ranking as the prior drew them.
     """
     head = encode_prompt(prompt, tokenizer)
     text = with_labels(trace, maker, request, prompt) if grammar.sid_ids else trace.reasoning
@@ -149,11 +153,12 @@ def training_row(
     prior_of, first = dict(zip(grammar.label_ids, prior[0].tolist(), strict=True)), len(head) + len(reasoning) + 1
     for place in range(len(labels) - 1):  # the last one is forced
         choices[first + place] = {label: prior_of[label] for label in labels[place:]}
+    others = first + len(labels) - request.gains.count(min(request.gains))  # from here on all are worth the same
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
         parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
                *[ANSWER] * (len(labels) - 1), 0, 0],
-        choices=choices,
+        choices=choices, drawn=frozenset(place for place in choices if drawn and place >= others),
     )  # fmt: skip
 
 
