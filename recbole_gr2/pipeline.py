@@ -90,7 +90,7 @@ RL = next(stage for stage in STAGES if stage.name == "rl")
 INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
                       needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
 DISTILL = replace(RL, name="distill", version=4, code="rl", settings=(*RL.settings, "distill_"),
-                  but=("rl_start", "rl_steps", "rl_learning_rate", "rl_mask_truncated"),
+                  but=("rl_start", "rl_steps", "rl_mask_truncated"),
                   needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),

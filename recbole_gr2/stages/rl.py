@@ -87,9 +87,9 @@ def run(context: Context) -> dict:
         prompts_per_step=settings["rl_prompts_per_step"],
         num_generations=settings["rl_num_generations"], num_iterations=settings["rl_num_iterations"],
         minibatches=settings["rl_minibatches"], micro_batch_size=settings["rl_micro_batch_size"],
-        learning_rate=settings["distill_learning_rate" if distill else "rl_learning_rate"],
-        warmup_steps=settings["rl_warmup_steps"], temperature=settings["rl_temperature"],
-        epsilon_low=settings["rl_epsilon_low"], epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
+        learning_rate=settings["rl_learning_rate"], warmup_steps=settings["rl_warmup_steps"],
+        temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
+        epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
         mask_truncated=not distill and settings["rl_mask_truncated"],  # distill has yet to learn where to end
         save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
         processes=PROCESSES,
