@@ -20,7 +20,7 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
 from recbole_gr2.report import SCOPES, SHOWN, new_folder, pairs_table, published, slices_table
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust, read_per_user
+from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
 from recbole_gr2.store import write_json
 
 
@@ -69,7 +69,7 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
     seed = derive_seed(runs[0]["seeds"][0], "seeds")
     pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed)} for row, other in wanted]
-    adjust([pair["metrics"] for pair in pairs if pair["versus"] not in DIAGNOSTIC])
+    adjust_pairs(pairs)
     kept = ("dataset", "base_model", "llm", "preset")
     return {
         **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,

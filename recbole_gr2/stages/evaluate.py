@@ -60,12 +60,11 @@ def run(context: Context) -> dict:
 
 
 def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:
-    """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted as one family, without those
-    to a diagnostic row."""
+    """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted."""
     pairs = [{"row": row, "versus": other, "metrics": _comparisons(
                 _ranks(requests, rankings[row]), _ranks(requests, rankings[other]), len(requests), settings)}
              for row, other in PAIRS if row in rankings and other in rankings]  # fmt: skip
-    adjust([pair["metrics"] for pair in pairs if pair["versus"] not in DIAGNOSTIC])
+    adjust_pairs(pairs)
     return pairs
 
 
@@ -134,6 +133,11 @@ def _comparisons(ours: np.ndarray, base: np.ndarray, n: int, settings) -> dict[s
     for metric, value in METRICS.items():
         compared[metric] = paired_comparison(value(ours), value(base), seed=seed, draws=settings["eval_draws"])
     return compared
+
+
+def adjust_pairs(pairs: list[dict]) -> None:
+    """Holm-adjust pairs of rows as one family, in place, without those to a diagnostic row."""
+    adjust([pair["metrics"] for pair in pairs if pair["versus"] not in DIAGNOSTIC])
 
 
 def adjust(family: list[dict[str, dict[str, float]]]) -> None:

@@ -62,18 +62,16 @@ class OpenAITeacher:
         Raises:
             GR2Error: the endpoint still fails after the client's retries. Replies so far are kept.
         """
-        pool = ThreadPoolExecutor(self.concurrency)
         try:
-            return list(pool.map(lambda request: self._ask(request, targeted, attempt), requests))
+            # Behind a failure `map` asks for nothing more, and the pool waits for what is under way: it is kept, too.
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                return list(pool.map(lambda request: self._ask(request, targeted, attempt), requests))
         except (self.error, json.JSONDecodeError) as error:
-            pool.shutdown(cancel_futures=True)  # those under way end, and their replies are kept and counted
             raise GR2Error(
                 f"the endpoint failed: {type(error).__name__}: {error}", where=f"trace_endpoint {self.client.base_url}",
                 why=f"{len(self.replies)} replies are kept and will not be asked for again",
                 do="see to the endpoint, then repeat the command",
             ) from error  # fmt: skip
-        finally:
-            pool.shutdown(cancel_futures=True)
 
     def _ask(self, request: Request, targeted: bool, attempt: int) -> Argument:
         prompt = self.maker.render(request)
