@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,7 @@ def shorten(text: str, chars: int) -> str:
     return cut[: cut.rfind(" ")].rstrip(" ,-") if " " in cut else text[:chars]
 
 
+@lru_cache
 def _jinja(source: str):
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment

@@ -21,7 +21,7 @@ from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone, start_from_codebooks
 from recbole_gr2.llm.finetune import Row, finetune
-from recbole_gr2.llm.likelihood import perplexity
+from recbole_gr2.llm.likelihood import continuation_log_likelihood, perplexity
 from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, added_tokens, code_tokens, sid_text
@@ -137,6 +137,17 @@ def load_model(folder: Path):
 def code_choices(settings: Mapping, tokenizer, items: Sequence[Item]) -> SidTrie | None:
     """What the codes of semantic IDs are chosen among, or None for the whole vocabulary."""
     return SidTrie.of(tokenizer, np.array([item.sid for item in items])) if settings["mid_constrained"] else None
+
+
+def sid_log_likelihood(model, tokenizer, settings: Mapping, items: Sequence[Item], heads: Sequence[Sequence[int]],
+                       lists: Sequence[Sequence[int]]) -> list[list[float]]:  # fmt: skip
+    """Log-likelihood of the codes of B lists of K item ids, each behind its head (token ids): B lists of K numbers."""
+    sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in items]
+    return continuation_log_likelihood(
+        model, [[*head, sids[0][0]] for head in heads], [[sids[i - 1][1:-1] for i in own] for own in lists],
+        pad_id=tokenizer.pad_token_id, batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, model.device.type), trie=code_choices(settings, tokenizer, items),
+    )  # fmt: skip
 
 
 def learnt_histories(data, settings: Mapping) -> list[list[int]]:

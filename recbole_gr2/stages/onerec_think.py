@@ -30,7 +30,6 @@ from recbole_gr2.llm.backbone import add_tokens, save_backbone
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.constraint import Grammar
 from recbole_gr2.llm.finetune import ProgressLines, Row, finetune
-from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.rollout import generate_rankings
 from recbole_gr2.prompts import PromptMaker, kind, recent, sequential_ids, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -39,7 +38,8 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import evaluated
 from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.stages.midtrain import (
-    PERSONA, code_choices, describe, learnt_histories, load_model, load_stage_model, new_tokens, use_bf16,
+    PERSONA, code_choices, describe, learnt_histories, load_model, load_stage_model, new_tokens, sid_log_likelihood,
+    use_bf16,
 )  # fmt: skip
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_json, write_lines
@@ -298,12 +298,7 @@ def candidate_scores(context: Context, items: Sequence[Item], requests: Sequence
     model, tokenizer = load_stage_model(context, name)
     heads = prompts(model, tokenizer, prompt_maker(settings, items), settings, thinks(name),
                     [request.history for request in requests])  # fmt: skip
-    sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in items]
     samples = len(heads) // max(len(requests), 1)
-    scores = continuation_log_likelihood(
-        model, [head + sids[0][:1] for head in heads],
-        [[sids[i - 1][1:-1] for i in request.items] for request in requests for _ in range(samples)],
-        pad_id=tokenizer.pad_token_id, batch_size=settings["eval_batch_lists"],
-        bf16=use_bf16(settings, model.device.type), trie=code_choices(settings, tokenizer, items),
-    )  # fmt: skip
+    lists = [request.items for request in requests for _ in range(samples)]
+    scores = sid_log_likelihood(model, tokenizer, settings, items, heads, lists)
     return [np.max(scores[n * samples : (n + 1) * samples], axis=0).tolist() for n in range(len(requests))]

@@ -17,14 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from recbole_gr2.generator import ONEREC_THINK
-from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.prompts import PromptMaker, history_ids, shuffled_order
 from recbole_gr2.rerankers.lambdamart import lambdamart
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.evidence import load_described, load_requests
-from recbole_gr2.stages.midtrain import code_choices, load_stage_model, use_bf16
+from recbole_gr2.stages.midtrain import load_stage_model, sid_log_likelihood, use_bf16
 from recbole_gr2.stages.onerec_think import candidate_scores
 from recbole_gr2.stages.sft import answer_requests
 from recbole_gr2.stages.tokenizer import load_items
@@ -129,12 +127,6 @@ def likelihood_rankings(context: Context, items: Sequence[Item], requests: list[
     """Candidates by the likelihood of their semantic IDs after the history, under the mid-trained model."""
     settings = context.settings
     model, tokenizer = load_stage_model(context, "midtrain")
-    sids = {i.item_id: tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"] for i in items}
-    begin = sids[items[0].item_id][:1]
-    prompts = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) + begin for r in requests]
-    scores = continuation_log_likelihood(
-        model, prompts, [[sids[i][1:-1] for i in r.items] for r in requests], pad_id=tokenizer.pad_token_id,
-        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
-        trie=code_choices(settings, tokenizer, items),
-    )  # fmt: skip
+    heads = [history_ids(r.history, items, tokenizer, settings["mid_max_length"]) for r in requests]
+    scores = sid_log_likelihood(model, tokenizer, settings, items, heads, [r.items for r in requests])
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}
