@@ -92,6 +92,7 @@ INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
 DISTILL = replace(RL, name="distill", version=4, code="rl", settings=(*RL.settings, "distill_"),
                   but=("rl_start", "rl_steps", "rl_mask_truncated"),
                   needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
+AGAIN = "asked for"  # why a stage runs although it may be finished
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all"), "sft_others": ("prior", "base", "teacher")}  # fmt: skip
@@ -243,7 +244,7 @@ def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stag
 def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[str, str]:
     """Cached, resume or run, and the cause."""
     if again:
-        return "run", "asked for"
+        return "run", AGAIN
     if read_manifest(folder):
         return "cached", ""
     if folder.is_dir():
@@ -321,7 +322,8 @@ def execute(
     for entry in planned:
         name = entry.stage.name
         with locked(entry.folder) if PLACE == 0 else contextlib.nullcontext():
-            record = read_manifest(entry.folder) if entry.action == "cached" else None
+            # Whatever the plan says, if it was not asked for again: another run may have finished it since.
+            record = None if entry.why == AGAIN else read_manifest(entry.folder)
             cached = record is not None
             if not cached:
                 record = _run(entry, settings, data, console, records, folders)
@@ -332,7 +334,7 @@ def execute(
 
 
 def _run(entry: Planned, settings: Settings, data: Any, console: Console, records: dict, folders: dict) -> StageRecord:
-    if entry.action == "run" and PLACE == 0:
+    if entry.why == AGAIN and PLACE == 0:
         for path in entry.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

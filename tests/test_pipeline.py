@@ -15,6 +15,7 @@ import recbole_gr2
 from recbole_gr2 import pipeline
 from recbole_gr2.bridge import Data
 from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
+from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
@@ -249,6 +250,18 @@ def test_two_runs_never_write_one_stage(smoke_run, tmp_path, capsys):
         assert main([*argv, "--stages=tokenizer"]) == 1
     assert "another process is working on this stage" in capsys.readouterr().err
     assert main([*argv, "--stages=tokenizer"]) == 0
+
+
+def test_what_another_run_finished_meanwhile_is_kept(smoke_run, data, tmp_path):
+    argv = copied(smoke_run, tmp_path)
+    shutil.rmtree(stage_folder(tmp_path, "tokenizer"))
+    chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path / "saved")})
+    plan = pipeline.plan(chosen, data, stages=["tokenizer"])
+    assert [entry.action for entry in plan] == ["cached", "run"]
+    assert main([*argv, "--stages=tokenizer"]) == 0
+    written = (stage_folder(tmp_path, "tokenizer") / "manifest.json").stat().st_mtime_ns
+    assert [cached for _, cached in pipeline.execute(plan, chosen, data, Console())] == [True, True]
+    assert (stage_folder(tmp_path, "tokenizer") / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_several_processes_share_rl(smoke_run, tmp_path):
