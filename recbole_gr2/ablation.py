@@ -115,7 +115,8 @@ def run_ablation(ablation: Ablation, given: Mapping[str, Any], *, command: str, 
     rows = []
     for number, variant in enumerate(ablation.variants, start=1):
         console.say(f"variant {number} of {len(ablation.variants)}: {variant.name}")
-        planned, failed = plan(variant), ""  # anew: a variant before it may have finished what both share
+        planned, failed = plans[variant.name], ""
+        data = data_for(chosen[variant.name], data)
         try:
             pipeline.execute(planned, chosen[variant.name], data, console)
         except GateError as error:
