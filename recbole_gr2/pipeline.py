@@ -82,7 +82,7 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
-RERANK = Stage(name="", version=3, code="rerank", needs=("candidates", "tokenizer", "evidence"),
+RERANK = Stage(name="", version=4, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
              "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip

@@ -93,16 +93,19 @@ class PromptMaker:
             "facts": "",
         }
 
+    def order(self, request: Request) -> tuple[int, ...]:
+        """Base positions of the candidates in the order in which they are shown and labelled."""
+        if self.shuffle_seed is not None:
+            return shuffled_order(request, self.shuffle_seed)
+        return tuple(range(len(request.candidates)))
+
     def render(self, request: Request, order: Sequence[int] | None = None) -> Prompt:
         """The request as chat messages.
 
         Args:
             order: base positions in the order in which they are shown and labelled; by default the maker's own.
         """
-        if order is None:
-            shuffled = self.shuffle_seed is not None
-            order = shuffled_order(request, self.shuffle_seed) if shuffled else range(len(request.candidates))
-        order = tuple(order)
+        order = self.order(request) if order is None else tuple(order)
         labels = tuple(label_tokens(len(order)))
         values = {
             "history": [self.shown(item) for item in recent(request.history, self.history)],

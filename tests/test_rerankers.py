@@ -1,9 +1,15 @@
-"""LambdaMART: it finds a planted pattern, stops by validation, and gives the same scores again."""
+"""LambdaMART: it finds a planted pattern, stops by validation, and gives the same scores again. Position bias: a policy
+that promotes a fixed slot of the prompt is seen, whatever the order of the candidates in it."""
 
 import numpy as np
+import pytest
 
 from recbole_gr2.evidence import RECENT, Described
+from recbole_gr2.prompts import shuffled_order
+from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.lambdamart import columns, lambdamart
+from recbole_gr2.stages.rerank import promoted
+from recbole_gr2.types import Answer, Candidate, Request
 
 
 def planted(count: int, seed: int):
@@ -38,3 +44,30 @@ def test_a_list_is_scored_whatever_stands_beside_it():
     together, _ = lambdamart(planted(100, 0), planted(50, 1), asked, seed=5)
     alone, _ = lambdamart(planted(100, 0), planted(50, 1), asked[7:8], seed=5)
     assert np.array_equal(together[7], alone[0])
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_a_fixed_slot_is_seen(shuffled):
+    """Scripted policies over 400 lists of 5, whose target is the item that stands in base rank 1 to 5 in turn."""
+    candidates = tuple(Candidate(item_id=item, score=-item, rank=item) for item in range(1, 6))
+    requests = [Request(request_id=f"test/{n}", user_token=str(n), split="test", history=(9,), candidates=candidates,
+                        target=n % 5 + 1, provider="p") for n in range(400)]  # fmt: skip
+    orders = {r.request_id: shuffled_order(r, 7) if shuffled else tuple(range(5)) for r in requests}
+    policies = {
+        "oracle": lambda r: r.target,
+        "copy-cat": lambda r: r.items[0],
+        "third slot": lambda r: r.items[orders[r.request_id][2]],
+    }
+
+    def places(policy: str) -> dict[str, dict[str, int]]:
+        answers = [Answer(request_id=r.request_id, ranking=promote(r.items, policies[policy](r)), status="ok")
+                   for r in requests]  # fmt: skip
+        return promoted(requests, answers, orders)
+
+    assert places("third slot")["promoted_from_slot"] == {"3": 400}
+    assert places("copy-cat")["promoted_from_rank"] == {"1": 400}
+    assert set(places("oracle")["promoted_from_rank"].values()) == {80}
+    if shuffled:  # each of the five slots or ranks has 80 of 400, with a standard deviation of 8
+        for name, where in (("third slot", "rank"), ("copy-cat", "slot"), ("oracle", "slot")):
+            spread = places(name)[f"promoted_from_{where}"]
+            assert len(spread) == 5 and max(spread.values()) < 112 and sum(spread.values()) == 400

@@ -167,6 +167,31 @@ def test_the_plain_reward_is_hacked_by_copying():
     assert earned(plain, "copy-cat") == pytest.approx(0.6)  # more than twice the honest policy's gain in rank (0.25)
 
 
+@pytest.mark.parametrize("form", [PLAIN, CONDITIONAL])
+def test_promoting_a_fixed_slot_earns_less_than_copying(form):
+    """Targets stand where those of a base model do, more of them at the top: 10, 10, 20 and 40."""
+    rewards = WeightedRewards(form)
+    policies = {
+        "oracle": POLICIES["oracle"],
+        "honest": lambda r: answer(20, 10, 30, 40) if r.target == 20 else answer(*ITEMS),
+        "copy-cat": POLICIES["copy-cat"],
+        "second slot": lambda r: answer(20, 10, 30, 40),
+        "last slot": lambda r: answer(40, 10, 20, 30),
+    }
+    terms = {name: [rewards.terms(r, policy(r)) for r in map(request, (10, 10, 20, 40))]
+             for name, policy in policies.items()}  # fmt: skip
+    gains = {name: sum(each["rank_gain"] for each in found) for name, found in terms.items()}
+    # second: -1/4 twice, +1/4; last: -1/4 three times, +3/4
+    assert gains == {"oracle": 1.0, "honest": 0.25, "copy-cat": 0.0, "second slot": -0.25, "last slot": 0.0}
+    scores = {name: sum(map(rewards.total, found)) for name, found in terms.items()}
+    if form is CONDITIONAL:
+        assert scores == pytest.approx({"oracle": 1.8, "honest": 0.85, "copy-cat": 0.4, "second slot": -0.05,
+                                        "last slot": 0.2})  # fmt: skip
+        assert scores["oracle"] > scores["honest"] > scores["copy-cat"] > max(scores["second slot"], scores["last slot"])
+    else:  # paid for its form alone a slot is worth as much as a copy: rank gain alone tells them apart
+        assert scores["last slot"] == scores["copy-cat"] == pytest.approx(0.8)
+
+
 def test_weights():
     rewards = WeightedRewards({"rank_gain": 2, "ndcg": 0})
     assert rewards.total(rewards.terms(request(), answer(30, 10, 20, 40))) == 1.0

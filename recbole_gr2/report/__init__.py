@@ -141,17 +141,19 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
          f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}", f"{facts['first_as_evidence']:.1%}",
          _share(facts["cited_in_prompt"]), _share(facts["grounded"] if facts["cited"] else None),
-         str(facts["lists_per_second"]), " ".join(f"{k}:{v}" for k, v in facts["promoted_from_rank"].items())]
+         str(facts["lists_per_second"]),
+         *(" ".join(f"{k}:{v}" for k, v in facts[f"promoted_from_{where}"].items()) for where in ("rank", "slot"))]
         for row, facts in rankings.items() if "readable" in facts
     ]  # fmt: skip
     if answers:
         header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "its first", "cited in prompt",
-                  "cites its first", "lists/s", "first place goes to base rank"]  # fmt: skip
+                  "cites its first", "lists/s", "first place goes to base rank", "to slot of the prompt"]  # fmt: skip
         parts.append(
             f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
             "very order of the prior, `its first` the share with the same item in front, `cited in prompt` the share "
             "of the semantic IDs in the reasoning that the prompt shows, `cites its first` the share of answers whose "
-            "reasoning cites the item that they put first."
+            "reasoning cites the item that they put first. A slot that takes far more first places than the others is a "
+            "position bias."
         )
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]

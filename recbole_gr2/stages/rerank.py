@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from recbole_gr2.stages.sft import answer_requests
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import answer_grammar, grounding
 from recbole_gr2.store import read_lines, write_lines
-from recbole_gr2.types import Item, Request
+from recbole_gr2.types import Answer, Item, Request
 
 MODELS = {"shuffled": "rl", "distilled": "distill", "internalised": "internalise"}  # stages of rows with other names
 PREFIX = "rerank_"  # of the stages' names, in front of the row's
@@ -87,24 +87,38 @@ def answered_rankings(context: Context, items: Sequence[Item], requests: list[Re
     settings = context.settings
     model, tokenizer = load_stage_model(context, MODELS.get(row, row))
     grammar = answer_grammar(tokenizer, settings, reasoning=row != "internalised")
-    orders = None
-    if row == "shuffled":
-        orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") for r in requests}
+    maker = PromptMaker.of(settings, items)
+    orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") if row == "shuffled" else maker.order(r)
+              for r in requests}  # fmt: skip
     answers, _ = answer_requests(
-        model, tokenizer, PromptMaker.of(settings, items), grammar, requests,
-        bf16=use_bf16(settings, model.device.type), orders=orders, batch_size=settings["eval_batch_lists"],
+        model, tokenizer, maker, grammar, requests, bf16=use_bf16(settings, model.device.type), orders=orders,
+        batch_size=settings["eval_batch_lists"],
     )  # fmt: skip
     statuses = Counter(answer.status for answer in answers)
-    promoted = Counter(r.items.index(a.ranking[0]) + 1 for r, a in zip(requests, answers, strict=True))
     facts = {
         "readable": 1.0 - statuses["unreadable"] / len(answers), "statuses": dict(statuses),
         "output_tokens": round(float(np.mean([answer.output_tokens for answer in answers])), 1),
-        "promoted_from_rank": {str(rank): promoted[rank] for rank in sorted(promoted)},
-        **grounding(answers, requests, items, settings["prompt_history"]),
+        **promoted(requests, answers, orders), **grounding(answers, requests, items, settings["prompt_history"]),
     }  # fmt: skip
     details = {a.request_id: {"status": a.status, "reasoning": a.reasoning, "output_tokens": a.output_tokens}
                for a in answers}  # fmt: skip
     return {a.request_id: a.ranking for a in answers}, facts, details
+
+
+def promoted(requests: Sequence[Request], answers: Sequence[Answer], orders: Mapping[str, Sequence[int]]
+             ) -> dict[str, dict[str, int]]:  # fmt: skip
+    """Where the first places come from: from which rank of the base order, and from which slot of the prompt.
+
+    A policy with a position bias promotes a fixed slot (GR2, section 5). In shuffled prompts the base ranks do not show
+    it, in prompts in base order both are the same.
+
+    Args:
+        orders: base positions in the order shown, by request id.
+    """
+    places = [r.items.index(a.ranking[0]) for r, a in zip(requests, answers, strict=True)]
+    slots = [list(orders[r.request_id]).index(place) for r, place in zip(requests, places, strict=True)]
+    return {name: {str(place + 1): count for place, count in sorted(Counter(found).items())}
+            for name, found in (("promoted_from_rank", places), ("promoted_from_slot", slots))}  # fmt: skip
 
 
 def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
