@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from local_server import serve
 
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.llm.backbone import load_backbone, save_backbone
 from recbole_gr2.prompts import PromptMaker, load_template
 from recbole_gr2.teachers.openai_api import FORM, OpenAITeacher, read_argument
@@ -25,7 +25,7 @@ ITEMS = tuple(Item(item_id=n, token=f"t{n}", title=f"Title {n}", categories="A >
 MAKER = PromptMaker(template=load_template("rerank"), items=ITEMS, history=5, title_chars=40)
 
 
-def request(target: int = 6, history: tuple[int, ...] = (1, 2)) -> Request:
+def listed(target: int = 6, history: tuple[int, ...] = (1, 2)) -> Request:
     return Request(
         request_id="train/u", user_token="u", split="train", history=history, target=target, provider="test",
         candidates=tuple(Candidate(item_id=i, score=-i, rank=r) for r, i in enumerate((4, 5, 6, 7), start=1)),
@@ -56,7 +56,7 @@ def teacher(endpoint, **given) -> OpenAITeacher:
 
 def test_a_reply_becomes_an_argument(endpoint):
     endpoint.reply = 'Sure! {"explanation": "Nails go\\n with polish.", "recommendations": ["<|C|>", "<|A|>"]} Done.'
-    (argument,) = teacher(endpoint).argue([request()], targeted=False, attempt=0)
+    (argument,) = teacher(endpoint).argue([listed()], targeted=False, attempt=0)
     assert argument.reasoning == "Nails go with polish."
     assert argument.ranking == (6, 4, 5, 7)
     assert endpoint.seen[0]["model"] == "big" and endpoint.seen[0]["temperature"] == 0.7
@@ -64,15 +64,15 @@ def test_a_reply_becomes_an_argument(endpoint):
 
 def test_only_a_targeted_prompt_names_the_target(endpoint):
     endpoint.reply = '{"explanation": "x", "recommendations": ["<|A|>"]}'
-    blind = [teacher(endpoint).argue([request(target)], targeted=False, attempt=0) for target in (4, 6)]
+    blind = [teacher(endpoint).argue([listed(target)], targeted=False, attempt=0) for target in (4, 6)]
     assert endpoint.seen[0] == endpoint.seen[1] and blind[0] == blind[1]
-    (told,) = teacher(endpoint).argue([request(6)], targeted=True, attempt=0)
+    (told,) = teacher(endpoint).argue([listed(6)], targeted=True, attempt=0)
     assert "The shopper took <|C|>" in endpoint.seen[2]["messages"][-1]["content"]
     assert told.ranking == (6, 4, 5, 7)
 
 
 REPLY = '{"explanation": "x", "recommendations": ["<|B|>"]}'
-SEVERAL = [request(history=(n,)) for n in range(1, 6)]  # five prompts
+SEVERAL = [listed(history=(n,)) for n in range(1, 6)]  # five prompts
 
 
 @pytest.mark.parametrize("fault", [408, 429, 500, "dropped", "slow"])
@@ -124,23 +124,27 @@ def test_without_a_key(endpoint, monkeypatch):
 @pytest.mark.parametrize("text", ["", "no json", '{"explanation": "x"}', '{"explanation": 3, "recommendations": ["<|A|>"]}',
                                   '{"recommendations": ["<|A|>"]}', '{"explanation": "x", "recommendations": "A"}', "{broken}"])  # fmt: skip
 def test_what_is_no_answer_has_no_reasoning_and_keeps_the_base_order_or_its_labels(text):
-    argument = read_argument(text, request(), MAKER.render(request()))
+    argument = read_argument(text, listed(), MAKER.render(listed()))
     assert argument.reasoning == ""
     assert sorted(argument.ranking) == [4, 5, 6, 7]
 
 
 def test_foreign_and_repeated_labels_are_dropped():
     text = '{"explanation": "x", "recommendations": ["<|Z|>", "<|D|>", "<|D|>", 7]}'
-    assert read_argument(text, request(), MAKER.render(request())).ranking == (7, 4, 5, 6)
+    assert read_argument(text, listed(), MAKER.render(listed())).ranking == (7, 4, 5, 6)
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """(URL, model) of `transformers serve` with a tiny untrained model."""
+@pytest.fixture(scope="module", params=["random", "smollm2-135m-instruct"])
+def served(request, tmp_path_factory):
+    """(URL, model) of `transformers serve` with a tiny untrained model, and with SmolLM2."""
     pytest.importorskip("fastapi", reason="transformers serve needs it")
     folder = tmp_path_factory.mktemp("served")
-    words = [message["content"] for message in MAKER.render(request()).messages]
-    model, tokenizer = load_backbone("random", corpus=[*words, FORM], random_config={"vocab_size": 400})
+    tiny = {"corpus": [*(message["content"] for message in MAKER.render(listed()).messages), FORM],
+            "random_config": {"vocab_size": 400}} if request.param == "random" else {}  # fmt: skip
+    try:
+        model, tokenizer = load_backbone(request.param, **tiny)
+    except MissingFileError as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
     save_backbone(model, tokenizer, folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -163,10 +167,10 @@ def served(tmp_path_factory):
 
 
 def test_a_server_of_transformers(served, tmp_path, monkeypatch):
-    """Not a server of ours: what an untrained model says is no answer, and is paid once."""
+    """Not a server of ours: what a model says that cannot answer in our form is no answer, and is paid once."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     url, model = served
-    asking = OpenAITeacher(MAKER, model=model, base_url=url, concurrency=1, temperature=1.0,
+    asking = OpenAITeacher(MAKER, model=model, base_url=url, concurrency=1, temperature=1.0, timeout=600.0,
                            replies=tmp_path / "replies.jsonl")  # fmt: skip
     (argument,) = asking.argue(SEVERAL[:1], targeted=False, attempt=0)
     assert (argument.reasoning, argument.ranking) == ("", SEVERAL[0].items)
