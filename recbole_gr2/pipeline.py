@@ -71,7 +71,7 @@ STAGES = (
     Stage(name="midtrain", version=3, needs=("tokenizer",),
           settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
-    Stage(name="evidence", version=3, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
+    Stage(name="evidence", version=4, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
     Stage(name="traces", version=6, settings=("trace_", "prompt_", "seed"),
           needs=("candidates", "tokenizer", "evidence", "midtrain")),
     Stage(name="sft", version=6, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),

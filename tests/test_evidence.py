@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_gr2 import evidence
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.evidence import PROVIDERS, RECENT, Counts, Described, Observed, collect, overlap
 from recbole_gr2.evidence.prior import cross_entropy, cross_fit, fit_prior, log_prior, shares
@@ -84,6 +85,32 @@ def test_facts_about_pairs_by_hand():
     assert collect([request()], ["popularity"], OBSERVED)[1][0].pairs.shape == (3, 2, 0)
 
 
+def test_linear_weights_are_ridge_regressions_of_each_item_on_the_others(monkeypatch):
+    taken = np.array([[item in sequence for item in range(1, 7)] for sequence in SEQUENCES], dtype=float)
+    monkeypatch.setattr(evidence, "RIDGE", 0.5)
+
+    def weights(item: int) -> np.ndarray:
+        others = np.delete(taken, item - 1, axis=1)
+        solved = np.linalg.solve(others.T @ others + 0.5 * np.eye(5), others.T @ taken[:, item - 1])
+        return np.insert(solved, item - 1, 0.0)
+
+    said = facts("linear", history=(6, 1, 2), candidates=(3, 5, 2))
+    expected = np.array([weights(item)[[5, 0, 1]] for item in (3, 5, 2)]).T
+    assert np.allclose(said["linear of each"], expected, atol=1e-5) and expected[1, 2] > 0.1
+    assert np.allclose(said["linear of last"], expected[-1], atol=1e-5)
+    assert np.allclose(said["linear"], expected.sum(axis=0), atol=1e-5)
+    longer = facts("linear", history=(6,) * 20 + (1,), candidates=(3, 4))  # the sum is over the whole history
+    assert np.shape(longer["linear of each"]) == (RECENT, 2)
+    assert np.allclose(longer["linear"], [20 * weights(i)[5] + weights(i)[0] for i in (3, 4)], atol=1e-4)
+
+
+def test_items_that_are_taken_too_seldom_have_no_linear_weight(monkeypatch):
+    monkeypatch.setattr(evidence, "MOST_ITEMS", 2)  # items 1 and 2, taken by three and four users
+    said = facts("linear", history=(1, 3), candidates=(2, 4, 1))
+    assert said["linear of each"][0][0] > 0
+    assert said["linear of each"] == [[said["linear"][0], 0, 0], [0, 0, 0]]
+
+
 def test_overlap():
     assert [overlap(ITEMS[0], ITEMS[n]) for n in (1, 5, 4)] == [2 / 3, 1, 0]
     words = [Item(item_id=n, token="", title="", categories=c) for n, c in enumerate(["Drama War", "War"], start=1)]
@@ -96,7 +123,7 @@ def test_the_target_is_in_no_fact():
     for labels, (known,) in rows:
         assert labels == rows[0][0] and len(labels) == len(set(labels)) == known.facts.shape[1] > 15
         assert all(np.array_equal(one, other) for one, other in zip(known, rows[0][1][0], strict=True))
-        assert known.facts.shape[0] == 3 and known.pairs.shape == (3, 2, 8)
+        assert known.facts.shape[0] == 3 and known.pairs.shape == (3, 2, 9)
 
 
 @settings(deadline=None, max_examples=30)

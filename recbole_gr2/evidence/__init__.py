@@ -18,6 +18,8 @@ from recbole_gr2.extension import find
 from recbole_gr2.types import Candidate, Item, Request
 
 RECENT = 10  # items of a history that candidates are compared with, at most: R; ours
+RIDGE = 100.0  # of the linear weights; ours, by the cross-entropy of Beauty's validation lists (results/tried.md)
+MOST_ITEMS = 20_000  # the most taken ones have linear weights: a dense matrix of 1.6 GB; ours
 Facts = dict[str, np.ndarray]
 Describe = Callable[[Request], Facts]
 
@@ -102,13 +104,7 @@ def transition(observed: Observed) -> Describe:
 
 def together(observed: Observed) -> Describe:
     """How many users took a candidate and an item of the history, as a cosine: n(a, b) / sqrt(n(a) n(b))."""
-    from scipy.sparse import csr_matrix
-
-    size = len(observed.items) + 1
-    users = np.repeat(np.arange(len(observed.sequences)), [len(sequence) for sequence in observed.sequences])
-    taken = np.concatenate([np.asarray(sequence, dtype=int) for sequence in observed.sequences])
-    rows = csr_matrix((np.ones(len(taken), dtype=np.float32), (users, taken)), shape=(len(observed.sequences), size))
-    rows.data[:] = 1.0
+    rows = _taken(observed.sequences, len(observed.items) + 1)
     product = rows.T @ rows
     both, counts = Counts(product), np.maximum(product.diagonal(), 1)
 
@@ -119,6 +115,38 @@ def together(observed: Observed) -> Describe:
         return {"together": cosine.sum(axis=0), "most together": cosine.max(axis=0),
                 "together with last": cosine[-1], "users together": np.log1p(number.sum(axis=0)),
                 "together with each": cosine, "users together with each": np.log1p(number)}  # fmt: skip
+
+    return describe
+
+
+def linear(observed: Observed) -> Describe:
+    """What an item of the history says for a candidate, once all other items that a user took are known.
+
+    The item-item weights of EASE (Steck, WWW 2019, arXiv 1905.03375, equation 8): each item is predicted from the others
+    that a user took by ridge regression, which has the closed form B = -P / diag(P), P = (X^T X + RIDGE I)^-1, with the
+    users' items X (U, N). Counts call two items close that are each close to a third one; these weights do not.
+    Items beyond the MOST_ITEMS most taken have no weight.
+    """
+    import torch
+
+    rows = _taken(observed.sequences, len(observed.items) + 1)
+    counts = np.asarray(rows.sum(axis=0)).ravel()
+    often = np.argsort(-counts, kind="stable")[: min(MOST_ITEMS, np.count_nonzero(counts))]
+    place = np.full(len(counts), -1)
+    place[often] = np.arange(len(often))
+    rows = rows[:, often]
+    inverse = torch.from_numpy((rows.T @ rows).toarray())
+    inverse.diagonal().add_(RIDGE)
+    torch.linalg.cholesky(inverse, out=inverse)
+    torch.cholesky_inverse(inverse, out=inverse)
+    scale = inverse.diagonal().numpy()
+    inverse = inverse.numpy()
+
+    def describe(request: Request) -> Facts:
+        past, asked = place[list(request.history)][:, None], place[list(request.items)]
+        there = (past >= 0) & (asked >= 0) & (past != asked)
+        each = np.where(there, -inverse[past, asked] / scale[asked], 0.0)
+        return {"linear": each.sum(axis=0), "linear of last": each[-1], "linear of each": each[-RECENT:]}
 
     return describe
 
@@ -162,8 +190,8 @@ def category(observed: Observed) -> Describe:
 
 
 PROVIDERS: Mapping[str, Callable[[Observed], Describe]] = {
-    "base": base, "popularity": popularity, "transition": transition, "together": together, "text": text,
-    "brand": brand, "category": category,
+    "base": base, "popularity": popularity, "transition": transition, "together": together, "linear": linear,
+    "text": text, "brand": brand, "category": category,
 }  # fmt: skip
 
 
@@ -252,6 +280,17 @@ class Counts:
             return np.zeros(wanted.shape, dtype=np.float32)
         place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
         return np.where(self.keys[place] == wanted, self.values[place], 0.0)
+
+
+def _taken(sequences: Sequence[Sequence[int]], size: int):
+    """Sparse (U, size), 1 where a user took an item, however often."""
+    from scipy.sparse import csr_matrix
+
+    users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    taken = np.concatenate([np.asarray(sequence, dtype=int) for sequence in sequences])
+    rows = csr_matrix((np.ones(len(taken), dtype=np.float32), (users, taken)), shape=(len(sequences), size))
+    rows.data[:] = 1.0
+    return rows
 
 
 def _steps(sequences: Sequence[Sequence[int]], step: int, size: int):

@@ -47,11 +47,13 @@ def run(context: Context) -> dict:
     requests["train"] = [r for r in requests["train"] if r.teaches]
     embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
-    seen = {"train": data.open_sequences(), "valid": training, "test": training}
-    names, known = [], {}
+    known = {}
+    for splits, sequences in ((("train",), data.open_sequences()), (("valid", "test"), training)):
+        observed = Observed(items=data.items, sequences=sequences, embeddings=embeddings)
+        names, rows = collect([r for split in splits for r in requests[split]], settings["evidence_providers"], observed)
+        for split in splits:
+            known[split], rows = rows[: len(requests[split])], rows[len(requests[split]) :]
     for split in SPLITS:
-        observed = Observed(items=data.items, sequences=seen[split], embeddings=embeddings)
-        names, known[split] = collect(requests[split], settings["evidence_providers"], observed)
         np.save(context.folder / f"facts-{split}.npy", np.concatenate([each.facts for each in known[split]]))
         np.save(context.folder / f"pairs-{split}.npy", np.concatenate([each.padded for each in known[split]]))
         context.say(f"{split}: {len(names)} facts about each candidate of {len(known[split]):,} lists, "
