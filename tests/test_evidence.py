@@ -1,6 +1,7 @@
 """Evidence: facts by hand, nothing of the target in them, and a prior that learns what is there to learn."""
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from recbole_gr2 import evidence
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.evidence import PROVIDERS, RECENT, Counts, Described, Observed, collect, overlap
-from recbole_gr2.evidence.prior import cross_entropy, cross_fit, fit_prior, log_prior, shares
+from recbole_gr2.evidence.prior import cross_entropy, cross_fit, fit_prior, fit_priors, log_prior, pad, shares
 from recbole_gr2.types import Candidate, Item, Request
 
 ITEMS = tuple(
@@ -23,6 +24,7 @@ ITEMS = tuple(
 )
 SEQUENCES = [[1, 2, 3], [1, 2, 4], [2, 5], [6, 1, 2]]
 VECTORS = np.eye(6, dtype=np.float32)
+TEXTS = np.array([[1, 0], [0.6, 0.8], [1, 0], [0, 0], [0, 1], [0.8, 0.6]])  # item 4 has no text
 OBSERVED = Observed(items=ITEMS, sequences=SEQUENCES, embeddings=VECTORS)
 
 
@@ -86,8 +88,11 @@ def test_facts_about_pairs_by_hand():
 
 
 def test_linear_weights_are_ridge_regressions_of_each_item_on_the_others(monkeypatch):
-    taken = np.array([[item in sequence for item in range(1, 7)] for sequence in SEQUENCES], dtype=float)
+    users = np.array([[item in sequence for item in range(1, 7)] for sequence in SEQUENCES], dtype=float)
+    taken = np.concatenate([users, math.sqrt(0.3) * TEXTS.T])  # a dimension of the texts is one more user
     monkeypatch.setattr(evidence, "RIDGE", 0.5)
+    monkeypatch.setattr(evidence, "TEXT", 0.3)
+    monkeypatch.setattr(sys.modules[__name__], "OBSERVED", replace(OBSERVED, embeddings=TEXTS))
 
     def weights(item: int) -> np.ndarray:
         others = np.delete(taken, item - 1, axis=1)
@@ -227,6 +232,19 @@ def test_the_prior_finds_which_item_of_the_history_counts():
     assert rows[[each is short for each in new].index(True)] == pytest.approx(log_prior(prior, [short])[0], abs=1e-5)
 
 
+def test_several_fits_are_one_prior():
+    lists, new = planted(100, 0), planted(50, 2)[0]
+    valid = planted(60, 1)
+    priors, steps, error = fit_priors(*lists, valid=valid, steps=[60, 40, 20], seed=3, **OPTIONS)
+    alone = [log_prior(prior, new) for prior in priors]
+    assert len(steps) == 3 and all(count <= most for count, most in zip(steps, [60, 40, 20], strict=True))
+    assert not np.allclose(alone[0], alone[1], atol=1e-3)
+    mean = np.mean(alone, axis=0)
+    mean -= np.log(np.exp(mean).sum(axis=1, keepdims=True))
+    assert np.allclose(log_prior(priors, new), mean, atol=1e-5)
+    assert error == pytest.approx(cross_entropy(priors(pad(valid[0])), shares(valid[1])).item())
+
+
 def test_padding_of_short_lists_takes_no_probability():
     tables, gains = planted(50, 0)
     short = [Described(*(part[:2] for part in each)) for each in tables[:25]] + tables[25:]
@@ -255,10 +273,10 @@ def test_several_targets_are_asked_for_in_proportion():
 
 def test_a_cross_fitted_list_does_not_know_its_own_target():
     tables, targets = planted(40, 0)
-    before = cross_fit(tables, targets, folds=4, steps=30, seed=1, **OPTIONS)
+    before = cross_fit(tables, targets, folds=4, steps=[30, 20], seed=1, **OPTIONS)
     changed = list(targets)
     changed[7] = targets[7][1:] + targets[7][:1]
-    after = cross_fit(tables, changed, folds=4, steps=30, seed=1, **OPTIONS)
+    after = cross_fit(tables, changed, folds=4, steps=[30, 20], seed=1, **OPTIONS)
     assert before[7] == after[7] and before != after
     assert len(before) == 40 and all(len(row) == 5 for row in before)
 

@@ -54,6 +54,14 @@ class Prior(nn.Module):
         return scores.masked_fill(~lists.real, -torch.inf).log_softmax(-1)
 
 
+class Priors(nn.ModuleList):
+    """Priors that were fitted from different starts, as one: the mean of their log-probabilities, normalised."""
+
+    def forward(self, lists: Padded) -> torch.Tensor:
+        """Log-probabilities (B, K) over each list, -inf where it is padded."""
+        return torch.stack([prior(lists) for prior in self]).mean(0).log_softmax(-1)
+
+
 class Padded(NamedTuple):
     """B lists side by side: facts (B, K, F), pairs (B, K, RECENT, P), which candidates are real (B, K), and which items
     of the history there are (B, RECENT), newest first."""
@@ -114,6 +122,25 @@ def fit_prior(
     return prior.eval(), best[0], best[1] if checked else None
 
 
+def fit_priors(
+    lists: Sequence[Described], gains: Gains, *, valid: tuple[Sequence[Described], Gains] | None, steps: Sequence[int],
+    seed: int, **options,
+) -> tuple[Priors, list[int], float | None]:  # fmt: skip
+    """One fit for each of `steps`, see `fit_prior`.
+
+    Returns:
+        (priors in eval mode, steps that each took, cross-entropy of the validation lists under all together in nats).
+    """
+    fits = [fit_prior(lists, gains, valid=valid, steps=most, seed=derive_seed(seed, number), **options)
+            for number, most in enumerate(steps)]  # fmt: skip
+    priors = Priors(prior for prior, _, _ in fits).eval()
+    taken = [count for _, count, _ in fits]
+    if valid is None:
+        return priors, taken, None
+    with torch.no_grad():
+        return priors, taken, cross_entropy(priors(pad(valid[0])), shares(valid[1])).item()
+
+
 def shares(gains: Gains) -> torch.Tensor:
     """Gains of B lists as shares of each list's sum, (B, K), 0 where a shorter list is padded.
 
@@ -130,9 +157,9 @@ def cross_entropy(log_probs: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
     return -(goal * log_probs.masked_fill(goal == 0, 0.0)).sum(-1).mean()
 
 
-def cross_fit(lists: Sequence[Described], gains: Gains, *, folds: int, seed: int, **options
+def cross_fit(lists: Sequence[Described], gains: Gains, *, folds: int, steps: Sequence[int], seed: int, **options
               ) -> list[list[float]]:  # fmt: skip
-    """Log-probabilities of each list from a prior that has not seen its target.
+    """Log-probabilities of each list from priors that have not seen its target.
 
     A prior looks better on the lists that it was fitted to than on new ones; a policy trained on top of that would
     trust it too much.
@@ -141,14 +168,14 @@ def cross_fit(lists: Sequence[Described], gains: Gains, *, folds: int, seed: int
     rows: list[list[float]] = [[]] * len(lists)
     for fold in range(folds):
         inside, outside = np.flatnonzero(of == fold), np.flatnonzero(of != fold)
-        prior, _, _ = fit_prior([lists[i] for i in outside], [gains[i] for i in outside], valid=None,
-                                seed=derive_seed(seed, fold), **options)  # fmt: skip
-        for i, row in zip(inside, log_prior(prior, [lists[i] for i in inside]), strict=True):
+        priors, _, _ = fit_priors([lists[i] for i in outside], [gains[i] for i in outside], valid=None, steps=steps,
+                                  seed=derive_seed(seed, fold), **options)  # fmt: skip
+        for i, row in zip(inside, log_prior(priors, [lists[i] for i in inside]), strict=True):
             rows[i] = row
     return rows
 
 
-def log_prior(prior: Prior, lists: Sequence[Described]) -> list[list[float]]:
+def log_prior(prior: Prior | Priors, lists: Sequence[Described]) -> list[list[float]]:
     """Log-probabilities (K,) of each list."""
     found = []
     for start in range(0, len(lists), AT_ONCE):

@@ -173,7 +173,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
         header = ["split", *next(iter(evidence["quality"].values()))]
         parts.append(
             f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. "
-            f"The prior took {evidence['steps']} steps, chosen by validation lists; its orders of train lists come "
+            f"The prior's fits took {', '.join(map(str, evidence['steps']))} steps, chosen by validation lists; its orders of train lists come "
             f"from fits that did not see them.\n\n```\n{render_table(header, found)}\n```"
         )
     if "traces" in records:

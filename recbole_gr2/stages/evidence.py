@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.evidence import Described, Observed, collect
-from recbole_gr2.evidence.prior import Prior, cross_fit, fit_prior, log_prior
+from recbole_gr2.evidence.prior import Prior, Priors, cross_fit, fit_priors, log_prior
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.requests import read_requests
 from recbole_gr2.seeding import derive_seed
@@ -64,8 +64,8 @@ def run(context: Context) -> dict:
     goals = [r.gains for r in requests["train"]]
     held = [number for number, r in enumerate(requests["valid"]) if r.target_rank]
     checked = [known["valid"][n] for n in held], [requests["valid"][n].gains for n in held]
-    prior, steps, error = fit_prior(known["train"], goals, valid=checked, steps=settings["evidence_steps"], seed=seed,
-                                    **options)  # fmt: skip
+    most = [settings["evidence_steps"]] * settings["evidence_fits"]
+    prior, steps, error = fit_priors(known["train"], goals, valid=checked, steps=most, seed=seed, **options)
     rows = {split: log_prior(prior, known[split]) for split in ("valid", "test")}
     rows["train"] = cross_fit(known["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed,
                               **options)  # fmt: skip
@@ -123,8 +123,8 @@ def injected_requests(context: Context, items: Sequence[Item], count: int) -> li
         return requests
     observed = Observed(items=data.items, sequences=data.open_sequences(), embeddings=load_embeddings(context))
     _, known = collect(requests, settings["evidence_providers"], observed)
-    prior = Prior(known[0].facts.shape[1], known[0].pairs.shape[2], settings["evidence_hidden"],
-                  settings["evidence_dropout"])  # fmt: skip
+    sizes = known[0].facts.shape[1], known[0].pairs.shape[2], settings["evidence_hidden"], settings["evidence_dropout"]
+    prior = Priors(Prior(*sizes) for _ in range(settings["evidence_fits"]))
     prior.load_state_dict(load_file(context.folders["evidence"] / "prior.safetensors"))
     rows = log_prior(prior.eval(), known)
     requests = [replace(r, prior=tuple(row)) for r, row in zip(requests, rows, strict=True)]
