@@ -45,8 +45,8 @@ def test_slices_by_hand():
 def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> Path:
     (folder / "evaluate").mkdir(parents=True)
     per_user.to_csv(folder / "evaluate" / "per_user.csv", index=False)
-    rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": 0.5}}
-            for scope in ("all", "in_list") for row in ("base", "sft")]  # fmt: skip
+    rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}}
+            for scope in ("all", "in_list") for row, ndcg in (("base", 0.5), ("oracle", 1.0), ("sft", 0.6))]  # fmt: skip
     result = {"dataset": "x", "base_model": "b", "llm": "l", "preset": "p", "seeds": [seed], "rows": rows,
               "stages": [{"seconds": 2.0}, {"seconds": 3.0}]}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
@@ -63,7 +63,8 @@ def test_means_and_standard_deviations(tmp_path):
     assert sft["metrics"]["recall@1"] == pytest.approx({"mean": 0.3, "sd": np.std([0.2, 0.4], ddof=1)})
     assert [(pair["row"], pair["versus"]) for pair in result["pairs"]] == [("sft", "base")]
     assert all(c["p_holm"] >= c["p"] for c in result["pairs"][0]["metrics"].values())
-    assert "0.3000 ± 0.1414" in seeds_table(result, "in_list")
+    base, oracle, sft = seeds_table(result, "in_list").splitlines()[2:]
+    assert "0.3000 ± 0.1414" in sft and sft.endswith("+20.0%") and oracle.endswith("+100.0%") and "%" not in base
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 1), (2, 3, 2)])
