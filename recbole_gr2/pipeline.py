@@ -96,6 +96,7 @@ AGAIN = "asked for"  # why a stage runs although it may be finished
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
            "eval_scope": ("in_list", "all"), "sft_others": ("prior", "base", "teacher")}  # fmt: skip
+LEAST = {"evidence_fits": 1, "evidence_folds": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,9 @@ def check(settings: Settings) -> None:
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ConfigurationError(f"{key} is {settings[key]!r}", do=f"choose from {', '.join(choices)}")
+    for key, least in LEAST.items():
+        if settings[key] < least:
+            raise ConfigurationError(f"{key} is {settings[key]}", do=f"choose {least} or more")
     unknown = set(settings["eval_rows"]) - set(RERANKERS)
     if unknown:
         raise ConfigurationError(f"there is no re-ranker {sorted(unknown)}", where="eval_rows",

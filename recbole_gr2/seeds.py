@@ -122,7 +122,7 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         said = ", ".join(f"{count:,}" for count in dict.fromkeys(counts))
         parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")
     parts += [
-        "Mean ± standard deviation over the seeds. `gap closed` is the share of the way from base to oracle in NDCG@5.",
+        "Mean ± standard deviation over the seeds. `gap closed` is the share of the way from base to oracle (NDCG@5).",
         f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with "
         "95 % bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose "
         "differences are added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",

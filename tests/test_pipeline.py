@@ -57,6 +57,7 @@ def actions(plan) -> dict[str, str]:
     ({"trace_mode": "guess"}, "trace_mode is 'guess'"),
     ({"ort_variant": "other"}, "ort_variant is 'other'"),
     ({"eval_scope": "some"}, "eval_scope is 'some'"),
+    ({"evidence_fits": 0}, "evidence_fits is 0"),
     ({"eval_rows": ["sft", "stf"]}, r"no re-ranker \['stf'\]"),
 ])  # fmt: skip
 def test_what_settings_alone_show_is_told_before_data_is_loaded(given, message):

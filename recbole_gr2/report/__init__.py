@@ -152,7 +152,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
             f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
             "very order of the prior, `its first` the share with the same item in front, `cited in prompt` the share "
             "of the semantic IDs in the reasoning that the prompt shows, `cites its first` the share of answers whose "
-            "reasoning cites the item that they put first. A slot that takes far more first places than the others is a "
+            "reasoning cites the item that they put first. A slot that takes far more first places than others is a "
             "position bias."
         )
     stats = records["candidates"].facts["stats"]
@@ -173,8 +173,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
         header = ["split", *next(iter(evidence["quality"].values()))]
         parts.append(
             f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. "
-            f"The prior's fits took {', '.join(map(str, evidence['steps']))} steps, chosen by validation lists; its orders of train lists come "
-            f"from fits that did not see them.\n\n```\n{render_table(header, found)}\n```"
+            f"The prior's fits took {', '.join(map(str, evidence['steps']))} steps, chosen by validation lists; its "
+            f"orders of train lists come from fits that did not see them.\n\n```\n{render_table(header, found)}\n```"
         )
     if "traces" in records:
         traces = records["traces"].facts

@@ -50,7 +50,8 @@ def run(context: Context) -> dict:
     known = {}
     for splits, sequences in ((("train",), data.open_sequences()), (("valid", "test"), training)):
         observed = Observed(items=data.items, sequences=sequences, embeddings=embeddings)
-        names, rows = collect([r for split in splits for r in requests[split]], settings["evidence_providers"], observed)
+        every = [r for split in splits for r in requests[split]]
+        names, rows = collect(every, settings["evidence_providers"], observed)
         for split in splits:
             known[split], rows = rows[: len(requests[split])], rows[len(requests[split]) :]
     for split in SPLITS:
