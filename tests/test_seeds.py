@@ -46,7 +46,7 @@ def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> P
     (folder / "evaluate").mkdir(parents=True)
     per_user.to_csv(folder / "evaluate" / "per_user.csv", index=False)
     rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}}
-            for scope in ("all", "in_list") for row, ndcg in (("base", 0.5), ("oracle", 1.0), ("sft", 0.6))]  # fmt: skip
+            for scope in ("all", "in_list") for row, ndcg in [("base", 0.5), ("oracle", 1), ("sft", 0.6)]]  # fmt: skip
     result = {"dataset": "x", "base_model": "b", "llm": "l", "preset": "p", "seeds": [seed], "rows": rows,
               "stages": [{"seconds": 2.0}, {"seconds": 3.0}]}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))

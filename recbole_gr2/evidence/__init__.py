@@ -123,8 +123,8 @@ def linear(observed: Observed) -> Describe:
     """What an item of the history says for a candidate, once all other items that a user took are known.
 
     The item-item weights of EASE (Steck, WWW 2019, arXiv 1905.03375, equation 8): each item is predicted from the
-    others that a user took by ridge regression, in closed form B = -P / diag(P), P = (X^T X + RIDGE I)^-1. The rows of X
-    are users and, weighted by TEXT, the dimensions of the items' text embeddings, so that items which few users took
+    others that a user took by ridge regression, in closed form B = -P / diag(P), P = (X^T X + RIDGE I)^-1. The rows of
+    X are users and, weighted by TEXT, the dimensions of the items' text embeddings, so that items which few users took
     are near those of the same words (Jeunen, Van Balen and Goethals, RecSys 2020: collective EASE). Counts call two
     items close that are each close to a third one; these weights do not. Items beyond the MOST_ITEMS most taken have
     none.
