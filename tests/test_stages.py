@@ -780,7 +780,7 @@ KILLS = {
     "tokenizer": "uniqueness",
     "midtrain": "  step 5/",
     "candidates": "hold-out base: 1 epochs",
-    "evidence": "test: 21 facts",
+    "evidence": "test: 23 facts",
     "traces": "try 1:",
     "sft": "  step 7/11",
     "distill": "step 4/6",
