@@ -168,7 +168,7 @@ def test_the_plain_reward_is_hacked_by_copying():
 
 
 @pytest.mark.parametrize("form", [PLAIN, CONDITIONAL])
-def test_promoting_a_fixed_slot_earns_less_than_copying(form):
+def test_promoting_a_fixed_slot_earns_no_more_than_copying(form):
     """Targets stand where those of a base model do, more of them at the top: 10, 10, 20 and 40."""
     rewards = WeightedRewards(form)
     policies = {

@@ -179,7 +179,7 @@ def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requ
     """Greedy answers to requests: (answers, completions), both in the order of the requests.
 
     Args:
-        orders: base positions in the order shown, by request id; base order by default.
+        orders: base positions in the order shown, by request id; by default the maker's own.
     """
     prompts = [maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
     completions = generate_rankings(
