@@ -147,6 +147,17 @@ class Settings(Mapping):
         prefixes = tuple(prefixes)
         return {k: v for k, v in sorted(self._values.items()) if k.startswith(prefixes) and not self._known[k].speed}
 
+    def chosen(self) -> dict[str, dict]:
+        """What can change a result and is not as overall.yaml and stage/ have it: key -> its value and where from.
+
+        The seed, which every report names apart, is left out.
+        """
+        quiet = {"seed", "preset", "dataset", *RECBOLE_SPEED, *(k for k, entry in self._known.items() if entry.speed)}
+        words = {**self.recbole, **{f"base_{k}": self.recbole[k] for k in self.base_words}, **self._values}
+        return {key: {"value": words[key], "from": origin} for key, origin in sorted(self.origin.items())
+                if origin != "properties" and key not in quiet
+                and not (key in self._known and words[key] == self._known[key].default)}  # fmt: skip
+
     def recbole_results(self, base: bool = True) -> dict:
         """RecBole's words that can change a result, those of the base model alone included or not."""
         words = self.recbole if base else self.shared_words

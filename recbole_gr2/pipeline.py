@@ -27,7 +27,7 @@ from recbole_gr2.rewards import named as reward_names
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.tokenizer import tokenizer_config
-from recbole_gr2.store import locked, other_records, read_manifest, stage_key, write_manifest
+from recbole_gr2.store import code_version, locked, other_records, read_manifest, stage_key, write_manifest
 from recbole_gr2.types import StageRecord
 
 
@@ -352,21 +352,22 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
     )  # fmt: skip
     wait_for_all()
     _reset_peak_memory()
-    started = time.monotonic()
+    code, started = code_version(), time.monotonic()
     facts = run(context)
     if PLACE == 0:
-        _finish(entry, facts, time.monotonic() - started)
+        _finish(entry, facts, time.monotonic() - started, code)
     wait_for_all()
     return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
 
 
-def _finish(entry: Planned, facts: dict, seconds: float) -> None:
+def _finish(entry: Planned, facts: dict, seconds: float, code: str) -> None:
     for checkpoint in entry.folder.glob("checkpoints/**/checkpoint-*"):  # of no use once the stage is finished
         shutil.rmtree(checkpoint)
     record = StageRecord(
         stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
         seconds=round(seconds, 3), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
+        code=code,
     )  # fmt: skip
     write_manifest(entry.folder, record)
 

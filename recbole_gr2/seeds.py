@@ -18,10 +18,14 @@ import pandas as pd
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
-from recbole_gr2.report import SCOPES, SHOWN, new_folder, pairs_table, published, slices_table
+from recbole_gr2.report import (
+    ROWS, SCOPES, SHOWN, curves_table, new_folder, pairs_table, published, settings_table, slices_table,
+)  # fmt: skip
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
 from recbole_gr2.store import write_json
+
+COST = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
 
 
 def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, command: str, console: Console
@@ -63,6 +67,7 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
         rows.append({
             "row": first["row"], "scope": first["scope"], "n": [row["n"] for row in same],
             "metrics": {m: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for m, v in values.items()},
+            "unchanged": None if first["unchanged"] is None else float(np.mean([row["unchanged"] for row in same])),
         })  # fmt: skip
     there = [name for name in frames[0].columns if name in {row["row"] for row in rows}]
     wanted = [(row, "base") for row in there if row not in ("base", *DIAGNOSTIC)]
@@ -73,9 +78,24 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     kept = ("dataset", "base_model", "llm", "preset")
     return {
         **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,
-        "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
-        "seconds": [sum(stage["seconds"] for stage in run["stages"]) for run in runs],
+        "settings": runs[0]["settings"], "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
+        "curves": mean_curves([run["curves"] for run in runs]),
+        "stages": [{"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COST}}
+                   for same in zip(*(run["stages"] for run in runs), strict=True)],
     }, frames  # fmt: skip
+
+
+def mean_curves(runs: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, list[float]]]:
+    """Learning curves (`recbole_gr2.report.learning_curves`), averaged over runs where all have them.
+
+    >>> mean_curves([{"sft": {"loss": [3.0, 1.0]}}, {"sft": {"loss": [2.0, 2.0], "loss/ranking": [1.0, 0.5]}}])
+    {'sft': {'loss': [2.5, 1.5]}}
+    """
+    return {
+        stage: {name: pd.DataFrame([run[stage][name] for run in runs]).mean().tolist()
+                for name in figures if all(name in run[stage] for run in runs)}
+        for stage, figures in runs[0].items() if all(stage in run for run in runs)
+    }  # fmt: skip
 
 
 def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int = 10_000
@@ -104,9 +124,10 @@ def seeds_table(result: Mapping[str, Any], scope: str) -> str:
     ndcg = {row["row"]: row["metrics"]["ndcg@5"]["mean"] for row in rows} if "ndcg@5" in shown else {}
     gap = ndcg["oracle"] - ndcg["base"] if ndcg else 0.0
     lines = [[row["row"], *(f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['sd']:.4f}" for m in shown),
-              f"{(ndcg[row['row']] - ndcg['base']) / gap:+.1%}" if gap and row["row"] != "base" else ""]
+              f"{(ndcg[row['row']] - ndcg['base']) / gap:+.1%}" if gap and row["row"] != "base" else "",
+              "" if row["unchanged"] is None else f"{row['unchanged']:.1%}"]
              for row in rows]  # fmt: skip
-    return render_table(["row", *shown, "gap closed"], lines)
+    return render_table(["row", *shown, "gap closed", "unchanged"], lines)
 
 
 def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> str:
@@ -122,14 +143,26 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         said = ", ".join(f"{count:,}" for count in dict.fromkeys(counts))
         parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")
     parts += [
-        "Mean ± standard deviation over the seeds. `gap closed` is the share of the way from base to oracle (NDCG@5).",
+        f"Mean ± standard deviation over the seeds. {ROWS}",
         f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with "
         "95 % bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose "
         "differences are added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
         f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
         *published(result["dataset"]),
-        "## Runs\n\n```\n" + render_table(["seed", "stages", "run"], [
-            [str(seed), f"{seconds:,.0f} s", Path(run).parent.name]
-            for seed, seconds, run in zip(seeds, result["seconds"], result["runs"], strict=True)]) + "\n```",
+    ]  # fmt: skip
+    if result["curves"]:
+        parts.append("## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on, and "
+                     f"over the seeds.\n\n```\n{curves_table(result['curves'])}\n```")  # fmt: skip
+    cost = [[stage["stage"], *(f"{seconds:,.0f} s" for seconds in stage["seconds"]),
+             f"{max(stage['peak_memory_mb']):,.0f} MiB", ", ".join(dict.fromkeys(stage["code"]))]
+            for stage in result["stages"]]  # fmt: skip
+    whole = ["all", *(f"{sum(stage['seconds'][n] for stage in result['stages']):,.0f} s" for n in range(len(seeds)))]
+    header = ["stage", *(f"seed {seed}" for seed in seeds), "peak memory", "code"]
+    parts += [
+        "## Settings\n\nThose that differ from their defaults; all are in the config.yaml of each run.\n\n"
+        f"```\n{settings_table(result['settings'])}\n```",
+        "## Cost\n\nWall time of the run that computed it, peak memory, and the version and commit of its code.\n\n"
+        f"```\n{render_table(header, [*cost, [*whole, '', '']])}\n```",
+        "Runs: " + ", ".join(Path(run).parent.name for run in result["runs"]) + ".",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"

@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recbole_gr2 import __version__
 from recbole_gr2.errors import GR2Error
 from recbole_gr2.types import StageRecord
 
@@ -35,6 +37,17 @@ def read_manifest(folder: Path) -> StageRecord | None:
         return None
     values = json.loads(file.read_text(encoding="utf-8"))
     return StageRecord(**{**values, "files": tuple(values["files"])})
+
+
+def code_version(package: Path = Path(__file__).parent) -> str:
+    """The package's version and, in a checkout, its commit, with a + where tracked files differ from it."""
+    if not (package.parent / ".git").exists():
+        return __version__
+    ask = ["git", "-C", str(package), "describe", "--always", "--exclude=*", "--abbrev=8", "--dirty=+"]
+    try:
+        return f"{__version__} {subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()}"
+    except (OSError, subprocess.CalledProcessError):  # no git here, or it refuses the folder
+        return f"{__version__} unknown commit"
 
 
 def write_manifest(folder: Path, record: StageRecord) -> None:

@@ -177,7 +177,7 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """manifest.json of a finished stage."""
+    """manifest.json of a finished stage. `code` says which code computed it, as `recbole_gr2.store.code_version`."""
 
     stage: str
     key: str
@@ -188,3 +188,4 @@ class StageRecord:
     peak_memory_mb: float
     facts: dict = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    code: str = ""

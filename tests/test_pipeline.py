@@ -19,9 +19,11 @@ from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
-from recbole_gr2.report import metrics_table, pairs_table, render_report
+from recbole_gr2.report import curves_table, learning_curves, metrics_table, pairs_table, render_report
 from recbole_gr2.stages.evaluate import read_per_user
-from recbole_gr2.store import locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines
+from recbole_gr2.store import (
+    code_version, locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines,
+)  # fmt: skip
 
 PACKAGE = Path(recbole_gr2.__file__).parent
 ROWS = [f"rerank_{row}" for row in RERANKERS if row not in ("distilled", "internalised")]
@@ -335,6 +337,27 @@ def test_the_data_is_part_of_every_key():
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
+def test_code_version(tmp_path):
+    """The version alone where it is installed; in a checkout the commit too, with a mark on changed files."""
+    package = tmp_path / "recbole_gr2"
+    package.mkdir()
+    (package / "__init__.py").write_text("one")
+    (tmp_path / "notes").write_text("not of the checkout")
+    assert code_version(package) == recbole_gr2.__version__
+    (tmp_path / ".git").mkdir()  # not one that git knows
+    assert code_version(package) == f"{recbole_gr2.__version__} unknown commit"
+    (tmp_path / ".git").rmdir()
+    for words in (["init", "-q"], ["add", "recbole_gr2"],
+                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"], ["tag", "v1"]):  # fmt: skip
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = code_version(package)
+    commit = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    version, short = clean.split()
+    assert version == recbole_gr2.__version__ and len(short) == 8 and commit.startswith(short)
+    (package / "__init__.py").write_text("two")
+    assert code_version(package) == clean + "+"
+
+
 def test_store(tmp_path):
     assert read_manifest(tmp_path) is None and other_records(tmp_path / "rl" / "key") == []
     file = tmp_path / "lines.jsonl"
@@ -422,6 +445,16 @@ def test_the_run_folder(smoke_run):
     per_user = read_per_user(smoke_run.stages["evaluate"])
     assert render_report(smoke_run.result, done, per_user) == report  # a function of what the stages wrote
     assert "## Slices" in report and pairs_table(smoke_run.result) in report
+    assert smoke_run.result["curves"] == learning_curves(smoke_run.stages)
+    log = json.loads((smoke_run.stages["rl"] / "log.json").read_text())
+    curves = smoke_run.result["curves"]
+    assert set(curves) >= {"midtrain", "sft", "rl"} and set(curves["sft"]) >= {"loss/reasoning", "loss/ranking"}
+    assert curves["rl"]["reward"][-1] == log[-1]["reward"] and curves_table(curves) in report
+    settings = smoke_run.result["settings"]
+    assert settings["llm"]["from"] == "preset/smoke.yaml" and "seed" not in settings
+    assert settings["base_epochs"] == {"value": 3, "from": "preset/smoke.yaml"}
+    assert not {"checkpoint_dir", "data_path", "rl_micro_batch_size"} & set(settings)
+    assert {stage["code"] for stage in smoke_run.result["stages"]} == {code_version()}
 
 
 def test_manifests_list_their_files(smoke_run):

@@ -10,7 +10,7 @@ import pytest
 from recbole_gr2.quick_start import main
 from recbole_gr2.ranking import paired_comparison
 from recbole_gr2.report import slices_table
-from recbole_gr2.seeds import combine, compare, run_seeds, seeds_table
+from recbole_gr2.seeds import combine, compare, render_seeds, run_seeds, seeds_table
 
 
 def frame(users: str, base: list[int], sft: list[int]) -> pd.DataFrame:
@@ -45,10 +45,12 @@ def test_slices_by_hand():
 def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> Path:
     (folder / "evaluate").mkdir(parents=True)
     per_user.to_csv(folder / "evaluate" / "per_user.csv", index=False)
-    rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}}
+    rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}, "unchanged": recall}
             for scope in ("all", "in_list") for row, ndcg in [("base", 0.5), ("oracle", 1), ("sft", 0.6)]]  # fmt: skip
+    stages = [{"stage": stage, "seconds": seed, "peak_memory_mb": 100, "code": "1 ab"} for stage in ("sft", "rl")]
     result = {"dataset": "x", "base_model": "b", "llm": "l", "preset": "p", "seeds": [seed], "rows": rows,
-              "stages": [{"seconds": 2.0}, {"seconds": 3.0}]}  # fmt: skip
+              "settings": {"sft_steps": {"value": 5, "from": "command line"}}, "stages": stages,
+              "curves": {"sft": {"loss": [2.0, recall]}}}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "run.json").write_text(json.dumps({"stages": {"evaluate": str(folder / "evaluate")}}))
     return folder / "result.json"
@@ -58,13 +60,19 @@ def test_means_and_standard_deviations(tmp_path):
     paths = [written(tmp_path / "one", 1, 0.2, frame("abc", [2, 1, 3], [1, 1, 1])),
              written(tmp_path / "two", 2, 0.4, frame("bcd", [1, 4, 5], [2, 1, 5]))]  # fmt: skip
     result, frames = combine(paths, "the command")
-    assert result["seeds"] == [1, 2] and result["seconds"] == [5.0, 5.0] and len(frames) == 2
+    assert result["seeds"] == [1, 2] and len(frames) == 2
+    assert result["stages"][1] == {"stage": "rl", "seconds": [1, 2], "peak_memory_mb": [100] * 2, "code": ["1 ab"] * 2}
+    assert result["curves"] == {"sft": {"loss": [2.0, pytest.approx(0.3)]}}
     sft = next(row for row in result["rows"] if (row["row"], row["scope"]) == ("sft", "in_list"))
     assert sft["metrics"]["recall@1"] == pytest.approx({"mean": 0.3, "sd": np.std([0.2, 0.4], ddof=1)})
     assert [(pair["row"], pair["versus"]) for pair in result["pairs"]] == [("sft", "base")]
     assert all(c["p_holm"] >= c["p"] for c in result["pairs"][0]["metrics"].values())
     base, oracle, sft = seeds_table(result, "in_list").splitlines()[2:]
-    assert "0.3000 ± 0.1414" in sft and sft.endswith("+20.0%") and oracle.endswith("+100.0%") and "%" not in base
+    assert "0.3000 ± 0.1414" in sft and sft.split()[-2:] == ["+20.0%", "30.0%"]
+    assert oracle.split()[-2] == "+100.0%" and base.split()[-2:] == ["0.0000", "30.0%"]
+    report = [line.split() for line in render_seeds(result, frames).splitlines()]
+    for line in ("sft loss 2.0000 0.3000", "sft_steps 5 command line", "rl 1 s 2 s 100 MiB 1 ab", "all 2 s 4 s"):
+        assert line.split() in report
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 1), (2, 3, 2)])

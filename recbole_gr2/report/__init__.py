@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,17 @@ from recbole_gr2.sid.quality import neighbourhood_line
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, read_per_user
 from recbole_gr2.stages.rerank import PREFIX
-from recbole_gr2.stages.rl import FIGURES
+from recbole_gr2.stages.rl import FIGURES, curve
 from recbole_gr2.store import write_json
 from recbole_gr2.types import StageRecord
 
 SCOPES = {"all": "all users", "in_list": "users whose list holds their target (in_list)"}
+ROWS = (
+    "Rows: `base` is the base model's own order, `oracle` the target first, `evidence` the order of the prior that sft "
+    "and rl start from, without a language model; `lambdamart` is LightGBM over the same evidence and the same train "
+    "lists; `shuffled` is the RL model on shuffled candidates. `gap closed` is the share of the way from base to oracle "
+    "(NDCG@5)."
+)
 SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
@@ -29,7 +36,7 @@ def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool
               command: str, console: Console) -> Path:  # fmt: skip
     """Write `runs/<name>/` and print the table; returns the path of result.json."""
     folder = new_folder(Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs")
-    result = build_result(done, settings, command)
+    result = build_result(done, settings, command, {p.stage.name: p.folder for p in planned})
     (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
     write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})
     write_json(folder / "result.json", result)
@@ -50,8 +57,10 @@ def new_folder(parent: Path) -> Path:
     return folder
 
 
-def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str) -> dict:
-    """result.json: rows with metrics per scope, comparisons with the base row, tokenizer health, and cost per stage."""
+def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str,
+                 folders: Mapping[str, Path]) -> dict:  # fmt: skip
+    """result.json: rows with metrics per scope, comparisons with the base row, tokenizer health, learning curves, and
+    cost per stage."""
     records = {record.stage: record for record, _ in done}
     return {
         "dataset": settings["dataset"],
@@ -60,12 +69,14 @@ def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, c
         "preset": settings["preset"],
         "seeds": [settings["seed"]],
         "command": command,
+        "settings": settings.chosen(),
         "rows": records["evaluate"].facts["rows"],
         "pairs": records["evaluate"].facts["pairs"],
         "tokenizer": {"uniqueness": records["tokenizer"].facts["uniqueness"]},
+        "curves": learning_curves(folders),
         "stages": [
             {"stage": record.stage, "key": record.key, "seconds": record.seconds,
-             "peak_memory_mb": record.peak_memory_mb, "cached": cached}
+             "peak_memory_mb": record.peak_memory_mb, "cached": cached, "code": record.code}
             for record, cached in done
         ],
     }  # fmt: skip
@@ -109,6 +120,39 @@ def pairs_table(result: dict) -> str:
     return render_table(["rows", *(cell for metric in shown for cell in (f"{metric} [95 %]", "p (Holm)"))], lines)
 
 
+def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
+    """What training logged: stage -> figure -> its means over five equal parts of the steps, first to last.
+
+    Args:
+        folders: of finished stages; those that train a language model have a log.json.
+    """
+    curves = {}
+    for stage, folder in folders.items():
+        if not (folder / "log.json").is_file():
+            continue
+        logged = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+        for part, log in ({"": logged} if isinstance(logged, list) else logged).items():
+            # midtrain's steps on new tokens alone, which come first and count from 1 like those behind them, are left out
+            start = max(n for n, line in enumerate(log) if n == 0 or line["step"] <= log[n - 1]["step"])
+            names = FIGURES if "reward" in log[-1] else [name for name in log[-1] if name.startswith("loss")]
+            curves[f"{stage} {part}".strip()] = curve(log[start:], names)
+    return curves
+
+
+def curves_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """One line a stage and figure: its means over equal parts of the steps."""
+    lines = [[stage, name, *(f"{v:.4f}" for v in values)]
+             for stage, figures in curves.items() for name, values in figures.items()]  # fmt: skip
+    parts = max(map(len, lines)) - 2
+    header = ["stage", "figure", *(f"{n} of {parts}" for n in range(1, parts + 1))]
+    return render_table(header, [line + [""] * (len(header) - len(line)) for line in lines])
+
+
+def settings_table(settings: Mapping[str, Mapping]) -> str:
+    """One line a setting that differs from its default."""
+    return render_table(["setting", "value", "from"], [[k, str(s["value"]), s["from"]] for k, s in settings.items()])
+
+
 def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_user: pd.DataFrame) -> str:
     """report.md."""
     records = {record.stage: record for record, _ in done}
@@ -122,12 +166,8 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
     for scope in ("all", "in_list"):
         parts.append(f"## {scope_title(result, scope)}\n\n```\n{metrics_table(result, scope)}\n```")
     parts.append(
-        "Rows: `base` is the base model's own order, `oracle` the target first, `evidence` the order of the prior that "
-        "sft and rl start from, without a language model; `lambdamart` is LightGBM over the same evidence and the same "
-        "train lists; `shuffled` is the RL model on shuffled candidates. Intervals are 95 % bootstrap intervals over "
-        "users, p-values two-sided paired randomisation tests, Holm-adjusted over the rows and metrics of a scope. "
-        "`gap closed` is the share of the way from base to oracle. "
-        f"Caution: one seed{caveat(result)}."
+        f"{ROWS} Intervals are 95 % bootstrap intervals over users, p-values two-sided paired randomisation tests, "
+        f"Holm-adjusted over the rows and metrics of a scope. Caution: one seed{caveat(result)}."
     )
     if result["pairs"]:
         parts.append(
@@ -192,14 +232,17 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
         if stage not in records:
             continue
         rl = records[stage].facts
-        rounds = [[name, *(f"{rl[when][name]:.4f}" for when in ("first", "last"))]
-                  for name in FIGURES if name in rl["last"]]  # fmt: skip
         injected = f", {rl['injected']:,} of them with their target put in" if rl["injected"] else ""
-        parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists{injected}.\n\n```\n"
-                     f"{render_table(['', 'first round', 'last round'], rounds)}\n```")  # fmt: skip
-    cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else ""]
-            for s in result["stages"]]  # fmt: skip
-    parts.append(f"## Cost\n\n```\n{render_table(['stage', 'wall time', 'peak memory', 'cached'], cost)}\n```")
+        parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists{injected}.")
+    if result["curves"]:
+        parts.append("## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on.\n\n"
+                     f"```\n{curves_table(result['curves'])}\n```")  # fmt: skip
+    parts.append("## Settings\n\nThose that differ from their defaults; all are in config.yaml.\n\n"
+                 f"```\n{settings_table(result['settings'])}\n```")  # fmt: skip
+    cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else "",
+             s["code"]] for s in result["stages"]]  # fmt: skip
+    cost = render_table(["stage", "wall time", "peak memory", "cached", "code"], cost)
+    parts.append(f"## Cost\n\n```\n{cost}\n```\n\nOf the run that computed it, and the version and commit of its code.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,7 +8,7 @@ is quick enough to be deployed (GR2-TR, reasoning internalisation).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +124,14 @@ def teacher(context: Context, tokenizer):
     return LocalTeacher(model, known, tokenizer)
 
 
-def curve(log: Sequence[Mapping[str, float]], parts: int = 5) -> dict[str, list[float]]:
-    """Means of what was logged over so many equal parts of the rounds, or each round's where there are fewer.
+def curve(log: Sequence[Mapping[str, float]], names: Iterable[str] = FIGURES, parts: int = 5) -> dict[str, list[float]]:
+    """Means of what was logged over so many equal parts of the lines, or each line's where there are fewer.
+
+    Names that a line lacks are left out.
 
     >>> curve([{"reward": 1.0, "loss": 2.0}, {"reward": 3.0, "loss": 2.0}, {"reward": 5.0, "loss": 0.0}], parts=2)
     {'reward': [2.0, 5.0]}
     """
     places = np.array_split(np.arange(len(log)), min(parts, len(log)))
     return {name: [float(np.mean([log[place][name] for place in part])) for part in places]
-            for name in FIGURES if all(name in line for line in log)}  # fmt: skip
+            for name in names if all(name in line for line in log)}  # fmt: skip
