@@ -2,17 +2,21 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers.cache_utils import DynamicLayer
 
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm import rollout
 from recbole_gr2.llm.constraint import FREE, Grammar, GrammarProcessor, constrained_log_probs
-from recbole_gr2.llm.rollout import generate_rankings, left_pad, prior_tensor, read_answer
+from recbole_gr2.llm.rollout import RoomyLayer, generate_rankings, left_pad, prior_tensor, read_answer
 from recbole_gr2.sid.tokens import RANKING, label_tokens
 from recbole_gr2.types import Candidate, Request
 
@@ -340,6 +344,54 @@ def test_greedy_equals_plain_generation(model, grammar):
     plain = [plain_generation(model, grammar, prompt, prior) for prompt, prior in zip(PROMPTS, PRIORS)]
     assert got == [ids for ids in plain for _ in range(3)]
     assert len({tuple(ids) for ids in plain}) == 4
+
+
+@pytest.mark.parametrize(("temperature", "generations"), [(0.0, 1), (1.0, 4)])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_room_in_the_cache_changes_no_token(model, grammar, monkeypatch, bf16, temperature, generations):
+    def generate(room):
+        monkeypatch.setattr(rollout, "ROOM", room)
+        return generate_rankings(model, PROMPTS, PRIORS, grammar=grammar, num_generations=generations, bf16=bf16,
+                                 temperature=temperature)  # fmt: skip
+
+    roomy, tight = generate(128), generate(1)
+    monkeypatch.setattr(rollout, "roomy_cache", lambda model: DynamicCache(config=model.config))
+    assert generate(128) == roomy == tight
+
+
+def test_a_roomy_layer_holds_what_a_dynamic_one_does():
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    generator = torch.Generator().manual_seed(0)
+
+    def update(batch, tokens):
+        keys, values = torch.randn(2, batch, 2, tokens, 4, generator=generator)
+        for one, other in zip(ours.update(keys, values), theirs.update(keys, values), strict=True):
+            assert torch.equal(one, other)
+
+    update(2, 5)
+    place = ours.keys.data_ptr()
+    update(2, 1)
+    assert ours.keys.data_ptr() == place  # written behind the others
+    for layer in (ours, theirs):
+        layer.batch_repeat_interleave(3)
+    update(6, 1)
+    for layer in (ours, theirs):
+        layer.crop(-2)
+    update(6, 3)
+    for layer in (ours, theirs):
+        layer.reorder_cache(torch.tensor([5, 0, 0, 1, 2, 3]))
+    for _ in range(2):
+        update(6, 100)  # more than there is room for
+    assert ours.get_seq_length() == theirs.get_seq_length() == 208
+    half = RoomyLayer()
+    keys, _ = half.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4, dtype=torch.bfloat16))
+    assert keys.dtype == torch.bfloat16
+
+
+def test_a_sliding_window_keeps_its_own_layer():
+    config = Qwen2Config(num_hidden_layers=3, use_sliding_window=True, max_window_layers=2, sliding_window=4)
+    kinds = [type(layer).__name__ for layer in rollout.roomy_cache(SimpleNamespace(config=config)).layers]
+    assert kinds == ["RoomyLayer", "RoomyLayer", "DynamicSlidingWindowLayer"]
 
 
 def test_samples_are_legal_and_depend_on_seed_and_prompt_alone(model, grammar):

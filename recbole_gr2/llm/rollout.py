@@ -7,8 +7,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.constraint import Grammar, GrammarProcessor
@@ -16,6 +17,7 @@ from recbole_gr2.ranking import complete
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
 
+ROOM = 128  # tokens that a cache takes more before it is copied; ours
 BAR = {"unit": "batch", "disable": None, "leave": False, "delay": 5}  # on a terminal, for what takes longer than 5 s
 
 
@@ -144,6 +146,44 @@ class GumbelSampler(LogitsProcessor):
         return scores / self.temperature - noise.log()  # -log of an exponential is a standard Gumbel
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, with room behind them: a further token is written there, where transformers' own
+    layer copies all of them for every token.
+
+    Keys are kept in the dtype of the values. Under autocast rotary embeddings leave them in float32, and attention would
+    round the whole cache for every token anew.
+    """
+
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+               ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """All keys and values, the new ones (B, heads, tokens, D) included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before = self.get_seq_length()
+        after = before + key_states.size(-2)
+        if self.room is None or after > self.room[0].size(-2) or self.keys.data_ptr() != self.room[0].data_ptr():
+            shape = (*key_states.shape[:2], after + ROOM, key_states.size(-1))
+            self.room = value_states.new_empty(shape), value_states.new_empty(shape)
+            if before:
+                self._write(self.keys, self.values, 0, before)
+        self._write(key_states, value_states, before, after)
+        self.keys, self.values = (part[:, :, :after] for part in self.room)
+        return self.keys, self.values
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
+        for part, new in zip(self.room, (keys, values), strict=True):
+            part[:, :, start:stop] = new
+
+
+def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for this model; layers that do not keep every token (sliding windows) are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def left_pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, P) padded on the left, and their attention mask (B, P)."""
     length = max(map(len, sequences))
@@ -200,12 +240,11 @@ def _generate_batch(
     # PEFT's own `generate` overwrites the base model's generation config for good; its layers live in the base model.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, mask = left_pad(prompts, grammar.pad_id, model.device)
-    cache = None
+    cache = roomy_cache(base)
     if num_generations > 1 and ids.size(1) > 1:  # read each prompt once, all but its last token
         head = mask[:, :-1]
-        cache = base(
-            input_ids=ids[:, :-1], attention_mask=head, position_ids=positions(head), use_cache=True, logits_to_keep=1
-        ).past_key_values
+        base(input_ids=ids[:, :-1], attention_mask=head, position_ids=positions(head), use_cache=True, logits_to_keep=1,
+             past_key_values=cache)  # fmt: skip
         cache.batch_repeat_interleave(num_generations)
     ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
     label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
