@@ -382,8 +382,8 @@ def test_store(tmp_path):
 
 def test_result_json_has_the_documented_fields(smoke_run):
     result = smoke_run.result
-    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "rows", "pairs", "tokenizer",
-                           "stages"}  # fmt: skip
+    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "settings", "rows", "pairs",
+                           "tokenizer", "curves", "stages"}  # fmt: skip
     per_user = read_per_user(smoke_run.stages["evaluate"])
     for pair in result["pairs"]:
         assert set(pair["metrics"]) == {"recall@1", "recall@5", "ndcg@5", "ndcg@10"}
@@ -398,7 +398,7 @@ def test_result_json_has_the_documented_fields(smoke_run):
     assert 0.99 <= result["tokenizer"]["uniqueness"] <= 1.0
     assert [stage["stage"] for stage in result["stages"]] == TABLE
     for stage in result["stages"]:
-        assert set(stage) == {"stage", "key", "seconds", "peak_memory_mb", "cached"}
+        assert set(stage) == {"stage", "key", "seconds", "peak_memory_mb", "cached", "code"}
         assert stage["seconds"] >= 0 and stage["peak_memory_mb"] > 100 and len(stage["key"]) == 12
 
 
@@ -453,7 +453,7 @@ def test_the_run_folder(smoke_run):
     settings = smoke_run.result["settings"]
     assert settings["llm"]["from"] == "preset/smoke.yaml" and "seed" not in settings
     assert settings["base_epochs"] == {"value": 3, "from": "preset/smoke.yaml"}
-    assert not {"checkpoint_dir", "data_path", "rl_micro_batch_size"} & set(settings)
+    assert not {"checkpoint_dir", "data_path"} & set(settings)
     assert {stage["code"] for stage in smoke_run.result["stages"]} == {code_version()}
 
 
