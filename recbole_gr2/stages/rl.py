@@ -109,8 +109,7 @@ def run(context: Context) -> dict:
     if trainer.accelerator.is_main_process:
         save_backbone(merged(model), tokenizer, context.folder / "model")
         write_json(context.folder / "log.json", log)
-    return {"requests": len(requests), "injected": len(injected), "rounds": len(log), "first": log[0],
-            "last": log[-1], "curve": curve(log)}  # fmt: skip
+    return {"requests": len(requests), "injected": len(injected), "rounds": len(log), "curve": curve(log)}
 
 
 def teacher(context: Context, tokenizer):
