@@ -78,7 +78,7 @@ STAGES = (
           needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
     Stage(name="rl", version=7, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
           needs=("embeddings", "candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="evaluate", version=5, settings=("eval_", "seed"), recbole="base",
+    Stage(name="evaluate", version=6, settings=("eval_", "seed"), recbole="base",
           needs=("candidates", "tokenizer", "evidence")),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)

@@ -19,7 +19,7 @@ from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
 from recbole_gr2.report import (
-    ROWS, SCOPES, SHOWN, curves_table, new_folder, pairs_table, published, settings_table, slices_table,
+    ROWS, SCOPES, SHOWN, curves_table, new_folder, pairs_table, published, settings_table, slices_table, truth_section,
 )  # fmt: skip
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
@@ -79,22 +79,24 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     return {
         **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,
         "settings": runs[0]["settings"], "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
-        "curves": mean_curves([run["curves"] for run in runs]),
+        "truth": means([run["truth"] for run in runs]), "curves": means([run["curves"] for run in runs]),
         "stages": [{"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COST}}
                    for same in zip(*(run["stages"] for run in runs), strict=True)],
     }, frames  # fmt: skip
 
 
-def mean_curves(runs: Sequence[Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, list[float]]]:
-    """Learning curves (`recbole_gr2.report.learning_curves`), averaged over runs where all have them.
+def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Figures, or curves of them, of rows or stages: averaged over runs where all have them.
 
-    >>> mean_curves([{"sft": {"loss": [3.0, 1.0]}}, {"sft": {"loss": [2.0, 2.0], "loss/ranking": [1.0, 0.5]}}])
+    >>> means([{"sft": {"loss": [3.0, 1.0]}}, {"sft": {"loss": [2.0, 2.0], "loss/ranking": [1.0, 0.5]}}])
     {'sft': {'loss': [2.5, 1.5]}}
+    >>> means([{"sft": {"kind": 0.5}, "rl": {"kind": 1.0}}, {"sft": {"kind": 1.0}}])
+    {'sft': {'kind': 0.75}}
     """
     return {
-        stage: {name: pd.DataFrame([run[stage][name] for run in runs]).mean().tolist()
-                for name in figures if all(name in run[stage] for run in runs)}
-        for stage, figures in runs[0].items() if all(stage in run for run in runs)
+        row: {name: np.mean([run[row][name] for run in runs], axis=0).tolist()
+              for name in figures if all(name in run[row] for run in runs)}
+        for row, figures in runs[0].items() if all(row in run for run in runs)
     }  # fmt: skip
 
 
@@ -149,6 +151,7 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         "differences are added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
         f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
         *published(result["dataset"]),
+        *truth_section(result),
     ]  # fmt: skip
     if result["curves"]:
         parts.append("## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on, and "

@@ -383,7 +383,7 @@ def test_store(tmp_path):
 def test_result_json_has_the_documented_fields(smoke_run):
     result = smoke_run.result
     assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "settings", "rows", "pairs",
-                           "tokenizer", "curves", "stages"}  # fmt: skip
+                           "truth", "tokenizer", "curves", "stages"}  # fmt: skip
     per_user = read_per_user(smoke_run.stages["evaluate"])
     for pair in result["pairs"]:
         assert set(pair["metrics"]) == {"recall@1", "recall@5", "ndcg@5", "ndcg@10"}
@@ -445,6 +445,8 @@ def test_the_run_folder(smoke_run):
     per_user = read_per_user(smoke_run.stages["evaluate"])
     assert render_report(smoke_run.result, done, per_user) == report  # a function of what the stages wrote
     assert "## Slices" in report and pairs_table(smoke_run.result) in report
+    assert set(smoke_run.result["truth"]) == {"sft", "rl", "shuffled"}
+    assert all(0 <= shares["all"] <= min(shares.values()) for shares in smoke_run.result["truth"].values())
     assert smoke_run.result["curves"] == learning_curves(smoke_run.stages)
     log = json.loads((smoke_run.stages["rl"] / "log.json").read_text())
     curves = smoke_run.result["curves"]

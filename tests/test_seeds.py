@@ -50,6 +50,7 @@ def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> P
     stages = [{"stage": stage, "seconds": seed, "peak_memory_mb": 100, "code": "1 ab"} for stage in ("sft", "rl")]
     result = {"dataset": "x", "base_model": "b", "llm": "l", "preset": "p", "seeds": [seed], "rows": rows,
               "settings": {"sft_steps": {"value": 5, "from": "command line"}}, "stages": stages,
+              "truth": {"sft": dict.fromkeys(("habit", "kind", "why", "all"), recall)},
               "curves": {"sft": {"loss": [2.0, recall]}}}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "run.json").write_text(json.dumps({"stages": {"evaluate": str(folder / "evaluate")}}))
@@ -71,7 +72,8 @@ def test_means_and_standard_deviations(tmp_path):
     assert "0.3000 ± 0.1414" in sft and sft.split()[-2:] == ["+20.0%", "30.0%"]
     assert oracle.split()[-2] == "+100.0%" and base.split()[-2:] == ["0.0000", "30.0%"]
     report = [line.split() for line in render_seeds(result, frames).splitlines()]
-    for line in ("sft loss 2.0000 0.3000", "sft_steps 5 command line", "rl 1 s 2 s 100 MiB 1 ab", "all 2 s 4 s"):
+    for line in ("sft loss 2.0000 0.3000", "sft_steps 5 command line", "rl 1 s 2 s 100 MiB 1 ab", "all 2 s 4 s",
+                 "sft 30.0% 30.0% 30.0% 30.0%"):  # fmt: skip
         assert line.split() in report
 
 

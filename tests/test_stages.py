@@ -34,7 +34,7 @@ from recbole_gr2.stages.rerank import lambdamart_rankings, likelihood_rankings, 
 from recbole_gr2.stages.sft import answer_requests, taught_ranking, training_row
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.stages.traces import answer_grammar
-from recbole_gr2.teachers import RulesTeacher
+from recbole_gr2.teachers import RulesTeacher, true_statements
 from recbole_gr2.types import Candidate, Item, Request, Trace
 
 
@@ -175,6 +175,46 @@ def test_the_rules_teacher_cites_what_a_prompt_shows():
     request = toy_request(13, candidates=(13, 14))
     said = {n: RulesTeacher(items, seed=0, temperature=1.0, history=n).text(request, 13) for n in (2, 3)}
     assert ", the same brand, Brand1. Best" in said[3] and ", something new beside them. Best" in said[2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_rules_teacher_says_what_is_true(data):
+    """Of any items, with and without kinds, brands and facts."""
+    paths, brands = ["", "One", "Root > A", "Root > A and B", "Root > A > C, D"], ["", "X", "Y, Z. Q"]
+    drawn = data.draw(st.lists(st.tuples(st.sampled_from(paths), st.sampled_from(brands)), min_size=8, max_size=8))
+    items = [Item(item_id=n, token=f"t{n}", title=f"Title {n}", categories=path, brand=brand, sid=(n, 0))
+             for n, (path, brand) in enumerate(drawn, start=1)]  # fmt: skip
+    levels = data.draw(st.lists(st.integers(0, 9), min_size=6, max_size=6))
+    facts = tuple({"next": next_, "last text": text} for next_, text in zip(levels[::2], levels[1::2], strict=True))
+    request = replace(toy_request(6, history=(1, 2, 3, 4, 5), candidates=(6, 7, 8)),
+                      facts=data.draw(st.sampled_from([(), facts])))  # fmt: skip
+    shown, pick = data.draw(st.integers(0, 6)), data.draw(st.sampled_from(request.items))
+    said = RulesTeacher(items, seed=0, temperature=1.0, history=shown).text(request, pick)
+    assert true_statements(f" {said} ", request, items, shown) == {"habit": True, "kind": True, "why": True}, said
+
+
+def test_what_is_not_true():
+    """Candidate 12 is a Kind0 of Brand0; the history holds Kind1, Kind2, Kind0 of Brand1, Brand0, Brand1."""
+    request, sid = toy_request(11, history=(1, 2, 3)), sid_text((12, 13))
+
+    def told(habit="Kind1 and Kind0", kind="Kind0", why="the same kind", cited=sid, shown=8, request=request):
+        text = f"The shopper takes {habit}. {cited}: {kind}, {why}. Best is {sid_text((10, 11))}"
+        return "".join(str(int(true)) for true in true_statements(text, request, toy_items(), shown).values())
+
+    assert told() == "111" and told(habit="Kind2") == "111" and told(shown=1) == "011"
+    assert told(habit="Kind1 and Kind7") == "011" and told(habit="Kind1 or Kind0") == "011"
+    assert told(kind="Kind1") == "101" and told(kind="Kind") == "101"
+    assert told(why="the same brand, Brand0") == "111" and told(why="the same brand, Brand0", shown=1) == "010"
+    assert told(why="the same brand, Brand1") == "110"  # a brand of the history, and not the candidate's
+    assert told(why="it goes with Kind1") == "111" and told(why="it goes with Kind5") == "110"
+    assert told(why="something new beside them") == "110"
+    assert told(why="the same kind; first in next") == "110"  # no facts are shown
+    facts = replace(request, facts=({"next": 3}, {"next": 9}, {"next": 9}))
+    assert told(why="the same kind; first in next", request=facts) == "111"
+    assert told(why="the same kind; first in next, text", request=facts) == "110"
+    assert told(cited=sid_text((1, 2))) == "000"  # no candidate
+    assert told(why="because") == "000" and set(true_statements("", request, toy_items(), 8).values()) == {False}
 
 
 def test_facts_of_a_run(smoke, items, tmp_path):

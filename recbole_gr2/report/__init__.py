@@ -59,8 +59,8 @@ def new_folder(parent: Path) -> Path:
 
 def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str,
                  folders: Mapping[str, Path]) -> dict:  # fmt: skip
-    """result.json: rows with metrics per scope, comparisons with the base row, tokenizer health, learning curves, and
-    cost per stage."""
+    """result.json: rows with metrics per scope, comparisons, truth of the answers, tokenizer health, learning curves,
+    and cost per stage."""
     records = {record.stage: record for record, _ in done}
     return {
         "dataset": settings["dataset"],
@@ -72,6 +72,7 @@ def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, c
         "settings": settings.chosen(),
         "rows": records["evaluate"].facts["rows"],
         "pairs": records["evaluate"].facts["pairs"],
+        "truth": records["evaluate"].facts["truth"],
         "tokenizer": {"uniqueness": records["tokenizer"].facts["uniqueness"]},
         "curves": learning_curves(folders),
         "stages": [
@@ -118,6 +119,20 @@ def pairs_table(result: dict) -> str:
                      f"{found['p_holm']:.4f}" if "p_holm" in found else ""]  # fmt: skip
         lines.append(line)
     return render_table(["rows", *(cell for metric in shown for cell in (f"{metric} [95 %]", "p (Holm)"))], lines)
+
+
+def truth_section(result: dict) -> list[str]:
+    """What the answers' statements are worth, or nothing where none can be checked."""
+    if not result["truth"]:
+        return []
+    header = ["row", "habit", "kind", "why", "all"]
+    lines = [[row, *(f"{shares[name]:.1%}" for name in header[1:])] for row, shares in result["truth"].items()]
+    return [
+        f"## Is the reasoning true?\n\n```\n{render_table(header, lines)}\n```\n\nShare of the answers whose statements "
+        "are true, in the words of the rules teacher, whose own always are: `habit`, the shopper takes such kinds of "
+        "items; `kind`, the cited candidate is of the kind that is named; `why`, the reason given for it holds (brand, "
+        "kind, what it goes with); `all` of these."
+    ]  # fmt: skip
 
 
 def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
@@ -195,6 +210,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
             "reasoning cites the item that they put first. A slot that takes far more first places than others is a "
             "position bias."
         )
+    parts += truth_section(result)
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
              for split, facts in stats.items()]  # fmt: skip

@@ -8,6 +8,7 @@ whose list holds the target. With one target a ranking metric depends on the lis
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, reported_lists
-from recbole_gr2.store import write_json
-from recbole_gr2.types import Request
+from recbole_gr2.stages.tokenizer import load_items
+from recbole_gr2.store import read_lines, write_json
+from recbole_gr2.teachers import true_statements
+from recbole_gr2.types import Item, Request
 
 PAIRS = (  # what each step is worth: its row, and the row that it has to beat
     ("sft", "evidence"), ("sft", "lambdamart"), ("sft", "onerec_think"), ("sft", "onerec_think-no-think"),
@@ -38,6 +41,7 @@ def run(context: Context) -> dict:
     Raises:
         GR2Error: an invariant does not hold.
     """
+    settings = context.settings
     requests, in_list = reported_lists(context, context.data.items)
     context.say(f"{len(in_list):,} of {len(requests):,} lists hold their target")
     rankings: dict[str, Rankings] = {
@@ -47,16 +51,33 @@ def run(context: Context) -> dict:
     by_prior = {r.request_id: r.by_prior for r in requests}
     if by_prior != rankings["base"]:
         rankings["evidence"] = by_prior
-    if "lambdamart" in context.settings["eval_rows"] and PREFIX + "lambdamart" not in context.folders:
+    if "lambdamart" in settings["eval_rows"] and PREFIX + "lambdamart" not in context.folders:
         context.say("no evidence, so no lambdamart row")
-    for stage, folder in context.folders.items():
-        if stage.startswith(PREFIX):
-            rankings[stage.removeprefix(PREFIX)] = load_rankings(folder, context.data.items)
+    rerankers = {stage.removeprefix(PREFIX): folder for stage, folder in context.folders.items()
+                 if stage.startswith(PREFIX)}  # fmt: skip
+    rankings |= {row: load_rankings(folder, context.data.items) for row, folder in rerankers.items()}
     rows = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", rows)
     _write_per_user(context, in_list, rankings)
+    items, truth = load_items(context.folders["tokenizer"], context.data.items), {}
+    if settings["trace_teacher"] == "rules":
+        truth = {row: found for row, folder in rerankers.items()
+                 if (found := truthfulness(folder, in_list, items, settings["prompt_history"]))}  # fmt: skip
     return {"lists": len(requests), "in_list": len(in_list), "rows": rows,
-            "pairs": _pairs(in_list, rankings, context.settings)}
+            "pairs": _pairs(in_list, rankings, settings), "truth": truth}
+
+
+def truthfulness(folder: Path, requests: list[Request], items: Sequence[Item], shown: int) -> dict[str, float]:
+    """Of a row's answers to these requests, in the words of the rules teacher, the share whose statements are true:
+    of each statement, and all; nothing for a row without reasoning."""
+    asked = {request.request_id: request for request in requests}
+    said = [(line["reasoning"], asked[line["request_id"]]) for line in read_lines(folder / "rankings.jsonl")
+            if line.get("reasoning") and line["request_id"] in asked]  # fmt: skip
+    found = [true_statements(reasoning, request, items, shown) for reasoning, request in said]
+    return {} if not found else {
+        **{name: float(np.mean([each[name] for each in found])) for name in found[0]},
+        "all": float(np.mean([all(each.values()) for each in found])),
+    }  # fmt: skip
 
 
 def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:

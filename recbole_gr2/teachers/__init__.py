@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from recbole_gr2.evidence import overlap
 from recbole_gr2.prompts import kind, recent, shorten
 from recbole_gr2.ranking import complete, promote
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.sid.tokens import SID, sid_text
 from recbole_gr2.store import read_lines
 from recbole_gr2.types import Item, Request
 
@@ -107,6 +108,46 @@ class RulesTeacher:
         # and once more behind them, next to the ranking: a small model copies a label from there alone.
         what, sid = kind(chosen) or shorten(chosen.title, 30), sid_text(chosen.sid)
         return f"The shopper takes {usual}. {sid}: {what}, {why}. Best is {sid}"
+
+
+RULES = re.compile(
+    rf"The shopper takes (?P<habit>.*?)\. (?P<sid>{SID.pattern}): (?P<kind>.*), (?P<why>the same brand, (?P<brand>.*?)|the "
+    rf"same kind|it goes with (?P<other>.*?)|something new beside them)(; first in (?P<first>.*?))?\. Best is {SID.pattern}"
+)
+
+
+def true_statements(said: str, request: Request, items: Sequence[Item], shown: int) -> dict[str, bool]:
+    """Which statements of a text in the words of `RulesTeacher` are true of the request, whoever wrote it.
+
+    `habit`: the kinds that the shopper is said to take are kinds of items in the history; `kind`: the cited candidate
+    is of the kind that is named; `why`: the reason that is given for it holds. None is true of a text in other words.
+
+    Args:
+        shown: items of the history that the prompt shows, the last ones.
+    """
+    text = RULES.fullmatch(said.strip())
+    cited = {sid_text(items[i - 1].sid): items[i - 1] for i in request.items}
+    if text is None or text["sid"] not in cited:
+        return dict.fromkeys(("habit", "kind", "why"), False)
+    chosen, history = cited[text["sid"]], [items[i - 1] for i in recent(request.history, max(shown, 1))]
+    kinds = {kind(item) for item in history} - {""} or {"items like " + shorten(history[-1].title, 30)}
+    if text["brand"] is not None:
+        why = text["brand"] == chosen.brand and chosen.brand in {item.brand for item in history}
+    elif text["other"] is not None:
+        why = any(kind(item) == text["other"] and overlap(chosen, item) > 0 for item in history)
+    else:
+        closest = max(overlap(chosen, item) for item in history)
+        new = closest == 0 and chosen.brand not in {item.brand for item in history} - {""}
+        why = closest == 1.0 if text["why"] == "the same kind" else new
+    if text["first"] is not None:
+        own = request.facts[request.items.index(chosen.item_id)] if request.facts else {}
+        why = why and all(own.get(name, 0) == max((facts.get(name, 0) for facts in request.facts), default=0) > 0
+                          for name in text["first"].split(", "))  # fmt: skip
+    return {
+        "habit": text["habit"] in kinds | {f"{one} and {other}" for one in kinds for other in kinds},
+        "kind": text["kind"] == (kind(chosen) or shorten(chosen.title, 30)),
+        "why": why,
+    }
 
 
 class LocalLLMTeacher:
