@@ -19,7 +19,8 @@ from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
 from recbole_gr2.report import (
-    ROWS, SCOPES, SHOWN, curves_table, new_folder, pairs_table, published, settings_table, slices_table, truth_section,
+    ROWS, SCOPES, SHOWN, curves_table, latex_tables, new_folder, pairs_table, published, settings_table, slices_table,
+    truth_section,
 )  # fmt: skip
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
@@ -48,6 +49,7 @@ def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, comman
     folder = new_folder(paths[0].parent.parent)
     write_json(folder / "result.json", result)
     (folder / "report.md").write_text(render_seeds(result, frames), encoding="utf-8")
+    (folder / "table.tex").write_text(latex_tables(result), encoding="utf-8")
     for scope in ("all", "in_list"):
         print(f"\n{scope}\n{seeds_table(result, scope)}", flush=True, file=console.stream)
     console.say(f"report: {folder / 'report.md'}")

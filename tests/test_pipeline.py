@@ -19,7 +19,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
 from recbole_gr2.quick_start import main
-from recbole_gr2.report import curves_table, learning_curves, metrics_table, pairs_table, render_report
+from recbole_gr2.report import curves_table, latex_tables, learning_curves, metrics_table, pairs_table, render_report
 from recbole_gr2.stages.evaluate import read_per_user
 from recbole_gr2.store import (
     code_version, locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines,
@@ -442,8 +442,10 @@ def test_the_run_folder(smoke_run):
     chosen = load_settings(config_files=[folder / "config.yaml"])
     assert chosen["preset"] == "smoke" and chosen["checkpoint_dir"] == str(smoke_run.root)
     done = [(read_manifest(path), False) for path in smoke_run.stages.values()]
-    per_user = read_per_user(smoke_run.stages["evaluate"])
-    assert render_report(smoke_run.result, done, per_user) == report  # a function of what the stages wrote
+    evaluated = smoke_run.stages["evaluate"]
+    assert render_report(smoke_run.result, done, evaluated) == report  # a function of what the stages wrote
+    assert latex_tables(smoke_run.result) == (folder / "table.tex").read_text()
+    assert (evaluated / "examples.md").read_text().strip() in report
     assert "## Slices" in report and pairs_table(smoke_run.result) in report
     assert set(smoke_run.result["truth"]) == {"sft", "rl", "shuffled"}
     assert all(0 <= shares["all"] <= min(shares.values()) for shares in smoke_run.result["truth"].values())

@@ -1,7 +1,7 @@
 """The report: reference figures stand apart, and copies are named."""
 
 from recbole_gr2.config import properties_folder, read_yaml
-from recbole_gr2.report import SHOWN, copies, metrics_table, pairs_table, published
+from recbole_gr2.report import SHOWN, copies, latex_tables, metrics_table, pairs_table, published
 
 
 def row(name: str, scope: str = "in_list", unchanged: float | None = 0.5, ndcg: float = 0.5) -> dict:
@@ -42,3 +42,22 @@ def test_copies_and_rows_without_lists():
     table = metrics_table(result, "in_list").splitlines()
     assert next(line for line in table if line.startswith("SASRec")).rstrip().endswith("%") is True
     assert next(line for line in table if line.startswith("sft")).rstrip().endswith("100.0%")
+
+
+def test_latex_tables():
+    """The best figure as printed is bold, ties as well; oracle and shuffled make no claim; constants are left out."""
+    ndcg = {"base": 0.5, "oracle": 1.0, "one_row": 0.61234, "rl": 0.61233, "shuffled": 0.7}
+    rows = [row(name, scope, ndcg=value) for scope in ("all", "in_list") for name, value in ndcg.items()]
+    lines = latex_tables({"dataset": "x", "seeds": [1], "rows": rows}).splitlines()
+    assert lines[0] == "% x, all users" and lines[3].split() == ["&", "ndcg@5", r"\\"] and len(lines) == 25
+    told = [line.split()[0::2] for line in lines[5:10]]
+    assert told == [["base", "0.5000"], ["oracle", "1.0000"], [r"one\_row", r"\textbf{0.6123}"],
+                    ["rl", r"\textbf{0.6123}"], ["shuffled", "0.7000"]]  # fmt: skip
+
+
+def test_latex_tables_of_several_seeds():
+    ndcg = {"base": (0.5, 0.01), "oracle": (1.0, 0.0), "sft": (0.6, 0.0234)}
+    rows = [{"row": name, "scope": scope, "metrics": {"ndcg@5": {"mean": mean, "sd": sd}}}
+            for scope in ("all", "in_list") for name, (mean, sd) in ndcg.items()]  # fmt: skip
+    text = latex_tables({"dataset": "x", "seeds": [1, 2], "rows": rows})
+    assert text.count(r"sft & \textbf{0.6000 $\pm$ 0.0234} \\") == 2 and text.count("textbf") == 2

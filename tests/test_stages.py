@@ -26,7 +26,7 @@ from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten, shuff
 from recbole_gr2.quick_start import main, run
 from recbole_gr2.requests import read_requests, write_requests
 from recbole_gr2.sid.tokens import is_code, sid_text
-from recbole_gr2.stages import Context, midtrain, traces
+from recbole_gr2.stages import Context, evaluate, midtrain, traces
 from recbole_gr2.stages.embeddings import item_text, load_embeddings
 from recbole_gr2.stages.evidence import injected_requests, load_described, load_requests
 from recbole_gr2.stages.midtrain import corpus, fitting, general_texts, load_stage_model, mixture, task_texts
@@ -1085,3 +1085,20 @@ def test_a_generator_that_saw_the_targets_proposes_no_train_lists(smoke, tmp_pat
     context = other(smoke, tmp_path, base_model="GR2Generator", mid_hold_out=False)
     with pytest.raises(ConfigurationError, match="has seen their targets"):
         recommender(context, tmp_path, hold_out=True)
+
+
+def test_examples_show_where_the_target_went():
+    """Up from 3 to 1, up from 2 to 1, unmoved, down from 1 to 2: no list that did not move is shown."""
+    items = [replace(item, title=f"Thing {item.item_id}") for item in toy_items()]
+    moves = {"a": (12, (12, 10, 11)), "b": (11, (11, 10, 12)), "c": (10, (10, 12, 11)), "d": (10, (11, 10, 12))}
+    requests = [replace(toy_request(target), request_id=name) for name, (target, _) in moves.items()]
+    said = {name: f" Best is {sid_text((12, 13))}, {sid_text((99, 99))}" for name in moves}
+    rankings = {name: ranking for name, (_, ranking) in moves.items()}
+    text = evaluate.examples(requests, "rl", rankings, said, items, 2)
+    assert [line for line in text.splitlines() if "target from" in line] == [
+        "a, target from 3 to 1. History:", "b, target from 2 to 1. History:", "d, target from 1 to 2. History:"]  # fmt: skip
+    first = text.split("b, target")[0].splitlines()
+    assert "- Thing 1 (Kind1)" not in first and "- Thing 2 (Kind2)" in first and "- Thing 3 (Kind0)" in first
+    table = [line.split() for line in first if line.endswith("(Kind0)") and "Thing 12" in line]
+    assert table == [["3", "1", "taken", "Thing", "12", "(Kind0)"]]
+    assert f"> Best is [Thing 12], {sid_text((99, 99))}" in first  # an ID of no item stays as it is

@@ -40,8 +40,8 @@ def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool
     (folder / "config.yaml").write_text(settings.as_yaml(), encoding="utf-8")
     write_json(folder / "run.json", {"command": command, "stages": {p.stage.name: str(p.folder) for p in planned}})
     write_json(folder / "result.json", result)
-    per_user = read_per_user(planned[-1].folder)
-    (folder / "report.md").write_text(render_report(result, done, per_user), encoding="utf-8")
+    (folder / "report.md").write_text(render_report(result, done, planned[-1].folder), encoding="utf-8")
+    (folder / "table.tex").write_text(latex_tables(result), encoding="utf-8")
     for scope in ("all", "in_list"):
         print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}", flush=True, file=console.stream)
     console.say(f"report: {folder / 'report.md'}")
@@ -108,6 +108,26 @@ def metrics_table(result: dict, scope: str) -> str:
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
 
+def latex_tables(result: Mapping) -> str:
+    """table.tex: a tabular (booktabs) of each scope with the best figure of each column bold, rows that make no claim
+    left out of that; with several seeds the means, and their standard deviations behind them."""
+    parts, several = [], len(result["seeds"]) > 1
+    for scope, who in SCOPES.items():
+        rows = [row for row in result["rows"] if row["scope"] == scope]
+        shown = [metric for metric in SHOWN if len({str(row["metrics"].get(metric)) for row in rows}) > 1]
+        names = [row["row"] for row in rows]
+        cells = pd.DataFrame([[row["metrics"][metric] for metric in shown] for row in rows], names, shown)
+        means = cells.map(lambda cell: cell["mean"]) if several else cells
+        best = means.drop(index=[name for name in names if name in DIAGNOSTIC]).round(4).max()
+        bold = means.round(4).eq(best) & ~means.index.isin(DIAGNOSTIC)[:, None]
+        text = cells.map(lambda cell: f"{cell['mean']:.4f} $\\pm$ {cell['sd']:.4f}" if several else f"{cell:.4f}")
+        style = text.style.apply(lambda _: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
+        style.format_index(escape="latex")
+        columns = "l" + "r" * len(shown)
+        parts.append(f"% {result['dataset']}, {who}\n{style.to_latex(hrules=True, column_format=columns)}")
+    return "\n".join(parts)
+
+
 def pairs_table(result: dict) -> str:
     """One line a pair of re-rankers: differences in R@1 and NDCG@5, with interval and adjusted p."""
     shown, lines = ("recall@1", "ndcg@5"), []
@@ -168,8 +188,8 @@ def settings_table(settings: Mapping[str, Mapping]) -> str:
     return render_table(["setting", "value", "from"], [[k, str(s["value"]), s["from"]] for k, s in settings.items()])
 
 
-def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_user: pd.DataFrame) -> str:
-    """report.md."""
+def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evaluated: Path) -> str:
+    """report.md; `evaluated` is the folder of the evaluate stage."""
     records = {record.stage: record for record, _ in done}
     sids = records["tokenizer"].facts
     rankings = {stage.removeprefix(PREFIX): r.facts for stage, r in records.items() if stage.startswith(PREFIX)}
@@ -190,7 +210,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
             "bootstrap intervals; p-values of two-sided paired randomisation tests, Holm-adjusted over this table and "
             f"its metrics.\n\n```\n{pairs_table(result)}\n```"
         )
-    parts.append(f"## Slices\n\nNDCG@5 of the in_list scope.\n\n```\n{slices_table([per_user])}\n```")
+    parts.append(f"## Slices\n\nNDCG@5 of the in_list scope.\n\n```\n{slices_table([read_per_user(evaluated)])}\n```")
     parts += published(result["dataset"])
     answers = [
         [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
@@ -211,6 +231,12 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], per_us
             "position bias."
         )
     parts += truth_section(result)
+    if (evaluated / "examples.md").is_file():
+        parts.append(
+            "## Examples\n\nThe lists in which the target moved furthest up, and those in which furthest down: the items "
+            "that the prompt shows, the candidates with their places, and the answer's reasoning with titles in place of "
+            f"IDs.\n\n{(evaluated / 'examples.md').read_text(encoding='utf-8').strip()}"
+        )
     stats = records["candidates"].facts["stats"]
     lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
              for split, facts in stats.items()]  # fmt: skip

@@ -8,21 +8,24 @@ whose list holds the target. With one target a ranking metric depends on the lis
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from recbole_gr2.bridge import ListedBase, evaluate_rows
+from recbole_gr2.console import render_table
 from recbole_gr2.errors import GR2Error
+from recbole_gr2.prompts import kind, recent, shorten
 from recbole_gr2.ranking import METRICS, holm, paired_comparison, promote
 from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import SID, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.baseline import BEYOND
 from recbole_gr2.stages.candidates import recommender
-from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, reported_lists
+from recbole_gr2.stages.rerank import PREFIX, Rankings, load_rankings, load_reasoning, reported_lists
 from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.store import read_lines, write_json
+from recbole_gr2.store import write_json
 from recbole_gr2.teachers import true_statements
 from recbole_gr2.types import Item, Request
 
@@ -33,10 +36,11 @@ PAIRS = (  # what each step is worth: its row, and the row that it has to beat
 )  # fmt: skip
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
 OWN = "the base model's own scores"
+EXAMPLES = 2  # lists of each kind that are shown in words
 
 
 def run(context: Context) -> dict:
-    """Writes rows.json and per_user.csv.
+    """Writes rows.json and per_user.csv, and examples.md where a row reasons.
 
     Raises:
         GR2Error: an invariant does not hold.
@@ -59,25 +63,51 @@ def run(context: Context) -> dict:
     rows = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", rows)
     _write_per_user(context, in_list, rankings)
-    items, truth = load_items(context.folders["tokenizer"], context.data.items), {}
-    if settings["trace_teacher"] == "rules":
-        truth = {row: found for row, folder in rerankers.items()
-                 if (found := truthfulness(folder, in_list, items, settings["prompt_history"]))}  # fmt: skip
+    items = load_items(context.folders["tokenizer"], context.data.items)
+    said = {row: reasoning for row, folder in rerankers.items() if (reasoning := load_reasoning(folder))}
+    if said:
+        row = "rl" if "rl" in said else list(said)[-1]
+        (context.folder / "examples.md").write_text(
+            examples(in_list, row, rankings[row], said[row], items, settings["prompt_history"]), encoding="utf-8")
+    truth = {} if settings["trace_teacher"] != "rules" else {
+        row: truthfulness(in_list, reasoning, items, settings["prompt_history"]) for row, reasoning in said.items()}
     return {"lists": len(requests), "in_list": len(in_list), "rows": rows,
             "pairs": _pairs(in_list, rankings, settings), "truth": truth}
 
 
-def truthfulness(folder: Path, requests: list[Request], items: Sequence[Item], shown: int) -> dict[str, float]:
-    """Of a row's answers to these requests, in the words of the rules teacher, the share whose statements are true:
-    of each statement, and all; nothing for a row without reasoning."""
-    asked = {request.request_id: request for request in requests}
-    said = [(line["reasoning"], asked[line["request_id"]]) for line in read_lines(folder / "rankings.jsonl")
-            if line.get("reasoning") and line["request_id"] in asked]  # fmt: skip
-    found = [true_statements(reasoning, request, items, shown) for reasoning, request in said]
-    return {} if not found else {
-        **{name: float(np.mean([each[name] for each in found])) for name in found[0]},
-        "all": float(np.mean([all(each.values()) for each in found])),
-    }  # fmt: skip
+def truthfulness(requests: Sequence[Request], said: Mapping[str, str], items: Sequence[Item], shown: int
+                 ) -> dict[str, float]:  # fmt: skip
+    """Share of these requests' answers, by request id, whose statements are true, if they are in the words of the rules
+    teacher: each statement, and all of them."""
+    found = [true_statements(said[r.request_id], r, items, shown) for r in requests]
+    return {**{name: float(np.mean([each[name] for each in found])) for name in found[0]},
+            "all": float(np.mean([all(each.values()) for each in found]))}
+
+
+def examples(requests: Sequence[Request], row: str, rankings: Rankings, said: Mapping[str, str],
+             items: Sequence[Item], shown: int) -> str:  # fmt: skip
+    """In words, the lists in which a row moved the target furthest up, and those in which furthest down."""
+    moved = {r.request_id: r.target_rank - rankings[r.request_id].index(r.target) - 1 for r in requests}
+    ordered = sorted(requests, key=lambda r: -moved[r.request_id])
+    chosen = [r for r in ordered[:EXAMPLES] if moved[r.request_id] > 0]
+    chosen += [r for r in ordered[-EXAMPLES:] if moved[r.request_id] < 0]
+    titles = {sid_text(item.sid): f"[{shorten(item.title, 60)}]" for item in items}
+
+    def words(item: int) -> str:
+        return shorten(items[item - 1].title, 60) + (f" ({kind(items[item - 1])})" if kind(items[item - 1]) else "")
+
+    parts = []
+    for request in chosen:
+        ranking = rankings[request.request_id]
+        table = [[str(place), str(ranking.index(item) + 1), "taken" if item == request.target else "", words(item)]
+                 for place, item in enumerate(request.items, start=1)]  # fmt: skip
+        reasoning = SID.sub(lambda found: titles.get(found[0], found[0]), said[request.request_id]).strip()
+        parts.append(
+            f"{request.request_id}, target from {request.target_rank} to {ranking.index(request.target) + 1}. History:"
+            + "\n\n" + "".join(f"- {words(item)}\n" for item in recent(request.history, max(shown, 1)))
+            + f"\n```\n{render_table(['base', row, 'target', 'candidate'], table)}\n```\n\n> {reasoning}\n"
+        )
+    return "\n".join(parts)
 
 
 def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:

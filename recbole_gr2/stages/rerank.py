@@ -81,6 +81,12 @@ def load_rankings(folder: Path, items: Sequence[Item]) -> Rankings:
             for line in read_lines(folder / "rankings.jsonl")}  # fmt: skip
 
 
+def load_reasoning(folder: Path) -> dict[str, str]:
+    """What the answers of a rerank stage say in front of their rankings, by request id; {} where none reasons."""
+    said = {line["request_id"]: line.get("reasoning", "") for line in read_lines(folder / "rankings.jsonl")}
+    return said if any(said.values()) else {}
+
+
 def answered_rankings(context: Context, items: Sequence[Item], requests: list[Request], row: str
                       ) -> tuple[Rankings, dict, dict[str, dict]]:  # fmt: skip
     """A language model's answers: their rankings, facts about them all, and each one's details by request."""

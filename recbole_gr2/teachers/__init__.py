@@ -111,8 +111,9 @@ class RulesTeacher:
 
 
 RULES = re.compile(
-    rf"The shopper takes (?P<habit>.*?)\. (?P<sid>{SID.pattern}): (?P<kind>.*), (?P<why>the same brand, (?P<brand>.*?)|the "
-    rf"same kind|it goes with (?P<other>.*?)|something new beside them)(; first in (?P<first>.*?))?\. Best is {SID.pattern}"
+    rf"The shopper takes (?P<habit>.*?)\. (?P<sid>{SID.pattern}): (?P<kind>.*), (?P<why>the same brand, (?P<brand>.*?)|"
+    r"the same kind|it goes with (?P<other>.*?)|something new beside them)(; first in (?P<first>.*?))?\. "
+    rf"Best is {SID.pattern}"
 )
 
 
