@@ -22,7 +22,8 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=256)
     options = parser.parse_args()
 
-    from recbole_gr2.bridge import ByLength, Data, find_model
+    from recbole_gr2.bridge.data import Data
+    from recbole_gr2.bridge.models import ByLength, find_model
     from recbole_gr2.config import load_settings, recbole_config
 
     settings = load_settings(config_dict={"dataset": options.dataset, "data_path": options.data_path})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2 import pipeline
-from recbole_gr2.bridge import Data
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError

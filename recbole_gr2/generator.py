@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from recbole_gr2.bridge import BaseModel, mask_seen
+from recbole_gr2.bridge.models import BaseModel, mask_seen
 from recbole_gr2.llm.beam import Beams, SidTrie, beam_items, item_scores, target_last
 from recbole_gr2.types import Item
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.bridge import find_model
+from recbole_gr2.bridge.models import find_model
 from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_properties, base_model_words, recbole_words
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError

@@ -178,7 +178,7 @@ def run(
     settings = load_settings(**given)
     _quiet_libraries()
     from recbole_gr2 import pipeline
-    from recbole_gr2.bridge import Data
+    from recbole_gr2.bridge.data import Data
     from recbole_gr2.processes import PLACE
 
     console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "

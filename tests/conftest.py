@@ -46,7 +46,8 @@ class Trained:
 @pytest.fixture(scope="session")
 def ml100k(tmp_path_factory):
     """ml100k(name): ml-100k and a base model trained for one epoch, once a session."""
-    from recbole_gr2.bridge import Data, train_base
+    from recbole_gr2.bridge.data import Data
+    from recbole_gr2.bridge.models import train_base
     from recbole_gr2.config import load_settings
 
     built = {}

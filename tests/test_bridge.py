@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import compat
-from recbole_gr2.bridge import (
-    ByLength, Data, ListedBase, base_order, evaluate_rows, find_model, mask_seen, read_item_texts, tie_free, train_base,
-    unquote,
-)  # fmt: skip
+from recbole_gr2.bridge.data import Data, exact_time_dataset, read_item_texts, unquote
+from recbole_gr2.bridge.evaluator import base_order, evaluate_rows, tie_free
+from recbole_gr2.bridge.models import ByLength, ListedBase, find_model, mask_seen, train_base
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main
@@ -199,11 +198,9 @@ def test_the_mask_is_that_of_recboles_general_protocol(ml100k):
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.trainer import Trainer
 
-    from recbole_gr2.bridge import _exact_time_dataset
-
     trained = ml100k("BPR")
     config = recbole_config(trained.settings, "BPR", repeatable=False)
-    dataset = _exact_time_dataset(sequential=False)(config)
+    dataset = exact_time_dataset(sequential=False)(config)
     built = dataset.build()
     sampler = create_samplers(config, dataset, built)[2]
     loader = get_dataloader(config, "test")(config, built[2], sampler, shuffle=False)

@@ -148,7 +148,7 @@ def test_base_words_are_those_of_the_base_model():
 
 
 def test_the_plugins_own_base_model_brings_its_defaults():
-    from recbole_gr2.bridge import find_model
+    from recbole_gr2.bridge.models import find_model
 
     built = recbole_config(load_settings(config_dict=SMOKE), find_model("CausalSASRec"))
     ours = read_yaml((properties_folder() / "model" / "CausalSASRec.yaml").read_text())

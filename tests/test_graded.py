@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from recbole_gr2.bridge import Data, train_base
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.models import train_base
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.quick_start import main

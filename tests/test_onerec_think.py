@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
-from recbole_gr2.bridge import Data
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.generator import ONEREC_THINK

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
-from recbole_gr2.bridge import Data, ListedBase, evaluate_rows
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.evaluator import evaluate_rows
+from recbole_gr2.bridge.models import ListedBase
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from recbole_gr2.bridge import read_item_texts
+from recbole_gr2.bridge.data import read_item_texts
 from recbole_gr2.text import clean_text
 
 PATHS = "[['Beauty', 'Hair'], ['Beauty', 'Men', 'Shaving'], ['Grocery', 'Food', 'Tea']]"

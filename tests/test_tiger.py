@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from recbole_gr2 import pipeline
-from recbole_gr2.bridge import BaseModel, Data, evaluate_rows
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.evaluator import evaluate_rows
+from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.llm.beam import UNREACHED
 from recbole_gr2.model.tiger import TIGER, TRAIN_SLICE

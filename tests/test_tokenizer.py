@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
-from recbole_gr2.bridge import Data, read_item_texts
+from recbole_gr2.bridge.data import Data, read_item_texts
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.sid.contrastive import co_engaged, draw_positives, info_nce, known_positives

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from recbole_gr2.bridge import BaseModel, Data, evaluate_rows
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.evaluator import evaluate_rows
+from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.candidates import recommender
 from recbole_gr2.store import write_json

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recbole_gr2.bridge import SPLITS, BaseModel, train_base
+from recbole_gr2.bridge.data import SPLITS
+from recbole_gr2.bridge.models import BaseModel, train_base
 from recbole_gr2.errors import ConfigurationError, GateError
 from recbole_gr2.generator import GENERATOR, Generator
 from recbole_gr2.llm.beam import UNREACHED

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recbole_gr2.bridge import ListedBase, evaluate_rows
+from recbole_gr2.bridge.evaluator import evaluate_rows
+from recbole_gr2.bridge.models import ListedBase
 from recbole_gr2.console import render_table
 from recbole_gr2.errors import GR2Error
 from recbole_gr2.prompts import kind, recent, shorten
