@@ -174,7 +174,8 @@ def run(
                        config_files=config_files, stages=stages, from_stage=from_stage, force=force, dry_run=dry_run,
                        command=re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command))  # fmt: skip
 
-        return run_seeds(seeds, one, command=command, console=console)
+        draws = load_settings(**given)["eval_draws"]
+        return run_seeds(seeds, one, draws=draws, command=command, console=console)
     settings = load_settings(**given)
     _quiet_libraries()
     from recbole_gr2 import pipeline

@@ -29,9 +29,12 @@ from recbole_gr2.store import write_json
 COST = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
 
 
-def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, command: str, console: Console
+def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
               ) -> Path | None:  # fmt: skip
     """Run `one(seed)` for each, and put their results together; returns the path of result.json, None without results.
+
+    Args:
+        draws: of the bootstrap and of the randomisation test.
 
     Raises:
         ConfigurationError: fewer than two seeds, or one twice.
@@ -45,7 +48,7 @@ def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, comman
         paths.append(one(seed))
     if None in paths:
         return None
-    result, frames = combine(paths, command)
+    result, frames = combine(paths, command, draws)
     folder = new_folder(paths[0].parent.parent)
     write_json(folder / "result.json", result)
     (folder / "report.md").write_text(render_seeds(result, frames), encoding="utf-8")
@@ -56,7 +59,7 @@ def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, comman
     return folder / "result.json"
 
 
-def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[pd.DataFrame]]:
+def combine(paths: Sequence[Path], command: str, draws: int) -> tuple[dict[str, Any], list[pd.DataFrame]]:
     """What the runs with these result.json say together, and each one's per-user ranks."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     folders = [json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["stages"] for path in paths]
@@ -75,7 +78,8 @@ def combine(paths: Sequence[Path], command: str) -> tuple[dict[str, Any], list[p
     wanted = [(row, "base") for row in there if row not in ("base", *DIAGNOSTIC)]
     wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
     seed = derive_seed(runs[0]["seeds"][0], "seeds")
-    pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed)} for row, other in wanted]
+    pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed, draws)}
+             for row, other in wanted]  # fmt: skip
     adjust_pairs(pairs)
     kept = ("dataset", "base_model", "llm", "preset")
     return {
@@ -102,7 +106,7 @@ def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str
     }  # fmt: skip
 
 
-def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int = 10_000
+def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int
             ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Paired differences between two rows per list that holds its target, users drawn with all their lists.
 

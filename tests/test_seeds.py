@@ -20,13 +20,13 @@ def frame(users: str, base: list[int], sft: list[int]) -> pd.DataFrame:
 
 def test_differences_are_added_up_by_user():
     one, two = frame("abc", [2, 1, 3], [1, 1, 1]), frame("bcd", [1, 4, 5], [2, 1, 5])
-    found = compare([one, two], "sft", "base", seed=3)["recall@1"]
+    found = compare([one, two], "sft", "base", seed=3, draws=2000)["recall@1"]
     # a: +1; b: 0 and -1; c: +1 and +1; d: 0; over six lists
     assert found["diff"] == pytest.approx(2 / 6)
     own = paired_comparison(np.array([1.0, -1.0, 2.0, 0.0]), np.zeros(4), seed=3)
     assert found["p"] == own["p"] and found["low"] == pytest.approx(own["low"] * 4 / 6)
-    same = compare([one, one], "sft", "base", seed=3)["ndcg@5"]  # the same lists twice are no more users
-    once = compare([one], "sft", "base", seed=3)["ndcg@5"]
+    same = compare([one, one], "sft", "base", seed=3, draws=2000)["ndcg@5"]  # the same lists twice are no more users
+    once = compare([one], "sft", "base", seed=3, draws=2000)["ndcg@5"]
     assert same == pytest.approx(once)
 
 
@@ -60,7 +60,7 @@ def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> P
 def test_means_and_standard_deviations(tmp_path):
     paths = [written(tmp_path / "one", 1, 0.2, frame("abc", [2, 1, 3], [1, 1, 1])),
              written(tmp_path / "two", 2, 0.4, frame("bcd", [1, 4, 5], [2, 1, 5]))]  # fmt: skip
-    result, frames = combine(paths, "the command")
+    result, frames = combine(paths, "the command", 2000)
     assert result["seeds"] == [1, 2] and len(frames) == 2
     assert result["stages"][1] == {"stage": "rl", "seconds": [1, 2], "peak_memory_mb": [100] * 2, "code": ["1 ab"] * 2}
     assert result["curves"] == {"sft": {"loss": [2.0, pytest.approx(0.3)]}}
@@ -82,7 +82,7 @@ def test_seeds_have_to_differ(seeds):
     from recbole_gr2.errors import ConfigurationError
 
     with pytest.raises(ConfigurationError, match="two or more different"):
-        run_seeds(seeds, lambda seed: None, command="", console=None)
+        run_seeds(seeds, lambda seed: None, draws=10, command="", console=None)
 
 
 def test_the_command(tmp_path, capsys):
