@@ -20,13 +20,13 @@ def frame(users: str, base: list[int], sft: list[int]) -> pd.DataFrame:
 
 def test_differences_are_added_up_by_user():
     one, two = frame("abc", [2, 1, 3], [1, 1, 1]), frame("bcd", [1, 4, 5], [2, 1, 5])
-    found = compare([one, two], "sft", "base", seed=3, draws=2000)["recall@1"]
+    found = compare([one, two], "sft", "base", seed=3, draws=10_000)["recall@1"]
     # a: +1; b: 0 and -1; c: +1 and +1; d: 0; over six lists
     assert found["diff"] == pytest.approx(2 / 6)
     own = paired_comparison(np.array([1.0, -1.0, 2.0, 0.0]), np.zeros(4), seed=3)
     assert found["p"] == own["p"] and found["low"] == pytest.approx(own["low"] * 4 / 6)
-    same = compare([one, one], "sft", "base", seed=3, draws=2000)["ndcg@5"]  # the same lists twice are no more users
-    once = compare([one], "sft", "base", seed=3, draws=2000)["ndcg@5"]
+    same = compare([one, one], "sft", "base", seed=3, draws=10_000)["ndcg@5"]  # the same lists twice are no more users
+    once = compare([one], "sft", "base", seed=3, draws=10_000)["ndcg@5"]
     assert same == pytest.approx(once)
 
 
