@@ -187,7 +187,7 @@ def test_a_prompt_is_shown_without_a_model(smoke_run, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize(("stage", "names"), [
-    ("rerank_shuffled", {"rankings.jsonl"}), ("evaluate", {"rows.json", "per_user.csv"}),
+    ("rerank_shuffled", {"rankings.jsonl"}), ("evaluate", {"rows.json", "per_user.csv", "examples.md"}),
 ])  # fmt: skip
 def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, tmp_path, capsys, stage, names):
     argv = copied(smoke_run, tmp_path)
