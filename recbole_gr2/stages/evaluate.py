@@ -46,8 +46,8 @@ def run(context: Context) -> dict:
     Raises:
         GR2Error: an invariant does not hold.
     """
-    settings = context.settings
-    requests, in_list = reported_lists(context, context.data.items)
+    settings, items = context.settings, load_items(context.folders["tokenizer"], context.data.items)
+    requests, in_list = reported_lists(context, items)
     context.say(f"{len(in_list):,} of {len(requests):,} lists hold their target")
     rankings: dict[str, Rankings] = {
         "base": {r.request_id: r.items for r in requests},
@@ -60,11 +60,10 @@ def run(context: Context) -> dict:
         context.say("no evidence, so no lambdamart row")
     rerankers = {stage.removeprefix(PREFIX): folder for stage, folder in context.folders.items()
                  if stage.startswith(PREFIX)}  # fmt: skip
-    rankings |= {row: load_rankings(folder, context.data.items) for row, folder in rerankers.items()}
+    rankings |= {row: load_rankings(folder, items) for row, folder in rerankers.items()}
     rows = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", rows)
     _write_per_user(context, in_list, rankings)
-    items = load_items(context.folders["tokenizer"], context.data.items)
     said = {row: reasoning for row, folder in rerankers.items() if (reasoning := load_reasoning(folder))}
     if said:
         row = "rl" if "rl" in said else list(said)[-1]

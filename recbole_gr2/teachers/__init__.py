@@ -100,14 +100,23 @@ class RulesTeacher:
             why = f"it goes with {kind(related)}"
         else:
             why = "something new beside them"
-        if request.facts:
-            own = request.facts[request.items.index(pick)]
-            first = [name for name, level in own.items() if level == max(facts[name] for facts in request.facts) > 0]
-            why += f"; first in {', '.join(first)}" if first else ""
+        if first := leads_in(request, pick):
+            why += f"; first in {', '.join(first)}"
         # The pick comes before its reasons, since it is a choice under the prior, and words that anticipate it are not;
         # and once more behind them, next to the ranking: a small model copies a label from there alone.
-        what, sid = kind(chosen) or shorten(chosen.title, 30), sid_text(chosen.sid)
-        return f"The shopper takes {usual}. {sid}: {what}, {why}. Best is {sid}"
+        sid = sid_text(chosen.sid)
+        return f"The shopper takes {usual}. {sid}: {kind_or_title(chosen)}, {why}. Best is {sid}"
+
+
+def kind_or_title(item: Item) -> str:
+    """What the rules teacher calls an item."""
+    return kind(item) or shorten(item.title, 30)
+
+
+def leads_in(request: Request, pick: int) -> list[str]:
+    """The facts, of those that a prompt shows, in which no candidate is ahead of this one and not all lack it."""
+    own = request.facts[request.items.index(pick)] if request.facts else {}
+    return [name for name, level in own.items() if level == max(facts[name] for facts in request.facts) > 0]
 
 
 RULES = re.compile(
@@ -141,12 +150,10 @@ def true_statements(said: str, request: Request, items: Sequence[Item], shown: i
         new = closest == 0 and chosen.brand not in {item.brand for item in history} - {""}
         why = closest == 1.0 if text["why"] == "the same kind" else new
     if text["first"] is not None:
-        own = request.facts[request.items.index(chosen.item_id)] if request.facts else {}
-        why = why and all(own.get(name, 0) == max((facts.get(name, 0) for facts in request.facts), default=0) > 0
-                          for name in text["first"].split(", "))  # fmt: skip
+        why = why and set(text["first"].split(", ")) <= set(leads_in(request, chosen.item_id))
     return {
         "habit": text["habit"] in kinds | {f"{one} and {other}" for one in kinds for other in kinds},
-        "kind": text["kind"] == (kind(chosen) or shorten(chosen.title, 30)),
+        "kind": text["kind"] == kind_or_title(chosen),
         "why": why,
     }
 
