@@ -1,5 +1,6 @@
 """Settings: where a value comes from, what is refused, and what reaches RecBole."""
 
+import ast
 import re
 import shutil
 import sys
@@ -201,6 +202,19 @@ def test_an_undocumented_or_untyped_key_is_found(tmp_path, monkeypatch):
     file.write_text(text + "\nrl_new: 3  # (number) A new key.\n")
     with pytest.raises(ConfigurationError, match=r"unreadable type \(number\)"):
         declarations()
+
+
+def test_errors_name_settings_that_exist():
+    known = declarations()
+    word, named = re.compile(r"\b(?:cand|distill|eval|llm|mid|ort|prior|prompt|rl|sft|sid|trace)_[a-z_]+\b"), {}
+    for file in Path(config.__file__).parent.rglob("*.py"):
+        calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
+        for argument in (keyword for call in calls for keyword in call.keywords if keyword.arg in ("where", "do")):
+            for part in ast.walk(argument.value):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    named |= dict.fromkeys(word.findall(part.value), f"{file.name}:{part.lineno}")
+    assert len(named) > 30
+    assert {key: place for key, place in named.items() if key not in known} == {}
 
 
 @pytest.mark.parametrize("preset", ["smoke", "laptop", "gpu", "paper"])

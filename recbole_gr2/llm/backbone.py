@@ -352,7 +352,9 @@ def trim_vocabulary(model, tokenizer, corpus: Iterable[str]):
         clean_up_tokenization_spaces=False,
     )
     if trimmed.get_vocab() != new_ids:
-        raise GR2Error("The trimmed tokenizer numbers its tokens otherwise than the model's rows.", where="llm_trim")
+        raise GR2Error(
+            "The trimmed tokenizer numbers its tokens otherwise than the model's rows.", where="llm_trim_vocabulary"
+        )
     _select_rows(model, [old_ids[token] for token in kept])
     _sync_ids(model, trimmed)
     return trimmed
@@ -366,9 +368,9 @@ def _byte_level_spec(tokenizer) -> dict:
     if spec["model"].get("type") != "BPE" or "ByteLevel" not in steps:
         raise ConfigurationError(
             "Only the vocabulary of a byte-level BPE tokenizer can be trimmed.",
-            where="llm_trim",
+            where="llm_trim_vocabulary",
             why=f"This one is {spec['model'].get('type', 'not a fast tokenizer')}, with {steps or 'no'} pre-tokenizer.",
-            do="Set llm_trim: False, or use a model such as SmolLM2 or Qwen3.",
+            do="Set llm_trim_vocabulary: False, or use a model such as SmolLM2 or Qwen3.",
         )
     spec["model"]["merges"] = [
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in spec["model"]["merges"]
@@ -410,8 +412,8 @@ def _renumber(post_processor: dict | None, new_ids: dict[str, int]) -> None:
         elif step["type"] != "ByteLevel":
             raise ConfigurationError(
                 f"Cannot trim a tokenizer with a {step['type']} post-processor.",
-                where="llm_trim",
-                do="Set llm_trim: False for this model.",
+                where="llm_trim_vocabulary",
+                do="Set llm_trim_vocabulary: False for this model.",
             )
 
 

@@ -478,7 +478,7 @@ class DAPOTrainer(GRPOTrainer):
                 f"no group had two different rewards to learn from in {self._dead_rounds} rounds in a row",
                 where=f"rl, step {self.state.global_step}, {self._rollouts}",
                 why=f"answers worth the same teach nothing, nor do cut ones ({truncated} of the last {len(answers)})",
-                do="look at the rollouts; if most were cut, raise rl_max_reasoning, else rl_temperature or "
+                do="look at the rollouts; if most were cut, raise prompt_max_reasoning, else rl_temperature or "
                 "rl_num_generations; or train the sft stage longer",
             )
 
