@@ -200,7 +200,7 @@ def run(
         return None
     from recbole_gr2.report import write_run
 
-    return write_run(planned, done, settings, data, command, console)
+    return write_run(planned, done, settings, command, console)
 
 
 def prompt_of(settings: Mapping[str, Any], data: Any, request_id: str) -> str:

@@ -32,8 +32,8 @@ ROWS = (
 SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
-def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, data: object,
-              command: str, console: Console) -> Path:  # fmt: skip
+def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str,
+              console: Console) -> Path:  # fmt: skip
     """Write `runs/<name>/` and print the table; returns the path of result.json."""
     folder = new_folder(Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs")
     result = build_result(done, settings, command, {p.stage.name: p.folder for p in planned})

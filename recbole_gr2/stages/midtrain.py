@@ -170,9 +170,9 @@ def task_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], genera
         ConfigurationError: an unknown task in `mid_mix`.
     """
     tasks = {
-        "sequential": list(sequential_texts(items, histories, settings)),
+        "sequential": list(sequential_texts(items, histories)),
         "persona": list(persona_texts(items, histories, settings)),
-        "caption": list(caption_texts(items, histories, settings)),
+        "caption": list(caption_texts(items, settings)),
         "general": [["", text] for text in general],
     }
     unknown = set(settings["mid_mix"]) - set(tasks)
@@ -256,14 +256,15 @@ def fitting(text: Sequence[str], tokenizer, max_length: int) -> Iterator[list[in
         yield head + ids + end
 
 
-def sequential_texts(items: Sequence[Item], histories, settings) -> Iterator[list[str]]:
+def sequential_texts(items: Sequence[Item], histories: Sequence[Sequence[int]]) -> Iterator[list[str]]:
     """A history as semantic IDs alone."""
     for history in histories:
         if len(history) > 1:
             yield [SEQUENTIAL, *(sid_text(items[i - 1].sid) for i in history)]
 
 
-def persona_texts(items: Sequence[Item], histories, settings) -> Iterator[list[str]]:
+def persona_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], settings: Mapping
+                  ) -> Iterator[list[str]]:  # fmt: skip
     """A history as semantic IDs, each followed by its text."""
     show = PromptMaker.of(settings, items).shown
     for history in histories:
@@ -271,7 +272,7 @@ def persona_texts(items: Sequence[Item], histories, settings) -> Iterator[list[s
             yield [PERSONA, *(f"\n{describe(show(i))}" for i in history)]
 
 
-def caption_texts(items: Sequence[Item], histories, settings) -> Iterator[list[str]]:
+def caption_texts(items: Sequence[Item], settings: Mapping) -> Iterator[list[str]]:
     """One item's semantic ID and its text."""
     show = PromptMaker.of(settings, items).shown
     for item in items:
@@ -307,6 +308,6 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
     request = replace(request, facts=(every,) * len(request.items))
     for template in templates_for(settings["prompt_template"]):  # their own words; those of the items are there
         texts += [message["content"] for message in replace(maker, template=template).render(request).messages]
-    texts += ["".join(text) for text in caption_texts(plain, (), settings)]
+    texts += ["".join(text) for text in caption_texts(plain, settings)]
     texts += [f" {kind(item)}; {item.brand}; {kind(item).lower()}" for item in plain]
     return texts
