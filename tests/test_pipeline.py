@@ -437,7 +437,10 @@ def test_the_run_folder(smoke_run):
     assert folder.parent == smoke_run.root / "gr2" / "ml-100k" / "runs"
     report = (folder / "report.md").read_text()
     for scope in ("all", "in_list"):
-        assert metrics_table(smoke_run.result, scope) in report
+        table = metrics_table(smoke_run.result, scope)
+        assert table in report
+        oracle = next(line for line in table.splitlines() if line.startswith("oracle")).split()
+        assert oracle[-2] == "+100.0%"  # the way to itself, in either scope, however few lists hold their target
     assert smoke_run.result["command"] in report and "one seed" in report
     chosen = load_settings(config_files=[folder / "config.yaml"])
     assert chosen["preset"] == "smoke" and chosen["checkpoint_dir"] == str(smoke_run.root)
