@@ -130,19 +130,32 @@ def test_turn_end_follows_the_models_own_template(full):
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def test_keep_first_layers_is_the_prefix_of_the_stack(full):
+@pytest.mark.parametrize("kept", [[0], [1]])
+def test_keep_layers_leaves_those_and_no_other(full, kept):
     model = copy.deepcopy(full[0])
-    hidden = model(torch.tensor([[9, 8, 7]]), output_hidden_states=True).hidden_states[1]
-    model.config.layer_types = ["full_attention", "full_attention"]
-    backbone.keep_first_layers(model, 1)
-    assert len(model.model.layers) == model.config.num_hidden_layers == len(model.config.layer_types) == 1
-    assert torch.equal(model.model(torch.tensor([[9, 8, 7]])).last_hidden_state, model.model.norm(hidden))
+    model.config.layer_types = ["first", "second"]
+    wanted = [copy.deepcopy(model.model.layers[number].state_dict()) for number in kept]
+    types = [model.config.layer_types[number] for number in kept]
+    backbone.keep_layers(model, kept)
+    assert model.config.num_hidden_layers == len(model.model.layers) == len(kept) and model.config.layer_types == types
+    for layer, weights in zip(model.model.layers, wanted, strict=True):
+        assert all(torch.equal(weights[name], value) for name, value in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("count", [0, 3])
-def test_keep_first_layers_refuses(full, count):
-    with pytest.raises(ConfigurationError, match=f"Cannot keep {count} layers of a model with 2"):
-        backbone.keep_first_layers(full[0], count)
+def test_the_layers_kept_have_their_own_place_in_the_cache(full):
+    model = copy.deepcopy(full[0])
+    model.config._attn_implementation = "eager"
+    backbone.keep_layers(model, [1])
+    ids = torch.tensor([[9, 8, 7, 6]])
+    cache = model(ids[:, :3], use_cache=True).past_key_values
+    assert len(cache) == 1
+    torch.testing.assert_close(model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:])
+
+
+@pytest.mark.parametrize("kept", [[], [2], [-1], [1, 0], [0, 0], ["0"]])
+def test_keep_layers_refuses(full, kept):
+    with pytest.raises(ConfigurationError, match="of a model with 2"):
+        backbone.keep_layers(full[0], kept)
 
 
 # ---- vocabulary ------------------------------------------------------------------------------------------------------
@@ -253,7 +266,7 @@ def test_trim_refuses_other_tokenizers(full):
 
 @pytest.fixture(scope="module")
 def extended():
-    return tiny(extra_tokens=NEW, layers=1)
+    return tiny(extra_tokens=NEW, layers=[0])
 
 
 def test_every_new_token_is_one_id_in_running_text(extended):
@@ -306,7 +319,7 @@ def test_code_tokens_start_as_far_apart_as_their_vectors(extended, tied):
 
 def test_add_tokens_is_seeded_and_idempotent(full, extended):
     weight = extended[0].get_input_embeddings().weight
-    again = tiny(extra_tokens=NEW, layers=1)
+    again = tiny(extra_tokens=NEW, layers=[0])
     assert torch.equal(weight, again[0].get_input_embeddings().weight)
     backbone.add_tokens(*again, NEW, seed=77)
     assert torch.equal(weight, again[0].get_input_embeddings().weight)

@@ -44,7 +44,7 @@ def load_backbone(
     source: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    layers: int | None = None,
+    layers: Sequence[int] | None = None,
     corpus: Iterable[str] | None = None,
     trim: bool = False,
     extra_tokens: Sequence[str] = (),
@@ -57,7 +57,7 @@ def load_backbone(
         source: what `packages.resolve` takes (a packaged name, a folder, a hub id), or "random" for a tiny untrained
             Llama whose byte-level tokenizer is trained on `corpus`.
         dtype: of the weights. Mixed precision wants float32 here and autocast around the training step.
-        layers: keep the first so many decoder layers; None keeps all.
+        layers: decoder layers to keep, counted from 0; None keeps all.
         corpus: texts, needed by `trim` and by "random". A token is kept because it occurs here, and " lip" is another
             token than "lip": give texts as they will stand in prompts and answers, not bare titles.
         trim: drop the tokens that `corpus` does not use.
@@ -85,7 +85,7 @@ def load_backbone(
         model, tokenizer = _load(resolve(source) if isinstance(source, str) else source, dtype)
     ensure_chat(model, tokenizer, seed)
     if layers is not None:
-        keep_first_layers(model, layers)
+        keep_layers(model, layers)
     if trim:
         tokenizer = trim_vocabulary(model, tokenizer, corpus)
     add_tokens(model, tokenizer, extra_tokens, seed)
@@ -288,26 +288,28 @@ def _sync_ids(model, tokenizer) -> None:
 # ---- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def keep_first_layers(model, count: int) -> None:
-    """Cut the decoder stack to its first `count` layers, in place.
+def keep_layers(model, kept: Sequence[int]) -> None:
+    """Cut the decoder stack to the layers `kept`, counted from 0, in place.
 
     Raises:
-        ConfigurationError: `count` is below 1 or above the depth.
+        ConfigurationError: `kept` is empty, or not a rising list of layers that the model has.
     """
     depth = len(model.model.layers)
-    if not 1 <= count <= depth:
+    if not kept or list(kept) != [number for number in range(depth) if number in kept]:
         raise ConfigurationError(
-            f"Cannot keep {count} layers of a model with {depth}.",
+            f"Cannot keep the layers {list(kept)} of a model with {depth}.",
             where="llm_layers",
-            do=f"Give a number from 1 to {depth}, or none to keep all.",
+            do=f"Give layers from 0 to {depth - 1}, each once and in order, or none to keep all.",
         )
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    if count < depth:
+    model.model.layers = nn.ModuleList(model.model.layers[number] for number in kept)
+    for place, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = place  # its place in the cache
+    model.config.num_hidden_layers = len(kept)
+    if len(kept) < depth:
         with torch.no_grad():
             model.model.norm.weight.mul_(CUT_NORM)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
+        model.config.layer_types = [model.config.layer_types[number] for number in kept]
 
 
 def trim_vocabulary(model, tokenizer, corpus: Iterable[str]):
