@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import subprocess
 import threading
 import zipfile
@@ -142,9 +143,17 @@ def test_keep_layers_leaves_those_and_no_other(full, kept):
         assert all(torch.equal(weights[name], value) for name, value in layer.state_dict().items())
 
 
+def test_the_first_layers_are_the_prefix_of_the_stack(full):
+    model = copy.deepcopy(full[0])
+    hidden = model(torch.tensor([[9, 8, 7]]), output_hidden_states=True).hidden_states[1]
+    model.config.layer_types = ["full_attention", "full_attention"]
+    backbone.keep_layers(model, [0])
+    assert len(model.model.layers) == model.config.num_hidden_layers == len(model.config.layer_types) == 1
+    assert torch.equal(model.model(torch.tensor([[9, 8, 7]])).last_hidden_state, model.model.norm(hidden))
+
+
 def test_the_layers_kept_have_their_own_place_in_the_cache(full):
     model = copy.deepcopy(full[0])
-    model.config._attn_implementation = "eager"
     backbone.keep_layers(model, [1])
     ids = torch.tensor([[9, 8, 7, 6]])
     cache = model(ids[:, :3], use_cache=True).past_key_values
@@ -152,9 +161,9 @@ def test_the_layers_kept_have_their_own_place_in_the_cache(full):
     torch.testing.assert_close(model(ids[:, 3:], past_key_values=cache).logits, model(ids).logits[:, 3:])
 
 
-@pytest.mark.parametrize("kept", [[], [2], [-1], [1, 0], [0, 0], ["0"]])
+@pytest.mark.parametrize("kept", [[], [2], [-1], [1, 0], [0, 0], ["0"], [0.5]])
 def test_keep_layers_refuses(full, kept):
-    with pytest.raises(ConfigurationError, match="of a model with 2"):
+    with pytest.raises(ConfigurationError, match=re.escape(f"Cannot keep the layers {kept} of a model with 2")):
         backbone.keep_layers(full[0], kept)
 
 

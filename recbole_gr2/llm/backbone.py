@@ -1,7 +1,7 @@
 """A causal language model made ready for re-ranking: loaded, cut, trimmed, and given the new tokens.
 
 The method needs a chat model whose vocabulary also holds the semantic-ID codes, the candidate labels and the ranking
-mark, one id each (GR2 section 3). The paper's student is Qwen3-8B. Keeping the first layers and the tokens a data set
+mark, one id each (GR2 section 3). The paper's student is Qwen3-8B. Keeping a few layers and the tokens a data set
 uses makes a real, pretrained model small enough to train on a laptop's CPU.
 """
 
@@ -295,21 +295,22 @@ def keep_layers(model, kept: Sequence[int]) -> None:
         ConfigurationError: `kept` is empty, or not a rising list of layers that the model has.
     """
     depth = len(model.model.layers)
-    if not kept or list(kept) != [number for number in range(depth) if number in kept]:
+    numbers = [number for number in range(depth) if number in kept]
+    if not kept or list(kept) != numbers:
         raise ConfigurationError(
             f"Cannot keep the layers {list(kept)} of a model with {depth}.",
             where="llm_layers",
             do=f"Give layers from 0 to {depth - 1}, each once and in order, or none to keep all.",
         )
-    model.model.layers = nn.ModuleList(model.model.layers[number] for number in kept)
+    model.model.layers = nn.ModuleList(model.model.layers[number] for number in numbers)
     for place, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = place  # its place in the cache
-    model.config.num_hidden_layers = len(kept)
-    if len(kept) < depth:
+    model.config.num_hidden_layers = len(numbers)
+    if len(numbers) < depth:
         with torch.no_grad():
             model.model.norm.weight.mul_(CUT_NORM)
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[number] for number in kept]
+        model.config.layer_types = [model.config.layer_types[number] for number in numbers]
 
 
 def trim_vocabulary(model, tokenizer, corpus: Iterable[str]):
