@@ -59,11 +59,9 @@ BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
 BASELINES = {  # those that RecBole does not train
     GENERATOR: Stage(name=GENERATOR, version=1, code="baseline", recbole="shared", needs=("tokenizer", "midtrain"),
                      settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed")),
-    **{name: Stage(name=name, version=2, code="onerec_think", recbole="shared",
-                   needs=("embeddings", "tokenizer", "midtrain"),
-                   settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "cand_exclude_seen", "seed"),
-                   but=("prompt_evidence", "prompt_grounded", "prompt_llm_weight"))
-       for name in ONEREC_THINK},
+    **{name: Stage(name=name, version=3, code="baseline", recbole="shared", needs=("tokenizer", row),
+                   settings=("cand_exclude_seen", "seed"))
+       for name, row in ONEREC_THINK.items()},
 }  # fmt: skip
 STAGES = (
     Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
@@ -85,13 +83,19 @@ NAMES = tuple(stage.name for stage in STAGES)
 RERANK = Stage(name="", version=4, code="rerank", needs=("candidates", "tokenizer", "evidence"),
                settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
 RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
-             "distilled": ("distill",), "internalised": ("internalise",)}  # fmt: skip
+             "distilled": ("distill",), "internalised": ("internalise",),
+             **{row: (row,) for row in ONEREC_THINK.values()}}  # fmt: skip
 RL = next(stage for stage in STAGES if stage.name == "rl")
 INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
                       needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
 DISTILL = replace(RL, name="distill", version=4, code="rl", settings=(*RL.settings, "distill_"),
                   but=("rl_start", "rl_steps", "rl_mask_truncated"),
                   needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
+TRAINED_ONEREC_THINK = Stage(
+    name="", version=1, code="onerec_think", needs=("embeddings", "tokenizer", "midtrain"),
+    settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+    but=("prompt_evidence", "prompt_grounded", "prompt_llm_weight"),
+)  # fmt: skip
 AGAIN = "asked for"  # why a stage runs although it may be finished
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
@@ -168,7 +172,7 @@ def check(settings: Settings) -> None:
 
 def stage_table(settings: Settings) -> list[Stage]:
     """STAGES with one more for each of `models`, and for each re-ranker of the table, in front of the last; and with
-    distill and internalise where they are asked for.
+    distill, internalise and OneRec-Think's where they are asked for.
 
     So each is trained, and answers, once, whatever the lists. A model that is made from other stages needs those: one
     that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
@@ -181,7 +185,7 @@ def stage_table(settings: Settings) -> list[Stage]:
     rows = {row: RERANKERS[row] for row in settings["eval_rows"]}
     if not settings["evidence_providers"]:
         rows.pop("lambdamart", None)  # it ranks by them
-    rows |= {ONEREC_THINK[name]: (name,) for name in models if name in ONEREC_THINK}
+    rows |= {row: RERANKERS[row] for name, row in ONEREC_THINK.items() if name in models}
     rerankers = [replace(RERANK, name=PREFIX + row, needs=(*RERANK.needs, *needs)) for row, needs in rows.items()]
     last = replace(table[-1], needs=(*table[-1].needs, *models, *(stage.name for stage in rerankers)))
     if "distilled" in rows or settings["rl_start"] == "distill":
@@ -190,6 +194,7 @@ def stage_table(settings: Settings) -> list[Stage]:
         table[place] = replace(RL, needs=(*RL.needs[:-1], settings["rl_start"]))
         table.insert(place, replace(DISTILL, needs=(*DISTILL.needs, *sft)))
     second = [INTERNALISE] if "internalised" in rows else []
+    second += [replace(TRAINED_ONEREC_THINK, name=row) for row in ONEREC_THINK.values() if row in rows]
     return [*table[:-1], *second, *baselines, *rerankers, last]
 
 

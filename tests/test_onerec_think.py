@@ -28,14 +28,14 @@ from recbole_gr2.sid.tokens import added_tokens, sid_text
 from recbole_gr2.stages import Context, onerec_think
 from recbole_gr2.stages.midtrain import code_choices, describe, learnt_histories, load_stage_model
 from recbole_gr2.stages.onerec_think import (
-    candidate_scores, most_similar, prompt_ids, prompt_maker, prompts, recommender, sentence, thinks, train,
+    candidate_scores, most_similar, prompt_ids, prompt_maker, prompts, recommender, run, sentence, thinks,
     training_positions, training_row,
 )  # fmt: skip
 from recbole_gr2.store import read_manifest, write_lines
 from recbole_gr2.types import Candidate, Item, Request
 
 COUNT, LEVELS, CODES = 12, 2, 4
-THINK, NO_THINK = ONEREC_THINK  # the names of the two stages
+THINK, NO_THINK = ONEREC_THINK.values()  # the two stages
 KINDS = ("Soap", "Brush", "Comb")
 PLANTED = {
     "ort_steps": 300, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
@@ -84,7 +84,7 @@ def world(tmp_path_factory) -> Context:
         "random", corpus=corpus, extra_tokens=added_tokens(LEVELS, CODES + 1, 2), seed=1,
         random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
     )  # fmt: skip
-    folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", *ONEREC_THINK)}
+    folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", THINK, NO_THINK)}
     for folder in folders.values():
         folder.mkdir()
     save_backbone(model, tokenizer, folders["midtrain"] / "model")
@@ -111,8 +111,8 @@ class Recorded(dict):
 @pytest.fixture(scope="module")
 def trained(world):
     """The same world when both models are there."""
-    for name in ONEREC_THINK:
-        train(at(world, name), world.data.items)
+    for name in (THINK, NO_THINK):
+        run(at(world, name))
     return world
 
 
@@ -193,7 +193,7 @@ def test_training_positions(hold_out):
 
 def test_steps_end_with_the_passes(world, tmp_path):
     once = at(world, NO_THINK, tmp_path, ort_passes=1.0, ort_steps=50, ort_batch_size=40, ort_micro_batch_size=40)
-    facts = train(once, world.data.items)
+    facts = run(once)
     assert facts["texts"] == 120 and facts["steps"] == 3  # 40 users with 3 positions each
 
 
@@ -228,7 +228,7 @@ def test_a_trace_of_no_tokens_is_no_trace(untrained):
 
 
 def brute_force(context: Context, name: str, histories) -> np.ndarray:
-    """(B, N): every item's log-likelihood behind every prompt, the best of each history's prompts."""
+    """(B, N): every item's log-likelihood behind every prompt of a stage, the best of each history's prompts."""
     model, tokenizer = load_stage_model(context, name)
     items, rows = context.data.items, []
     maker = prompt_maker(context.settings, items)
@@ -250,10 +250,10 @@ def score_rows(generator, users, split="test") -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ONEREC_THINK)
 def test_scores_are_those_of_a_brute_force(trained, name):
-    context, row = at(trained, name, cand_exclude_seen=False), ONEREC_THINK[name]
+    context, row = replace(changed(trained, cand_exclude_seen=False), stage=name), ONEREC_THINK[name]
     users = list(range(12))
     histories = [context.data.history(user, "test") for user in users]
-    expected = brute_force(context, name, histories)
+    expected = brute_force(context, row, histories)
     found = score_rows(recommender(context, context.data.items), users)
     assert found.dtype == torch.float64 and found.shape == (12, COUNT + 1) and torch.isneginf(found[:, 0]).all()
     np.testing.assert_allclose(found[:, 1:].numpy(), expected, atol=2e-4)
@@ -282,12 +282,19 @@ def test_several_traces_find_more_than_one(trained):
     assert (three >= one - 1e-5).all() and (three > one + 1e-3).any()
 
 
+class ToyRecent(ToyData):
+    """Histories as long as those that were learnt: a model of this size reads no longer ones reliably."""
+
+    def history(self, user, split):
+        return super().history(user, split)[-3:]
+
+
 def test_it_learns_a_planted_pattern(trained):
     """Behind n comes n + 1; nobody's last two train items, valid or test items were learnt."""
-    users = list(range(40))
+    users, trained = list(range(40)), replace(trained, data=ToyRecent())
     targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
     for name in ONEREC_THINK:
-        scores = score_rows(recommender(at(trained, name), trained.data.items), users)
+        scores = score_rows(recommender(replace(trained, stage=name), trained.data.items), users)
         seen = torch.tensor([list(trained.data.history(user, "test")) for user in users])
         assert torch.isneginf(scores.gather(1, seen)).all(), name
         assert (scores.argmax(1) == targets).float().mean() > 0.9, name
@@ -345,7 +352,7 @@ def papered(world, tmp_path_factory):
     np.save(world.folders["embeddings"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
     context = at(world, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
     context = replace(context, settings=Recorded(context.settings))
-    return context, train(context, world.data.items)
+    return context, run(context)
 
 
 def lines(file: Path) -> list[dict]:
@@ -381,7 +388,7 @@ def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
     """From a half-trained public model, whose traces differ and lead to different items."""
     half = at(world, THINK, tmp_path, **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3,
                                          "ort_max_trace": 12})  # fmt: skip
-    train(half, world.data.items)
+    run(half)
     model, tokenizer = load_stage_model(half, THINK)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     drawn = training_positions(half.data.open_sequences(), seed=1)
@@ -428,9 +435,9 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
 
     again = replace(at(context, THINK, tmp_path), say=kill)
     with pytest.raises(Killed):
-        train(again, context.data.items)
+        run(again)
     said = []
-    train(replace(again, say=said.append), context.data.items)
+    run(replace(again, say=said.append))
     assert sum("frac_groups_kept" in line for line in said) < 4
     assert_same_model(context, again)
     rolled = Path("checkpoints/rl/rollouts.jsonl")
@@ -441,7 +448,7 @@ def test_without_traces_the_variants_are_one(world, tmp_path):
     models = [at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
               for name in ("public", "paper")]  # fmt: skip
     for context in models:
-        train(context, world.data.items)
+        run(context)
     assert_same_model(*models)
     assert not (tmp_path / "paper" / "rationales.jsonl").exists()
 
@@ -458,7 +465,7 @@ def assert_same_model(one: Context, two: Context) -> None:
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("name", ONEREC_THINK)
+@pytest.mark.parametrize("name", [THINK, NO_THINK])
 def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
     def kill(line):
         if line.startswith("step 9/12"):
@@ -466,10 +473,10 @@ def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
 
     whole, again = (at(world, name, tmp_path / folder, ort_steps=12, ort_save_steps=5) for folder in ("whole", "again"))
     said = []
-    train(whole, world.data.items)
+    run(whole)
     with pytest.raises(Killed):
-        train(replace(again, say=kill), world.data.items)
-    facts = train(replace(again, say=said.append), world.data.items)
+        run(replace(again, say=kill))
+    facts = run(replace(again, say=said.append))
     assert next(line for line in said if line.startswith("step ")).startswith("step 6/")  # behind the checkpoint at 5
     assert facts["steps"] == 12 and (again.folder / "sample.txt").is_file()
     assert_same_model(whole, again)
@@ -482,14 +489,21 @@ def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
         chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path), **given})
         return {entry.stage.name: entry for entry in pipeline.plan(chosen, data)}
 
-    without, with_it, both = plan(), plan(models=[THINK]), plan(models=[NO_THINK, THINK])
-    ranks = {name: f"rerank_{row}" for name, row in ONEREC_THINK.items()}
-    assert set(with_it) - set(without) == {THINK, ranks[THINK]}
-    assert set(both) - set(without) == {*ranks, *ranks.values()}
-    assert with_it["evaluate"].needs[ranks[THINK]] == with_it[ranks[THINK]].key == both[ranks[THINK]].key
-    assert with_it["evaluate"].needs[THINK] == with_it[THINK].key == both[THINK].key != both[NO_THINK].key
-    assert plan(models=[THINK], ort_samples=1)["evaluate"].key != with_it["evaluate"].key
-    assert plan(models=[THINK], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
+    name, other = ONEREC_THINK
+    rows = ["lambdamart", "midtrain", "sft", "rl", "shuffled"]
+    without, with_it, both = plan(), plan(models=[name]), plan(models=[other, name])
+    lists = plan(eval_rows=[*rows, THINK])
+    rank, other_rank = f"rerank_{THINK}", f"rerank_{NO_THINK}"
+    assert set(lists) - set(without) == {THINK, rank}  # the lists alone: nobody searches the catalogue
+    assert set(with_it) - set(lists) == {name} and set(lists) < set(with_it)
+    assert set(both) - set(with_it) == {other, NO_THINK, other_rank}
+    assert plan(models=[name], eval_rows=[*rows, THINK]).keys() == with_it.keys()
+    assert lists[THINK].key == with_it[THINK].key == both[THINK].key != both[NO_THINK].key
+    assert with_it["evaluate"].needs[rank] == with_it[rank].key == lists[rank].key == both[rank].key
+    assert with_it["evaluate"].needs[name] == with_it[name].key == both[name].key != both[other].key
+    changed_keys = plan(models=[name], ort_samples=1)
+    assert all(changed_keys[stage].key != with_it[stage].key for stage in (THINK, rank, name, "evaluate"))
+    assert plan(models=[name], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
 
 
 @pytest.mark.parametrize("name", ONEREC_THINK)
@@ -500,72 +514,47 @@ def test_it_is_no_base_model(capsys, tmp_path, name):
     assert f"{name} is no base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
 
 
-class Stopping(Console):
-    """A console that keeps its lines, and stops the process once at each of `moments`."""
-
-    def __init__(self, *moments: str) -> None:
-        super().__init__()
-        self.moments, self.said = list(moments), []
-
-    def say(self, text):
-        super().say(text)
-        self.said.append(text)
-        if self.moments and text.startswith(self.moments[0]):
-            self.moments.pop(0)
-            raise Killed
-
-
 @pytest.fixture(scope="module")
 def tabled(smoke_run, tmp_path_factory):
-    """(settings, those read by the two stages, stage -> folder, lines) of a smoke run with both, each stopped once."""
+    """(settings, those read by OneRec-Think's stages, stage -> folder) of a smoke run with both."""
     root = shutil.copytree(smoke_run.root, tmp_path_factory.mktemp("tabled") / "saved")
     chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(root), "models": list(ONEREC_THINK),
-                                        "ort_save_steps": 8, "eval_rows": [], "eval_draws": 100})  # fmt: skip
+                                        "eval_rows": [], "eval_draws": 100})  # fmt: skip
     data, recorded = Data(chosen), Recorded(chosen)
-    console = Stopping(f"  {THINK}: {{", "  step 13/20")  # behind a model that is finished, and in the middle of one
-    while console.moments:
-        with pytest.raises(Killed):
-            pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
-    pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, console)
+    pipeline.execute(pipeline.plan(chosen, data, stages=ONEREC_THINK), recorded, data, Console())
     planned = pipeline.plan(chosen, data)
-    pipeline.execute(planned, chosen, data, console)
-    return chosen, recorded.read, {entry.stage.name: entry.folder for entry in planned}, console.said
+    pipeline.execute(planned, chosen, data, Console())
+    return chosen, recorded.read, {entry.stage.name: entry.folder for entry in planned}
 
 
 def test_rows_of_the_table(tabled):
-    _, _, folders, _ = tabled
+    _, _, folders = tabled
     rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
     lists = ("base", "oracle", "evidence", *ONEREC_THINK.values())
-    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {(n, "all") for n in (
-        THINK, NO_THINK)}  # fmt: skip
+    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {
+        (name, "all") for name in ONEREC_THINK
+    }
     for name, row in ONEREC_THINK.items():
         assert rows[name, "all"]["unchanged"] is None and 0 <= rows[row, "in_list"]["unchanged"] < 1
         assert rows[name, "all"]["n"] == rows[row, "all"]["n"] == 943
-        record = read_manifest(folders[name])
-        assert rows[name, "all"]["metrics"] == record.facts["metrics"] and record.facts["steps"] == 20
-        assert {"model/model.safetensors", "log.json", "sample.txt", "test.json"} < set(record.files)
-
-
-def test_a_stopped_run_goes_on(tabled):
-    *_, said = tabled
-    starts = [n for n, line in enumerate(said) if line.startswith(f"{THINK}: resume")]
-    (start,) = starts  # its model was finished: it is not trained again
-    steps = [line for line in said[start:] if line.startswith("  step ")]
-    assert [line.split()[1] for line in steps[:14]] == [*(f"{n}/20" for n in range(1, 14)), "9/20"]
-    assert any(line.startswith(f"{NO_THINK}: resume") for line in said)
+        assert rows[name, "all"]["metrics"] == read_manifest(folders[name]).facts["metrics"]
+        record = read_manifest(folders[row])
+        assert record.facts["steps"] == 20
+        assert {"model/model.safetensors", "log.json", "sample.txt"} < set(record.files)
 
 
 def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
     """Else a changed setting would be answered from the cache."""
-    chosen, read, _, _ = tabled
+    chosen, read, _ = tabled
     context, _ = papered
-    candidate_scores(context, context.data.items, [request(0, (2, 3))], ONEREC_THINK[THINK])
+    candidate_scores(context, context.data.items, [request(0, (2, 3))], THINK)
     read = read | context.settings.read
     stages = {stage.name: stage for stage in pipeline.stage_table(chosen)}
     speed = {key for key, entry in chosen._known.items() if entry.speed}
     assert {key for key in chosen if key.startswith("ort_")} | {"mid_hold_out", "eval_batch_lists"} <= read
-    for name in ONEREC_THINK:
-        prefixes = [prefix for need in (name, *stages[name].needs) for prefix in stages[need].settings]
+    for name, row in ONEREC_THINK.items():
+        needs = (name, *stages[name].needs, *stages[row].needs)
+        prefixes = [prefix for need in needs for prefix in stages[need].settings]
         assert read - speed <= chosen.results(prefixes).keys()
 
 

@@ -17,7 +17,7 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
-from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, RERANKERS, STAGES
+from recbole_gr2.pipeline import BASELINE, BASELINES, INTERNALISE, NAMES, RERANK, STAGES, TRAINED_ONEREC_THINK
 from recbole_gr2.quick_start import main
 from recbole_gr2.report import curves_table, latex_tables, learning_curves, metrics_table, pairs_table, render_report
 from recbole_gr2.stages.evaluate import read_per_user
@@ -26,7 +26,7 @@ from recbole_gr2.store import (
 )  # fmt: skip
 
 PACKAGE = Path(recbole_gr2.__file__).parent
-ROWS = [f"rerank_{row}" for row in RERANKERS if row not in ("distilled", "internalised")]
+ROWS = [f"rerank_{row}" for row in load_settings(config_dict={})["eval_rows"]]
 TABLE = [*NAMES[:-1], *ROWS, NAMES[-1]]  # of a run without baselines
 
 
@@ -550,7 +550,7 @@ def test_recbole_is_met_at_the_doors_only():
 
 def test_every_stage_has_a_file():
     files = {file.stem for file in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
-    others = (BASELINE, *BASELINES.values(), RERANK, INTERNALISE)
+    others = (BASELINE, *BASELINES.values(), RERANK, INTERNALISE, TRAINED_ONEREC_THINK)
     assert files == {stage.code or stage.name for stage in (*STAGES, *others)}
     for number, stage in enumerate(STAGES):
         assert set(stage.needs) <= set(NAMES[:number])

@@ -811,10 +811,10 @@ TINY = {
     "mid_micro_batch_size": 8, "mid_save_steps": 2, "sft_steps": 11, "sft_save_steps": 2, "sft_check_lists": 4,
     "models": ["BPR", "Pop"], "models_words": {"epochs": 1}, "eval_rows": list(pipeline.RERANKERS),
     "rl_steps": 3, "distill_steps": 3, "rl_save_steps": 1, "prompt_max_reasoning": 12, "rl_overlong_buffer": 4,
-    "eval_draws": 200,
+    "ort_steps": 11, "ort_save_steps": 2, "eval_draws": 200,
 }  # fmt: skip
 # Twice the speed settings: same keys, same results.
-FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "eval_batch_lists": 128,
+FASTER = {"mid_save_steps": 4, "sft_save_steps": 4, "rl_save_steps": 2, "ort_save_steps": 4, "eval_batch_lists": 128,
           "eval_batch_size": 2048}  # fmt: skip
 # Stage -> what its console line says when the process is killed. Steps are behind a checkpoint but not at one.
 KILLS = {
@@ -828,6 +828,8 @@ KILLS = {
     "distill": "step 4/6",
     "rl": "step 4/6",
     "internalise": "step 4/6",
+    "onerec_think": "  step 7/11",
+    "onerec_think-no-think": "  step 7/11",
     "BPR": "BPR epoch 1",
     "Pop": "Pop: ",
     **{f"rerank_{row}": f"  {row}: " for row in pipeline.RERANKERS},
@@ -934,6 +936,8 @@ def same_files(one: Path, two: Path) -> int:
         ("rl", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("distill", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
         ("internalise", ["model/model.safetensors", "checkpoints/rollouts.jsonl"]),
+        ("onerec_think", ["model/model.safetensors", "sample.txt"]),
+        ("onerec_think-no-think", ["model/model.safetensors", "sample.txt"]),
         ("BPR", ["model/model.safetensors", "test.json"]),
         ("Pop", ["model/model.safetensors", "test.json"]),
         *((f"rerank_{row}", ["rankings.jsonl"]) for row in pipeline.RERANKERS),
@@ -988,7 +992,7 @@ def test_an_internalised_answer_is_a_ranking_alone(uninterrupted):
     assert {line["ranking"][0] for line in answers} != {line["ranking"][0] for line in answers[:1]}
 
 
-@pytest.mark.parametrize("row", [row for row in pipeline.RERANKERS if row not in ("distilled", "internalised")])
+@pytest.mark.parametrize("row", load_settings(config_dict={})["eval_rows"])
 def test_rankings_are_those_the_table_is_made_of(smoke, smoke_run, items, row):
     import pandas as pd
 
@@ -1003,7 +1007,7 @@ def test_checkpoints_were_used(killed):
     """A run that starts from the beginning again would pass the comparison, too."""
     starts, _ = killed
     for stage, first in (("midtrain", "  step 5/"), ("sft", "  step 7/"), ("distill", "  step 4/"), ("rl", "  step 4/"),
-                         ("internalise", "  step 4/")):  # fmt: skip
+                         ("internalise", "  step 4/"), ("onerec_think", "  step 7/")):  # fmt: skip
         _, said = starts[list(KILLS).index(stage) + 1]
         assert any(line.startswith(f"{stage}: resume") for line in said)
         assert next(line for line in said if line.startswith("  step ")).startswith(first)

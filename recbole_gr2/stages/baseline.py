@@ -1,4 +1,7 @@
-"""A baseline: another RecBole model, trained and evaluated like the base model, for the same table."""
+"""A baseline: another recommender over the whole catalogue, evaluated like the base model, for the same table.
+
+A RecBole model is trained here; those made of language models are trained before, by midtrain and onerec_think.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,25 @@ import numpy as np
 
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import evaluate_rows
-from recbole_gr2.bridge.models import BaseModel
-from recbole_gr2.stages import Context
+from recbole_gr2.generator import ONEREC_THINK
+from recbole_gr2.stages import Context, onerec_think
 from recbole_gr2.stages.candidates import recommender
+from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import write_json
 
 BEYOND = 10**9  # rank of a target that the evaluator does not reach
 
 
 def run(context: Context) -> dict:
-    """Writes model/ (weights, facts) and test.json for the model that the stage is named after.
+    """Writes test.json, users and ranks of their targets, for the model that the stage is named after.
 
-    It is a recommender over the whole catalogue, so it has a row over all users alone.
+    Of a RecBole model it writes model/ (weights, facts), too. A baseline recommends from the whole catalogue, so it has a
+    row over all users alone.
     """
-    return evaluated(context, recommender(context, context.folder / "model", model=context.stage, say=context.say))
-
-
-def evaluated(context: Context, model: BaseModel) -> dict:
-    """Writes test.json, users and ranks of their targets; returns RecBole's metrics and what is known of the model."""
+    if context.stage in ONEREC_THINK:
+        model = onerec_think.recommender(context, load_items(context.folders["tokenizer"], context.data.items))
+    else:
+        model = recommender(context, context.folder / "model", model=context.stage, say=context.say)
     ranks = TargetRanks(context.data)
     metrics = evaluate_rows(context.data, model, {context.stage: None}, split="test", watch=ranks.add)[context.stage]
     write_json(context.folder / "test.json", {"users": ranks.users, "ranks": ranks.ranks})

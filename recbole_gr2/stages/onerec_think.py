@@ -1,19 +1,19 @@
 """OneRec-Think (arXiv 2510.11639), a baseline: the mid-trained model learns to name the next item behind a trace.
 
-Mid-training is its itemic alignment. `OneRecThink` is fine-tuned from it to answer a history with `<think> trace
-</think>` and the semantic ID of the next item, `OneRecThink-no-think` on the same prompts to answer with the ID alone.
+Mid-training is its itemic alignment. `onerec_think` is fine-tuned from it to answer a history with `<think> trace
+</think>` and the semantic ID of the next item, `onerec_think-no-think` on the same prompts to answer with the ID alone.
 
 * `public`, its released code: a trace is one sentence that names the kind of the next item.
 * `paper`: a trace is a rationale that the mid-trained model itself writes, knowing the next item and the items of the
   history that are most like it; then GRPO on traces of the model's own, paid by the Rollout-Beam reward.
 
-Each recommends from the whole catalogue by beam search behind each sampled trace, and re-ranks lists by the likelihood
-of the candidates' IDs there. An item counts with its best trace, as the released code removes duplicates.
+Each re-ranks lists by the likelihood of the candidates' IDs behind each sampled trace. As the baselines `OneRecThink` and
+`OneRecThink-no-think` they recommend from the whole catalogue by beam search there. An item counts with its best trace,
+as the released code removes duplicates.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -35,10 +35,9 @@ from recbole_gr2.prompts import PromptMaker, kind, recent, sequential_ids, short
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
-from recbole_gr2.stages.baseline import evaluated
 from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.stages.midtrain import (
-    PERSONA, code_choices, describe, learnt_histories, load_model, load_stage_model, new_tokens, sid_log_likelihood,
+    PERSONA, code_choices, describe, learnt_histories, load_stage_model, new_tokens, sid_log_likelihood,
     use_bf16,
 )  # fmt: skip
 from recbole_gr2.stages.tokenizer import load_items
@@ -51,16 +50,11 @@ TRACE, ITEM = 1, 2
 
 
 def run(context: Context) -> dict:
-    """Writes model/, log.json, sample.txt and test.json; rationales.jsonl and rollouts under `paper`."""
+    """Fine-tunes the mid-trained model, with traces or without as the stage's name says.
+
+    Writes model/, log.json and sample.txt; rationales.jsonl and rollouts under `paper`.
+    """
     items = load_items(context.folders["tokenizer"], context.data.items)
-    facts_file = context.folder / "facts.json"
-    if not facts_file.is_file():  # written last
-        write_json(facts_file, train(context, items))
-    return {**json.loads(facts_file.read_text(encoding="utf-8")), **evaluated(context, recommender(context, items))}
-
-
-def train(context: Context, items: Sequence[Item]) -> dict:
-    """Fine-tune the mid-trained model, with traces or without as the stage's name says; returns facts."""
     settings, think = context.settings, thinks(context.stage)
     maker = prompt_maker(settings, items)
     seed = derive_seed(settings["seed"], "onerec_think")  # of both models: they learn the same histories
@@ -105,7 +99,7 @@ def train(context: Context, items: Sequence[Item]) -> dict:
 
 
 def thinks(name: str) -> bool:
-    """Whether a model or row is the one with traces."""
+    """Whether a row or recommender is the one with traces."""
     return not name.endswith("-no-think")
 
 
@@ -274,9 +268,9 @@ def prompts(model, tokenizer, maker: PromptMaker, settings: Mapping, think: bool
 
 
 def recommender(context: Context, items: Sequence[Item]) -> Generator:
-    """The trained model as a recommender over the whole catalogue."""
+    """The trained model of the baseline that the stage is named after, as a recommender over the whole catalogue."""
     settings = context.settings
-    model, tokenizer = load_model(context.folder)
+    model, tokenizer = load_stage_model(context, ONEREC_THINK[context.stage])
     return Generator(
         name=context.stage, model=model, tokenizer=tokenizer, data=context.data,
         exclude_seen=settings["cand_exclude_seen"],
@@ -294,9 +288,8 @@ def candidate_scores(context: Context, items: Sequence[Item], requests: Sequence
     It is the log-probability that the beam search gives the same item.
     """
     settings = context.settings
-    name = next(name for name, own in ONEREC_THINK.items() if own == row)
-    model, tokenizer = load_stage_model(context, name)
-    heads = prompts(model, tokenizer, prompt_maker(settings, items), settings, thinks(name),
+    model, tokenizer = load_stage_model(context, row)
+    heads = prompts(model, tokenizer, prompt_maker(settings, items), settings, thinks(row),
                     [request.history for request in requests])  # fmt: skip
     samples = len(heads) // max(len(requests), 1)
     lists = [request.items for request in requests for _ in range(samples)]
