@@ -37,8 +37,7 @@ from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.stages.midtrain import (
-    PERSONA, code_choices, describe, learnt_histories, load_stage_model, new_tokens, sid_log_likelihood,
-    use_bf16,
+    PERSONA, code_choices, describe, learnt_histories, load_stage_model, new_tokens, sid_log_likelihood, use_bf16,
 )  # fmt: skip
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_json, write_lines
