@@ -7,9 +7,9 @@ Mid-training is its itemic alignment. `onerec_think` is fine-tuned from it to an
 * `paper`: a trace is a rationale that the mid-trained model itself writes, knowing the next item and the items of the
   history that are most like it; then GRPO on traces of the model's own, paid by the Rollout-Beam reward.
 
-Each re-ranks lists by the likelihood of the candidates' IDs behind each sampled trace. As the baselines `OneRecThink` and
-`OneRecThink-no-think` they recommend from the whole catalogue by beam search there. An item counts with its best trace,
-as the released code removes duplicates.
+Each re-ranks lists by the likelihood of the candidates' IDs behind each sampled trace. As the baselines `OneRecThink`
+and `OneRecThink-no-think` they recommend from the whole catalogue by beam search there. An item counts with its best
+trace, as the released code removes duplicates.
 """
 
 from __future__ import annotations
