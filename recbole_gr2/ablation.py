@@ -234,7 +234,8 @@ def render_ablation(result: dict) -> str:
     cost = [[row["name"], *(_seconds(row["seconds"].get(stage)) for stage in stages),
              _seconds(sum(filter(None, row["seconds"].values())))] for row in variants]  # fmt: skip
     parts.append(
-        "## Wall time\n\nOf the run that computed it; a stage that several variants share took that time once.\n\n"
+        "## Wall time\n\nOf the run that computed it, with starts before it that were stopped; a stage that several "
+        "variants share took that time once.\n\n"
         f"```\n{render_table(['variant', *stages, 'all'], cost)}\n```"
     )
     return "\n\n".join(filter(None, parts)) + "\n"

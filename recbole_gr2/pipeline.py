@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ from recbole_gr2.rewards import named as reward_names
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.tokenizer import tokenizer_config
-from recbole_gr2.store import code_version, locked, other_records, read_manifest, stage_key, write_manifest
+from recbole_gr2.store import (
+    code_version, locked, other_records, read_manifest, stage_key, write_json, write_manifest,
+)  # fmt: skip
 from recbole_gr2.types import StageRecord
 
 
@@ -96,6 +99,7 @@ TRAINED_ONEREC_THINK = Stage(
     settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
     but=("prompt_evidence", "prompt_grounded", "prompt_llm_weight"),
 )  # fmt: skip
+CLOCK = "clock.json"  # in an unfinished stage's folder: when its last start began, and the seconds of those before
 AGAIN = "asked for"  # why a stage runs although it may be finished
 SHARED = ("rl",)  # code of the stages that several processes run together
 CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
@@ -355,14 +359,31 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
         inputs={name: records[name] for name in entry.needs},
         folders={name: folders[name] for name in entry.needs},
     )  # fmt: skip
+    before = _earlier_starts(entry.folder) if PLACE == 0 else 0.0
     wait_for_all()
     _reset_peak_memory()
     code, started = code_version(), time.monotonic()
     facts = run(context)
     if PLACE == 0:
-        _finish(entry, facts, time.monotonic() - started, code)
+        (entry.folder / CLOCK).unlink()
+        _finish(entry, facts, before + time.monotonic() - started, code)
     wait_for_all()
     return read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
+
+
+def _earlier_starts(folder: Path) -> float:
+    """Seconds of the starts of a stage that were stopped, each up to the last file that it left; and notes this start.
+
+    A checkpoint cannot know when its run will be stopped. What a start did after its last file was lost, and counts
+    where it is done again.
+    """
+    clock, before = folder / CLOCK, 0.0
+    if clock.is_file():
+        last = json.loads(clock.read_text(encoding="utf-8"))
+        left = max(f.stat().st_mtime for f in folder.rglob("*") if f.is_file() and f.name != ".lock")
+        before = last["before"] + max(0.0, left - last["started"])
+    write_json(clock, {"started": time.time(), "before": before})
+    return before
 
 
 def _finish(entry: Planned, facts: dict, seconds: float, code: str) -> None:

@@ -19,14 +19,14 @@ from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
 from recbole_gr2.report import (
-    ROWS, SCOPES, SHOWN, curves_table, latex_tables, new_folder, pairs_table, published, settings_table, slices_table,
-    truth_section,
+    COST, ROWS, SCOPES, SHOWN, curves_table, latex_tables, new_folder, pairs_table, published, settings_table,
+    slices_table, truth_section,
 )  # fmt: skip
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
 from recbole_gr2.store import write_json
 
-COST = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
+COLUMNS = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
 
 
 def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
@@ -86,7 +86,7 @@ def combine(paths: Sequence[Path], command: str, draws: int) -> tuple[dict[str, 
         **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,
         "settings": runs[0]["settings"], "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
         "truth": means([run["truth"] for run in runs]), "curves": means([run["curves"] for run in runs]),
-        "stages": [{"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COST}}
+        "stages": [{"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COLUMNS}}
                    for same in zip(*(run["stages"] for run in runs), strict=True)],
     }, frames  # fmt: skip
 
@@ -170,8 +170,7 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
     parts += [
         "## Settings\n\nThose that differ from their defaults; all are in the config.yaml of each run.\n\n"
         f"```\n{settings_table(result['settings'])}\n```",
-        "## Cost\n\nWall time of the run that computed it, peak memory, and the version and commit of its code.\n\n"
-        f"```\n{render_table(header, [*cost, [*whole, '', '']])}\n```",
+        f"## Cost\n\n{COST}\n\n```\n{render_table(header, [*cost, [*whole, '', '']])}\n```",
         "Runs: " + ", ".join(Path(run).parent.name for run in result["runs"]) + ".",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"

@@ -177,7 +177,11 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """manifest.json of a finished stage. `code` says which code computed it, as `recbole_gr2.store.code_version`."""
+    """manifest.json of a finished stage.
+
+    `seconds` is the wall time of all its starts, of those that were stopped up to the last file that they left;
+    `peak_memory_mb` and `code`, as `recbole_gr2.store.code_version` writes it, are of the last start.
+    """
 
     stage: str
     key: str

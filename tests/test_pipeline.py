@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,20 @@ def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, t
     assert [entry["stage"] for entry in result["stages"] if not entry["cached"]] == [stage]
     assert {name: (folder / name).read_text() for name in names} == before
     assert result["rows"] == smoke_run.result["rows"]
+
+
+def test_the_time_of_stopped_starts_counts_up_to_what_they_left(smoke_run, tmp_path):
+    argv = copied(smoke_run, tmp_path)
+    folder, began = stage_folder(tmp_path, "tokenizer"), 1_000_000.0
+    (folder / "manifest.json").unlink()
+    write_json(folder / pipeline.CLOCK, {"started": began, "before": 70.0})
+    for path in folder.iterdir():
+        os.utime(path, (began, began))
+    os.utime(folder / "rqvae.safetensors", (began, began + 500.0))
+    started = time.monotonic()
+    assert main([*argv, "--stages=tokenizer"]) == 0
+    assert 570.0 < read_manifest(folder).seconds < 570.0 + time.monotonic() - started
+    assert not (folder / pipeline.CLOCK).exists()
 
 
 def test_from_stage_force_and_stages(smoke_run, data):

@@ -29,6 +29,10 @@ ROWS = (
     "lists; `shuffled` is the RL model on shuffled candidates. `gap closed` is the share of the way from base to oracle "
     "(NDCG@5)."
 )
+COST = (
+    "Wall time of the run that computed it, with that of starts before it that were stopped, up to the last file each "
+    "left; peak memory, and the version and commit of its code, are of the last start."
+)
 SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
@@ -284,7 +288,7 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
     cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else "",
              s["code"]] for s in result["stages"]]  # fmt: skip
     cost = render_table(["stage", "wall time", "peak memory", "cached", "code"], cost)
-    parts.append(f"## Cost\n\n```\n{cost}\n```\n\nOf the run that computed it, and the version and commit of its code.")
+    parts.append(f"## Cost\n\n```\n{cost}\n```\n\n{COST}")
     return "\n\n".join(parts) + "\n"
 
 
