@@ -6,10 +6,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from recbole_gr2.processes import PLACE
 
+T = TypeVar("T")
+SILENCE = 60  # seconds that a log may go without a line
+METER = "        {desc}{n_fmt} of {total_fmt} batches, {elapsed} gone, {remaining} to go"
 NUMBER = re.compile(r"[-+]?[\d.,]*(%| s| MiB|)( \[.*\])?$")  # what a cell of a number column looks like, or nothing
 
 
@@ -28,6 +34,23 @@ class Console:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """An aligned table."""
         print(render_table(header, rows), file=self.stream, flush=True)
+
+
+def progress(things: Sequence[T], what: str) -> Iterator[T]:
+    """The things, one by one; where that takes long, with tqdm's bar on a terminal, and in a log with a line a minute."""
+    if PLACE != 0:
+        yield from things
+    elif sys.stderr.isatty():
+        yield from tqdm(things, desc=what, unit="batch", leave=False, delay=5)
+    else:
+        started = said = time.monotonic()
+        for done, thing in enumerate(things):
+            now = time.monotonic()
+            if now - said >= SILENCE:
+                said = now
+                line = tqdm.format_meter(done, len(things), now - started, prefix=f"{what}: ", bar_format=METER)
+                print(line, file=sys.stderr, flush=True)
+            yield thing
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
-"""The report: reference figures stand apart, and copies are named."""
+"""What a person sees: reference figures stand apart, copies are named, and a log goes on."""
 
+from recbole_gr2 import console
 from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.report import SHOWN, copies, latex_tables, metrics_table, pairs_table, published
 
@@ -61,3 +62,18 @@ def test_latex_tables_of_several_seeds():
             for scope in ("all", "in_list") for name, (mean, sd) in ndcg.items()]  # fmt: skip
     text = latex_tables({"dataset": "x", "seeds": [1, 2], "rows": rows})
     assert text.count(r"sft & \textbf{0.6000 $\pm$ 0.0234} \\") == 2 and text.count("textbf") == 2
+
+
+def test_progress_in_a_log(monkeypatch, capsys):
+    """A line a minute, none where it goes fast, and every thing comes once."""
+    now = iter(range(0, 1000, 32))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    assert list(console.progress("abcdefgh", "answers")) == list("abcdefgh")
+    assert capsys.readouterr().err.splitlines() == [
+        "        answers: 1 of 8 batches, 01:04 gone, 07:28 to go",
+        "        answers: 3 of 8 batches, 02:08 gone, 03:33 to go",
+        "        answers: 5 of 8 batches, 03:12 gone, 01:55 to go",
+        "        answers: 7 of 8 batches, 04:16 gone, 00:36 to go",
+    ]
+    monkeypatch.setattr(console.time, "monotonic", lambda: 0.0)
+    assert list(console.progress(range(3), "answers")) == [0, 1, 2] and not capsys.readouterr().err

@@ -498,7 +498,7 @@ def test_embed_texts_is_the_masked_mean_of_each_text_alone(encoder_folder):
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["red", "dry hair shampoo", "nail polish red red red", "", "hair " * 400, "polish"]
-    got = embed_texts(texts, encoder_folder, batch_size=3, progress=False)
+    got = embed_texts(texts, encoder_folder, batch_size=3)
     assert got.dtype == np.float32 and got.shape == (6, 16)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
     tokenizer, model = AutoTokenizer.from_pretrained(encoder_folder), AutoModel.from_pretrained(encoder_folder).eval()
@@ -507,7 +507,7 @@ def test_embed_texts_is_the_masked_mean_of_each_text_alone(encoder_folder):
         with torch.no_grad():
             mean = model(**ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(row, (mean / mean.norm()).numpy(), atol=1e-5)
-    assert embed_texts([], encoder_folder, progress=False).shape == (0, 16)
+    assert embed_texts([], encoder_folder).shape == (0, 16)
 
 
 def test_embed_texts_names_a_missing_encoder(tmp_path):

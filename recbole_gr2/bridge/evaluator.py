@@ -9,6 +9,7 @@ import numpy as np
 
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.models import BaseModel, ListedBase
+from recbole_gr2.console import progress
 from recbole_gr2.errors import GR2Error
 
 
@@ -39,7 +40,7 @@ def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, M
     if users is not None:
         feat = feat[np.flatnonzero(np.isin(row_users, np.asarray(sorted(users))))]
     size, reach = int(data.config["eval_batch_size"]), data.reach(data.settings["cand_num"])
-    for start in range(0, len(feat), size):
+    for start in progress(range(0, len(feat), size), f"{split} rows"):
         batch = feat[start : start + size]
         with torch.no_grad():
             scores = base.score_rows(batch, split)

@@ -12,6 +12,7 @@ import numpy as np
 from recbole_gr2 import compat
 from recbole_gr2.bridge.data import Data, exact_time_dataset, from_end
 from recbole_gr2.config import recbole_config
+from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, GateError, GR2Error
 from recbole_gr2.model import MODELS
 from recbole_gr2.seeding import derive_seed
@@ -62,7 +63,7 @@ class BaseModel:
         if users is not None:
             feat = feat[np.flatnonzero(np.isin(row_users, np.asarray(users)))]
         size = int(self.data.config["eval_batch_size"])
-        for start in range(0, len(feat), size):
+        for start in progress(range(0, len(feat), size), f"{split} rows"):
             rows = feat[start : start + size]
             with torch.no_grad():
                 scores = self.score_rows(rows, split)

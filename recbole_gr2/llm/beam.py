@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.llm.rollout import BAR, attention_bias, check_window, evaluating, left_pad, positions
+from recbole_gr2.llm.rollout import attention_bias, check_window, evaluating, left_pad, positions
 from recbole_gr2.sid.tokens import SID_BEGIN, code_tokens
 
 # Score of an item that no beam names: finite, because -inf is what a row's masked items have, and the same in float32.
@@ -225,7 +225,7 @@ def beam_items(
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
     trie = trie.to(model.device)
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for start in tqdm(range(0, len(by_length), batch_size), desc="beam search", **BAR):
+        for start in progress(range(0, len(by_length), batch_size), "beam search"):
             chunk = by_length[start : start + batch_size]
             leaves, log_probs = _search(model, [prompt_ids[i] for i in chunk], trie, beams, pad_id, constrained)
             found.leaves[chunk], found.log_probs[chunk] = leaves.cpu(), log_probs.cpu()

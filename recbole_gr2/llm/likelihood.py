@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
+from recbole_gr2.console import progress
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.rollout import BAR, attention_bias, check_window, left_pad, positions
+from recbole_gr2.llm.rollout import attention_bias, check_window, left_pad, positions
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def continuation_log_likelihood(
     check_window(model, max((len(p) + len(c[0]) for p, c in zip(prompts, continuations, strict=True)), default=0))
     by_shape = sorted(range(len(prompts)), key=lambda i: (len(continuations[i]), -len(prompts[i]), i))
     result: list[list[float]] = [[] for _ in prompts]
-    for start in tqdm(range(0, len(by_shape), batch_size), desc="likelihood", **BAR):
+    for start in progress(range(0, len(by_shape), batch_size), "likelihood"):
         chunk = by_shape[start : start + batch_size]
         count = len(continuations[chunk[0]])
         chunks = [chunk] if all(len(continuations[i]) == count for i in chunk) else [[i] for i in chunk]

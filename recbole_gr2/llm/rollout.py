@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.constraint import Grammar, GrammarProcessor
 from recbole_gr2.ranking import complete
@@ -18,7 +18,6 @@ from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
 
 ROOM = 128  # tokens that a cache takes more before it is copied; ours
-BAR = {"unit": "batch", "disable": None, "leave": False, "delay": 5}  # on a terminal, for what takes longer than 5 s
 
 
 def generate_rankings(
@@ -61,7 +60,7 @@ def generate_rankings(
     by_length = sorted(range(len(prompt_ids)), key=lambda i: (-len(prompt_ids[i]), i))  # the largest batch first
     prompts_per_batch = max(1, batch_size // num_generations)
     with evaluating(model), torch.no_grad(), _autocast(model.device, bf16):
-        for start in tqdm(range(0, len(by_length), prompts_per_batch), desc="answers", **BAR):
+        for start in progress(range(0, len(by_length), prompts_per_batch), "answers"):
             chunk = by_length[start : start + prompts_per_batch]
             prompts, priors = [prompt_ids[i] for i in chunk], [label_priors[i] for i in chunk]
             rows = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)

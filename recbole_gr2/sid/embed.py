@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from recbole_gr2.console import progress
 from recbole_gr2.errors import MissingFileError
 
 MAX_TOKENS = 128  # a title and its categories fit; the rest of a description adds time, not neighbours
 HASHED_NGRAMS = 2**18  # before folding: wide enough that document frequencies belong to one n-gram
 
 
-def embed_texts(
-    texts: Sequence[str], encoder: str | Path, *, batch_size: int = 64, device: str = "cpu", progress: bool = True
-) -> np.ndarray:
+def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 64, device: str = "cpu") -> np.ndarray:
     """Sentence embeddings of N texts by a Hugging Face encoder, (N, D) float32, each of length 1.
 
     Token states are averaged under the attention mask, as sentence-transformers' MiniLM and MPNet models are trained
@@ -28,13 +27,11 @@ def embed_texts(
         encoder: a folder or hub id that AutoTokenizer and AutoModel can load.
         batch_size: texts a forward pass.
         device: a torch device.
-        progress: show a progress bar.
 
     Raises:
         MissingFileError: there is no such encoder.
     """
     import torch
-    from tqdm import tqdm
     from transformers import AutoModel, AutoTokenizer
 
     try:
@@ -52,16 +49,14 @@ def embed_texts(
         return vectors
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     longest_first = np.argsort([-len(ids) for ids in tokens], kind="stable")  # running out of memory shows at once
-    bar = tqdm(total=len(texts), desc="embed", unit="text", disable=None if progress else True)  # None: only on a TTY
-    with torch.inference_mode(), bar:
-        for start in range(0, len(texts), batch_size):
+    with torch.inference_mode():
+        for start in progress(range(0, len(texts), batch_size), "texts"):
             rows = longest_first[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
             states = model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (states * mask).sum(1) / mask.sum(1)
             vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-            bar.update(len(rows))
     return vectors
 
 

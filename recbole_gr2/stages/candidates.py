@@ -47,8 +47,8 @@ def run(context: Context) -> dict:
     else:
         base = recommender(context, context.folder / "base", say=context.say)
         context.say(f"base model {base.name}: best epoch {base.facts['epochs']}, valid {base.facts.get('best_valid')}")
+        context.say(f"hold-out base: {base.facts['epochs']} epochs without the targets of the train lists")
         hold_out = recommender(context, context.folder / "hold_out_base", hold_out=True, epochs=base.facts["epochs"])
-        context.say(f"hold-out base: {hold_out.facts['epochs']} epochs without the targets of the train lists")
         providers = {"train": hold_out, "valid": base, "test": base}
         lists = {split: top_candidates(providers[split], split, settings["cand_num"]) for split in SPLITS}
         facts = {"base": base.facts, "hold_out_base": hold_out.facts}
