@@ -37,7 +37,7 @@ class Console:
 
 
 def progress(things: Sequence[T], what: str) -> Iterator[T]:
-    """The things, one by one; where that takes long, with tqdm's bar on a terminal, and in a log with a line a minute."""
+    """The things, one by one; where that takes long, with a bar on a terminal, and in a log with a line a minute."""
     if PLACE != 0:
         yield from things
     elif sys.stderr.isatty():
