@@ -34,13 +34,27 @@ def main() -> None:
 
     words, rng = 12_000, np.random.default_rng(0)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=words + 20, hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
-        num_attention_heads=9, num_key_value_heads=3, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-        initializer_range=0.1,
-    )).eval()  # fmt: skip
-    grammar = Grammar(ranking_id=words + 10, label_ids=tuple(range(words, words + 10)), eos_id=1, pad_id=0,
-                      max_reasoning=options.reasoning)  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words + 20,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=options.layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=1,
+            initializer_range=0.1,
+        )
+    ).eval()
+    grammar = Grammar(
+        ranking_id=words + 10,
+        label_ids=tuple(range(words, words + 10)),
+        eos_id=1,
+        pad_id=0,
+        max_reasoning=options.reasoning,
+    )
     prompts = [rng.integers(2, words, options.tokens - rng.integers(0, 60)).tolist() for _ in range(options.prompts)]
     kinds = {"greedy": (prompts, 1, 0.0), "sampled": (prompts[: options.prompts // 2], 8, 1.0)}
     caches = {"transformers'": lambda model: DynamicCache(config=model.config), "roomy": rollout.roomy_cache}
@@ -50,9 +64,15 @@ def main() -> None:
         rollout.roomy_cache = caches[cache]
         started = time.process_time()
         said = rollout.generate_rankings(
-            model, asked, [[0.0] * 10] * len(asked), grammar=grammar, num_generations=generations,
-            temperature=temperature, batch_size=max(16, 8 * generations), bf16=not options.no_bf16,
-        )  # fmt: skip
+            model,
+            asked,
+            [[0.0] * 10] * len(asked),
+            grammar=grammar,
+            num_generations=generations,
+            temperature=temperature,
+            batch_size=max(16, 8 * generations),
+            bf16=not options.no_bf16,
+        )
         return time.process_time() - started, said
 
     print("| answers | cache | s | ratio | the same |\n|---|---|---|---|---|")

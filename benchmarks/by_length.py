@@ -48,8 +48,11 @@ def main() -> None:
                 how(batch).backward()
             seconds[how] = time.process_time() - started
         whole, parts = seconds.values()
-        print(f"| {name} | {options.batches} of {options.train_batch_size} rows | {whole:.1f} | {parts:.1f} "
-              f"| {whole / parts:.1f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {options.batches} of {options.train_batch_size} rows | {whole:.1f} | {parts:.1f} "
+            f"| {whole / parts:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

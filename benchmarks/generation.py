@@ -38,11 +38,20 @@ def main() -> None:
     tokens = words + np.arange(levels * count).reshape(levels, count)
     trie = SidTrie.build(codes, tokens, begin_id=begin)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=words + levels * count, hidden_size=576, intermediate_size=1536, num_hidden_layers=options.layers,
-        num_attention_heads=9, num_key_value_heads=3, pad_token_id=pad, bos_token_id=None, eos_token_id=None,
-        initializer_range=0.1,
-    )).eval()  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words + levels * count,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=options.layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            pad_token_id=pad,
+            bos_token_id=None,
+            eos_token_id=None,
+            initializer_range=0.1,
+        )
+    ).eval()
     prompts = [rng.integers(2, words, 6 * rng.integers(4, 15)).tolist() for _ in range(options.users)]
 
     following: dict[tuple[int, ...], list[int]] = {}
@@ -55,20 +64,31 @@ def main() -> None:
         ids, mask = left_pad([[*prompt, begin] for prompt in prompts], pad, model.device)
         size = ids.size(1)
         found = model.generate(
-            ids, attention_mask=mask, num_beams=options.beams, num_return_sequences=options.beams, do_sample=False,
-            max_new_tokens=levels, min_new_tokens=levels, length_penalty=0.0, pad_token_id=pad,
+            ids,
+            attention_mask=mask,
+            num_beams=options.beams,
+            num_return_sequences=options.beams,
+            do_sample=False,
+            max_new_tokens=levels,
+            min_new_tokens=levels,
+            length_penalty=0.0,
+            pad_token_id=pad,
             prefix_allowed_tokens_fn=lambda batch, said: following[tuple(said[size:].tolist())],
-        )[:, size:]  # fmt: skip
+        )[:, size:]
         return [list(map(tuple, rows)) for rows in found.view(options.users, options.beams, levels).tolist()]
 
     def ours(constrained: bool) -> list[list[tuple[int, ...]]]:
-        beams = beam_items(model, prompts, trie, beams=options.beams, batch_size=options.users, pad_id=pad,
-                           constrained=constrained)  # fmt: skip
+        beams = beam_items(
+            model, prompts, trie, beams=options.beams, batch_size=options.users, pad_id=pad, constrained=constrained
+        )
         sids = tokens[np.arange(levels), codes[trie.items[trie.starts[-1][:-1]].numpy() - 1]]
         return [list(map(tuple, sids[leaves].tolist())) for leaves in beams.leaves.numpy()]
 
-    ways = {"transformers.generate": transformers_own, "ours, whole vocabulary": lambda: ours(False),
-            "ours, choices": lambda: ours(True)}  # fmt: skip
+    ways = {
+        "transformers.generate": transformers_own,
+        "ours, whole vocabulary": lambda: ours(False),
+        "ours, choices": lambda: ours(True),
+    }
     print(f"{options.users} prompts, {options.beams} beams, {options.items:,} items, {options.layers} layers\n")
     print("| search | s | users/s | ratio | same items as the first |\n|---|---|---|---|---|")
     first = None
@@ -79,8 +99,10 @@ def main() -> None:
             seconds = time.process_time() - started
             first = first or (seconds, found)
             same = np.mean([len(set(a) & set(b)) / options.beams for a, b in zip(found, first[1], strict=True)])
-            print(f"| {name} | {seconds:.1f} | {options.users / seconds:.1f} | {first[0] / seconds:.1f} | {same:.1%} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {name} | {seconds:.1f} | {options.users / seconds:.1f} | {first[0] / seconds:.1f} | {same:.1%} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

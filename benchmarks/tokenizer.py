@@ -12,6 +12,7 @@ that other work on the machine does not count. The fit is one epoch; k-means loo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from pathlib import Path
 
 DIM, CLUSTERS, EPOCHS = 384, 2000, 1
 METHODS = ("rqvae", "rqkmeans")
-HEADER = ("| tokenizer | items | fit s | per item | encode s | items/s | per item | health s | unique | embeddings MiB "
-          "| over MiB |\n|" + "---|" * 11)  # fmt: skip
+HEADER = (
+    "| tokenizer | items | fit s | per item | encode s | items/s | per item | health s | unique | embeddings MiB "
+    "| over MiB |\n|" + "---|" * 11
+)
 
 
 def memory(field: str) -> float:
@@ -58,9 +61,15 @@ def measure(method: str, items: int) -> dict:
     times.append(time.process_time())
     unique = health(codes, model, embeddings).uniqueness
     times.append(time.process_time())
-    fit, encode, judge = (after - earlier for earlier, after in zip(times, times[1:], strict=False))
-    return {"fit": fit, "encode": encode, "health": judge, "unique": unique, "embeddings": embeddings.nbytes / 2**20,
-            "over": memory("VmHWM") - before}  # fmt: skip
+    fit, encode, judge = (after - earlier for earlier, after in itertools.pairwise(times))
+    return {
+        "fit": fit,
+        "encode": encode,
+        "health": judge,
+        "unique": unique,
+        "embeddings": embeddings.nbytes / 2**20,
+        "over": memory("VmHWM") - before,
+    }
 
 
 def main() -> None:
@@ -76,15 +85,18 @@ def main() -> None:
     first: dict[str, dict] = {}
     for items in map(int, options.items.split(",")):
         for method in METHODS:
-            done = subprocess.run([sys.executable, __file__, "--one", method, str(items)], stdout=subprocess.PIPE,
-                                  text=True, check=True)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", method, str(items)], stdout=subprocess.PIPE, text=True, check=True
+            )
             found = json.loads(done.stdout.splitlines()[-1])
             cost = {step: found[step] / items for step in ("fit", "encode")}
             ratio = {step: cost[step] / first.setdefault(method, cost)[step] for step in cost}
-            print(f"| {method} | {items:,} | {found['fit']:.1f} | {ratio['fit']:.2f}x | {found['encode']:.1f} "
-                  f"| {items / found['encode']:,.0f} | {ratio['encode']:.2f}x | {found['health']:.1f} "
-                  f"| {found['unique']:.2%} | {found['embeddings']:,.0f} | {found['over']:,.0f} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {method} | {items:,} | {found['fit']:.1f} | {ratio['fit']:.2f}x | {found['encode']:.1f} "
+                f"| {items / found['encode']:,.0f} | {ratio['encode']:.2f}x | {found['health']:.1f} "
+                f"| {found['unique']:.2%} | {found['embeddings']:,.0f} | {found['over']:,.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

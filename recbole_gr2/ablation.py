@@ -59,8 +59,11 @@ def read_ablation(name: str) -> Ablation:
     packaged = {file.stem: file for file in (properties_folder() / "ablation").glob("*.yaml")}
     file = packaged.get(name, Path(name))
     if file.suffix not in (".yaml", ".yml"):
-        raise ConfigurationError(f"there is no ablation named {name!r}", where="--ablation",
-                                 do=f"choose from {sorted(packaged)}, or give a YAML file")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no ablation named {name!r}",
+            where="--ablation",
+            do=f"choose from {sorted(packaged)}, or give a YAML file",
+        )
     if not file.is_file():
         raise MissingFileError(f"there is no ablation file {file}", where="--ablation", do="check the path")
     try:
@@ -68,9 +71,10 @@ def read_ablation(name: str) -> Ablation:
         found = Ablation(**{**values, "variants": tuple(Variant(**v) for v in values["variants"]), "name": file.stem})
     except (TypeError, KeyError) as error:
         raise ConfigurationError(
-            f"cannot read the ablation: {error}", where=str(file),
+            f"cannot read the ablation: {error}",
+            where=str(file),
             do="give stages, columns and variants, each with a name; settings, published and note if you like",
-        ) from error  # fmt: skip
+        ) from error
     maps = [found.settings, found.columns, *(part for v in found.variants for part in (v.settings, v.published))]
     rules = {
         "stages must be a list": isinstance(found.stages, list),
@@ -84,8 +88,9 @@ def read_ablation(name: str) -> Ablation:
     return found
 
 
-def run_ablation(ablation: Ablation, given: Mapping[str, Any], *, command: str, console: Console,
-                 dry_run: bool = False) -> Path | None:  # fmt: skip
+def run_ablation(
+    ablation: Ablation, given: Mapping[str, Any], *, command: str, console: Console, dry_run: bool = False
+) -> Path | None:
     """Run every variant and write `ablations/<time>/`; returns the path of result.json, None for a dry run.
 
     A variant that stops at a gate keeps its row, with the figures of the stages that it finished.
@@ -97,8 +102,10 @@ def run_ablation(ablation: Ablation, given: Mapping[str, Any], *, command: str, 
         ConfigurationError: settings or columns that cannot be used: those of all variants together, before any runs.
     """
     ground = load_settings(**given, layers=_layers(ablation))
-    console.say(f"ablation {ablation.name} on {ground['dataset']}: {len(ablation.variants)} variants, "
-                f"preset {ground['preset']}, seed {ground['seed']}")  # fmt: skip
+    console.say(
+        f"ablation {ablation.name} on {ground['dataset']}: {len(ablation.variants)} variants, "
+        f"preset {ground['preset']}, seed {ground['seed']}"
+    )
     chosen = _for_each(ablation, lambda variant: load_variant(ablation, variant, given))
     data = data_for(ground)
 
@@ -124,9 +131,15 @@ def run_ablation(ablation: Ablation, given: Mapping[str, Any], *, command: str, 
             console.say(f"variant {variant.name!r} failed: {failed}")
         rows.append(_row(ablation, variant, planned, failed))
     result = {
-        "ablation": ablation.name, "dataset": ground["dataset"], "preset": ground["preset"], "seeds": [ground["seed"]],
-        "command": command, "columns": ablation.columns, "note": ablation.note, "variants": rows,
-    }  # fmt: skip
+        "ablation": ablation.name,
+        "dataset": ground["dataset"],
+        "preset": ground["preset"],
+        "seeds": [ground["seed"]],
+        "command": command,
+        "columns": ablation.columns,
+        "note": ablation.note,
+        "variants": rows,
+    }
     folder = new_folder(Path(ground["checkpoint_dir"]) / "gr2" / ground["dataset"] / "ablations")
     write_json(folder / "result.json", result)
     (folder / "report.md").write_text(render_ablation(result), encoding="utf-8")
@@ -149,8 +162,10 @@ def load_variant(ablation: Ablation, variant: Variant, given: Mapping[str, Any])
     for key, value in variant.settings.items():
         used = settings[key] if key in settings else settings.recbole[key.removeprefix("base_")]
         if used != value:
-            raise ConfigurationError(f"the variant sets {key} to {value!r}, the {settings.origin[key]} to {used!r}",
-                                     do=f"leave {key} to the ablation")  # fmt: skip
+            raise ConfigurationError(
+                f"the variant sets {key} to {value!r}, the {settings.origin[key]} to {used!r}",
+                do=f"leave {key} to the ablation",
+            )
     return settings
 
 
@@ -198,9 +213,10 @@ def figure(facts: Mapping[str, Any], path: str) -> Any:
             value = value[part]
         else:
             raise ConfigurationError(
-                f"no fact {path!r}: {part!r} is not in what the {stage} stage says", where="columns of the ablation",
+                f"no fact {path!r}: {part!r} is not in what the {stage} stage says",
+                where="columns of the ablation",
                 do=f"choose from {sorted(value)}" if isinstance(value, dict) else "shorten the path",
-            )  # fmt: skip
+            )
     return value
 
 
@@ -209,11 +225,17 @@ def figures_table(result: dict) -> str:
     variants = result["variants"]
     published = [heading for heading in result["columns"] if any(heading in row["published"] for row in variants)]
     header = ["variant", *result["columns"], *(f"published: {heading}" for heading in published)]
-    return render_table(header, [
-        [row["name"] + (" (failed)" if row["failed"] else ""), *(_cell(v) for v in row["figures"].values()),
-         *(_cell(row["published"].get(heading)) for heading in published)]
-        for row in variants
-    ])  # fmt: skip
+    return render_table(
+        header,
+        [
+            [
+                row["name"] + (" (failed)" if row["failed"] else ""),
+                *(_cell(v) for v in row["figures"].values()),
+                *(_cell(row["published"].get(heading)) for heading in published),
+            ]
+            for row in variants
+        ],
+    )
 
 
 def render_ablation(result: dict) -> str:
@@ -225,14 +247,21 @@ def render_ablation(result: dict) -> str:
         f"```\n{figures_table(result)}\n```",
         textwrap.fill(result["note"], 120),
     ]
-    failed = [f"- `{row['name']}` failed:\n\n{textwrap.indent(row['failed'], '      ')}" for row in variants
-              if row["failed"]]  # fmt: skip
+    failed = [
+        f"- `{row['name']}` failed:\n\n{textwrap.indent(row['failed'], '      ')}" for row in variants if row["failed"]
+    ]
     parts += ["## Failed", *failed] if failed else []
     changes = [[row["name"], ", ".join(f"{k}: {v}" for k, v in row["settings"].items())] for row in variants]
     parts.append(f"## Settings\n\n```\n{render_table(['variant', 'sets'], changes)}\n```")
     stages = list(dict.fromkeys(stage for row in variants for stage in row["seconds"]))
-    cost = [[row["name"], *(_seconds(row["seconds"].get(stage)) for stage in stages),
-             _seconds(sum(filter(None, row["seconds"].values())))] for row in variants]  # fmt: skip
+    cost = [
+        [
+            row["name"],
+            *(_seconds(row["seconds"].get(stage)) for stage in stages),
+            _seconds(sum(filter(None, row["seconds"].values()))),
+        ]
+        for row in variants
+    ]
     parts.append(
         "## Wall time\n\nOf the run that computed it, with starts before it that were stopped; a stage that several "
         "variants share took that time once.\n\n"
@@ -255,16 +284,20 @@ def _for_each(ablation: Ablation, make: Any) -> dict[str, Any]:
             problems.setdefault(str(error), []).append(variant.name)
     if problems:
         told = "\n".join(f"{', '.join(map(repr, names))}: {problem}" for problem, names in problems.items())
-        raise ConfigurationError(f"variants that cannot run:\n{textwrap.indent(told, '    ')}",
-                                 do="correct the ablation or the command line")  # fmt: skip
+        raise ConfigurationError(
+            f"variants that cannot run:\n{textwrap.indent(told, '    ')}", do="correct the ablation or the command line"
+        )
     return made
 
 
 def _check_columns(ablation: Ablation, stages: set[str]) -> None:
     strangers = {heading: path for heading, path in ablation.columns.items() if path.split(".")[0] not in stages}
     if strangers:
-        raise ConfigurationError(f"columns of stages that no variant runs: {strangers}",
-                                 where=f"ablation {ablation.name}", do=f"choose from {sorted(stages)}")  # fmt: skip
+        raise ConfigurationError(
+            f"columns of stages that no variant runs: {strangers}",
+            where=f"ablation {ablation.name}",
+            do=f"choose from {sorted(stages)}",
+        )
 
 
 def _plan_rows(plans: Mapping[str, list[pipeline.Planned]]) -> list[list[str]]:
@@ -281,11 +314,14 @@ def _row(ablation: Ablation, variant: Variant, planned: list[pipeline.Planned], 
     records = {entry.stage.name: read_manifest(entry.folder) for entry in planned}
     facts = {stage: record.facts for stage, record in records.items() if record}
     return {
-        "name": variant.name, "settings": variant.settings, "published": variant.published, "failed": failed,
+        "name": variant.name,
+        "settings": variant.settings,
+        "published": variant.published,
+        "failed": failed,
         "figures": {heading: figure(facts, path) for heading, path in ablation.columns.items()},
         "keys": {entry.stage.name: entry.key for entry in planned},
         "seconds": {stage: record.seconds if record else None for stage, record in records.items()},
-    }  # fmt: skip
+    }
 
 
 def _cell(value: Any) -> str:

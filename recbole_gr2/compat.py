@@ -11,10 +11,19 @@ from recbole_gr2.errors import DependencyError
 
 # Names RecBole uses that numpy 2 dropped, and the old builtin aliases that its Config re-creates too late.
 NUMPY_ALIASES = {
-    "float_": "float64", "complex_": "complex128", "unicode_": "str_", "bool8": "bool_",
-    "float": "float64", "bool": "bool_", "int": "int_", "object": "object_", "str": "str_", "complex": "complex128",
-    "long": "int_", "unicode": "str_",
-}  # fmt: skip
+    "float_": "float64",
+    "complex_": "complex128",
+    "unicode_": "str_",
+    "bool8": "bool_",
+    "float": "float64",
+    "bool": "bool_",
+    "int": "int_",
+    "object": "object_",
+    "str": "str_",
+    "complex": "complex128",
+    "long": "int_",
+    "unicode": "str_",
+}
 
 
 def apply() -> None:
@@ -62,7 +71,7 @@ def _patch_scipy() -> None:
 
 def _patch_recbole() -> None:
     try:
-        import recbole  # noqa: F401
+        import recbole
     except ImportError as error:
         raise DependencyError(
             "RecBole is not installed",
@@ -74,13 +83,12 @@ def _patch_recbole() -> None:
 
     import copy
 
-    import torch
-    from recbole.evaluator.collector import Collector
-
     # recbole/model/sequential_recommender/sine.py:25 turns autograd's anomaly detection on for the whole process as
     # soon as any sequential model is imported; every backward pass, the language model's too, then checks each
     # gradient twice.
     import recbole.model.sequential_recommender  # noqa: F401
+    import torch
+    from recbole.evaluator.collector import Collector
 
     if getattr(Collector.get_data_struct, "_recbole_gr2", False):
         return

@@ -31,13 +31,37 @@ DECLARATION = re.compile(r"^(?P<key>[A-Za-z_]\w*):(?P<value>.*?)#\s*\((?P<type>[
 
 # RecBole words without an effect on any number; the others enter the key of the candidates stage.
 RECBOLE_SPEED = {
-    "gpu_id", "worker", "use_gpu", "state", "data_path", "checkpoint_dir", "show_progress", "save_dataset",
-    "dataset_save_path", "save_dataloaders", "dataloaders_save_path", "log_wandb", "wandb_project", "eval_batch_size",
-}  # fmt: skip
+    "gpu_id",
+    "worker",
+    "use_gpu",
+    "state",
+    "data_path",
+    "checkpoint_dir",
+    "show_progress",
+    "save_dataset",
+    "dataset_save_path",
+    "save_dataloaders",
+    "dataloaders_save_path",
+    "log_wandb",
+    "wandb_project",
+    "eval_batch_size",
+}
 RECBOLE_TRAINING = {
-    "epochs", "train_batch_size", "learner", "learning_rate", "train_neg_sample_args", "eval_step", "stopping_step",
-    "clip_grad_norm", "weight_decay", "loss_decimal_place", "loss_type", "enable_amp", "enable_scaler", "require_pow",
-}  # fmt: skip
+    "epochs",
+    "train_batch_size",
+    "learner",
+    "learning_rate",
+    "train_neg_sample_args",
+    "eval_step",
+    "stopping_step",
+    "clip_grad_norm",
+    "weight_decay",
+    "loss_decimal_place",
+    "loss_type",
+    "enable_amp",
+    "enable_scaler",
+    "require_pow",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,9 +137,15 @@ def declarations() -> dict[str, Declaration]:
             if kind not in TYPES or set(marks) - {"optional", "speed"}:
                 raise ConfigurationError(f"unreadable type ({match['type']})", where=f"{file.name}:{number}")
             found[match["key"]] = Declaration(
-                key=match["key"], default=values[match["key"]], type=TYPES[kind], optional="optional" in marks,
-                speed="speed" in marks, text=match["text"], file=file.name, line=number,
-            )  # fmt: skip
+                key=match["key"],
+                default=values[match["key"]],
+                type=TYPES[kind],
+                optional="optional" in marks,
+                speed="speed" in marks,
+                text=match["text"],
+                file=file.name,
+                line=number,
+            )
         undocumented = set(values) - set(found)
         if undocumented:
             raise ConfigurationError(f"keys without a documented line: {sorted(undocumented)}", where=file.name)
@@ -154,9 +184,13 @@ class Settings(Mapping):
         """
         quiet = {"seed", "preset", "dataset", *RECBOLE_SPEED, *(k for k, entry in self._known.items() if entry.speed)}
         words = {**self.recbole, **{f"base_{k}": self.recbole[k] for k in self.base_words}, **self._values}
-        return {key: {"value": words[key], "from": origin} for key, origin in sorted(self.origin.items())
-                if origin != "properties" and key not in quiet
-                and not (key in self._known and words[key] == self._known[key].default)}  # fmt: skip
+        return {
+            key: {"value": words[key], "from": origin}
+            for key, origin in sorted(self.origin.items())
+            if origin != "properties"
+            and key not in quiet
+            and not (key in self._known and words[key] == self._known[key].default)
+        }
 
     def recbole_results(self, base: bool = True) -> dict:
         """RecBole's words that can change a result, those of the base model alone included or not."""
@@ -264,8 +298,10 @@ def _split(merged: dict, origin: dict[str, str], known: dict[str, Declaration]) 
         elif key in words:
             recbole.setdefault(key, value)  # base_<word> is the more particular of the two
         elif key in RECBOLE_TRAINING:
-            problems.append(f"{origin[key]}: {key} is ambiguous here: use base_{key} for the base model, "
-                            f"or a stage's own key, e.g. sft_{key}")  # fmt: skip
+            problems.append(
+                f"{origin[key]}: {key} is ambiguous here: use base_{key} for the base model, "
+                f"or a stage's own key, e.g. sft_{key}"
+            )
         else:
             everything = [*known, *words, *(f"base_{word}" for word in base_words)]
             near = difflib.get_close_matches(key, everything, n=3)

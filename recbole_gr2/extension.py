@@ -27,10 +27,12 @@ def find(name: str, known: Mapping[str, Any], where: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         near = get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
-        raise ConfigurationError(f"there is no {name!r}", where=where,
-                                 do=f"did you mean {', '.join(near)}? Your own is module:attribute")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no {name!r}", where=where, do=f"did you mean {', '.join(near)}? Your own is module:attribute"
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"cannot import {name!r}: {error}", where=where,
-                                 do="install it, or add its folder to PYTHONPATH") from error  # fmt: skip
+        raise ConfigurationError(
+            f"cannot import {name!r}: {error}", where=where, do="install it, or add its folder to PYTHONPATH"
+        ) from error

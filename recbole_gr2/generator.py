@@ -51,8 +51,16 @@ class Generator(BaseModel):
         """Masked scores (B, N + 1), float64."""
         users = rows[self.data.uid].tolist()
         prompts = self.prompts([self.data.history(user, split) for user in users])
-        beams = beam_items(self.model, prompts, self.trie, beams=self.beams, constrained=self.constrained,
-                           batch_size=self.batch_size, pad_id=self.tokenizer.pad_token_id, bf16=self.bf16)  # fmt: skip
+        beams = beam_items(
+            self.model,
+            prompts,
+            self.trie,
+            beams=self.beams,
+            constrained=self.constrained,
+            batch_size=self.batch_size,
+            pad_id=self.tokenizer.pad_token_id,
+            bf16=self.bf16,
+        )
         beams = Beams(*(part.reshape(len(users), -1) for part in beams))  # those of a user's prompts side by side
         scores = item_scores(beams, self.trie)
         if self.exclude_seen:

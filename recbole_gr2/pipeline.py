@@ -29,8 +29,14 @@ from recbole_gr2.stages import Context
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.tokenizer import tokenizer_config
 from recbole_gr2.store import (
-    code_version, locked, other_records, read_manifest, stage_key, write_json, write_manifest,
-)  # fmt: skip
+    code_version,
+    locked,
+    other_records,
+    read_manifest,
+    stage_key,
+    write_json,
+    write_manifest,
+)
 from recbole_gr2.types import StageRecord
 
 
@@ -57,53 +63,124 @@ class Stage:
     code: str = ""
 
 
-BASELINE = Stage(name="", version=1, code="baseline", recbole="shared",
-                 settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"))  # fmt: skip
+BASELINE = Stage(
+    name="",
+    version=1,
+    code="baseline",
+    recbole="shared",
+    settings=("models_", "cand_exclude_seen", "cand_beams", "cand_num", "seed"),
+)
 BASELINES = {  # those that RecBole does not train
-    GENERATOR: Stage(name=GENERATOR, version=1, code="baseline", recbole="shared", needs=("tokenizer", "midtrain"),
-                     settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed")),
-    **{name: Stage(name=name, version=3, code="baseline", recbole="shared", needs=("tokenizer", row),
-                   settings=("cand_exclude_seen", "seed"))
-       for name, row in ONEREC_THINK.items()},
-}  # fmt: skip
+    GENERATOR: Stage(
+        name=GENERATOR,
+        version=1,
+        code="baseline",
+        recbole="shared",
+        needs=("tokenizer", "midtrain"),
+        settings=("cand_exclude_seen", "cand_beams", "cand_num", "seed"),
+    ),
+    **{
+        name: Stage(
+            name=name,
+            version=3,
+            code="baseline",
+            recbole="shared",
+            needs=("tokenizer", row),
+            settings=("cand_exclude_seen", "seed"),
+        )
+        for name, row in ONEREC_THINK.items()
+    },
+}
 STAGES = (
     Stage(name="embeddings", version=1, settings=("sid_encoder", "text_")),
     Stage(name="tokenizer", version=1, settings=("sid_", "seed"), but=("sid_encoder",), needs=("embeddings",)),
-    Stage(name="midtrain", version=3, needs=("tokenizer",),
-          settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed")),
+    Stage(
+        name="midtrain",
+        version=3,
+        needs=("tokenizer",),
+        settings=("llm", "mid_", "prompt_template", "prompt_title_chars", "cand_num", "seed"),
+    ),
     Stage(name="candidates", version=1, settings=("base_model", "cand_", "seed"), recbole="base"),
     Stage(name="evidence", version=4, needs=("candidates", "embeddings"), settings=("evidence_", "seed")),
-    Stage(name="traces", version=6, settings=("trace_", "prompt_", "seed"),
-          needs=("candidates", "tokenizer", "evidence", "midtrain")),
-    Stage(name="sft", version=6, settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
-          needs=("candidates", "tokenizer", "evidence", "midtrain", "traces")),
-    Stage(name="rl", version=7, settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
-          needs=("embeddings", "candidates", "tokenizer", "evidence", "sft")),
-    Stage(name="evaluate", version=6, settings=("eval_", "seed"), recbole="base",
-          needs=("candidates", "tokenizer", "evidence")),
-)  # fmt: skip
+    Stage(
+        name="traces",
+        version=6,
+        settings=("trace_", "prompt_", "seed"),
+        needs=("candidates", "tokenizer", "evidence", "midtrain"),
+    ),
+    Stage(
+        name="sft",
+        version=6,
+        settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+        needs=("candidates", "tokenizer", "evidence", "midtrain", "traces"),
+    ),
+    Stage(
+        name="rl",
+        version=7,
+        settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
+        needs=("embeddings", "candidates", "tokenizer", "evidence", "sft"),
+    ),
+    Stage(
+        name="evaluate",
+        version=6,
+        settings=("eval_", "seed"),
+        recbole="base",
+        needs=("candidates", "tokenizer", "evidence"),
+    ),
+)
 NAMES = tuple(stage.name for stage in STAGES)
-RERANK = Stage(name="", version=4, code="rerank", needs=("candidates", "tokenizer", "evidence"),
-               settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"))  # fmt: skip
-RERANKERS = {"lambdamart": (), "midtrain": ("midtrain",), "sft": ("sft",), "rl": ("rl",), "shuffled": ("rl",),
-             "distilled": ("distill",), "internalised": ("internalise",),
-             **{row: (row,) for row in ONEREC_THINK.values()}}  # fmt: skip
+RERANK = Stage(
+    name="",
+    version=4,
+    code="rerank",
+    needs=("candidates", "tokenizer", "evidence"),
+    settings=("eval_scope", "eval_max_lists", "prompt_", "llm_bf16", "seed"),
+)
+RERANKERS = {
+    "lambdamart": (),
+    "midtrain": ("midtrain",),
+    "sft": ("sft",),
+    "rl": ("rl",),
+    "shuffled": ("rl",),
+    "distilled": ("distill",),
+    "internalised": ("internalise",),
+    **{row: (row,) for row in ONEREC_THINK.values()},
+}
 RL = next(stage for stage in STAGES if stage.name == "rl")
-INTERNALISE = replace(RL, name="internalise", code="rl", but=("rl_start",),
-                      needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"))  # fmt: skip
-DISTILL = replace(RL, name="distill", version=4, code="rl", settings=(*RL.settings, "distill_"),
-                  but=("rl_start", "rl_steps", "rl_mask_truncated"),
-                  needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"))  # fmt: skip
+INTERNALISE = replace(
+    RL,
+    name="internalise",
+    code="rl",
+    but=("rl_start",),
+    needs=("embeddings", "candidates", "tokenizer", "evidence", "rl"),
+)
+DISTILL = replace(
+    RL,
+    name="distill",
+    version=4,
+    code="rl",
+    settings=(*RL.settings, "distill_"),
+    but=("rl_start", "rl_steps", "rl_mask_truncated"),
+    needs=("embeddings", "candidates", "tokenizer", "evidence", "midtrain"),
+)
 TRAINED_ONEREC_THINK = Stage(
-    name="", version=1, code="onerec_think", needs=("embeddings", "tokenizer", "midtrain"),
+    name="",
+    version=1,
+    code="onerec_think",
+    needs=("embeddings", "tokenizer", "midtrain"),
     settings=("ort_", "prompt_", "llm_lora_rank", "llm_bf16", "seed"),
     but=("prompt_evidence", "prompt_grounded", "prompt_llm_weight"),
-)  # fmt: skip
+)
 CLOCK = "clock.json"  # in an unfinished stage's folder: when its last start began, and the seconds of those before
 AGAIN = "asked for"  # why a stage runs although it may be finished
 SHARED = ("rl",)  # code of the stages that several processes run together
-CHOICES = {"trace_mode": ("targeted", "rejection"), "rl_start": ("sft", "distill"), "ort_variant": ("public", "paper"),
-           "eval_scope": ("in_list", "all"), "sft_others": ("prior", "base", "teacher")}  # fmt: skip
+CHOICES = {
+    "trace_mode": ("targeted", "rejection"),
+    "rl_start": ("sft", "distill"),
+    "ort_variant": ("public", "paper"),
+    "eval_scope": ("in_list", "all"),
+    "sft_others": ("prior", "base", "teacher"),
+}
 LEAST = {"evidence_fits": 1, "evidence_folds": 2}
 
 
@@ -129,23 +206,28 @@ def check(settings: Settings) -> None:
     """
     if settings["model"] != "GR2":
         raise ConfigurationError(
-            f"model {settings['model']!r} is not the re-ranker", where="-m / --model",
+            f"model {settings['model']!r} is not the re-ranker",
+            where="-m / --model",
             do=f"-m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
-        )  # fmt: skip
+        )
     if settings["base_model"] in ONEREC_THINK:
         raise ConfigurationError(
-            f"{settings['base_model']} is no base model", where="base_model",
-            why="it is a baseline, a row of the table, and makes no train lists", do="name it in models",
-        )  # fmt: skip
+            f"{settings['base_model']} is no base model",
+            where="base_model",
+            why="it is a baseline, a row of the table, and makes no train lists",
+            do="name it in models",
+        )
     for name in {settings["base_model"], *settings["models"]} - {GENERATOR, *ONEREC_THINK}:
         find_model(name)
     words = recbole_words() | RECBOLE_TRAINING
     unknown = set(settings["models_words"]) - words.union(*map(base_model_words, settings["models"]))
     if unknown:
         raise ConfigurationError(
-            f"no model of {settings['models']} has the words {sorted(unknown)}", where="models_words",
-            why="RecBole would ignore them without a word", do="name words of properties/model/ or of RecBole",
-        )  # fmt: skip
+            f"no model of {settings['models']} has the words {sorted(unknown)}",
+            where="models_words",
+            why="RecBole would ignore them without a word",
+            do="name words of properties/model/ or of RecBole",
+        )
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ConfigurationError(f"{key} is {settings[key]!r}", do=f"choose from {', '.join(choices)}")
@@ -154,8 +236,9 @@ def check(settings: Settings) -> None:
             raise ConfigurationError(f"{key} is {settings[key]}", do=f"choose {least} or more")
     unknown = set(settings["eval_rows"]) - set(RERANKERS)
     if unknown:
-        raise ConfigurationError(f"there is no re-ranker {sorted(unknown)}", where="eval_rows",
-                                 do=f"choose from {', '.join(RERANKERS)}")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no re-ranker {sorted(unknown)}", where="eval_rows", do=f"choose from {', '.join(RERANKERS)}"
+        )
     unknown = set(settings["trace_price"]) - {"prompt", "completion"}
     if unknown:
         raise ConfigurationError(f"trace_price has no {sorted(unknown)}", do="write {prompt: 0.1, completion: 0.3}")
@@ -164,12 +247,16 @@ def check(settings: Settings) -> None:
         unknown = set(settings["prompt_evidence"]) - set(known := fact_names(providers) if providers else [])
         if unknown:
             raise ConfigurationError(
-                f"there are no facts {sorted(unknown)} to show", where="prompt_evidence",
+                f"there are no facts {sorted(unknown)} to show",
+                where="prompt_evidence",
                 do=f"choose from {', '.join(known)}" if known else "name evidence_providers, which count them",
-            )  # fmt: skip
+            )
     if not settings["prompt_llm_weight"] > 0:
-        raise ConfigurationError(f"prompt_llm_weight is {settings['prompt_llm_weight']}", do="choose a number above 0",
-                                 why="at 0 the language model would have no say")  # fmt: skip
+        raise ConfigurationError(
+            f"prompt_llm_weight is {settings['prompt_llm_weight']}",
+            do="choose a number above 0",
+            why="at 0 the language model would have no say",
+        )
     tokenizer_config(settings)
     WeightedRewards(settings["rl_rewards"])
 
@@ -182,8 +269,10 @@ def stage_table(settings: Settings) -> list[Stage]:
     that trains TIGER also reads semantic IDs, one that uses the generator what mid-training wrote as well.
     """
     materials = _materials(settings["base_model"])
-    table = [replace(stage, needs=(*stage.needs, *materials)) if stage.name in ("candidates", "evaluate") else stage
-             for stage in STAGES]  # fmt: skip
+    table = [
+        replace(stage, needs=(*stage.needs, *materials)) if stage.name in ("candidates", "evaluate") else stage
+        for stage in STAGES
+    ]
     models = list(dict.fromkeys(settings["models"]))
     baselines = [BASELINES.get(name, replace(BASELINE, name=name, needs=_materials(name))) for name in models]
     rows = {row: RERANKERS[row] for row in settings["eval_rows"]}
@@ -207,8 +296,9 @@ def _materials(model: str) -> tuple[str, ...]:
     return ("tokenizer", "midtrain") if model == GENERATOR else ("tokenizer",) if model in READS_SIDS else ()
 
 
-def plan(settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stage: str | None = None,
-         force: bool = False) -> list[Planned]:  # fmt: skip
+def plan(
+    settings: Settings, data: Any, *, stages: Sequence[str] = (), from_stage: str | None = None, force: bool = False
+) -> list[Planned]:
     """What each stage would do.
 
     Args:
@@ -263,8 +353,11 @@ def _decide(folder: Path, values: dict, needs: dict, *, again: bool) -> tuple[st
     if folder.is_dir():
         return "resume", "stopped before it was finished"
     for record in other_records(folder)[:1]:
-        changes = [f"{k} {record.settings.get(k)} -> {values.get(k)}" for k in sorted({*values, *record.settings})
-                   if _plain(record.settings.get(k)) != _plain(values.get(k))]  # fmt: skip
+        changes = [
+            f"{k} {record.settings.get(k)} -> {values.get(k)}"
+            for k in sorted({*values, *record.settings})
+            if _plain(record.settings.get(k)) != _plain(values.get(k))
+        ]
         changes += [f"new {name}" for name in needs if record.needs.get(name) != needs[name]]
         return "run", "; ".join(changes[:3]) or "data or code changed"
     return "run", "first time"
@@ -298,8 +391,9 @@ def _module_file(module: str, key: str) -> str:
     except ImportError:  # of a package on the way to it
         spec = None
     if spec is None or spec.origin is None:
-        raise ConfigurationError(f"there is no module {module!r}", where=key,
-                                 do="install it, or add its folder to PYTHONPATH")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no module {module!r}", where=key, do="install it, or add its folder to PYTHONPATH"
+        )
     return spec.origin
 
 
@@ -325,10 +419,11 @@ def execute(
     alone = [p.stage.name for p in planned if p.action != "cached" and (p.stage.code or p.stage.name) not in SHARED]
     if PROCESSES > 1 and alone:
         raise ConfigurationError(
-            f"{', '.join(alone)} would be run by {PROCESSES} processes at once", where="accelerate launch",
+            f"{', '.join(alone)} would be run by {PROCESSES} processes at once",
+            where="accelerate launch",
             why="rl, distill and internalise alone are shared by several processes",
             do="finish the stages before them with one process, then launch --stages rl with several",
-        )  # fmt: skip
+        )
     records: dict[str, StageRecord] = {}
     folders: dict[str, Path] = {}
     done = []
@@ -354,11 +449,14 @@ def _run(entry: Planned, settings: Settings, data: Any, console: Console, record
     console.say(f"{entry.stage.name}: {entry.action}" + (f" ({entry.why})" if entry.why else ""))
     run = importlib.import_module(f"recbole_gr2.stages.{entry.stage.code or entry.stage.name}").run
     context = Context(
-        stage=entry.stage.name, settings=settings, data=data, folder=entry.folder,
+        stage=entry.stage.name,
+        settings=settings,
+        data=data,
+        folder=entry.folder,
         say=lambda text: console.say(f"  {text}"),
         inputs={name: records[name] for name in entry.needs},
         folders={name: folders[name] for name in entry.needs},
-    )  # fmt: skip
+    )
     before = _earlier_starts(entry.folder) if PLACE == 0 else 0.0
     wait_for_all()
     _reset_peak_memory()
@@ -390,11 +488,17 @@ def _finish(entry: Planned, facts: dict, seconds: float, code: str) -> None:
     for checkpoint in entry.folder.glob("checkpoints/**/checkpoint-*"):  # of no use once the stage is finished
         shutil.rmtree(checkpoint)
     record = StageRecord(
-        stage=entry.stage.name, key=entry.key, version=entry.stage.version, needs=entry.needs, settings=entry.settings,
-        seconds=round(seconds, 3), peak_memory_mb=round(_peak_memory_mb()), facts=facts,
+        stage=entry.stage.name,
+        key=entry.key,
+        version=entry.stage.version,
+        needs=entry.needs,
+        settings=entry.settings,
+        seconds=round(seconds, 3),
+        peak_memory_mb=round(_peak_memory_mb()),
+        facts=facts,
         files=tuple(sorted(str(f.relative_to(entry.folder)) for f in entry.folder.rglob("*") if f.is_file())),
         code=code,
-    )  # fmt: skip
+    )
     write_manifest(entry.folder, record)
 
 

@@ -16,7 +16,6 @@ from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
-
 SEQUENTIAL = "Taken in order: "
 
 
@@ -39,8 +38,11 @@ def load_template(name: str) -> Template:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
     if not file.is_file():
-        raise MissingFileError(f"there is no prompt template {name!r}", where="prompt_template",
-                               do=f"choose from {', '.join(built_in())}, or give the path of a YAML file")  # fmt: skip
+        raise MissingFileError(
+            f"there is no prompt template {name!r}",
+            where="prompt_template",
+            do=f"choose from {', '.join(built_in())}, or give the path of a YAML file",
+        )
     text = file.read_text(encoding="utf-8")
     values = read_yaml(text)
     if not isinstance(values, dict) or {"system", "user"} - set(values):
@@ -77,9 +79,13 @@ class PromptMaker:
     @classmethod
     def of(cls, settings: Mapping[str, Any], items: Sequence[Item]) -> PromptMaker:
         """The prompt maker of a run's settings; `items` carry their semantic IDs."""
-        return cls(template=load_template(settings["prompt_template"]), items=items,
-                   history=settings["prompt_history"], title_chars=settings["prompt_title_chars"],
-                   shuffle_seed=settings["seed"] if settings["prompt_shuffle"] else None)  # fmt: skip
+        return cls(
+            template=load_template(settings["prompt_template"]),
+            items=items,
+            history=settings["prompt_history"],
+            title_chars=settings["prompt_title_chars"],
+            shuffle_seed=settings["seed"] if settings["prompt_shuffle"] else None,
+        )
 
     def shown(self, item_id: int, label: str = "") -> dict[str, str]:
         """What a template sees of an item."""

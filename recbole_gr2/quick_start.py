@@ -86,8 +86,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
     parser.add_argument("--seeds", metavar="1,2,3", type=_numbers, default=(), help="run each and report them together")
-    parser.add_argument("--show_prompt", nargs="?", const="", metavar="REQUEST",
-                        help="print the prompt of a train list, by default the first, and stop")  # fmt: skip
+    parser.add_argument(
+        "--show_prompt",
+        nargs="?",
+        const="",
+        metavar="REQUEST",
+        help="print the prompt of a train list, by default the first, and stop",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
     options, rest = parser.parse_known_args(argv)
     # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.
@@ -156,23 +161,33 @@ def run(
     console = Console()
     if ablation:
         if stages or from_stage or force or seeds:
-            raise ConfigurationError("an ablation chooses its own stages, for one seed",
-                                     where="--stages, --from_stage, --force, --seeds",
-                                     do="leave them out; --checkpoint_dir DIR starts anew elsewhere")  # fmt: skip
+            raise ConfigurationError(
+                "an ablation chooses its own stages, for one seed",
+                where="--stages, --from_stage, --force, --seeds",
+                do="leave them out; --checkpoint_dir DIR starts anew elsewhere",
+            )
         _quiet_libraries()
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
     if seeds:
         if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
-            raise ConfigurationError("--seeds stands for the seed of a whole run", where="--seeds",
-                                     do="leave out --seed and --show_prompt")  # fmt: skip
+            raise ConfigurationError(
+                "--seeds stands for the seed of a whole run", where="--seeds", do="leave out --seed and --show_prompt"
+            )
         from recbole_gr2.seeds import run_seeds
 
         def one(seed: int) -> Path | None:
-            return run(command_line={**(command_line or {}), "seed": seed}, config_dict=config_dict,
-                       config_files=config_files, stages=stages, from_stage=from_stage, force=force, dry_run=dry_run,
-                       command=re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command))  # fmt: skip
+            return run(
+                command_line={**(command_line or {}), "seed": seed},
+                config_dict=config_dict,
+                config_files=config_files,
+                stages=stages,
+                from_stage=from_stage,
+                force=force,
+                dry_run=dry_run,
+                command=re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command),
+            )
 
         draws = load_settings(**given)["eval_draws"]
         return run_seeds(seeds, one, draws=draws, command=command, console=console)
@@ -182,12 +197,16 @@ def run(
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.processes import PLACE
 
-    console.say(f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
-                f"preset {settings['preset']}, seed {settings['seed']}")  # fmt: skip
+    console.say(
+        f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
+        f"preset {settings['preset']}, seed {settings['seed']}"
+    )
     pipeline.check(settings)
     data = Data(settings)
-    console.say(f"{len(data.sequences):,} users, {data.item_count:,} items, "
-                f"{sum(map(len, data.sequences.values())):,} interactions")  # fmt: skip
+    console.say(
+        f"{len(data.sequences):,} users, {data.item_count:,} items, "
+        f"{sum(map(len, data.sequences.values())):,} interactions"
+    )
     if show_prompt is not None:
         print(prompt_of(settings, data, show_prompt))
         return None
@@ -218,16 +237,22 @@ def prompt_of(settings: Mapping[str, Any], data: Any, request_id: str) -> str:
     planned = pipeline.plan(settings, data, stages=("tokenizer", "evidence"))
     missing = [entry.stage.name for entry in planned if entry.action != "cached"]
     if missing:
-        raise ConfigurationError(f"{', '.join(missing)} have not run", where="--show_prompt",
-                                 why="a prompt shows candidates and semantic IDs",
-                                 do="run --stages tokenizer,evidence first")  # fmt: skip
+        raise ConfigurationError(
+            f"{', '.join(missing)} have not run",
+            where="--show_prompt",
+            why="a prompt shows candidates and semantic IDs",
+            do="run --stages tokenizer,evidence first",
+        )
     folders = {entry.stage.name: entry.folder for entry in planned}
     context = Context(stage="", settings=settings, data=data, folder=Path(), inputs={}, folders=folders, say=print)
     items = load_items(folders["tokenizer"], data.items)
     requests = {request.request_id: request for request in training_requests(context, items, None, "")}
     if request_id and request_id not in requests:
-        raise ConfigurationError(f"there is no train list {request_id!r} that holds its target", where="--show_prompt",
-                                 do=f"choose from {', '.join(list(requests)[:5])}, ...")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no train list {request_id!r} that holds its target",
+            where="--show_prompt",
+            do=f"choose from {', '.join(list(requests)[:5])}, ...",
+        )
     prompt = PromptMaker.of(settings, items).render(requests[request_id or next(iter(requests))])
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt.messages)
 

@@ -41,9 +41,11 @@ def recall_at(rank: np.ndarray, k: int) -> np.ndarray:
 
 
 METRICS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {  # by which orders are compared, of ranks (B,)
-    "recall@1": lambda rank: recall_at(rank, 1), "recall@5": lambda rank: recall_at(rank, 5),
-    "ndcg@5": lambda rank: ndcg_at(rank, 5), "ndcg@10": lambda rank: ndcg_at(rank, 10),
-}  # fmt: skip
+    "recall@1": lambda rank: recall_at(rank, 1),
+    "recall@5": lambda rank: recall_at(rank, 5),
+    "ndcg@5": lambda rank: ndcg_at(rank, 5),
+    "ndcg@10": lambda rank: ndcg_at(rank, 10),
+}
 
 
 def paired_comparison(ours: np.ndarray, base: np.ndarray, *, seed: int, draws: int = 10_000) -> dict[str, float]:

@@ -73,15 +73,19 @@ def read_requests(file: Path, items: Sequence[Item]) -> list[Request]:
                 provider=line.get("provider", file.name),
                 grades=tuple(line.get("grades", ())),
             )
-            if request.grades and (len(request.grades) != len(request.items) or request.split != "train"
-                                   or not all(isinstance(grade, int) and grade >= 0 for grade in request.grades)):
+            if request.grades and (
+                len(request.grades) != len(request.items)
+                or request.split != "train"
+                or not all(isinstance(grade, int) and grade >= 0 for grade in request.grades)
+            ):
                 raise ValueError("grades are whole numbers from 0, one for each candidate of a train list")
 
         except (KeyError, TypeError, ValueError) as error:  # ValueError: as many scores as candidates
             raise ConfigurationError(
-                f"unknown item, missing or unreadable field: {error}", where=where,
+                f"unknown item, missing or unreadable field: {error}",
+                where=where,
                 do="use item tokens of this data set and the fields user_id, split, history, target, candidates",
-            ) from error  # fmt: skip
+            ) from error
         if len(set(request.items)) < len(request.items) or name in requests:
             raise ConfigurationError("a candidate or a request is named twice", where=where, do="remove the second")
         requests[name] = request

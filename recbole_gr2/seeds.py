@@ -19,9 +19,19 @@ from recbole_gr2.console import Console, render_table
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.ranking import METRICS, paired_comparison
 from recbole_gr2.report import (
-    COST, ROWS, SCOPES, SHOWN, curves_table, latex_tables, new_folder, pairs_table, published, settings_table,
-    slices_table, truth_section,
-)  # fmt: skip
+    COST,
+    ROWS,
+    SCOPES,
+    SHOWN,
+    curves_table,
+    latex_tables,
+    new_folder,
+    pairs_table,
+    published,
+    settings_table,
+    slices_table,
+    truth_section,
+)
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
 from recbole_gr2.store import write_json
@@ -29,8 +39,9 @@ from recbole_gr2.store import write_json
 COLUMNS = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
 
 
-def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
-              ) -> Path | None:  # fmt: skip
+def run_seeds(
+    seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
+) -> Path | None:
     """Run `one(seed)` for each, and put their results together; returns the path of result.json, None without results.
 
     Args:
@@ -40,8 +51,11 @@ def run_seeds(seeds: Sequence[int], one: Callable[[int], Path | None], *, draws:
         ConfigurationError: fewer than two seeds, or one twice.
     """
     if len(set(seeds)) < max(2, len(seeds)):
-        raise ConfigurationError(f"--seeds {seeds} are not two or more different numbers", where="--seeds",
-                                 do="write --seeds 2020,2021,2022; --seed for a single one")  # fmt: skip
+        raise ConfigurationError(
+            f"--seeds {seeds} are not two or more different numbers",
+            where="--seeds",
+            do="write --seeds 2020,2021,2022; --seed for a single one",
+        )
     paths = []
     for number, seed in enumerate(seeds, start=1):
         console.say(f"seed {seed}, {number} of {len(seeds)}")
@@ -69,26 +83,39 @@ def combine(paths: Sequence[Path], command: str, draws: int) -> tuple[dict[str, 
         place = first["row"], first["scope"]
         same = [next(r for r in run["rows"] if (r["row"], r["scope"]) == place) for run in runs]
         values = {metric: [row["metrics"][metric] for row in same] for metric in first["metrics"]}
-        rows.append({
-            "row": first["row"], "scope": first["scope"], "n": [row["n"] for row in same],
-            "metrics": {m: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for m, v in values.items()},
-            "unchanged": None if first["unchanged"] is None else float(np.mean([row["unchanged"] for row in same])),
-        })  # fmt: skip
+        rows.append(
+            {
+                "row": first["row"],
+                "scope": first["scope"],
+                "n": [row["n"] for row in same],
+                "metrics": {m: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for m, v in values.items()},
+                "unchanged": None if first["unchanged"] is None else float(np.mean([row["unchanged"] for row in same])),
+            }
+        )
     there = [name for name in frames[0].columns if name in {row["row"] for row in rows}]
     wanted = [(row, "base") for row in there if row not in ("base", *DIAGNOSTIC)]
     wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
     seed = derive_seed(runs[0]["seeds"][0], "seeds")
-    pairs = [{"row": row, "versus": other, "metrics": compare(frames, row, other, seed, draws)}
-             for row, other in wanted]  # fmt: skip
+    pairs = [
+        {"row": row, "versus": other, "metrics": compare(frames, row, other, seed, draws)} for row, other in wanted
+    ]
     adjust_pairs(pairs)
     kept = ("dataset", "base_model", "llm", "preset")
     return {
-        **{name: runs[0][name] for name in kept}, "seeds": [run["seeds"][0] for run in runs], "command": command,
-        "settings": runs[0]["settings"], "runs": [str(path) for path in paths], "rows": rows, "pairs": pairs,
-        "truth": means([run["truth"] for run in runs]), "curves": means([run["curves"] for run in runs]),
-        "stages": [{"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COLUMNS}}
-                   for same in zip(*(run["stages"] for run in runs), strict=True)],
-    }, frames  # fmt: skip
+        **{name: runs[0][name] for name in kept},
+        "seeds": [run["seeds"][0] for run in runs],
+        "command": command,
+        "settings": runs[0]["settings"],
+        "runs": [str(path) for path in paths],
+        "rows": rows,
+        "pairs": pairs,
+        "truth": means([run["truth"] for run in runs]),
+        "curves": means([run["curves"] for run in runs]),
+        "stages": [
+            {"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COLUMNS}}
+            for same in zip(*(run["stages"] for run in runs), strict=True)
+        ],
+    }, frames
 
 
 def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -100,14 +127,17 @@ def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str
     {'sft': {'kind': 0.75}}
     """
     return {
-        row: {name: np.mean([run[row][name] for run in runs], axis=0).tolist()
-              for name in figures if all(name in run[row] for run in runs)}
-        for row, figures in runs[0].items() if all(row in run for run in runs)
-    }  # fmt: skip
+        row: {
+            name: np.mean([run[row][name] for run in runs], axis=0).tolist()
+            for name in figures
+            if all(name in run[row] for run in runs)
+        }
+        for row, figures in runs[0].items()
+        if all(row in run for run in runs)
+    }
 
 
-def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int
-            ) -> dict[str, dict[str, float]]:  # fmt: skip
+def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int) -> dict[str, dict[str, float]]:
     """Paired differences between two rows per list that holds its target, users drawn with all their lists.
 
     Args:
@@ -115,8 +145,9 @@ def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, dra
     """
     compared = {}
     for metric, value in METRICS.items():
-        differences = [pd.Series(value(frame[row].to_numpy()) - value(frame[other].to_numpy()), frame["user"])
-                       for frame in frames]  # fmt: skip
+        differences = [
+            pd.Series(value(frame[row].to_numpy()) - value(frame[other].to_numpy()), frame["user"]) for frame in frames
+        ]
         of_user = pd.concat(differences).groupby(level=0).sum().to_numpy()
         found = paired_comparison(of_user, np.zeros(len(of_user)), seed=seed, draws=draws)
         lists = sum(map(len, frames))
@@ -131,10 +162,15 @@ def seeds_table(result: Mapping[str, Any], scope: str) -> str:
     shown = [metric for metric in SHOWN if metric in rows[0]["metrics"]]
     ndcg = {row["row"]: row["metrics"]["ndcg@5"]["mean"] for row in rows} if "ndcg@5" in shown else {}
     gap = ndcg["oracle"] - ndcg["base"] if ndcg else 0.0
-    lines = [[row["row"], *(f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['sd']:.4f}" for m in shown),
-              f"{(ndcg[row['row']] - ndcg['base']) / gap:+.1%}" if gap and row["row"] != "base" else "",
-              "" if row["unchanged"] is None else f"{row['unchanged']:.1%}"]
-             for row in rows]  # fmt: skip
+    lines = [
+        [
+            row["row"],
+            *(f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['sd']:.4f}" for m in shown),
+            f"{(ndcg[row['row']] - ndcg['base']) / gap:+.1%}" if gap and row["row"] != "base" else "",
+            "" if row["unchanged"] is None else f"{row['unchanged']:.1%}",
+        ]
+        for row in rows
+    ]
     return render_table(["row", *shown, "gap closed", "unchanged"], lines)
 
 
@@ -158,13 +194,21 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
         *published(result["dataset"]),
         *truth_section(result),
-    ]  # fmt: skip
+    ]
     if result["curves"]:
-        parts.append("## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on, and "
-                     f"over the seeds.\n\n```\n{curves_table(result['curves'])}\n```")  # fmt: skip
-    cost = [[stage["stage"], *(f"{seconds:,.0f} s" for seconds in stage["seconds"]),
-             f"{max(stage['peak_memory_mb']):,.0f} MiB", ", ".join(dict.fromkeys(stage["code"]))]
-            for stage in result["stages"]]  # fmt: skip
+        parts.append(
+            "## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on, and "
+            f"over the seeds.\n\n```\n{curves_table(result['curves'])}\n```"
+        )
+    cost = [
+        [
+            stage["stage"],
+            *(f"{seconds:,.0f} s" for seconds in stage["seconds"]),
+            f"{max(stage['peak_memory_mb']):,.0f} MiB",
+            ", ".join(dict.fromkeys(stage["code"])),
+        ]
+        for stage in result["stages"]
+    ]
     whole = ["all", *(f"{sum(stage['seconds'][n] for stage in result['stages']):,.0f} s" for n in range(len(seeds)))]
     header = ["stage", *(f"seed {seed}" for seed in seeds), "peak memory", "code"]
     parts += [
@@ -172,5 +216,5 @@ def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> s
         f"```\n{settings_table(result['settings'])}\n```",
         f"## Cost\n\n{COST}\n\n```\n{render_table(header, [*cost, [*whole, '', '']])}\n```",
         "Runs: " + ", ".join(Path(run).parent.name for run in result["runs"]) + ".",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"

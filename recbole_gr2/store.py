@@ -76,9 +76,10 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GR2Error(
-                "another process is working on this stage", where=str(folder),
+                "another process is working on this stage",
+                where=str(folder),
                 do="wait for it, or stop it; the lock goes with its process",
-            ) from error  # fmt: skip
+            ) from error
         yield
 
 

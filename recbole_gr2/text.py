@@ -12,8 +12,10 @@ import warnings
 NAMES = """a abbr address article b big blockquote body br center cite code dd div dl dt em embed font footer form
     h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins label li link main meta nav ol option p param pre s
     section small source span strike strong sub sup table tbody td tfoot th thead title tr tt u ul video wbr"""
-TAG = re.compile(rf"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:{'|'.join(NAMES.split())})(?:[\s/][^<>]*)?>",
-                 re.IGNORECASE | re.DOTALL)  # fmt: skip
+TAG = re.compile(
+    rf"<!--.*?-->|<(script|style)\b[^<>]*>.*?</\1\s*>|</?(?:{'|'.join(NAMES.split())})(?:[\s/][^<>]*)?>",
+    re.IGNORECASE | re.DOTALL,
+)
 WORD = re.compile(r"u?'(?:[^'\\]|\\.)*'", re.DOTALL)  # one string; two are no list, but a text with quotation marks
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Marks that show nothing: soft hyphen, zero-width space, direction marks, byte-order mark. The joiners of Persian, of

@@ -18,9 +18,19 @@ torch.set_num_threads(1)  # two threads on a loaded machine are many times slowe
 
 # Ranking metrics that RecBole 1.2.1 has, in more digits than it prints, so that "equal" means equal.
 METRICS = [
-    "Recall", "MRR", "NDCG", "Hit", "Precision", "MAP", "GAUC",
-    "ItemCoverage", "AveragePopularity", "ShannonEntropy", "GiniIndex", "TailPercentage",
-]  # fmt: skip
+    "Recall",
+    "MRR",
+    "NDCG",
+    "Hit",
+    "Precision",
+    "MAP",
+    "GAUC",
+    "ItemCoverage",
+    "AveragePopularity",
+    "ShannonEntropy",
+    "GiniIndex",
+    "TailPercentage",
+]
 EXACT = {"preset": "smoke", "metrics": METRICS, "topk": [1, 5, 10, 20], "metric_decimal_place": 12, "base_epochs": 1}
 
 

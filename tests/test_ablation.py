@@ -1,5 +1,6 @@
 """Ablations: what is refused before anything runs, what is cached, and what the table says."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -18,14 +19,18 @@ from recbole_gr2.store import read_manifest
 TWO = {
     "stages": ["tokenizer"],
     "settings": {"sid_epochs": 1, "sid_min_unique": 0.0},
-    "columns": {"unique": "tokenizer.uniqueness", "codes": "tokenizer.used_codes", "last": "tokenizer.entropy.3",
-                "none": "tokenizer.neighbourhood.same_path.3"},
+    "columns": {
+        "unique": "tokenizer.uniqueness",
+        "codes": "tokenizer.used_codes",
+        "last": "tokenizer.entropy.3",
+        "none": "tokenizer.neighbourhood.same_path.3",
+    },
     "variants": [
         {"name": "nearest", "settings": {"sid_random_last": 0}},
         {"name": "drawn", "published": {"unique": 0.83}},
     ],
     "note": "What a reader has to know.",
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -66,15 +71,17 @@ def test_two_variants_in_one_table_and_the_second_run_is_all_cached(command, tmp
         facts = record.facts
         assert record.settings["sid_random_last"] == random_last and record.settings["sid_epochs"] == 1
         assert row["figures"] == {
-            "unique": facts["uniqueness"], "codes": facts["used_codes"], "last": facts["entropy"][3],
+            "unique": facts["uniqueness"],
+            "codes": facts["used_codes"],
+            "last": facts["entropy"][3],
             "none": None if random_last else facts["neighbourhood"]["same_path"][3],
-        }  # fmt: skip
+        }
         assert list(row["seconds"]) == ["embeddings", "tokenizer"] and row["failed"] == ""
         assert row["seconds"]["tokenizer"] == record.seconds
     assert nearest["keys"]["embeddings"] == drawn["keys"]["embeddings"]
     assert nearest["figures"]["unique"] < drawn["figures"]["unique"] == 1.0
 
-    header, rule, *lines = figures_table(result).splitlines()
+    header, _rule, *lines = figures_table(result).splitlines()
     assert header.split() == ["variant", "unique", "codes", "last", "none", "published:", "unique"]
     assert [line.split()[0] for line in lines] == ["nearest", "drawn"]
     assert lines[0].split()[1] == f"{nearest['figures']['unique']:.4f}" and lines[0].split()[-1] != "0.8300"
@@ -117,9 +124,11 @@ def test_what_two_variants_share_runs_once(command, tmp_path, capsys):
     captured = capsys.readouterr()
     plan = [line.split() for line in captured.err.splitlines() if line.startswith(("one", "two"))]
     assert [[*row[:2], *row[3:]] for row in plan] == [
-        ["one", "embeddings", "run", "first", "time"], ["one", "tokenizer", "run", "first", "time"],
-        ["two", "embeddings", "shared", "one"], ["two", "tokenizer", "shared", "one"],
-    ]  # fmt: skip
+        ["one", "embeddings", "run", "first", "time"],
+        ["one", "tokenizer", "run", "first", "time"],
+        ["two", "embeddings", "shared", "one"],
+        ["two", "tokenizer", "shared", "one"],
+    ]
     assert [row[2] for row in plan[:2]] == [row[2] for row in plan[2:]]
     assert captured.out == "" and not (tmp_path / "saved").exists()
     assert main(command(values)) == 0
@@ -152,15 +161,31 @@ def refused(argv, tmp_path, capsys) -> str:
 
 
 def test_all_variants_are_checked_before_any_runs(command, tmp_path, capsys):
-    said = refused(command(changed(variants=[
-        {"name": "fine"},
-        {"name": "misspelt", "settings": {"sid_epoch": 2}},
-        {"name": "out of range", "settings": {"sid_random_last": 9}},
-        {"name": "no loss", "settings": {"sid_method": "rqkmeans", "sid_diversity": 0.1}},
-        {"name": "no model", "settings": {"models": ["Nonsense"]}},
-    ])), tmp_path, capsys)  # fmt: skip
-    for text in ("'misspelt'", "unknown key 'sid_epoch'; nearest: sid_epochs", "'out of range'", "random_last must be",
-                 "'no loss'", "rqkmeans is not trained by a loss", "'no model'", "Nonsense"):  # fmt: skip
+    said = refused(
+        command(
+            changed(
+                variants=[
+                    {"name": "fine"},
+                    {"name": "misspelt", "settings": {"sid_epoch": 2}},
+                    {"name": "out of range", "settings": {"sid_random_last": 9}},
+                    {"name": "no loss", "settings": {"sid_method": "rqkmeans", "sid_diversity": 0.1}},
+                    {"name": "no model", "settings": {"models": ["Nonsense"]}},
+                ]
+            )
+        ),
+        tmp_path,
+        capsys,
+    )
+    for text in (
+        "'misspelt'",
+        "unknown key 'sid_epoch'; nearest: sid_epochs",
+        "'out of range'",
+        "random_last must be",
+        "'no loss'",
+        "rqkmeans is not trained by a loss",
+        "'no model'",
+        "Nonsense",
+    ):
         assert text in said
     assert "'fine'" not in said
 
@@ -196,17 +221,20 @@ def test_columns_are_of_stages_that_run_and_of_facts_that_are_there(command, tmp
     assert "'unique' is not in what the tokenizer stage says" in said and "'uniqueness'" in said
 
 
-@pytest.mark.parametrize("broken, said", [
-    ({"stage": []}, "unexpected keyword argument 'stage'"),
-    ({"stages": "tokenizer"}, "stages must be a list"),
-    ({"settings": ["sid_epochs"]}, "must be maps"),
-    ({"variants": []}, "name of its own"),
-    ({"variants": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
-    ({"variants": [{"settings": {}}]}, "missing 1 required keyword-only argument: 'name'"),
-    ({"variants": [{"name": "a", "settings": None}]}, "must be maps"),
-    ({"variants": [{"name": "a", "published": {"b": 1}}]}, "published figures must be of columns"),
-    ({"variants": None}, "cannot read the ablation"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        ({"stage": []}, "unexpected keyword argument 'stage'"),
+        ({"stages": "tokenizer"}, "stages must be a list"),
+        ({"settings": ["sid_epochs"]}, "must be maps"),
+        ({"variants": []}, "name of its own"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
+        ({"variants": [{"settings": {}}]}, "missing 1 required keyword-only argument: 'name'"),
+        ({"variants": [{"name": "a", "settings": None}]}, "must be maps"),
+        ({"variants": [{"name": "a", "published": {"b": 1}}]}, "published figures must be of columns"),
+        ({"variants": None}, "cannot read the ablation"),
+    ],
+)
 def test_a_file_that_is_not_an_ablation(tmp_path, broken, said):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({**changed(variants=[{"name": "a"}]), **broken}))
@@ -281,8 +309,14 @@ def test_every_path_leads_to_its_fact(facts):
 def test_where_nothing_was_measured():
     facts = {"TIGER": {"metrics": {"recall@10": 0.06}, "valid": None, "rows": [1], "table": [{"row": "a"}]}}
     assert figure(facts, "TIGER.metrics.recall@10") == 0.06
-    for path in ("sft.loss", "TIGER.valid", "TIGER.valid.loss", "TIGER.rows.1", "TIGER.table.row=b.n",
-                 "TIGER.table.row=a&scope=all"):  # fmt: skip
+    for path in (
+        "sft.loss",
+        "TIGER.valid",
+        "TIGER.valid.loss",
+        "TIGER.rows.1",
+        "TIGER.table.row=b.n",
+        "TIGER.table.row=a&scope=all",
+    ):
         assert figure(facts, path) is None
     for path in ("TIGER.loss", "TIGER.metrics.recall@5", "TIGER.rows.first", "TIGER.metrics.recall@10.x"):
         with pytest.raises(ConfigurationError, match="no fact"):
@@ -322,8 +356,14 @@ def test_the_tokenizer_ablation_names_what_it_shows():
     smoke = {"config_dict": {"preset": "smoke"}}
     chosen = {v.name: load_variant(mine, v, smoke).results(["sid_"]) for v in mine.variants}
     plain = load_settings(**smoke, layers={"": mine.settings}).results(["sid_"])
-    off = {"sid_kmeans_init": False, "sid_ema": False, "sid_diversity": 0.0, "sid_reset_after": 0,
-           "sid_random_last": 0, "sid_contrastive": 0.0}  # fmt: skip
+    off = {
+        "sid_kmeans_init": False,
+        "sid_ema": False,
+        "sid_diversity": 0.0,
+        "sid_reset_after": 0,
+        "sid_random_last": 0,
+        "sid_contrastive": 0.0,
+    }
     (default,) = [name for name in chosen if name.startswith("default (")]
     assert chosen[default] == load_settings(**smoke).results(["sid_"]) | {"sid_min_unique": 0.0}
     assert chosen["all off"] == {**plain, **off}
@@ -333,12 +373,16 @@ def test_the_tokenizer_ablation_names_what_it_shows():
 
     ladder = list(chosen)[: list(chosen).index(default) + 1]
     steps = ["kmeans_init", "ema", "reset_after", "random_last", "random_mode", "contrastive"]
-    assert [differs(*pair) - {"random_mode"} or {"random_mode"} for pair in zip(ladder, ladder[1:], strict=False)] == [
+    assert [differs(*pair) - {"random_mode"} or {"random_mode"} for pair in itertools.pairwise(ladder)] == [
         {step} for step in steps
     ]
-    alone = {"no contrastive, diversity": "diversity", "no contrastive, no k-means init": "kmeans_init",
-             "no contrastive, no EMA": "ema", "no contrastive, no dead-code reset": "reset_after",
-             "residual k-means": "method"}  # fmt: skip
+    alone = {
+        "no contrastive, diversity": "diversity",
+        "no contrastive, no k-means init": "kmeans_init",
+        "no contrastive, no EMA": "ema",
+        "no contrastive, no dead-code reset": "reset_after",
+        "residual k-means": "method",
+    }
     assert {name: differs(name, ladder[-2]) for name in chosen if name not in ladder} == {
         name: {setting} for name, setting in alone.items()
     }

@@ -348,7 +348,7 @@ def test_spare_rows_of_a_model_are_used_not_cut(full):
 
 
 def test_a_token_that_splits_is_an_error(full):
-    model, tokenizer = copy.deepcopy(full)
+    _model, tokenizer = copy.deepcopy(full)
     with pytest.raises(GR2Error, match="split in running text"):
         backbone._check_single(tokenizer, ["<|never added|>"])
 

@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import (
-    GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
-)  # fmt: skip
+)
 
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.beam import UNREACHED, Beams, SidTrie, beam_items, item_scores, target_last
@@ -24,15 +30,27 @@ PAD, BEGIN, LEVELS, CODES = 0, 10, 3, 5
 TOKENS = 20 + np.arange(LEVELS * CODES).reshape(LEVELS, CODES)
 VOCABULARY = 40
 PROMPTS = [[2, 3, 4, 5, 6, 7], [8, 9], [11, 12, 13, 4], [3], [5, 5, 5, 5, 5, 5, 5, 5, 5]]
-SIZES = {"vocab_size": VOCABULARY, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": 1,
-         "pad_token_id": PAD}  # fmt: skip
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.5,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": PAD,
+}
 
 
 def llama():
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        attention_dropout=0.5, **SIZES,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            attention_dropout=0.5,
+            **SIZES,
+        )
+    )
 
 
 def gpt2():
@@ -42,10 +60,17 @@ def gpt2():
 
 def mistral():
     """A sliding window as long as the longest prompt and its SID."""
-    return MistralForCausalLM(MistralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        sliding_window=13, **SIZES,
-    ))  # fmt: skip
+    return MistralForCausalLM(
+        MistralConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=13,
+            **SIZES,
+        )
+    )
 
 
 def untaught(build):
@@ -137,7 +162,7 @@ def test_the_trie_of_a_tokenizer(codes, trie):
     assert made.tokens[1][0] == words[f"<s_b_{codes[codes[:, 0] == 0][:, 1].min()}>"]
     assert [part.tolist() for part in made.starts] == [part.tolist() for part in trie.starts]
     with pytest.raises(ConfigurationError, match=r"no token for 3 parts .* <s_a_5> among them"):
-        SidTrie.of(tokenizer, codes + [0, 0, 1])
+        SidTrie.of(tokenizer, [*codes, 0, 0, 1])
 
 
 @pytest.mark.parametrize(
@@ -177,9 +202,12 @@ def test_enough_beams_are_an_exhaustive_search(any_model, trie, codes, beams, co
     assert found.leaves.sort().values.tolist() == [list(range(30))] * len(PROMPTS)
     continuations = [[int(TOKENS[level, code]) for level, code in enumerate(sid)] for sid in sids]
     exact = continuation_log_likelihood(
-        any_model, [[*prompt, BEGIN] for prompt in PROMPTS], [continuations] * len(PROMPTS), pad_id=PAD,
+        any_model,
+        [[*prompt, BEGIN] for prompt in PROMPTS],
+        [continuations] * len(PROMPTS),
+        pad_id=PAD,
         trie=trie if constrained else None,
-    )  # fmt: skip
+    )
     torch.testing.assert_close(found.log_probs, torch.tensor(exact).gather(1, found.leaves), atol=1e-4, rtol=0)
     total = found.log_probs.exp().sum(1)
     assert (found.log_probs.diff() <= 0).all()
@@ -208,9 +236,13 @@ def test_the_search_is_the_textbooks(any_model, trie, codes, beams, constrained)
         assert log_probs.tolist() == pytest.approx([score for score, _ in kept], abs=1e-4)
 
 
-@pytest.mark.parametrize(("constrained", "rows"), [
-    (True, [[0, 1], [0, 1]]), (False, [[0, 0, 1, 1], [0, 0, 1, 2, 2, 3]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("constrained", "rows"),
+    [
+        (True, [[0, 1], [0, 1]]),
+        (False, [[0, 0, 1, 1], [0, 0, 1, 2, 2, 3]]),
+    ],
+)
 def test_what_is_certain_is_not_read(constrained, rows):
     """000, 001 and 012 share their first code; 100 is alone behind its first, 012 behind its second."""
     trie = SidTrie.build([(0, 0, 0), (0, 0, 1), (0, 1, 2), (1, 0, 0)], np.arange(9).reshape(3, 3), begin_id=9)
@@ -257,7 +289,7 @@ def test_a_model_that_forbids_every_code_still_gives_valid_sids(trie):
     silent.eval = silent.train = lambda *mode: silent
     found = search(silent, trie, beams=9)
     assert found.leaves.shape == (5, 9) and (found.log_probs == -math.inf).all()
-    assert 0 <= found.leaves.min() and found.leaves.max() < 30
+    assert found.leaves.min() >= 0 and found.leaves.max() < 30
 
 
 def test_neither_the_batch_nor_its_padding_changes_a_result(any_model, trie):
@@ -311,8 +343,9 @@ def test_item_scores_by_hand():
     beams = Beams(torch.tensor([[2, 0], [3, 1]]), torch.tensor([[-0.5, -2.0], [-1.0, -3.0]]))
     low = UNREACHED
     assert item_scores(beams, SHARED).tolist() == [
-        [-math.inf, low, -2.0, -0.5, -2.0, low], [-math.inf, -3.0, low, low, low, -1.0]
-    ]  # fmt: skip
+        [-math.inf, low, -2.0, -0.5, -2.0, low],
+        [-math.inf, -3.0, low, low, low, -1.0],
+    ]
     twice = Beams(torch.tensor([[0, 2, 0]]), torch.tensor([[-2.0, -0.5, -1.0]]))  # the beams of two traces
     assert item_scores(twice, SHARED).tolist() == [[-math.inf, low, -1.0, -0.5, -1.0, low]]
 
@@ -349,8 +382,13 @@ def test_recboles_evaluator_reads_these_rows():
     compat.apply()
     scores = item_scores(Beams(torch.tensor([[2, 0]] * 3), torch.tensor([[-0.5, -2.0]] * 3)), SHARED)
     targets = torch.tensor([3, 2, 5])  # first; in the collision at places 2 and 3; not generated
-    config = {"metrics": ["Recall", "MRR", "GAUC"], "topk": [1, 2, 3, 4], "metric_decimal_place": 6,
-              "eval_args": {"mode": "full"}, "device": "cpu"}  # fmt: skip
+    config = {
+        "metrics": ["Recall", "MRR", "GAUC"],
+        "topk": [1, 2, 3, 4],
+        "metric_decimal_place": 6,
+        "eval_args": {"mode": "full"},
+        "device": "cpu",
+    }
     config = type("Config", (dict,), {"__missing__": lambda self, key: None})(config)
     collector = Collector(config)
     collector.eval_batch_collect(target_last(scores, targets), None, torch.arange(3), targets)

@@ -103,8 +103,11 @@ def test_train_sequences_hold_no_valid_or_test_item(ml100k):
 
 def write_atomic(folder: Path, name: str, sequences: dict[str, list[str]], times=None) -> None:
     (folder / name).mkdir(parents=True)
-    lines = [f"{user}\t{item}\t{times[user][n] if times else n}" for user, items in sequences.items()
-             for n, item in enumerate(items)]  # fmt: skip
+    lines = [
+        f"{user}\t{item}\t{times[user][n] if times else n}"
+        for user, items in sequences.items()
+        for n, item in enumerate(items)
+    ]
     head = "user_id:token\titem_id:token\ttimestamp:float"
     (folder / name / f"{name}.inter").write_text("\n".join([head, *lines]) + "\n")
     tokens = sorted({item for items in sequences.values() for item in items})
@@ -232,8 +235,10 @@ def test_oracle_ndcg_is_the_base_models_recall(ml100k, name, mask):
     trained = ml100k(name)
     data, base = trained.data, trained.masked if mask else trained.open
     own = evaluated(data, base, None)
-    lists = {u: promote(items, target_of(data, u, "test")) if target_of(data, u, "test") in items else items
-             for u, items in lists_of(data, base).items()}  # fmt: skip
+    lists = {
+        u: promote(items, target_of(data, u, "test")) if target_of(data, u, "test") in items else items
+        for u, items in lists_of(data, base).items()
+    }
     oracle = evaluated(data, base, lists)
     for k in (1, 5, K):
         assert oracle[f"ndcg@{k}"] == oracle[f"recall@{k}"] == oracle[f"mrr@{k}"] == own[f"recall@{K}"] > 0
@@ -273,9 +278,10 @@ def test_base_models_with_tied_scores_keep_their_order(ml100k, name):
 rows_of_scores = st.integers(4, 12).flatmap(
     lambda width: st.lists(
         st.lists(st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0, 3.0]), min_size=width, max_size=width),
-        min_size=1, max_size=4,
+        min_size=1,
+        max_size=4,
     )
-)  # fmt: skip
+)
 
 
 @settings(deadline=None)
@@ -323,9 +329,13 @@ def test_mask_seen_touches_nothing_else():
 def test_scores_of_some_users_and_in_batches(ml100k):
     trained = ml100k("CausalSASRec")
     some = [5, 900, 33]
-    (users, few), = trained.masked.scores("test", users=some)
+    ((users, few),) = trained.masked.scores("test", users=some)
     assert sorted(users.tolist()) == sorted(some)
-    every = {user: row for ids, scores in trained.masked.scores("test") for user, row in zip(ids.tolist(), scores)}
+    every = {
+        user: row
+        for ids, scores in trained.masked.scores("test")
+        for user, row in zip(ids.tolist(), scores, strict=False)
+    }
     for user, row in zip(users.tolist(), few, strict=True):
         assert torch.allclose(row, every[user], atol=1e-5)
 
@@ -388,8 +398,8 @@ def test_a_finished_base_is_loaded_and_scores_the_same(ml100k, tmp_path, monkeyp
     monkeypatch.setattr("recbole.trainer.Trainer.fit", stop_training)
     again = train_base(data, tmp_path / "base", hold_out=True, epochs=1)
     assert again.facts == first.facts and first.facts["hold_out"] is True
-    (_, one), = first.scores("valid")
-    (_, other), = again.scores("valid")
+    ((_, one),) = first.scores("valid")
+    ((_, other),) = again.scores("valid")
     assert torch.equal(one, other)
 
 
@@ -415,9 +425,7 @@ def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_p
     assert not [pair for pair in drawn if pair[1] in trained[pair[0]]]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("Nobody", "no model named 'Nobody'"), ("FM", "FM is a context model")]
-)
+@pytest.mark.parametrize(("name", "text"), [("Nobody", "no model named 'Nobody'"), ("FM", "FM is a context model")])
 def test_models_that_cannot_be_a_base(ml100k, name, text, tmp_path):
     data = ml100k("BPR").data
     wrong = SimpleNamespace(settings={**dict(data.settings), "base_model": name})
@@ -512,8 +520,13 @@ def test_catalogue_cross_entropy_is_torchs(positions):
 
 # --- item texts ------------------------------------------------------------------------------------------------------
 
-TEXT = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": None,
-        "text_description": None}
+TEXT = {
+    "dataset": "toy",
+    "text_title": "title",
+    "text_categories": "categories",
+    "text_brand": None,
+    "text_description": None,
+}
 
 
 def item_file(folder: Path, *lines: str, header: str = "item_id:token\ttitle:token_seq\tcategories:token_seq") -> Path:
@@ -526,9 +539,9 @@ def test_item_texts(tmp_path):
     file = item_file(
         tmp_path,
         "a\tNails &amp; more\t['Beauty', 'Skin Care']",
-        "b\t\"5 Minute\" Mask\t[['Beauty', \"Men's\"]]",
-        "c\t\"\"\"Quoted\"\" title, all of it\"\t'Beauty', 'Skin Care'",
-        "d\t\"Unclosed title\tBeauty > Makeup",
+        'b\t"5 Minute" Mask\t[[\'Beauty\', "Men\'s"]]',
+        'c\t"""Quoted"" title, all of it"\t\'Beauty\', \'Skin Care\'',
+        'd\t"Unclosed title\tBeauty > Makeup',
         "e\tNA\tNone",
         "f\t  two   blanks &#39;n  entities\t",
         "g\t'Salem's Lot'\t[not a list]",
@@ -689,14 +702,18 @@ def test_amazon_beauty(beauty, record_property):
     assert sum(bool(item.title) for item in items) > 0.99 * len(items)
     nail = next(item for item in items if item.token == "B004756YJA")
     assert (nail.title, nail.brand, nail.categories) == (
-        "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce", "OPI", "Beauty > Makeup > Nails > Nail Polish"
-    )  # fmt: skip
+        "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce",
+        "OPI",
+        "Beauty > Makeup > Nails > Nail Polish",
+    )
     record_property("seconds", seconds)
     assert seconds < 30
 
 
-@pytest.mark.parametrize(("name", "exact"), [("SASRec", True), ("GRU4Rec", True), ("BERT4Rec", True), ("HGN", False),
-                                             ("CausalSASRec", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [("SASRec", True), ("GRU4Rec", True), ("BERT4Rec", True), ("HGN", False), ("CausalSASRec", False)],
+)
 def test_a_loss_by_length_is_the_whole_loss(ml100k, name, exact):
     """Value and gradients, on a batch with short and long rows; a mean over positions is told apart."""
     from recbole.data.utils import get_dataloader

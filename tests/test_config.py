@@ -39,8 +39,9 @@ def test_precedence(tmp_path, monkeypatch):
     def value(**layers):
         settings = load_settings(
             config_dict={"dataset": "amazon-beauty", "preset": "laptop", **layers.get("config_dict", {})},
-            command_line=layers.get("command_line"), config_files=files,
-        )  # fmt: skip
+            command_line=layers.get("command_line"),
+            config_files=files,
+        )
         return settings["rl_steps"], settings.origin["rl_steps"]
 
     default = declarations()["rl_steps"].default
@@ -256,9 +257,16 @@ def test_every_recbole_word_of_ours_means_the_same_there():
 
 def test_as_yaml_round_trip(tmp_path):
     given = {
-        **SMOKE, "base_learning_rate": 1e-4, "user_inter_num_interval": "[5,inf)", "rl_rewards": {"ndcg": 1.0},
-        "base_hidden_size": 32, "topk": [3, 9], "text_title": "movie_title", "base_seed": 7, "seed": 8,
-    }  # fmt: skip
+        **SMOKE,
+        "base_learning_rate": 1e-4,
+        "user_inter_num_interval": "[5,inf)",
+        "rl_rewards": {"ndcg": 1.0},
+        "base_hidden_size": 32,
+        "topk": [3, 9],
+        "text_title": "movie_title",
+        "base_seed": 7,
+        "seed": 8,
+    }
     settings = load_settings(config_dict=given)
     file = tmp_path / "config.yaml"
     file.write_text(settings.as_yaml())
@@ -285,14 +293,37 @@ def test_speed_settings_are_in_no_result():
 
 def test_both_ways_to_write_a_setting():
     options, settings = parse(
-        ["-d", "ml-100k", "--seed=3", "--rl_steps", "7", "--rl_rewards={ndcg: 1e-1}", "--topk", "[1, 2]",
-         "--eval_max_lists=", "--llm=~", "--base_model", "BPR", "--stages", "sft,rl",
-         "--rl_temperature", "-1", "--dry_run"]
-    )  # fmt: skip
+        [
+            "-d",
+            "ml-100k",
+            "--seed=3",
+            "--rl_steps",
+            "7",
+            "--rl_rewards={ndcg: 1e-1}",
+            "--topk",
+            "[1, 2]",
+            "--eval_max_lists=",
+            "--llm=~",
+            "--base_model",
+            "BPR",
+            "--stages",
+            "sft,rl",
+            "--rl_temperature",
+            "-1",
+            "--dry_run",
+        ]
+    )
     assert settings == {
-        "dataset": "ml-100k", "base_model": "BPR", "seed": 3, "rl_steps": 7, "rl_rewards": {"ndcg": 0.1},
-        "topk": [1, 2], "eval_max_lists": None, "llm": None, "rl_temperature": -1,
-    }  # fmt: skip
+        "dataset": "ml-100k",
+        "base_model": "BPR",
+        "seed": 3,
+        "rl_steps": 7,
+        "rl_rewards": {"ndcg": 0.1},
+        "topk": [1, 2],
+        "eval_max_lists": None,
+        "llm": None,
+        "rl_temperature": -1,
+    }
     assert options.dry_run and options.stages == "sft,rl" and not options.force
 
 

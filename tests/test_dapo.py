@@ -45,22 +45,35 @@ def tiny_model(tokenizer) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, attention_dropout=0.1,
-            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            attention_dropout=0.1,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 def requests(count: int, target: int = 30) -> dict[str, Request]:
     candidates = tuple(Candidate(item_id=item, score=-rank, rank=rank) for rank, item in enumerate(ITEMS, 1))
     return {
         f"r{i}": Request(
-            request_id=f"r{i}", user_token=f"u{i}", split="train", history=(), candidates=candidates, target=target,
+            request_id=f"r{i}",
+            user_token=f"u{i}",
+            split="train",
+            history=(),
+            candidates=candidates,
+            target=target,
             provider="p",
         )
         for i in range(count)
-    }  # fmt: skip
+    }
 
 
 class RewardOf:
@@ -80,19 +93,40 @@ def first_label(request_id, ranking):
     return float(ranking[0])
 
 
-def build(tokenizer, folder, *, steps=2, count=12, rewards=None, max_reasoning=2, target=30, trainer=None,
-          trainer_class=DAPOTrainer, **changes):  # fmt: skip
+def build(
+    tokenizer,
+    folder,
+    *,
+    steps=2,
+    count=12,
+    rewards=None,
+    max_reasoning=2,
+    target=30,
+    trainer=None,
+    trainer_class=DAPOTrainer,
+    **changes,
+):
     """A trainer over `count` requests whose prompts have different lengths."""
     known = requests(count, target)
     rows = [
-        {"request_id": name, "prompt_ids": [2 + i % 40, *range(3, 5 + i % 5)], "label_items": list(ITEMS),
-         "label_prior": [(i + n) % K / 2 for n in range(K)]}  # fmt: skip
+        {
+            "request_id": name,
+            "prompt_ids": [2 + i % 40, *range(3, 5 + i % 5)],
+            "label_items": list(ITEMS),
+            "label_prior": [(i + n) % K / 2 for n in range(K)],
+        }
         for i, name in enumerate(known)
     ]
     settings = {
-        "prompts_per_step": 4, "num_generations": 4, "num_iterations": 2, "learning_rate": 1e-2, "seed": 5,
-        "save_steps": 1, "use_cpu": True, "mask_truncated": False,  # a random policy seldom ends its reasoning
-    } | changes  # fmt: skip
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "learning_rate": 1e-2,
+        "seed": 5,
+        "save_steps": 1,
+        "use_cpu": True,
+        "mask_truncated": False,  # a random policy seldom ends its reasoning
+    } | changes
     return trainer_class(
         tiny_model(tokenizer),
         dapo_config(str(folder), steps=steps, **settings),
@@ -125,13 +159,29 @@ def weights(trainer) -> dict[str, torch.Tensor]:
         ("_compute_loss", ["self", "model", "inputs"]),
         (
             "_get_per_token_logps_and_entropies",
-            ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
-             "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask",
-             "spatial_shapes", "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids",
-             "image_position_ids"],
+            [
+                "self",
+                "model",
+                "input_ids",
+                "attention_mask",
+                "logits_to_keep",
+                "batch_size",
+                "compute_entropy",
+                "compute_aux_loss",
+                "pixel_values",
+                "image_grid_thw",
+                "num_images",
+                "pixel_attention_mask",
+                "spatial_shapes",
+                "num_tiles",
+                "image_sizes",
+                "token_type_ids",
+                "mm_token_type_ids",
+                "image_position_ids",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_the_private_methods_of_trl_we_override(method, parameters):
     assert list(inspect.signature(getattr(GRPOTrainer, method)).parameters) == parameters
 
@@ -139,9 +189,15 @@ def test_the_private_methods_of_trl_we_override(method, parameters):
 def test_what_the_loss_of_trl_reads(tokenizer, tmp_path):
     source = inspect.getsource(GRPOTrainer._compute_loss)
     ours = {
-        "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "advantages",
-        "num_items_in_batch", "old_per_token_logps",
-    }  # fmt: skip
+        "prompt_ids",
+        "prompt_mask",
+        "completion_ids",
+        "completion_mask",
+        "tool_mask",
+        "advantages",
+        "num_items_in_batch",
+        "old_per_token_logps",
+    }
     assert all(f'"{key}"' in source for key in ours)
     assert "self._get_per_token_logps_and_entropies(" in source  # which reads the prior of the rows at hand
     trainer = build(tokenizer, tmp_path)
@@ -239,7 +295,7 @@ def test_shared_prompts_give_the_same_logits_and_gradients(tokenizer):
     (plain, plain_gradient), (shared, shared_gradient) = results
     assert plain.shape == (5, 5, len(tokenizer))
     torch.testing.assert_close(shared, plain)
-    for ours, theirs in zip(shared_gradient, plain_gradient):
+    for ours, theirs in zip(shared_gradient, plain_gradient, strict=False):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
@@ -260,9 +316,13 @@ def test_the_first_ratio_is_exactly_one(tokenizer, tmp_path):
 
 def test_truncated_completions_are_left_out(tokenizer, tmp_path):
     trainer = build(
-        tokenizer, tmp_path, rewards=RewardOf(first_label), trainer={"max_refill": 0}, max_reasoning=20,
+        tokenizer,
+        tmp_path,
+        rewards=RewardOf(first_label),
+        trainer={"max_refill": 0},
+        max_reasoning=20,
         mask_truncated=True,
-    )  # fmt: skip
+    )
     trainer.model.train()
     batch = trainer._generate_and_score_completions(one_round(trainer))
     cut = torch.tensor([trainer.grammar.was_truncated(ids) for ids in batch["completion_ids"].tolist()])
@@ -332,9 +392,19 @@ def test_only_dead_groups_stop_the_run(tokenizer, tmp_path):
 
 def test_config_counts_rounds(tmp_path):
     args = dapo_config(
-        str(tmp_path), steps=10, prompts_per_step=8, num_generations=4, num_iterations=3, learning_rate=1e-6, seed=1,
-        save_steps=5, minibatches=2, micro_batch_size=4, warmup_steps=1, use_cpu=True,
-    )  # fmt: skip
+        str(tmp_path),
+        steps=10,
+        prompts_per_step=8,
+        num_generations=4,
+        num_iterations=3,
+        learning_rate=1e-6,
+        seed=1,
+        save_steps=5,
+        minibatches=2,
+        micro_batch_size=4,
+        warmup_steps=1,
+        use_cpu=True,
+    )
     assert args.generation_batch_size == 32
     assert (args.max_steps, args.save_steps, args.logging_steps, args.warmup_steps) == (60, 30, 6, 6)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation) == (4, 4, 8)
@@ -345,24 +415,45 @@ def test_config_counts_rounds(tmp_path):
 def test_config_refuses_what_does_not_divide(minibatches, micro):
     with pytest.raises(ConfigurationError, match="do not divide"):
         dapo_config(
-            "x", steps=1, prompts_per_step=2, num_generations=4, num_iterations=2, learning_rate=1e-6, seed=1,
-            save_steps=1, minibatches=minibatches, micro_batch_size=micro, use_cpu=True,
-        )  # fmt: skip
+            "x",
+            steps=1,
+            prompts_per_step=2,
+            num_generations=4,
+            num_iterations=2,
+            learning_rate=1e-6,
+            seed=1,
+            save_steps=1,
+            minibatches=minibatches,
+            micro_batch_size=micro,
+            use_cpu=True,
+        )
 
 
 def test_trainer_refuses_an_inexact_run(tokenizer, tmp_path):
     known = requests(4)
     args = dapo_config(
-        str(tmp_path), steps=2, prompts_per_step=4, num_generations=2, num_iterations=2, learning_rate=1e-3, seed=1,
-        save_steps=1, use_cpu=True,
-    )  # fmt: skip
+        str(tmp_path),
+        steps=2,
+        prompts_per_step=4,
+        num_generations=2,
+        num_iterations=2,
+        learning_rate=1e-3,
+        seed=1,
+        save_steps=1,
+        use_cpu=True,
+    )
     args.save_steps, args.beta = 3, 0.1
     rows = [{"request_id": name, "prompt_ids": [2], "label_items": list(ITEMS)} for name in ("r0", "r0", "r9")]
     with pytest.raises(ConfigurationError) as error:
         DAPOTrainer(
-            tiny_model(tokenizer), args, rows, requests=known, rewards=WeightedRewards(GR2),
-            grammar=Grammar.of(tokenizer, RANKING, label_tokens(K), 2), tokenizer=tokenizer,
-        )  # fmt: skip
+            tiny_model(tokenizer),
+            args,
+            rows,
+            requests=known,
+            rewards=WeightedRewards(GR2),
+            grammar=Grammar.of(tokenizer, RANKING, label_tokens(K), 2),
+            tokenizer=tokenizer,
+        )
     for part in ("save_steps is 3", "beta is 0.1", "1 request ids appear twice", "2 requests are fewer", "e.g. r9"):
         assert part in str(error.value)
 
@@ -458,8 +549,16 @@ def some_are_dead(request_id, ranking):
 
 def shared_run(folder, *, processes=1, steps=3, resume=False):
     """A run whose rounds `processes` share; each of them calls this."""
-    trainer = build(word_tokenizer(), folder, steps=steps, count=24, rewards=RewardOf(some_are_dead), minibatches=2,
-                    micro_batch_size=2, processes=processes)  # fmt: skip
+    trainer = build(
+        word_tokenizer(),
+        folder,
+        steps=steps,
+        count=24,
+        rewards=RewardOf(some_are_dead),
+        minibatches=2,
+        micro_batch_size=2,
+        processes=processes,
+    )
     trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-8") if resume else None)
     return trainer
 
@@ -477,8 +576,11 @@ def test_two_processes_do_what_one_does(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, two],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (weights_0, log), (weights_1, _) = (torch.load(two / f"result-{i}.pt", weights_only=False) for i in (0, 1))
     alone = shared_run(tmp_path / "one")
@@ -495,8 +597,15 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def test_processes_have_whole_groups(tmp_path):
-    shared = {"steps": 1, "num_generations": 4, "num_iterations": 1, "learning_rate": 1e-3, "seed": 1, "save_steps": 1,
-              "use_cpu": True}  # fmt: skip
+    shared = {
+        "steps": 1,
+        "num_generations": 4,
+        "num_iterations": 1,
+        "learning_rate": 1e-3,
+        "seed": 1,
+        "save_steps": 1,
+        "use_cpu": True,
+    }
     with pytest.raises(ConfigurationError, match="3 prompts x 4 completions .* on each of 2 processes"):
         dapo_config(str(tmp_path), prompts_per_step=3, processes=2, **shared)
     args = dapo_config(str(tmp_path), prompts_per_step=4, processes=2, micro_batch_size=32, **shared)

@@ -27,8 +27,14 @@ def other_model(tokenizer, scale: float = 3.0):
 
 def distill(tokenizer, folder, *, kl=1.0, rewards=None, teacher=None, **changes):
     teacher = teacher or LocalTeacher(other_model(tokenizer), tokenizer, tokenizer)
-    return build(tokenizer, folder, trainer_class=DistillTrainer, trainer={"teacher": teacher, "kl": kl},
-                 rewards=rewards or RewardOf(first_label), **changes)  # fmt: skip
+    return build(
+        tokenizer,
+        folder,
+        trainer_class=DistillTrainer,
+        trainer={"teacher": teacher, "kl": kl},
+        rewards=rewards or RewardOf(first_label),
+        **changes,
+    )
 
 
 def same_worth(request_id, ranking):
@@ -70,9 +76,11 @@ def test_the_gradient_is_that_of_the_divergence(tokenizer, tmp_path):
     assert probability.sum() == pytest.approx(1.0, abs=1e-4)
     trainer._label_prior = tensors["label_prior"]
     live = trainer._get_per_token_logps_and_entropies(
-        trainer.model, torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], 1),
-        torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], 1), tensors["completion_ids"].size(1),
-    )[0]  # fmt: skip
+        trainer.model,
+        torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], 1),
+        torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], 1),
+        tensors["completion_ids"].size(1),
+    )[0]
     weight = trainer.model.lm_head.weight
     ours = torch.autograd.grad((probability * (student - teacher) * live).sum(), weight, retain_graph=True)[0]
     # The divergence of each token given what stands before it; how often that stands there is not differentiated.
@@ -97,8 +105,16 @@ def test_groups_of_one_worth_stay_and_count(tokenizer, tmp_path):
 
 def test_the_student_comes_nearer_to_its_teacher(tokenizer, tmp_path):
     soft = LocalTeacher(other_model(tokenizer, scale=0.7), tokenizer, tokenizer)
-    trainer = distill(tokenizer, tmp_path, teacher=soft, rewards=RewardOf(same_worth), steps=25, save_steps=25,
-                      learning_rate=5e-3, num_generations=8)  # fmt: skip
+    trainer = distill(
+        tokenizer,
+        tmp_path,
+        teacher=soft,
+        rewards=RewardOf(same_worth),
+        steps=25,
+        save_steps=25,
+        learning_rate=5e-3,
+        num_generations=8,
+    )
     trainer.train()
     gaps = [line["teacher_kl"] for line in trainer.state.log_history if "teacher_kl" in line]
     assert len(gaps) == 25 and sum(gaps[-5:]) < 0.75 * sum(gaps[:5])
@@ -122,12 +138,18 @@ def endpoint(tokenizer, monkeypatch):
         ids = torch.tensor([asked["prompt"]])
         with torch.no_grad():
             found = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        given = None if fault == "none" else {"token_logprobs": [None, *found, -1.0], "tokens": [], "text_offset": [],
-                                              "top_logprobs": None}  # fmt: skip
+        given = (
+            None
+            if fault == "none"
+            else {"token_logprobs": [None, *found, -1.0], "tokens": [], "text_offset": [], "top_logprobs": None}
+        )
         return {
-            "id": "1", "object": "text_completion", "created": 1, "model": asked["model"],
+            "id": "1",
+            "object": "text_completion",
+            "created": 1,
+            "model": asked["model"],
             "choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": given}],
-        }  # fmt: skip
+        }
 
     with serve(answer) as server:
         yield server

@@ -29,9 +29,18 @@ OBSERVED = Observed(items=ITEMS, sequences=SEQUENCES, embeddings=VECTORS)
 
 
 def request(history=(1, 2), candidates=(3, 4, 5), scores=(3.0, 2.0, 0.0), target=4) -> Request:
-    listed = tuple(Candidate(item_id=i, score=s, rank=r) for r, (i, s) in enumerate(zip(candidates, scores), start=1))
-    return Request(request_id="r", user_token="u", split="test", history=tuple(history), candidates=listed,
-                   target=target, provider="p")  # fmt: skip
+    listed = tuple(
+        Candidate(item_id=i, score=s, rank=r) for r, (i, s) in enumerate(zip(candidates, scores, strict=False), start=1)
+    )
+    return Request(
+        request_id="r",
+        user_token="u",
+        split="test",
+        history=tuple(history),
+        candidates=listed,
+        target=target,
+        provider="p",
+    )
 
 
 def facts(name: str, **changes) -> dict[str, list[float]]:
@@ -61,10 +70,16 @@ def test_facts_by_hand():
     assert pair["most together"] == pytest.approx([1 / math.sqrt(3)] * 3, abs=1e-6)
     assert pair["users together"] == logs(2, 2, 2)
     assert facts("text", candidates=(2, 1, 3)) == {
-        "text of last": [1, 0, 0], "closest text": [1, 1, 0], "text": [0.5, 0.5, 0],
-        "text of each": [[0, 1, 0], [1, 0, 0]]}  # fmt: skip
+        "text of last": [1, 0, 0],
+        "closest text": [1, 1, 0],
+        "text": [0.5, 0.5, 0],
+        "text of each": [[0, 1, 0], [1, 0, 0]],
+    }
     assert facts("brand", candidates=(6, 3, 4)) == {
-        "brand of last": [1, 0, 0], "brand": [1, 0, 0], "brand of each": [[1, 0, 0], [1, 0, 0]]}  # fmt: skip
+        "brand of last": [1, 0, 0],
+        "brand": [1, 0, 0],
+        "brand of each": [[1, 0, 0], [1, 0, 0]],
+    }
     same = facts("category", candidates=(6, 3, 5))
     assert same["category of last"] == [0.666667, 0.5, 0] and same["category"] == [0.833333, 0.416667, 0]
     assert same["category of each"] == [[1, 0.333333, 0], [0.666667, 0.5, 0]]
@@ -136,7 +151,7 @@ def test_the_target_is_in_no_fact():
 def test_counts_look_up_what_the_matrix_holds(pairs):
     from scipy.sparse import csr_matrix
 
-    rows, columns = (np.array(part, dtype=int) for part in (zip(*pairs) if pairs else ((), ())))
+    rows, columns = (np.array(part, dtype=int) for part in (zip(*pairs, strict=False) if pairs else ((), ())))
     matrix = csr_matrix((np.ones(len(pairs)), (rows, columns)), shape=(7, 7))
     grid = np.arange(7)
     assert np.array_equal(Counts(matrix).of(grid[:, None], grid), matrix.toarray())
@@ -214,7 +229,7 @@ def test_the_prior_finds_a_planted_pattern():
     prior, steps, error = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
     new, truth = planted(200, 2)
     rows = log_prior(prior, new)
-    right = np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth)])
+    right = np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth, strict=False)])
     assert right > 0.65 and 10 <= steps <= 200 and error < math.log(5) - 0.3
     assert all(math.fsum(map(math.exp, row)) == pytest.approx(1, abs=1e-5) for row in rows)
     again, _, _ = fit_prior(tables, targets, valid=planted(200, 1), steps=200, seed=3, **OPTIONS)
@@ -223,11 +238,12 @@ def test_the_prior_finds_a_planted_pattern():
 
 def test_the_prior_finds_which_item_of_the_history_counts():
     """Without knowing the item: the mean over 3 of them, 45 % right."""
-    prior, _, _ = fit_prior(*planted_pairs(500, 0), valid=planted_pairs(200, 1), steps=400, seed=3,
-                            **{**OPTIONS, "hidden": 32})  # fmt: skip
+    prior, _, _ = fit_prior(
+        *planted_pairs(500, 0), valid=planted_pairs(200, 1), steps=400, seed=3, **{**OPTIONS, "hidden": 32}
+    )
     new, truth = planted_pairs(200, 2)
     rows = log_prior(prior, new)
-    assert np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth)]) > 0.8
+    assert np.mean([gains[np.argmax(row)] for row, gains in zip(rows, truth, strict=False)]) > 0.8
     short = min(new, key=lambda each: each.pairs.shape[1])  # beside longer histories, and by itself
     assert rows[[each is short for each in new].index(True)] == pytest.approx(log_prior(prior, [short])[0], abs=1e-5)
 

@@ -12,8 +12,13 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.quick_start import main
 from recbole_gr2.requests import read_requests, write_requests
 
-RATED = {"preset": "smoke", "train_targets": 3, "train_grades": {"rating": [3, 5]}, "base_epochs": 1,
-         "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]}}  # fmt: skip
+RATED = {
+    "preset": "smoke",
+    "train_targets": 3,
+    "train_grades": {"rating": [3, 5]},
+    "base_epochs": 1,
+    "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,10 @@ def rated():
 
 def test_the_last_three_train_items_are_targets(plain, rated):
     frame = rated.dataset.inter_feat
-    rating = {(u, i): r for u, i, r in zip(frame["user_id"].tolist(), frame["item_id"].tolist(),
-                                           frame["rating"].tolist(), strict=True)}  # fmt: skip
+    rating = {
+        (u, i): r
+        for u, i, r in zip(frame["user_id"].tolist(), frame["item_id"].tolist(), frame["rating"].tolist(), strict=True)
+    }
     seen = set()
     for user, items in rated.sequences.items():
         assert np.array_equal(items, plain.sequences[user])
@@ -52,8 +59,10 @@ def test_the_last_three_train_items_are_targets(plain, rated):
 
 
 def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
-    held = [train_base(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop").facts["training_rows"]
-            for number, data in enumerate((plain, rated))]  # fmt: skip
+    held = [
+        train_base(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop").facts["training_rows"]
+        for number, data in enumerate((plain, rated))
+    ]
     assert held[0] - held[1] == 2 * 943
 
 
@@ -70,9 +79,16 @@ def test_settings_that_cannot_be(rated):
 
 def test_a_run_on_graded_lists(rated, tmp_path, capsys):
     """The targets of the lists are graded, traces argue for a best one, and RL is paid by graded NDCG."""
-    argv = [*(f"--{key}={value}" for key, value in RATED.items()), f"--checkpoint_dir={tmp_path}", "--stages=rl",
-            "--rl_rewards={ndcg: {weight: 1.0, only_if: [format, moved]}, format: 0.2}", "--mid_tokens=9000",
-            "--sft_steps=60", "--rl_steps=2", "--sft_check_lists=4"]  # fmt: skip
+    argv = [
+        *(f"--{key}={value}" for key, value in RATED.items()),
+        f"--checkpoint_dir={tmp_path}",
+        "--stages=rl",
+        "--rl_rewards={ndcg: {weight: 1.0, only_if: [format, moved]}, format: 0.2}",
+        "--mid_tokens=9000",
+        "--sft_steps=60",
+        "--rl_steps=2",
+        "--sft_check_lists=4",
+    ]
     assert main(argv) == 0, capsys.readouterr().err[-3000:]
     stages = tmp_path / "gr2" / "ml-100k" / "stages"
     (folder,) = (stages / "candidates").iterdir()
@@ -101,8 +117,14 @@ def test_a_run_on_graded_lists(rated, tmp_path, capsys):
 @pytest.mark.parametrize("grades", [[1], [1, -1], [1, 0.5], "ab"])
 def test_grades_of_an_imported_list(rated, tmp_path, grades):
     tokens = [item.token for item in rated.items[:3]]
-    line = {"user_id": "1", "split": "train", "history": tokens[:1], "target": tokens[1], "candidates": tokens[1:],
-            "grades": grades}  # fmt: skip
+    line = {
+        "user_id": "1",
+        "split": "train",
+        "history": tokens[:1],
+        "target": tokens[1],
+        "candidates": tokens[1:],
+        "grades": grades,
+    }
     (tmp_path / "lists.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(ConfigurationError, match="grades are whole numbers"):
         read_requests(tmp_path / "lists.jsonl", rated.items)

@@ -28,9 +28,18 @@ from recbole_gr2.sid.tokens import added_tokens, sid_text
 from recbole_gr2.stages import Context, onerec_think
 from recbole_gr2.stages.midtrain import code_choices, describe, learnt_histories, load_stage_model
 from recbole_gr2.stages.onerec_think import (
-    candidate_scores, most_similar, prompt_ids, prompt_maker, prompts, recommender, run, sentence, thinks,
-    training_positions, training_row,
-)  # fmt: skip
+    candidate_scores,
+    most_similar,
+    prompt_ids,
+    prompt_maker,
+    prompts,
+    recommender,
+    run,
+    sentence,
+    thinks,
+    training_positions,
+    training_row,
+)
 from recbole_gr2.store import read_manifest, write_lines
 from recbole_gr2.types import Candidate, Item, Request
 
@@ -39,17 +48,31 @@ THINK, NO_THINK = ONEREC_THINK.values()  # the two stages
 QUICK = "OneRecThink-no-think"  # a recommender that writes no traces
 KINDS = ("Soap", "Brush", "Comb")
 PLANTED = {
-    "ort_steps": 300, "ort_batch_size": 16, "ort_micro_batch_size": 16, "ort_learning_rate": 5e-3, "ort_passes": 99.0,
-    "ort_max_trace": 8, "ort_samples": 3, "ort_beams": COUNT, "ort_texts": 2, "ort_save_steps": 1000,
-}  # fmt: skip
+    "ort_steps": 300,
+    "ort_batch_size": 16,
+    "ort_micro_batch_size": 16,
+    "ort_learning_rate": 5e-3,
+    "ort_passes": 99.0,
+    "ort_max_trace": 8,
+    "ort_samples": 3,
+    "ort_beams": COUNT,
+    "ort_texts": 2,
+    "ort_save_steps": 1000,
+}
 
 
 def toy_items() -> tuple[Item, ...]:
     return tuple(
-        Item(item_id=n, token=f"t{n}", title=f"Thing {n}", categories=f"Root > {KINDS[n % 3]}", brand="",
-             sid=(n % 3, n // 3))
+        Item(
+            item_id=n,
+            token=f"t{n}",
+            title=f"Thing {n}",
+            categories=f"Root > {KINDS[n % 3]}",
+            brand="",
+            sid=(n % 3, n // 3),
+        )
         for n in range(1, COUNT + 1)
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -82,16 +105,26 @@ def world(tmp_path_factory) -> Context:
     corpus = [describe(PromptMaker.of(SETTINGS, data.items).shown(item.item_id)) for item in data.items]
     corpus += [sentence(item) for item in data.items] + ["A shopper took", "Taken in order: "]
     model, tokenizer = load_backbone(
-        "random", corpus=corpus, extra_tokens=added_tokens(LEVELS, CODES + 1, 2), seed=1,
+        "random",
+        corpus=corpus,
+        extra_tokens=added_tokens(LEVELS, CODES + 1, 2),
+        seed=1,
         random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
-    )  # fmt: skip
+    )
     folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", THINK, NO_THINK)}
     for folder in folders.values():
         folder.mkdir()
     save_backbone(model, tokenizer, folders["midtrain"] / "model")
     write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.items))
-    return Context(stage=THINK, settings=SETTINGS, data=data, folder=folders[THINK], inputs={}, folders=folders,
-                   say=lambda text: None)  # fmt: skip
+    return Context(
+        stage=THINK,
+        settings=SETTINGS,
+        data=data,
+        folder=folders[THINK],
+        inputs={},
+        folders=folders,
+        say=lambda text: None,
+    )
 
 
 SETTINGS = {**load_settings(config_dict={"preset": "smoke"}), **PLANTED}
@@ -237,8 +270,13 @@ def brute_force(context: Context, name: str, histories) -> np.ndarray:
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
     for history in histories:
         found = [
-            continuation_log_likelihood(model, [[*ids, begin]], [codes], pad_id=tokenizer.pad_token_id,
-                                        trie=code_choices(context.settings, tokenizer, items))[0]
+            continuation_log_likelihood(
+                model,
+                [[*ids, begin]],
+                [codes],
+                pad_id=tokenizer.pad_token_id,
+                trie=code_choices(context.settings, tokenizer, items),
+            )[0]
             for ids in prompts(model, tokenizer, maker, context.settings, thinks(name), [history])
         ]
         rows.append(np.max(found, axis=0))
@@ -261,16 +299,24 @@ def test_scores_are_those_of_a_brute_force(trained, name):
 
     lists = [request(user, history) for user, history in zip(users, histories, strict=True)]
     listed = candidate_scores(context, context.data.items, lists, row)
-    np.testing.assert_allclose(listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)],
-                               atol=2e-4)  # fmt: skip
+    np.testing.assert_allclose(
+        listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)], atol=2e-4
+    )
     false = [request(user, history, target=1) for user, history in zip(users, histories, strict=True)]
     assert candidate_scores(context, context.data.items, false, row) == listed
 
 
 def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> Request:
     listed = tuple(Candidate(item_id=i, score=-float(r), rank=r) for r, i in enumerate(candidates, start=1))
-    return Request(request_id=f"test/{user}", user_token=str(user), split="test", history=tuple(history),
-                   candidates=listed, target=target, provider="p")  # fmt: skip
+    return Request(
+        request_id=f"test/{user}",
+        user_token=str(user),
+        split="test",
+        history=tuple(history),
+        candidates=listed,
+        target=target,
+        provider="p",
+    )
 
 
 def test_several_traces_find_more_than_one(trained):
@@ -309,10 +355,18 @@ def test_it_learns_a_planted_pattern(trained):
 # --- the paper's variant ---------------------------------------------------------------------------------------------
 
 PAPER = {
-    "ort_variant": "paper", "ort_steps": 10, "ort_similar": 2, "ort_rl_steps": 4, "ort_rl_prompts_per_step": 4,
-    "ort_rl_num_generations": 4, "ort_rl_micro_batch_size": 16, "ort_rl_beams": 1, "ort_rl_save_steps": 1,
-    "ort_rl_learning_rate": 1e-2, "ort_rl_kl": 0.1,
-}  # fmt: skip
+    "ort_variant": "paper",
+    "ort_steps": 10,
+    "ort_similar": 2,
+    "ort_rl_steps": 4,
+    "ort_rl_prompts_per_step": 4,
+    "ort_rl_num_generations": 4,
+    "ort_rl_micro_batch_size": 16,
+    "ort_rl_beams": 1,
+    "ort_rl_save_steps": 1,
+    "ort_rl_learning_rate": 1e-2,
+    "ort_rl_kl": 0.1,
+}
 
 
 def test_rollout_beam_by_hand():
@@ -387,8 +441,12 @@ def test_rollouts_are_paid_by_their_beams(papered):
 
 def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
     """From a half-trained public model, whose traces differ and lead to different items."""
-    half = at(world, THINK, tmp_path, **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3,
-                                         "ort_max_trace": 12})  # fmt: skip
+    half = at(
+        world,
+        THINK,
+        tmp_path,
+        **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3, "ort_max_trace": 12},
+    )
     run(half)
     model, tokenizer = load_stage_model(half, THINK)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -405,11 +463,16 @@ def test_a_reward_is_that_of_the_own_search(untrained):
     codes = torch.tensor([item.sid for item in maker.items])
     trie = SidTrie.of(tokenizer, codes.numpy())
     trainer = SimpleNamespace(
-        model=model, trie=trie, beams=3, constrained=True, codes=codes,
+        model=model,
+        trie=trie,
+        beams=3,
+        constrained=True,
+        codes=codes,
         leaf_codes=codes[trie.items[trie.starts[-1][:-1]] - 1],
-        grammar=SimpleNamespace(pad_id=tokenizer.pad_token_id), args=SimpleNamespace(bf16=False),
+        grammar=SimpleNamespace(pad_id=tokenizer.pad_token_id),
+        args=SimpleNamespace(bf16=False),
         requests={"r": request(0, (2, 3), target=4)},
-    )  # fmt: skip
+    )
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
     heads = prompts(model, tokenizer, maker, {**SETTINGS, "ort_samples": 8}, True, [(2, 3)])
     size = len(prompt_ids(maker, tokenizer, (2, 3))) + 1  # with <think>
@@ -446,8 +509,10 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
 
 
 def test_without_traces_the_variants_are_one(world, tmp_path):
-    models = [at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
-              for name in ("public", "paper")]  # fmt: skip
+    models = [
+        at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
+        for name in ("public", "paper")
+    ]
     for context in models:
         run(context)
     assert_same_model(*models)
@@ -520,8 +585,15 @@ def tabled(smoke_run, tmp_path_factory):
     """(settings, those read by OneRec-Think's stages, stage -> folder) of a smoke run with both as re-rankers, and with
     the faster one as a recommender."""
     root = shutil.copytree(smoke_run.root, tmp_path_factory.mktemp("tabled") / "saved")
-    chosen = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(root), "models": [QUICK],
-                                        "eval_rows": [THINK], "eval_draws": 100})  # fmt: skip
+    chosen = load_settings(
+        config_dict={
+            "preset": "smoke",
+            "checkpoint_dir": str(root),
+            "models": [QUICK],
+            "eval_rows": [THINK],
+            "eval_draws": 100,
+        }
+    )
     data, recorded = Data(chosen), Recorded(chosen)
     pipeline.execute(pipeline.plan(chosen, data, stages=[QUICK, THINK]), recorded, data, Console())
     planned = pipeline.plan(chosen, data)
@@ -533,9 +605,7 @@ def test_rows_of_the_table(tabled):
     _, _, folders = tabled
     rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
     lists = ("base", "oracle", "evidence", *ONEREC_THINK.values())
-    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {
-        (QUICK, "all")
-    }
+    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {(QUICK, "all")}
     assert rows[QUICK, "all"]["unchanged"] is None and rows[QUICK, "all"]["n"] == 943
     assert rows[QUICK, "all"]["metrics"] == read_manifest(folders[QUICK]).facts["metrics"]
     for row in ONEREC_THINK.values():
@@ -570,8 +640,9 @@ def test_the_mid_trained_generator_has_one_prompt_a_history(world):
     begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.items
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
     heads = [[*history_ids(world.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
-    expected = continuation_log_likelihood(model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id,
-                                           trie=code_choices(world.settings, tokenizer, items))  # fmt: skip
+    expected = continuation_log_likelihood(
+        model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id, trie=code_choices(world.settings, tokenizer, items)
+    )
     np.testing.assert_allclose(score_rows(generator, range(4))[:, 1:].numpy(), expected, atol=2e-4)
 
 
@@ -582,10 +653,18 @@ def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
     from recbole_gr2.stages.candidates import recommender
 
     context = at(
-        world, "midtrain", tmp_path / "midtrain", sid_levels=LEVELS, sid_codes=CODES + 1, mid_codebooks=False,
-        llm_random={"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}, mid_tokens=120000,
-        mid_mix={"sequential": 0.9, "caption": 0.1}, mid_learning_rate=3e-3, cand_beams=COUNT,
-    )  # fmt: skip
+        world,
+        "midtrain",
+        tmp_path / "midtrain",
+        sid_levels=LEVELS,
+        sid_codes=CODES + 1,
+        mid_codebooks=False,
+        llm_random={"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2},
+        mid_tokens=120000,
+        mid_mix={"sequential": 0.9, "caption": 0.1},
+        mid_learning_rate=3e-3,
+        cand_beams=COUNT,
+    )
     facts = midtrain.run(context)
     longest = facts["tokens"]["sequential"] // facts["texts"]["sequential"]
     context = changed(context, mid_max_length=longest)

@@ -27,9 +27,14 @@ MAKER = PromptMaker(template=load_template("rerank"), items=ITEMS, history=5, ti
 
 def listed(target: int = 6, history: tuple[int, ...] = (1, 2)) -> Request:
     return Request(
-        request_id="train/u", user_token="u", split="train", history=history, target=target, provider="test",
+        request_id="train/u",
+        user_token="u",
+        split="train",
+        history=history,
+        target=target,
+        provider="test",
         candidates=tuple(Candidate(item_id=i, score=-i, rank=r) for r, i in enumerate((4, 5, 6, 7), start=1)),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture
@@ -40,18 +45,23 @@ def endpoint(monkeypatch):
     def answer(asked, fault):
         message = {"role": "assistant", "content": server.reply}
         return {
-            "id": "1", "object": "chat.completion", "created": 1, "model": asked["model"],
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": asked["model"],
             "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             "usage": {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107},
-        }  # fmt: skip
+        }
 
     with serve(answer) as server:
         yield server
 
 
 def teacher(endpoint, **given) -> OpenAITeacher:
-    return OpenAITeacher(MAKER, **{"model": "big", "base_url": endpoint.url, "concurrency": 2, "temperature": 0.7,
-                                   "timeout": 1.0, **given})  # fmt: skip
+    return OpenAITeacher(
+        MAKER,
+        **{"model": "big", "base_url": endpoint.url, "concurrency": 2, "temperature": 0.7, "timeout": 1.0, **given},
+    )
 
 
 def test_a_reply_becomes_an_argument(endpoint):
@@ -121,8 +131,18 @@ def test_without_a_key(endpoint, monkeypatch):
         teacher(endpoint)
 
 
-@pytest.mark.parametrize("text", ["", "no json", '{"explanation": "x"}', '{"explanation": 3, "recommendations": ["<|A|>"]}',
-                                  '{"recommendations": ["<|A|>"]}', '{"explanation": "x", "recommendations": "A"}', "{broken}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        '{"explanation": "x"}',
+        '{"explanation": 3, "recommendations": ["<|A|>"]}',
+        '{"recommendations": ["<|A|>"]}',
+        '{"explanation": "x", "recommendations": "A"}',
+        "{broken}",
+    ],
+)
 def test_what_is_no_answer_has_no_reasoning_and_keeps_the_base_order_or_its_labels(text):
     argument = read_argument(text, listed(), MAKER.render(listed()))
     assert argument.reasoning == ""
@@ -139,8 +159,14 @@ def served(request, tmp_path_factory):
     """(URL, model) of `transformers serve` with a tiny untrained model, and with SmolLM2."""
     pytest.importorskip("fastapi", reason="transformers serve needs it")
     folder = tmp_path_factory.mktemp("served")
-    tiny = {"corpus": [*(message["content"] for message in MAKER.render(listed()).messages), FORM],
-            "random_config": {"vocab_size": 400}} if request.param == "random" else {}  # fmt: skip
+    tiny = (
+        {
+            "corpus": [*(message["content"] for message in MAKER.render(listed()).messages), FORM],
+            "random_config": {"vocab_size": 400},
+        }
+        if request.param == "random"
+        else {}
+    )
     try:
         model, tokenizer = load_backbone(request.param, **tiny)
     except MissingFileError as error:
@@ -151,9 +177,19 @@ def served(request, tmp_path_factory):
         port = free.getsockname()[1]
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
-            [Path(sys.executable).with_name("transformers"), "serve", folder / "model", "--port", str(port), "--device",
-             "cpu"], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            [
+                Path(sys.executable).with_name("transformers"),
+                "serve",
+                folder / "model",
+                "--port",
+                str(port),
+                "--device",
+                "cpu",
+            ],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
@@ -170,13 +206,26 @@ def test_a_server_of_transformers(served, tmp_path, monkeypatch):
     """Not a server of ours: what a model says that cannot answer in our form is no answer, and is paid once."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
     url, model = served
-    asking = OpenAITeacher(MAKER, model=model, base_url=url, concurrency=1, temperature=1.0, timeout=600.0,
-                           replies=tmp_path / "replies.jsonl")  # fmt: skip
+    asking = OpenAITeacher(
+        MAKER,
+        model=model,
+        base_url=url,
+        concurrency=1,
+        temperature=1.0,
+        timeout=600.0,
+        replies=tmp_path / "replies.jsonl",
+    )
     (argument,) = asking.argue(SEVERAL[:1], targeted=False, attempt=0)
     assert (argument.reasoning, argument.ranking) == ("", SEVERAL[0].items)
     assert asking.usage["asked"] == 1 and asking.usage["prompt_tokens"] > 100 and asking.usage["completion_tokens"] > 0
     (line,) = (json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines())
     assert set(line) == {"key", "text", "prompt_tokens", "completion_tokens"}
-    again = OpenAITeacher(MAKER, model=model, base_url="http://127.0.0.1:9/v1", concurrency=1, temperature=1.0,
-                          replies=tmp_path / "replies.jsonl")  # fmt: skip
+    again = OpenAITeacher(
+        MAKER,
+        model=model,
+        base_url="http://127.0.0.1:9/v1",
+        concurrency=1,
+        temperature=1.0,
+        replies=tmp_path / "replies.jsonl",
+    )
     assert again.argue(SEVERAL[:1], targeted=False, attempt=0) == [argument] and again.usage["asked"] == 0

@@ -107,8 +107,10 @@ def test_ci_runs_the_readme_line(tmp_path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     for line, code, said in (
-        ("true && false && echo tested", 1, []), ("true && echo tested", 0, ["tested"]), ("", 1, None)
-    ):  # fmt: skip
+        ("true && false && echo tested", 1, []),
+        ("true && echo tested", 0, ["tested"]),
+        ("", 1, None),
+    ):
         readme = f"<!-- set-up-and-test -->\n```bash\n{line}\n```\n" if line else "no line\n"
         (tmp_path / "README.md").write_text(readme)
         done = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True)

@@ -23,8 +23,15 @@ from recbole_gr2.quick_start import main
 from recbole_gr2.report import curves_table, latex_tables, learning_curves, metrics_table, pairs_table, render_report
 from recbole_gr2.stages.evaluate import read_per_user
 from recbole_gr2.store import (
-    code_version, locked, other_records, read_lines, read_manifest, stage_key, write_json, write_lines,
-)  # fmt: skip
+    code_version,
+    locked,
+    other_records,
+    read_lines,
+    read_manifest,
+    stage_key,
+    write_json,
+    write_lines,
+)
 
 PACKAGE = Path(recbole_gr2.__file__).parent
 ROWS = [f"rerank_{row}" for row in load_settings(config_dict={})["eval_rows"]]
@@ -46,23 +53,26 @@ def actions(plan) -> dict[str, str]:
     return {name: entry.action for name, entry in plan.items()}
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"base_model": "OneRecThink"}, "OneRecThink is no base model"),
-    ({"models": ["SASRec"], "models_words": {"epoch": 3}}, r"no model of \['SASRec'\] has the words \['epoch'\]"),
-    ({"models": ["Pop"], "models_words": {"n_layers": 3}}, "has the words"),
-    ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
-    ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
-    ({"prompt_evidence": ["next", "weather"]}, r"there are no facts \['weather'\] to show"),
-    ({"prompt_llm_weight": 0}, "prompt_llm_weight is 0"),
-    ({"prompt_evidence": ["next"], "evidence_providers": []}, r"there are no facts \['next'\] to show"),
-    ({"trace_price": {"promt": 0.1}}, r"trace_price has no \['promt'\]"),
-    ({"rl_start": "midtrain"}, "rl_start is 'midtrain'"),
-    ({"trace_mode": "guess"}, "trace_mode is 'guess'"),
-    ({"ort_variant": "other"}, "ort_variant is 'other'"),
-    ({"eval_scope": "some"}, "eval_scope is 'some'"),
-    ({"evidence_fits": 0}, "evidence_fits is 0"),
-    ({"eval_rows": ["sft", "stf"]}, r"no re-ranker \['stf'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"base_model": "OneRecThink"}, "OneRecThink is no base model"),
+        ({"models": ["SASRec"], "models_words": {"epoch": 3}}, r"no model of \['SASRec'\] has the words \['epoch'\]"),
+        ({"models": ["Pop"], "models_words": {"n_layers": 3}}, "has the words"),
+        ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
+        ({"sid_method": "rqvea"}, "no tokenizer 'rqvea'"),
+        ({"prompt_evidence": ["next", "weather"]}, r"there are no facts \['weather'\] to show"),
+        ({"prompt_llm_weight": 0}, "prompt_llm_weight is 0"),
+        ({"prompt_evidence": ["next"], "evidence_providers": []}, r"there are no facts \['next'\] to show"),
+        ({"trace_price": {"promt": 0.1}}, r"trace_price has no \['promt'\]"),
+        ({"rl_start": "midtrain"}, "rl_start is 'midtrain'"),
+        ({"trace_mode": "guess"}, "trace_mode is 'guess'"),
+        ({"ort_variant": "other"}, "ort_variant is 'other'"),
+        ({"eval_scope": "some"}, "eval_scope is 'some'"),
+        ({"evidence_fits": 0}, "evidence_fits is 0"),
+        ({"eval_rows": ["sft", "stf"]}, r"no re-ranker \['stf'\]"),
+    ],
+)
 def test_what_settings_alone_show_is_told_before_data_is_loaded(given, message):
     with pytest.raises(ConfigurationError, match=message):
         pipeline.check(load_settings(config_dict={"preset": "smoke", **given}))
@@ -187,9 +197,13 @@ def test_a_prompt_is_shown_without_a_model(smoke_run, tmp_path, capsys, monkeypa
     assert "have not run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("stage", "names"), [
-    ("rerank_shuffled", {"rankings.jsonl"}), ("evaluate", {"rows.json", "per_user.csv", "examples.md"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [
+        ("rerank_shuffled", {"rankings.jsonl"}),
+        ("evaluate", {"rows.json", "per_user.csv", "examples.md"}),
+    ],
+)
 def test_a_stage_without_manifest_goes_on_and_speed_changes_nothing(smoke_run, tmp_path, capsys, stage, names):
     argv = copied(smoke_run, tmp_path)
     folder = stage_folder(tmp_path, stage)
@@ -287,16 +301,32 @@ def test_several_processes_share_rl(smoke_run, tmp_path):
     before = smoke_run.stages["rl"]
     shutil.rmtree(stage_folder(tmp_path, "rl"))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         PACKAGE.parent / "run_recbole_gr2.py", *argv, "--stages=rl"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            PACKAGE.parent / "run_recbole_gr2.py",
+            *argv,
+            "--stages=rl",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stderr.count("rl done in") == 1  # one of them speaks
     after = stage_folder(tmp_path, "rl")
-    said = [[{**line, "advantage": round(line["advantage"], 4)}
-             for line in read_lines(folder / "checkpoints" / "rollouts.jsonl") if line["step"] == 0]
-            for folder in (before, after)]  # fmt: skip
+    said = [
+        [
+            {**line, "advantage": round(line["advantage"], 4)}
+            for line in read_lines(folder / "checkpoints" / "rollouts.jsonl")
+            if line["step"] == 0
+        ]
+        for folder in (before, after)
+    ]
     assert said[0] == said[1] and said[0]  # of the first round; weights then differ in their last digits
     assert read_manifest(after).files == read_manifest(before).files
 
@@ -341,10 +371,12 @@ def test_the_data_is_part_of_every_key():
     settings = {"a": 1}
     key = stage_key("rl", 1, settings, {"sft": "x"}, "data")
     others = [
-        stage_key("sft", 1, settings, {"sft": "x"}, "data"), stage_key("rl", 2, settings, {"sft": "x"}, "data"),
-        stage_key("rl", 1, {"a": 2}, {"sft": "x"}, "data"), stage_key("rl", 1, settings, {"sft": "y"}, "data"),
+        stage_key("sft", 1, settings, {"sft": "x"}, "data"),
+        stage_key("rl", 2, settings, {"sft": "x"}, "data"),
+        stage_key("rl", 1, {"a": 2}, {"sft": "x"}, "data"),
+        stage_key("rl", 1, settings, {"sft": "y"}, "data"),
         stage_key("rl", 1, settings, {"sft": "x"}, "other"),
-    ]  # fmt: skip
+    ]
     assert len({key, *others}) == 6
     assert stage_key("rl", 1, {"b": 2, "a": 1}, {}, "") == stage_key("rl", 1, {"a": 1, "b": 2}, {}, "")
 
@@ -362,8 +394,12 @@ def test_code_version(tmp_path):
     (tmp_path / ".git").mkdir()  # not one that git knows
     assert code_version(package) == f"{recbole_gr2.__version__} unknown commit"
     (tmp_path / ".git").rmdir()
-    for words in (["init", "-q"], ["add", "recbole_gr2"],
-                  ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"], ["tag", "v1"]):  # fmt: skip
+    for words in (
+        ["init", "-q"],
+        ["add", "recbole_gr2"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"],
+        ["tag", "v1"],
+    ):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     clean = code_version(package)
     commit = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
@@ -397,16 +433,35 @@ def test_store(tmp_path):
 
 def test_result_json_has_the_documented_fields(smoke_run):
     result = smoke_run.result
-    assert set(result) == {"dataset", "base_model", "llm", "preset", "seeds", "command", "settings", "rows", "pairs",
-                           "truth", "tokenizer", "curves", "stages"}  # fmt: skip
+    assert set(result) == {
+        "dataset",
+        "base_model",
+        "llm",
+        "preset",
+        "seeds",
+        "command",
+        "settings",
+        "rows",
+        "pairs",
+        "truth",
+        "tokenizer",
+        "curves",
+        "stages",
+    }
     per_user = read_per_user(smoke_run.stages["evaluate"])
     for pair in result["pairs"]:
         assert set(pair["metrics"]) == {"recall@1", "recall@5", "ndcg@5", "ndcg@10"}
         first = (per_user[pair["row"]] == 1).mean() - (per_user[pair["versus"]] == 1).mean()
         assert pair["metrics"]["recall@1"]["diff"] == pytest.approx(first, abs=1e-12)
     assert [(pair["row"], pair["versus"]) for pair in result["pairs"]] == [
-        ("sft", "evidence"), ("sft", "lambdamart"), ("rl", "sft"), ("rl", "evidence"), ("rl", "lambdamart"),
-        ("rl", "shuffled"), ("evidence", "lambdamart")]  # fmt: skip
+        ("sft", "evidence"),
+        ("sft", "lambdamart"),
+        ("rl", "sft"),
+        ("rl", "evidence"),
+        ("rl", "lambdamart"),
+        ("rl", "shuffled"),
+        ("evidence", "lambdamart"),
+    ]
     assert (result["dataset"], result["base_model"], result["llm"]) == ("ml-100k", "CausalSASRec", "random")
     assert (result["preset"], result["seeds"]) == ("smoke", [2020])
     assert result["command"].split()[1:] == smoke_run.argv

@@ -69,9 +69,13 @@ def test_paired_comparison_agrees_with_scipy():
     assert compared["low"] == pytest.approx(bootstrap.low, abs=0.03 * width)
     assert compared["high"] == pytest.approx(bootstrap.high, abs=0.03 * width)
     test = stats.permutation_test(
-        (ours, base), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=20_000,
-        vectorized=True, rng=np.random.default_rng(2),
-    )  # fmt: skip
+        (ours, base),
+        lambda x, y, axis: (x - y).mean(axis),
+        permutation_type="samples",
+        n_resamples=20_000,
+        vectorized=True,
+        rng=np.random.default_rng(2),
+    )
     assert 0.01 < test.pvalue < 0.9  # a value that tells
     assert compared["p"] == pytest.approx(test.pvalue, abs=0.02)
 

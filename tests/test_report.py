@@ -7,18 +7,29 @@ from recbole_gr2.report import SHOWN, copies, latex_tables, metrics_table, pairs
 
 def row(name: str, scope: str = "in_list", unchanged: float | None = 0.5, ndcg: float = 0.5) -> dict:
     versus = {"ndcg@5": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
-    return {"row": name, "scope": scope, "n": 10, "metrics": {"recall@1": 0.25, "ndcg@5": ndcg}, "unchanged": unchanged,
-            "vs_base": {} if name == "base" else versus}  # fmt: skip
+    return {
+        "row": name,
+        "scope": scope,
+        "n": 10,
+        "metrics": {"recall@1": 0.25, "ndcg@5": ndcg},
+        "unchanged": unchanged,
+        "vs_base": {} if name == "base" else versus,
+    }
 
 
 def test_published_figures_have_known_metrics_and_ranges():
     figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
     assert set(figures) == {"amazon-beauty", "amazon-sports"}
-    values = [(metric, value) for scopes in figures.values() for rows in scopes.values() for row in rows.values()
-              for metric, value in row.items()]  # fmt: skip
+    values = [
+        (metric, value)
+        for scopes in figures.values()
+        for rows in scopes.values()
+        for row in rows.values()
+        for metric, value in row.items()
+    ]
     assert len(values) > 60 and {metric for metric, _ in values} <= set(SHOWN)
     assert all(0 < value < 1 for _, value in values)
-    assert all(0.2 < value for rows in figures.values() for r in rows["in_list"].values() for value in r.values())
+    assert all(value > 0.2 for rows in figures.values() for r in rows["in_list"].values() for value in r.values())
 
 
 def test_published_figures_are_shown_for_their_data_set_alone():
@@ -28,17 +39,37 @@ def test_published_figures_are_shown_for_their_data_set_alone():
 
 
 def test_pairs_table():
-    found = {"recall@1": {"diff": 0.0125, "low": -0.001, "high": 0.0234, "p": 0.04, "p_holm": 0.08},
-             "ndcg@5": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002}}  # fmt: skip
+    found = {
+        "recall@1": {"diff": 0.0125, "low": -0.001, "high": 0.0234, "p": 0.04, "p_holm": 0.08},
+        "ndcg@5": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002},
+    }
     table = pairs_table({"pairs": [{"row": "sft", "versus": "evidence", "metrics": found}]}).splitlines()
     assert table[0].split("  ")[0] == "rows"
-    assert table[-1].split() == ["sft", "-", "evidence", "+0.0125", "[-0.0010,", "+0.0234]", "0.0800",
-                                 "-0.5000", "[-0.6000,", "-0.4000]", "0.0002"]  # fmt: skip
+    assert table[-1].split() == [
+        "sft",
+        "-",
+        "evidence",
+        "+0.0125",
+        "[-0.0010,",
+        "+0.0234]",
+        "0.0800",
+        "-0.5000",
+        "[-0.6000,",
+        "-0.4000]",
+        "0.0002",
+    ]
 
 
 def test_copies_and_rows_without_lists():
-    result = {"rows": [row("base", unchanged=1.0), row("oracle", unchanged=1.0, ndcg=1.0), row("sft", unchanged=1.0),
-                       row("rl"), row("SASRec", unchanged=None)]}  # fmt: skip
+    result = {
+        "rows": [
+            row("base", unchanged=1.0),
+            row("oracle", unchanged=1.0, ndcg=1.0),
+            row("sft", unchanged=1.0),
+            row("rl"),
+            row("SASRec", unchanged=None),
+        ]
+    }
     assert copies(result) == ["sft"]
     table = metrics_table(result, "in_list").splitlines()
     assert next(line for line in table if line.startswith("SASRec")).rstrip().endswith("%") is True
@@ -52,14 +83,22 @@ def test_latex_tables():
     lines = latex_tables({"dataset": "x", "seeds": [1], "rows": rows}).splitlines()
     assert lines[0] == "% x, all users" and lines[3].split() == ["&", "ndcg@5", r"\\"] and len(lines) == 25
     told = [line.split()[0::2] for line in lines[5:10]]
-    assert told == [["base", "0.5000"], ["oracle", "1.0000"], [r"one\_row", r"\textbf{0.6123}"],
-                    ["rl", r"\textbf{0.6123}"], ["shuffled", "0.7000"]]  # fmt: skip
+    assert told == [
+        ["base", "0.5000"],
+        ["oracle", "1.0000"],
+        [r"one\_row", r"\textbf{0.6123}"],
+        ["rl", r"\textbf{0.6123}"],
+        ["shuffled", "0.7000"],
+    ]
 
 
 def test_latex_tables_of_several_seeds():
     ndcg = {"base": (0.5, 0.01), "oracle": (1.0, 0.0), "sft": (0.6, 0.0234)}
-    rows = [{"row": name, "scope": scope, "metrics": {"ndcg@5": {"mean": mean, "sd": sd}}}
-            for scope in ("all", "in_list") for name, (mean, sd) in ndcg.items()]  # fmt: skip
+    rows = [
+        {"row": name, "scope": scope, "metrics": {"ndcg@5": {"mean": mean, "sd": sd}}}
+        for scope in ("all", "in_list")
+        for name, (mean, sd) in ndcg.items()
+    ]
     text = latex_tables({"dataset": "x", "seeds": [1, 2], "rows": rows})
     assert text.count(r"sft & \textbf{0.6000 $\pm$ 0.0234} \\") == 2 and text.count("textbf") == 2
 

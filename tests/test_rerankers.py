@@ -50,8 +50,18 @@ def test_a_list_is_scored_whatever_stands_beside_it():
 def test_a_fixed_slot_is_seen(shuffled):
     """Scripted policies over 400 lists of 5, whose target is the item that stands in base rank 1 to 5 in turn."""
     candidates = tuple(Candidate(item_id=item, score=-item, rank=item) for item in range(1, 6))
-    requests = [Request(request_id=f"test/{n}", user_token=str(n), split="test", history=(9,), candidates=candidates,
-                        target=n % 5 + 1, provider="p") for n in range(400)]  # fmt: skip
+    requests = [
+        Request(
+            request_id=f"test/{n}",
+            user_token=str(n),
+            split="test",
+            history=(9,),
+            candidates=candidates,
+            target=n % 5 + 1,
+            provider="p",
+        )
+        for n in range(400)
+    ]
     orders = {r.request_id: shuffled_order(r, 7) if shuffled else tuple(range(5)) for r in requests}
     policies = {
         "oracle": lambda r: r.target,
@@ -60,8 +70,10 @@ def test_a_fixed_slot_is_seen(shuffled):
     }
 
     def places(policy: str) -> dict[str, dict[str, int]]:
-        answers = [Answer(request_id=r.request_id, ranking=promote(r.items, policies[policy](r)), status="ok")
-                   for r in requests]  # fmt: skip
+        answers = [
+            Answer(request_id=r.request_id, ranking=promote(r.items, policies[policy](r)), status="ok")
+            for r in requests
+        ]
         return promoted(requests, answers, orders)
 
     assert places("third slot")["promoted_from_slot"] == {"3": 400}

@@ -15,9 +15,14 @@ ITEMS = (10, 20, 30, 40)
 def request(target: int = 30) -> Request:
     candidates = tuple(Candidate(item_id=item, score=-rank, rank=rank) for rank, item in enumerate(ITEMS, 1))
     return Request(
-        request_id="r1", user_token="u", split="train", history=(1, 2), candidates=candidates, target=target,
+        request_id="r1",
+        user_token="u",
+        split="train",
+        history=(1, 2),
+        candidates=candidates,
+        target=target,
         provider="p",
-    )  # fmt: skip
+    )
 
 
 def answer(*ranking: int, status: str = "ok", **counts: int) -> Answer:
@@ -45,7 +50,7 @@ CONDITIONAL = {"rank_gain": 1.0, "format": {"weight": 0.2, "only_if": "promoted"
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_each_reward_by_hand(kind):
     said, *expected = ANSWERS[kind]
-    assert {name: REWARDS[name](request(), said) for name in NAMES} == dict(zip(NAMES, expected))
+    assert {name: REWARDS[name](request(), said) for name in NAMES} == dict(zip(NAMES, expected, strict=False))
 
 
 def test_the_table_covers_every_reward():
@@ -56,13 +61,16 @@ def graded(*grades: int) -> Request:
     return replace(request(), grades=grades)
 
 
-@pytest.mark.parametrize(("ranking", "auc", "ndcg", "moved"), [
-    # grades of 10, 20, 30, 40: 0, 1, 2, 0. Five pairs have two grades; gains are 2^grade - 1: 0, 1, 3, 0.
-    ((30, 20, 10, 40), 1.0, 1.0, 1),
-    ((20, 30, 10, 40), 4 / 5, (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), 1),
-    ((10, 20, 30, 40), 2 / 5, (1 / math.log2(3) + 3 / 2) / (3 + 1 / math.log2(3)), 0),
-    ((10, 40, 20, 30), 0.0, (1 / 2 + 3 / math.log2(5)) / (3 + 1 / math.log2(3)), 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranking", "auc", "ndcg", "moved"),
+    [
+        # grades of 10, 20, 30, 40: 0, 1, 2, 0. Five pairs have two grades; gains are 2^grade - 1: 0, 1, 3, 0.
+        ((30, 20, 10, 40), 1.0, 1.0, 1),
+        ((20, 30, 10, 40), 4 / 5, (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), 1),
+        ((10, 20, 30, 40), 2 / 5, (1 / math.log2(3) + 3 / 2) / (3 + 1 / math.log2(3)), 0),
+        ((10, 40, 20, 30), 0.0, (1 / 2 + 3 / math.log2(5)) / (3 + 1 / math.log2(3)), 1),
+    ],
+)
 def test_graded_lists_by_hand(ranking, auc, ndcg, moved):
     found = {name: REWARDS[name](graded(0, 1, 2, 0), answer(*ranking)) for name in ("auc", "ndcg", "moved")}
     assert found == pytest.approx({"auc": auc, "ndcg": ndcg, "moved": moved})
@@ -98,16 +106,33 @@ def test_conditions_by_hand():
     """GR2-TR, de-hacked: a valid answer is paid its NDCG and its form, a copy its form alone."""
     rewards = WeightedRewards({"ndcg": {"weight": 2.0, "only_if": ["format", "moved"]}, "format": 0.2})
     paid = {kind: rewards.total(rewards.terms(request(), said)) for kind, (said, *_) in ANSWERS.items()}
-    assert paid == pytest.approx({
-        "empty": 0, "junk": 0, "copy": 0.2, "reversed": 2 / math.log2(3) + 0.2, "missing": 0, "repeated": 0,
-        "foreign": 0, "truncated": 0, "worse": 2 / math.log2(5) + 0.2, "perfect": 2.2,
-    })  # fmt: skip
+    assert paid == pytest.approx(
+        {
+            "empty": 0,
+            "junk": 0,
+            "copy": 0.2,
+            "reversed": 2 / math.log2(3) + 0.2,
+            "missing": 0,
+            "repeated": 0,
+            "foreign": 0,
+            "truncated": 0,
+            "worse": 2 / math.log2(5) + 0.2,
+            "perfect": 2.2,
+        }
+    )
 
 
-@pytest.mark.parametrize("paid", [
-    {"format": {"only_if": "promoted"}}, {"format": {"weight": 1, "if": "promoted"}}, {"format": True},
-    {"format": {"weight": 1, "only_if": 3}}, {"format": "much"}, {"format": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "paid",
+    [
+        {"format": {"only_if": "promoted"}},
+        {"format": {"weight": 1, "if": "promoted"}},
+        {"format": True},
+        {"format": {"weight": 1, "only_if": 3}},
+        {"format": "much"},
+        {"format": None},
+    ],
+)
 def test_another_form_of_payment_is_refused(paid):
     with pytest.raises(ConfigurationError, match="format is paid"):
         WeightedRewards(paid)
@@ -178,15 +203,17 @@ def test_promoting_a_fixed_slot_earns_no_more_than_copying(form):
         "second slot": lambda r: answer(20, 10, 30, 40),
         "last slot": lambda r: answer(40, 10, 20, 30),
     }
-    terms = {name: [rewards.terms(r, policy(r)) for r in map(request, (10, 10, 20, 40))]
-             for name, policy in policies.items()}  # fmt: skip
+    terms = {
+        name: [rewards.terms(r, policy(r)) for r in map(request, (10, 10, 20, 40))] for name, policy in policies.items()
+    }
     gains = {name: sum(each["rank_gain"] for each in found) for name, found in terms.items()}
     # second: -1/4 twice, +1/4; last: -1/4 three times, +3/4
     assert gains == {"oracle": 1.0, "honest": 0.25, "copy-cat": 0.0, "second slot": -0.25, "last slot": 0.0}
     scores = {name: sum(map(rewards.total, found)) for name, found in terms.items()}
     if form is CONDITIONAL:
-        assert scores == pytest.approx({"oracle": 1.8, "honest": 0.85, "copy-cat": 0.4, "second slot": -0.05,
-                                        "last slot": 0.2})  # fmt: skip
+        assert scores == pytest.approx(
+            {"oracle": 1.8, "honest": 0.85, "copy-cat": 0.4, "second slot": -0.05, "last slot": 0.2}
+        )
         assert scores["oracle"] > scores["honest"] > scores["copy-cat"] > scores["last slot"] > scores["second slot"]
     else:  # paid for its form alone a slot is worth as much as a copy: rank gain alone tells them apart
         assert scores["last slot"] == scores["copy-cat"] == pytest.approx(0.8)

@@ -9,8 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
-from transformers import PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.cache_utils import DynamicLayer
 
 from recbole_gr2.errors import ConfigurationError
@@ -36,11 +43,19 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3,
-            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
     return model.eval()
 
 
@@ -179,6 +194,7 @@ def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
     assert logits.grad.isfinite().all()
     assert (logits.grad[0].abs().sum(-1) > 0).tolist() == [True, True, True, True, False, False]
 
+
 # --- reasoning that cites the prompt ---------------------------------------------------------------------------------
 
 BEGIN, END = 20, 21
@@ -194,7 +210,9 @@ def test_what_a_prompt_shows():
     first, second, third = ([BEGIN, *codes, END, FREE] for codes in ((22, 25), (22, 26), (23, 25)))
     none = [FREE] * 5
     assert GROUNDED.cited(prompts, NONE.repeat(2, 1)).tokens.tolist() == [
-        [first, second, third, first], [first, none, none, none]]  # fmt: skip
+        [first, second, third, first],
+        [first, none, none, none],
+    ]
     assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[[FREE] * 3]]
     assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third, none]]  # cut off
     assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
@@ -207,12 +225,14 @@ def test_what_a_prompt_shows():
 
 def test_a_cited_id_is_one_that_the_prompt_shows():
     words = set(range(56)) - {A, B, C, D, E, EOS, PAD, END} - set(range(22, 30))
-    ids = torch.tensor([
-        [7, BEGIN, 22, 26, END, MARK, A, B, EOS],
-        [BEGIN, 23, 25, END, 7, 8, 9, MARK, A],
-        [BEGIN, 24, 7, BEGIN, 22, MARK, A, B, EOS],  # a code that it does not show, and a mark inside
-        [7, 7, 7, 7, 7, BEGIN, 22, 25, A],  # the limit of 7 stands in it
-    ])  # fmt: skip
+    ids = torch.tensor(
+        [
+            [7, BEGIN, 22, 26, END, MARK, A, B, EOS],
+            [BEGIN, 23, 25, END, 7, 8, 9, MARK, A],
+            [BEGIN, 24, 7, BEGIN, 22, MARK, A, B, EOS],  # a code that it does not show, and a mark inside
+            [7, 7, 7, 7, 7, BEGIN, 22, 25, A],  # the limit of 7 stands in it
+        ]
+    )
     expected = [
         [words, words, {22, 23}, {25, 26}, {END}, words, {A, B}, {B}, {EOS}],
         [words, {22, 23}, {25}, {END}, words, words, words, {MARK}, {A, B}],
@@ -260,8 +280,12 @@ def test_grounded_log_probs_match_the_full_mask(weight):
                 if set(open_) <= set(range(22, 30)):
                     begun = walk[len(walk) - walk[::-1].index(BEGIN) :]
                     for token in open_:
-                        fits = [value for codes, values in ids_of[row].items() for value in values
-                                if [*codes[: len(begun) + 1]] == [*begun, token]]  # fmt: skip
+                        fits = [
+                            value
+                            for codes, values in ids_of[row].items()
+                            for value in values
+                            if [*codes[: len(begun) + 1]] == [*begun, token]
+                        ]
                         bias[row, place, token] = 0.7 * (torch.tensor(fits) / 0.7).logsumexp(0)
                     several += len(open_) > 1
                 if MARK in walk:
@@ -296,8 +320,10 @@ def test_an_id_written_token_by_token_follows_the_prior_of_its_candidate(tempera
     prompts, prior = torch.tensor([[5, *sum(shown, [])]]), torch.tensor([[0.3, 0.25, 0.05, 0.4, 0.0]]).log()
     cited = GROUNDED.cited(prompts, prior)
     logits = torch.zeros(1, 6, 56)
-    found = [constrained_log_probs(logits, torch.tensor([[*walk, 7]]), prior, GROUNDED, temperature, cited)[0][0, 1:5]
-             for walk in shown]  # fmt: skip
+    found = [
+        constrained_log_probs(logits, torch.tensor([[*walk, 7]]), prior, GROUNDED, temperature, cited)[0][0, 1:5]
+        for walk in shown
+    ]
     expected = (prior[0, :4] / temperature).softmax(-1)
     torch.testing.assert_close(torch.stack(found).sum(-1).exp(), expected)
     greedy = GrammarProcessor(GROUNDED, prompts, prior, temperature=0.0)
@@ -310,8 +336,14 @@ def test_an_id_written_token_by_token_follows_the_prior_of_its_candidate(tempera
 def test_a_policy_cites_what_its_prompt_shows(model):
     """Sampled hot, so that it would cite anything."""
     prompts = [SHOWN, [4, *SHOWN[5:14]], [4, 5, 6]]
-    got = generate_rankings(model, prompts, [[0.0] * 3] * 3, grammar=replace(GROUNDED, max_reasoning=30),
-                            num_generations=100, temperature=20.0)  # fmt: skip
+    got = generate_rankings(
+        model,
+        prompts,
+        [[0.0] * 3] * 3,
+        grammar=replace(GROUNDED, max_reasoning=30),
+        num_generations=100,
+        temperature=20.0,
+    )
     cited: dict[int, set] = {0: set(), 1: set(), 2: set()}
     for number, ids in enumerate(got):
         text = ids[: ids.index(MARK)]
@@ -341,7 +373,7 @@ def is_legal(grammar, ids, count) -> bool:
 
 def test_greedy_equals_plain_generation(model, grammar):
     got = generate_rankings(model, PROMPTS, PRIORS, grammar=grammar, num_generations=3, batch_size=6)
-    plain = [plain_generation(model, grammar, prompt, prior) for prompt, prior in zip(PROMPTS, PRIORS)]
+    plain = [plain_generation(model, grammar, prompt, prior) for prompt, prior in zip(PROMPTS, PRIORS, strict=False)]
     assert got == [ids for ids in plain for _ in range(3)]
     assert len({tuple(ids) for ids in plain}) == 4
 
@@ -351,8 +383,9 @@ def test_greedy_equals_plain_generation(model, grammar):
 def test_room_in_the_cache_changes_no_token(model, grammar, monkeypatch, bf16, temperature, generations):
     def generate(room):
         monkeypatch.setattr(rollout, "ROOM", room)
-        return generate_rankings(model, PROMPTS, PRIORS, grammar=grammar, num_generations=generations, bf16=bf16,
-                                 temperature=temperature)  # fmt: skip
+        return generate_rankings(
+            model, PROMPTS, PRIORS, grammar=grammar, num_generations=generations, bf16=bf16, temperature=temperature
+        )
 
     roomy, tight = generate(128), generate(1)
     monkeypatch.setattr(rollout, "roomy_cache", lambda model: DynamicCache(config=model.config))

@@ -110,8 +110,9 @@ def test_the_encoder_learns_by_commitment_and_the_codebook_by_its_own_term():
     set_codebooks(model, [[[0.0], [4.0]], [[0.0], [1.0]]])
     embeddings = torch.tensor([[5.2], [0.5]], requires_grad=True)
     terms = model.losses(embeddings, *model(embeddings))
-    commitment = torch.autograd.grad(terms["commitment"], (embeddings, model.codebooks), retain_graph=True,
-                                     allow_unused=True)  # fmt: skip
+    commitment = torch.autograd.grad(
+        terms["commitment"], (embeddings, model.codebooks), retain_graph=True, allow_unused=True
+    )
     assert commitment[0].flatten().tolist() == pytest.approx([0.25 * (1.2 + 0.2), 0.25 * (0.5 + 0.5)])
     assert commitment[1] is None
     codebook = torch.autograd.grad(terms["codebook"], (embeddings, model.codebooks), allow_unused=True)
@@ -423,9 +424,14 @@ def test_health_by_hand():
 
 def test_check_passes_at_the_bound_and_names_everything_below_it():
     good = Health(
-        items=100, uniqueness=0.99, uniqueness_without_random_level=0.9, largest_collision=2, used_codes=(2, 9),
-        entropy=(1.0, 3.0), reconstruction=0.9,
-    )  # fmt: skip
+        items=100,
+        uniqueness=0.99,
+        uniqueness_without_random_level=0.9,
+        largest_collision=2,
+        used_codes=(2, 9),
+        entropy=(1.0, 3.0),
+        reconstruction=0.9,
+    )
     check(good, 0.99)
     with pytest.raises(GateError, match="99.00% of semantic IDs are unique, below 99.90%"):
         check(good, 0.999)
@@ -502,7 +508,7 @@ def test_embed_texts_is_the_masked_mean_of_each_text_alone(encoder_folder):
     assert got.dtype == np.float32 and got.shape == (6, 16)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
     tokenizer, model = AutoTokenizer.from_pretrained(encoder_folder), AutoModel.from_pretrained(encoder_folder).eval()
-    for text, row in zip(texts, got):
+    for text, row in zip(texts, got, strict=False):
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)
         with torch.no_grad():
             mean = model(**ids).last_hidden_state[0].mean(0)

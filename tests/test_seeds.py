@@ -14,8 +14,9 @@ from recbole_gr2.seeds import combine, compare, render_seeds, run_seeds, seeds_t
 
 
 def frame(users: str, base: list[int], sft: list[int]) -> pd.DataFrame:
-    return pd.DataFrame({"user": list(users), "history": [5] * len(users), "popularity": [2] * len(users),
-                         "base": base, "sft": sft})  # fmt: skip
+    return pd.DataFrame(
+        {"user": list(users), "history": [5] * len(users), "popularity": [2] * len(users), "base": base, "sft": sft}
+    )
 
 
 def test_differences_are_added_up_by_user():
@@ -45,21 +46,34 @@ def test_slices_by_hand():
 def written(folder: Path, seed: int, recall: float, per_user: pd.DataFrame) -> Path:
     (folder / "evaluate").mkdir(parents=True)
     per_user.to_csv(folder / "evaluate" / "per_user.csv", index=False)
-    rows = [{"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}, "unchanged": recall}
-            for scope in ("all", "in_list") for row, ndcg in [("base", 0.5), ("oracle", 1), ("sft", 0.6)]]  # fmt: skip
+    rows = [
+        {"row": row, "scope": scope, "n": 3, "metrics": {"recall@1": recall, "ndcg@5": ndcg}, "unchanged": recall}
+        for scope in ("all", "in_list")
+        for row, ndcg in [("base", 0.5), ("oracle", 1), ("sft", 0.6)]
+    ]
     stages = [{"stage": stage, "seconds": seed, "peak_memory_mb": 100, "code": "1 ab"} for stage in ("sft", "rl")]
-    result = {"dataset": "x", "base_model": "b", "llm": "l", "preset": "p", "seeds": [seed], "rows": rows,
-              "settings": {"sft_steps": {"value": 5, "from": "command line"}}, "stages": stages,
-              "truth": {"sft": dict.fromkeys(("habit", "kind", "why", "all"), recall)},
-              "curves": {"sft": {"loss": [2.0, recall]}}}  # fmt: skip
+    result = {
+        "dataset": "x",
+        "base_model": "b",
+        "llm": "l",
+        "preset": "p",
+        "seeds": [seed],
+        "rows": rows,
+        "settings": {"sft_steps": {"value": 5, "from": "command line"}},
+        "stages": stages,
+        "truth": {"sft": dict.fromkeys(("habit", "kind", "why", "all"), recall)},
+        "curves": {"sft": {"loss": [2.0, recall]}},
+    }
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "run.json").write_text(json.dumps({"stages": {"evaluate": str(folder / "evaluate")}}))
     return folder / "result.json"
 
 
 def test_means_and_standard_deviations(tmp_path):
-    paths = [written(tmp_path / "one", 1, 0.2, frame("abc", [2, 1, 3], [1, 1, 1])),
-             written(tmp_path / "two", 2, 0.4, frame("bcd", [1, 4, 5], [2, 1, 5]))]  # fmt: skip
+    paths = [
+        written(tmp_path / "one", 1, 0.2, frame("abc", [2, 1, 3], [1, 1, 1])),
+        written(tmp_path / "two", 2, 0.4, frame("bcd", [1, 4, 5], [2, 1, 5])),
+    ]
     result, frames = combine(paths, "the command", 2000)
     assert result["seeds"] == [1, 2] and len(frames) == 2
     assert result["stages"][1] == {"stage": "rl", "seconds": [1, 2], "peak_memory_mb": [100] * 2, "code": ["1 ab"] * 2}
@@ -72,8 +86,13 @@ def test_means_and_standard_deviations(tmp_path):
     assert "0.3000 ± 0.1414" in sft and sft.split()[-2:] == ["+20.0%", "30.0%"]
     assert oracle.split()[-2] == "+100.0%" and base.split()[-2:] == ["0.0000", "30.0%"]
     report = [line.split() for line in render_seeds(result, frames).splitlines()]
-    for line in ("sft loss 2.0000 0.3000", "sft_steps 5 command line", "rl 1 s 2 s 100 MiB 1 ab", "all 2 s 4 s",
-                 "sft 30.0% 30.0% 30.0% 30.0%"):  # fmt: skip
+    for line in (
+        "sft loss 2.0000 0.3000",
+        "sft_steps 5 command line",
+        "rl 1 s 2 s 100 MiB 1 ab",
+        "all 2 s 4 s",
+        "sft 30.0% 30.0% 30.0% 30.0%",
+    ):
         assert line.split() in report
 
 
@@ -87,8 +106,17 @@ def test_seeds_have_to_differ(seeds):
 
 def test_the_command(tmp_path, capsys):
     """Two seeds of a table without a language model; the same command again finds both."""
-    argv = ["--preset", "smoke", "--checkpoint_dir", str(tmp_path), "--eval_rows=[lambdamart]", "--stages", "evaluate",
-            "--seeds", "2020,7"]
+    argv = [
+        "--preset",
+        "smoke",
+        "--checkpoint_dir",
+        str(tmp_path),
+        "--eval_rows=[lambdamart]",
+        "--stages",
+        "evaluate",
+        "--seeds",
+        "2020,7",
+    ]
     assert main([*argv, "--dry_run"]) == 0 and capsys.readouterr().out == ""
     for _ in range(2):
         assert main(argv) == 0

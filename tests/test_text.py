@@ -40,7 +40,7 @@ PATHS = "[['Beauty', 'Hair'], ['Beauty', 'Men', 'Shaving'], ['Grocery', 'Food', 
         # entities and tags
         ("A &amp;amp;amp; B &lt;3", "A & B <3"),
         ("L&#39;Or&eacute;al&nbsp;Paris", "L'Oréal Paris"),
-        ("<p class=\"x\">one<br/>two</P>", "one two"),
+        ('<p class="x">one<br/>two</P>', "one two"),
         ("&lt;b&gt;bold&lt;/b&gt; text", "bold text"),
         ("<!-- a > b --><style>p {x}</style>soap", "soap"),
         ("size <M>, x < y > z, <3", "size <M>, x < y > z, <3"),
@@ -60,9 +60,52 @@ def test_clean_text(raw, clean):
 
 
 # What item files are made of, shuffled; every piece means something to some step of the cleaning.
-PIECES = ["'", '"', "[", "]", ",", " ", "u'", "\\", "\\x27", "\\ud83d", "\ud83d", "\udc84", "&", "amp;", "&lt;", "&gt;",
-          "&#39;", "&#91;", "&quot;", "#0;", "<", ">", "b", "/", "<p>", "</script>", "<script>", "<!--", "-->", "\x00",
-          "\n", "\u200b", "\u2028", "é", "美", "💄", "1", "0x", "e9", "None", "(", ")", "{", ":"]  # fmt: skip
+PIECES = [
+    "'",
+    '"',
+    "[",
+    "]",
+    ",",
+    " ",
+    "u'",
+    "\\",
+    "\\x27",
+    "\\ud83d",
+    "\ud83d",
+    "\udc84",
+    "&",
+    "amp;",
+    "&lt;",
+    "&gt;",
+    "&#39;",
+    "&#91;",
+    "&quot;",
+    "#0;",
+    "<",
+    ">",
+    "b",
+    "/",
+    "<p>",
+    "</script>",
+    "<script>",
+    "<!--",
+    "-->",
+    "\x00",
+    "\n",
+    "\u200b",
+    "\u2028",
+    "é",
+    "美",
+    "💄",
+    "1",
+    "0x",
+    "e9",
+    "None",
+    "(",
+    ")",
+    "{",
+    ":",
+]
 fields = st.text() | st.text(st.characters()) | st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 nested = st.recursive(st.text(max_size=6), lambda inner: st.lists(inner, max_size=4), max_leaves=9)
 
@@ -116,8 +159,13 @@ def read(folder, content: bytes, **options) -> dict:
 def test_the_beginning_of_a_description_is_kept(tmp_path):
     long, paragraphs = "wort " * 2000, repr(["first", "second &amp; third"] + ["x" * 100] * 100)
     markup = "<p class='a'>soft</p>" * 500
-    lines = ["item_id:token\ttitle:token_seq\td:token_seq", f"a\tA\t{long}", f"b\tB\t{paragraphs}", "c\tC\t",
-             f"e\tE\t{markup}"]  # fmt: skip
+    lines = [
+        "item_id:token\ttitle:token_seq\td:token_seq",
+        f"a\tA\t{long}",
+        f"b\tB\t{paragraphs}",
+        "c\tC\t",
+        f"e\tE\t{markup}",
+    ]
     found = {token: text["description"] for token, text in read(tmp_path, "\n".join(lines).encode()).items()}
     assert found["a"] == long[:999].rstrip() and found["c"] == ""
     assert found["b"].startswith("first second & third xxx") and len(found["b"]) == 1000

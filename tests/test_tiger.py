@@ -19,11 +19,25 @@ from recbole_gr2.stages.candidates import recommender, top_candidates
 
 ITEMS, LEVELS, CODES = 24, 3, 4
 TINY = {
-    "preset": "smoke", "dataset": "planted", "base_model": "TIGER", "metrics": ["Recall", "NDCG"], "topk": [1, 2, 10],
-    "base_n_layers": 1, "base_n_heads": 2, "base_head_size": 16, "base_hidden_size": 32, "base_inner_size": 64,
-    "base_dropout_prob": 0.0, "base_n_user_tokens": 7, "base_max_history": 4, "base_train_batch_size": 32,
-    "base_learning_rate": 0.003, "base_epochs": 30, "base_eval_step": 10, "cand_beams": 1000,
-}  # fmt: skip
+    "preset": "smoke",
+    "dataset": "planted",
+    "base_model": "TIGER",
+    "metrics": ["Recall", "NDCG"],
+    "topk": [1, 2, 10],
+    "base_n_layers": 1,
+    "base_n_heads": 2,
+    "base_head_size": 16,
+    "base_hidden_size": 32,
+    "base_inner_size": 64,
+    "base_dropout_prob": 0.0,
+    "base_n_user_tokens": 7,
+    "base_max_history": 4,
+    "base_train_batch_size": 32,
+    "base_learning_rate": 0.003,
+    "base_epochs": 30,
+    "base_eval_step": 10,
+    "cand_beams": 1000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +153,23 @@ def test_items_that_no_beam_names_are_no_candidates(data, distinct):
 def test_a_target_stands_behind_its_ties_and_before_the_next_number(data, distinct):
     below = np.nextafter(np.float32(-1), np.float32(-2))
     scores = torch.tensor([[-torch.inf, below, -1.0, -1.0]], dtype=torch.float32)
-    ranks = [untaught(data, distinct).judged(scores, torch.tensor([t])).argsort(descending=True)[0].tolist().index(t)
-             for t in (1, 2, 3)]  # fmt: skip
+    ranks = [
+        untaught(data, distinct).judged(scores, torch.tensor([t])).argsort(descending=True)[0].tolist().index(t)
+        for t in (1, 2, 3)
+    ]
     assert ranks == [2, 1, 1]
 
 
 def trained(folder: Path, place: Path, sids: np.ndarray, **changes) -> BaseModel:
     """As the candidates stage has it: the codes come from the tokenizer's folder, by item token."""
     data = Data(chosen(folder, **changes))
-    lines = [json.dumps({"item_id": item.token, "sid": sid.tolist()})
-             for item, sid in zip(data.items, sids, strict=True)]  # fmt: skip
+    lines = [
+        json.dumps({"item_id": item.token, "sid": sid.tolist()}) for item, sid in zip(data.items, sids, strict=True)
+    ]
     (place / "sids.jsonl").write_text("\n".join(lines[::-1]) + "\n")
-    context = Context(stage="", settings=data.settings, data=data, folder=place, inputs={},
-                      folders={"tokenizer": place}, say=print)  # fmt: skip
+    context = Context(
+        stage="", settings=data.settings, data=data, folder=place, inputs={}, folders={"tokenizer": place}, say=print
+    )
     return recommender(context, place / "base")
 
 
@@ -177,9 +195,14 @@ def test_a_shared_sid_is_no_hit(folder, tmp_path):
     assert (unjudged == base.data.rows("test")[0][base.data.iid].unsqueeze(1)).any()
 
 
-@pytest.mark.parametrize(("base", "models", "reads"), [
-    ("TIGER", [], {"candidates"}), ("Pop", ["TIGER", "BPR"], {"TIGER"}), ("Pop", ["BPR"], set()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base", "models", "reads"),
+    [
+        ("TIGER", [], {"candidates"}),
+        ("Pop", ["TIGER", "BPR"], {"TIGER"}),
+        ("Pop", ["BPR"], set()),
+    ],
+)
 def test_the_stage_that_trains_it_needs_the_tokenizer(folder, data, base, models, reads):
     words = {"preset": "smoke", "dataset": "planted", "data_path": str(folder), "checkpoint_dir": str(folder)}
     planned = pipeline.plan(load_settings(config_dict={**words, "base_model": base, "models": models}), data)

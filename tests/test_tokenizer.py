@@ -70,8 +70,12 @@ def test_the_gradient_pulls_positives_together_and_others_apart():
 def test_co_engaged_counts_neighbours():
     pairs = co_engaged([[1, 2, 3], [2, 1], [4], [], [3, 3]], 5)
     assert pairs.toarray().tolist() == [
-        [0, 2, 0, 0, 0], [2, 0, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0],
-    ]  # fmt: skip
+        [0, 2, 0, 0, 0],
+        [2, 0, 1, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+    ]
     assert co_engaged([[1], []], 3).nnz == 0
     known = known_positives(pairs, np.array([0, 1, 2]), np.array([1, 0, 1]))
     assert known.tolist() == [[True, True, True], [True, True, True], [True, False, True]]
@@ -94,8 +98,17 @@ def test_positives_are_drawn_as_often_as_items_were_taken_together():
 def test_a_fit_brings_co_engaged_items_together():
     """Users take an item of one cluster and then one of the next: their latents turn towards each other."""
     vectors, _ = planted()
-    config = RQVAEConfig(levels=2, codes=4, latent=4, hidden=(16,), random_last=0, epochs=12, batch_size=32,
-                         learning_rate=1e-2, contrastive=1.0)  # fmt: skip
+    config = RQVAEConfig(
+        levels=2,
+        codes=4,
+        latent=4,
+        hidden=(16,),
+        random_last=0,
+        epochs=12,
+        batch_size=32,
+        learning_rate=1e-2,
+        contrastive=1.0,
+    )
     pairs = co_engaged([[n, n + 1] for n in range(1, 241, 2)], 240)  # clusters 0-1 and 2-3
 
     def together(config) -> float:
@@ -113,16 +126,29 @@ def test_a_fit_brings_co_engaged_items_together():
 def test_the_contrastive_term_of_a_fit_by_hand():
     """Items 1-2 and 3-4 belong together, and the model stands still: two negatives each, and never the item itself."""
     vectors = np.eye(4, 3, dtype=np.float32) + 0.1
-    config = RQVAEConfig(levels=1, codes=2, latent=2, hidden=(), random_last=0, epochs=1, batch_size=4,
-                         learning_rate=1e-12, contrastive=0.5, contrastive_temperature=0.7)  # fmt: skip
+    config = RQVAEConfig(
+        levels=1,
+        codes=2,
+        latent=2,
+        hidden=(),
+        random_last=0,
+        epochs=1,
+        batch_size=4,
+        learning_rate=1e-12,
+        contrastive=0.5,
+        contrastive_temperature=0.7,
+    )
     terms = []
-    model = fit_rqvae(vectors, config, pairs=co_engaged([[1, 2], [3, 4]], 4),
-                      on_epoch=lambda epoch, found: terms.append(found))  # fmt: skip
+    model = fit_rqvae(
+        vectors, config, pairs=co_engaged([[1, 2], [3, 4]], 4), on_epoch=lambda epoch, found: terms.append(found)
+    )
     latents = model.encoder(torch.from_numpy(vectors)).detach().numpy()
     latents /= np.linalg.norm(latents, axis=1, keepdims=True)
     near = np.exp(latents @ latents.T / 0.7)
-    each = [near[a, p] / (near[a, p] + near[a, n] + near[a, m])
-            for a, p, n, m in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 0, 1))]  # fmt: skip
+    each = [
+        near[a, p] / (near[a, p] + near[a, n] + near[a, m])
+        for a, p, n, m in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 0, 1))
+    ]
     assert terms[0]["contrastive"] == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
 
 
@@ -158,8 +184,10 @@ class Gappy:
     """Six items, 4 to 6 without text; sequences end in train target, valid and test item, and only the rest counts."""
 
     item_count = 6
-    items = (*(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
-             *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)))  # fmt: skip
+    items = (
+        *(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
+        *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)),
+    )
     train_targets, train_sequences, open_sequences = 1, Data.train_sequences, Data.open_sequences
 
     def __init__(self, *tails) -> None:
@@ -345,8 +373,15 @@ def test_neighbourhood_is_brute_force_over_all_pairs(rows):
 
 # --- the stage -------------------------------------------------------------------------------------------------------
 
-SMALL = {"preset": "smoke", "sid_codes": 16, "sid_levels": 3, "sid_epochs": 2, "sid_batch_size": 16,
-         "sid_hidden": [16], "sid_latent": 8}  # fmt: skip
+SMALL = {
+    "preset": "smoke",
+    "sid_codes": 16,
+    "sid_levels": 3,
+    "sid_epochs": 2,
+    "sid_batch_size": 16,
+    "sid_hidden": [16],
+    "sid_latent": 8,
+}
 KINDS = ("Hair Care > Shampoos", "Makeup > Nails", "Skin Care > Face")
 
 
@@ -372,8 +407,15 @@ def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
     for path in (folder, before):
         path.mkdir(parents=True)
     data = data or Toy()
-    context = Context(stage="", settings=load_settings(config_dict={**SMALL, **changes}), data=data, folder=folder,
-                      inputs={}, folders={"embeddings": before}, say=said.append)  # fmt: skip
+    context = Context(
+        stage="",
+        settings=load_settings(config_dict={**SMALL, **changes}),
+        data=data,
+        folder=folder,
+        inputs={},
+        folders={"embeddings": before},
+        say=said.append,
+    )
     embeddings.run(replace(context, folder=before))
     facts = tokenizer.run(context)
     return [item.sid for item in load_items(folder, data.items)], facts, said
@@ -440,7 +482,7 @@ def texts(tmp_path_factory) -> dict[str, str]:
     file = tmp_path_factory.mktemp("texts") / "toy.item"
     lines = [
         "list\tClay &amp; Mud Mask\t[['Beauty', 'Skin Care', \"Men's\"]]\tL&#39;Or&eacute;al",
-        "quoted\t\"\"\"Best\"\" soap\"\t'Beauty', 'Bath &amp; Body'\t",
+        'quoted\t"""Best"" soap"\t\'Beauty\', \'Bath &amp; Body\'\t',
         "untitled\t\tBeauty > Makeup\tOPI",
         "nothing\t\t\t",
         "blanks\t   \t[]\t\u00a0",
@@ -455,8 +497,13 @@ def texts(tmp_path_factory) -> dict[str, str]:
     header = "item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token\tdescription:token_seq"
     lines = [line + "\t" * (4 - line.count("\t")) for line in lines]
     file.write_text("\n".join([header, *lines]) + "\n")
-    columns = {"dataset": "toy", "text_title": "title", "text_categories": "categories", "text_brand": "brand",
-               "text_description": "description"}
+    columns = {
+        "dataset": "toy",
+        "text_title": "title",
+        "text_categories": "categories",
+        "text_brand": "brand",
+        "text_description": "description",
+    }
     found = read_item_texts(file, columns)
     assert len(found) == len(lines)
     return {token: item_text(Item(item_id=1, token=token, **text)) for token, text in found.items()}

@@ -75,8 +75,13 @@ class Data:
     def items(self) -> tuple[Item, ...]:
         """The catalogue in id order; `items[item_id - 1]`. Texts come from the `.item` file, read beside RecBole."""
         file = Path(self.config["data_path"]) / f"{self.settings['dataset']}.item"
-        texts = read_item_texts(file, self.settings, item_field=self.iid, encoding=self.config["encoding"],
-                                separator=self.config["field_separator"])  # fmt: skip
+        texts = read_item_texts(
+            file,
+            self.settings,
+            item_field=self.iid,
+            encoding=self.config["encoding"],
+            separator=self.config["field_separator"],
+        )
         return tuple(
             Item(item_id=number, token=token, **texts.get(token, {"title": ""}))
             for number, token in enumerate(self.item_tokens)
@@ -146,8 +151,11 @@ def _grades(frame: pd.DataFrame, user_field: str, by: Mapping[str, Sequence[floa
     if more or not isinstance(thresholds, list) or not thresholds or thresholds != sorted(set(thresholds)):
         raise ConfigurationError(f"train_grades is {by!r}", do="name a column and rising thresholds: {rating: [3, 5]}")
     if column not in frame:
-        raise ConfigurationError(f"the interactions have no column {column!r}", where="train_grades",
-                                 do=f"load it: load_col: {{inter: [..., {column}]}}")  # fmt: skip
+        raise ConfigurationError(
+            f"the interactions have no column {column!r}",
+            where="train_grades",
+            do=f"load it: load_col: {{inter: [..., {column}]}}",
+        )
     grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
     return {int(user): grades[rows] for user, rows in frame.groupby(user_field).indices.items()}
 
@@ -192,9 +200,11 @@ def exact_time_dataset(*, sequential: bool) -> type:
             frame = self.inter_feat
             if self.time_field not in frame:
                 raise ConfigurationError(
-                    f"the interactions have no column {self.time_field!r}", where="TIME_FIELD, load_col",
-                    why="histories, splits and targets are made by time", do=f"choose from {list(frame.columns)}",
-                )  # fmt: skip
+                    f"the interactions have no column {self.time_field!r}",
+                    where="TIME_FIELD, load_col",
+                    why="histories, splits and targets are made by time",
+                    do=f"choose from {list(frame.columns)}",
+                )
             exact = frame[self.time_field].to_numpy(dtype=np.float64)
             order = np.lexsort((np.arange(len(frame)), exact, frame[self.uid_field].to_numpy()))
             users = frame[self.uid_field].to_numpy()[order]
@@ -249,15 +259,23 @@ def read_item_texts(
     """
     if not file.is_file():
         raise MissingFileError(
-            "the data set has no item texts", where=str(file), why="semantic IDs and prompts are made of them",
+            "the data set has no item texts",
+            where=str(file),
+            why="semantic IDs and prompts are made of them",
             do="add the .item file, tab-separated, with an item id and a title column",
-        )  # fmt: skip
+        )
     import csv
 
     frame = pd.read_csv(
-        file, sep=separator, dtype=str, keep_default_na=False, quoting=csv.QUOTE_NONE, na_filter=False,
-        encoding=encoding, encoding_errors="replace",
-    )  # fmt: skip
+        file,
+        sep=separator,
+        dtype=str,
+        keep_default_na=False,
+        quoting=csv.QUOTE_NONE,
+        na_filter=False,
+        encoding=encoding,
+        encoding_errors="replace",
+    )
     frame.columns = [str(column).split(":")[0] for column in frame.columns]
     fields = {name: settings[f"text_{name}"] for name in TEXTS}
     missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in frame.columns]
@@ -267,8 +285,10 @@ def read_item_texts(
             do=f"choose from {list(frame.columns)} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
         )
     clean = {name: _description if name == "description" else clean_text for name in TEXTS}
-    columns = {name: [clean[name](unquote(v)) for v in frame[field]] if field else [""] * len(frame)
-               for name, field in fields.items()}  # fmt: skip
+    columns = {
+        name: [clean[name](unquote(v)) for v in frame[field]] if field else [""] * len(frame)
+        for name, field in fields.items()
+    }
     tokens = [unquote(token) for token in frame[item_field if item_field in frame else frame.columns[0]]]
     return {token: {name: columns[name][row] for name in columns} for row, token in enumerate(tokens)}
 

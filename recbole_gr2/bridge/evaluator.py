@@ -13,10 +13,15 @@ from recbole_gr2.console import progress
 from recbole_gr2.errors import GR2Error
 
 
-def evaluate_rows(data: Data, base: BaseModel | ListedBase, rows: Mapping[str, Mapping[int, Sequence[int]] | None], *,
-                  split: str, users: Sequence[int] | None = None,
-                  watch: Callable[[object, object], None] = lambda batch, scores: None,
-                  ) -> dict[str, dict[str, float]]:  # fmt: skip
+def evaluate_rows(
+    data: Data,
+    base: BaseModel | ListedBase,
+    rows: Mapping[str, Mapping[int, Sequence[int]] | None],
+    *,
+    split: str,
+    users: Sequence[int] | None = None,
+    watch: Callable[[object, object], None] = lambda batch, scores: None,
+) -> dict[str, dict[str, float]]:
     """RecBole's metrics of several rankings of the same lists, scored together.
 
     Args:
@@ -101,9 +106,10 @@ def tie_free(order, heads: Sequence[Sequence[int] | None]):
             if set(order[row, : len(head)].tolist()) != set(head):
                 raise GR2Error(
                     "a ranking is no permutation of the base model's list",
-                    where=f"row {row}", why="re-ranking K items must not change Recall@K",
+                    where=f"row {row}",
+                    why="re-ranking K items must not change Recall@K",
                     do="re-run from the candidates stage: --from_stage candidates",
-                )  # fmt: skip
+                )
             order[row, : len(head)] = torch.as_tensor(head, dtype=order.dtype)
     ranks = torch.empty_like(order)
     ranks.scatter_(1, order, torch.arange(1, order.size(1) + 1, device=order.device).expand_as(order).contiguous())

@@ -125,9 +125,16 @@ def mask_seen(scores, users: Sequence[int], data: Data, split: str) -> None:
     scores[torch.from_numpy(row), torch.from_numpy(column)] = -torch.inf
 
 
-def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None = None, model: str | None = None,
-               sids: np.ndarray | None = None,
-               say: Callable[[str], None] = lambda text: None) -> BaseModel:  # fmt: skip
+def train_base(
+    data: Data,
+    folder: Path,
+    *,
+    hold_out: bool,
+    epochs: int | None = None,
+    model: str | None = None,
+    sids: np.ndarray | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> BaseModel:
     """Train a RecBole model with RecBole's trainer, or load it from `folder` if it is complete there.
 
     Args:
@@ -204,9 +211,11 @@ def train_base(data: Data, folder: Path, *, hold_out: bool, epochs: int | None =
     trainer = trainer_class(config, network)
     metric = str(config["valid_metric"]).lower()
     score, _ = trainer.fit(
-        loader, None if epochs else valid_loader, verbose=False,
+        loader,
+        None if epochs else valid_loader,
+        verbose=False,
         callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric} {value:.4f}"),
-    )  # fmt: skip
+    )
     if epochs is None and not np.isfinite(float(score)):
         raise GateError("training has no finite validation score", where=f"model {config['model']}")
     _load_weights(network, weights, folder)
@@ -311,8 +320,10 @@ def _save_weights(model, weights: Path, folder: Path) -> None:
         elif value is not None:
             raise ConfigurationError(
                 f"{type(model).__name__} keeps {name} as {type(value).__name__} outside its parameters",
-                where="base_model", why="it could not be restored for evaluation", do="choose another base model",
-            )  # fmt: skip
+                where="base_model",
+                why="it could not be restored for evaluation",
+                do="choose another base model",
+            )
     save_file(state, weights)
 
 

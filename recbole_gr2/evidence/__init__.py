@@ -112,9 +112,14 @@ def together(observed: Observed) -> Describe:
         recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
         number = both.of(recent[:, None], items)
         cosine = number / np.sqrt(counts[recent][:, None] * counts[items])
-        return {"together": cosine.sum(axis=0), "most together": cosine.max(axis=0),
-                "together with last": cosine[-1], "users together": np.log1p(number.sum(axis=0)),
-                "together with each": cosine, "users together with each": np.log1p(number)}  # fmt: skip
+        return {
+            "together": cosine.sum(axis=0),
+            "most together": cosine.max(axis=0),
+            "together with last": cosine[-1],
+            "users together": np.log1p(number.sum(axis=0)),
+            "together with each": cosine,
+            "users together with each": np.log1p(number),
+        }
 
     return describe
 
@@ -160,8 +165,12 @@ def text(observed: Observed) -> Describe:
     def describe(request: Request) -> Facts:
         recent = observed.embeddings[np.array(request.history[-RECENT:]) - 1]
         cosine = recent @ observed.embeddings[np.array(request.items) - 1].T
-        return {"text of last": cosine[-1], "closest text": cosine.max(axis=0), "text": cosine.mean(axis=0),
-                "text of each": cosine}  # fmt: skip
+        return {
+            "text of last": cosine[-1],
+            "closest text": cosine.max(axis=0),
+            "text": cosine.mean(axis=0),
+            "text of each": cosine,
+        }
 
     return describe
 
@@ -193,9 +202,15 @@ def category(observed: Observed) -> Describe:
 
 
 PROVIDERS: Mapping[str, Callable[[Observed], Describe]] = {
-    "base": base, "popularity": popularity, "transition": transition, "together": together, "linear": linear,
-    "text": text, "brand": brand, "category": category,
-}  # fmt: skip
+    "base": base,
+    "popularity": popularity,
+    "transition": transition,
+    "together": together,
+    "linear": linear,
+    "text": text,
+    "brand": brand,
+    "category": category,
+}
 
 
 def overlap(one: Item, other: Item) -> float:
@@ -219,8 +234,7 @@ def find_providers(names: Sequence[str]) -> list[Callable[[Observed], Describe]]
     return [find(name, PROVIDERS, where="evidence_providers") for name in names]
 
 
-def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed
-            ) -> tuple[list[str], list[Described]]:  # fmt: skip
+def collect(requests: Sequence[Request], names: Sequence[str], observed: Observed) -> tuple[list[str], list[Described]]:
     """Names of the F facts about candidates, and what is known of each request.
 
     Raises:
@@ -233,23 +247,29 @@ def collect(requests: Sequence[Request], names: Sequence[str], observed: Observe
         found = [pair for describe in describes for pair in describe(request).items()]
         size, recent = len(request.items), min(len(request.history), RECENT)
         values = [np.asarray(value, dtype=np.float16 if np.ndim(value) == 2 else np.float32) for _, value in found]
-        wrong = [name for (name, _), value in zip(found, values, strict=True)
-                 if value.shape not in ((size,), (recent, size)) or not np.isfinite(value).all()]  # fmt: skip
+        wrong = [
+            name
+            for (name, _), value in zip(found, values, strict=True)
+            if value.shape not in ((size,), (recent, size)) or not np.isfinite(value).all()
+        ]
         if wrong:
             raise GR2Error(
                 f"the fact {wrong[0]!r} is not one finite number per candidate, nor one per item and candidate",
-                where=request.request_id, do=f"mend its provider, one of evidence_providers {list(names)}",
-            )  # fmt: skip
+                where=request.request_id,
+                do=f"mend its provider, one of evidence_providers {list(names)}",
+            )
         every = [name for name, _ in found]
         if len(set(every)) < len(every):
             raise GR2Error(f"two facts have one name: {every}", where="evidence_providers", do="rename one of them")
         labels = [name for name, value in zip(every, values, strict=True) if value.ndim == 1]
         facts = [value for value in values if value.ndim == 1]
         pairs = [value[::-1].T for value in values if value.ndim == 2]
-        rows.append(Described(
-            np.stack(facts, axis=1) if facts else np.zeros((size, 0), np.float32),
-            np.stack(pairs, axis=2) if pairs else np.zeros((size, recent, 0), np.float16),
-        ))  # fmt: skip
+        rows.append(
+            Described(
+                np.stack(facts, axis=1) if facts else np.zeros((size, 0), np.float32),
+                np.stack(pairs, axis=2) if pairs else np.zeros((size, recent, 0), np.float16),
+            )
+        )
     return labels, rows
 
 
@@ -261,8 +281,9 @@ def fact_names(names: Sequence[str]) -> list[str]:
     """
     items = [Item(item_id=number, token="", title="") for number in (1, 2, 3)]
     candidates = tuple(Candidate(item_id=item, score=0.0, rank=item - 1) for item in (2, 3))
-    request = Request(request_id="", user_token="", split="", history=(1,), candidates=candidates, target=2,
-                      provider="")  # fmt: skip
+    request = Request(
+        request_id="", user_token="", split="", history=(1,), candidates=candidates, target=2, provider=""
+    )
     return collect([request], names, Observed(items=items, sequences=[[1, 2, 3]], embeddings=np.eye(3)))[0]
 
 

@@ -77,9 +77,17 @@ class Padded(NamedTuple):
 
 
 def fit_prior(
-    lists: Sequence[Described], gains: Gains, *, valid: tuple[Sequence[Described], Gains] | None,
-    steps: int, hidden: int, dropout: float, learning_rate: float, weight_decay: float, seed: int,
-) -> tuple[Prior, int, float | None]:  # fmt: skip
+    lists: Sequence[Described],
+    gains: Gains,
+    *,
+    valid: tuple[Sequence[Described], Gains] | None,
+    steps: int,
+    hidden: int,
+    dropout: float,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+) -> tuple[Prior, int, float | None]:
     """Fit by cross-entropy over each list.
 
     Args:
@@ -123,16 +131,23 @@ def fit_prior(
 
 
 def fit_priors(
-    lists: Sequence[Described], gains: Gains, *, valid: tuple[Sequence[Described], Gains] | None, steps: Sequence[int],
-    seed: int, **options,
-) -> tuple[Priors, list[int], float | None]:  # fmt: skip
+    lists: Sequence[Described],
+    gains: Gains,
+    *,
+    valid: tuple[Sequence[Described], Gains] | None,
+    steps: Sequence[int],
+    seed: int,
+    **options,
+) -> tuple[Priors, list[int], float | None]:
     """One fit for each of `steps`, see `fit_prior`.
 
     Returns:
         (priors in eval mode, steps that each took, cross-entropy of the validation lists under all together in nats).
     """
-    fits = [fit_prior(lists, gains, valid=valid, steps=most, seed=derive_seed(seed, number), **options)
-            for number, most in enumerate(steps)]  # fmt: skip
+    fits = [
+        fit_prior(lists, gains, valid=valid, steps=most, seed=derive_seed(seed, number), **options)
+        for number, most in enumerate(steps)
+    ]
     priors = Priors(prior for prior, _, _ in fits).eval()
     taken = [count for _, count, _ in fits]
     if valid is None:
@@ -157,8 +172,9 @@ def cross_entropy(log_probs: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
     return -(goal * log_probs.masked_fill(goal == 0, 0.0)).sum(-1).mean()
 
 
-def cross_fit(lists: Sequence[Described], gains: Gains, *, folds: int, steps: Sequence[int], seed: int, **options
-              ) -> list[list[float]]:  # fmt: skip
+def cross_fit(
+    lists: Sequence[Described], gains: Gains, *, folds: int, steps: Sequence[int], seed: int, **options
+) -> list[list[float]]:
     """Log-probabilities of each list from priors that have not seen its target.
 
     A prior looks better on the lists that it was fitted to than on new ones; a policy trained on top of that would
@@ -168,8 +184,14 @@ def cross_fit(lists: Sequence[Described], gains: Gains, *, folds: int, steps: Se
     rows: list[list[float]] = [[]] * len(lists)
     for fold in range(folds):
         inside, outside = np.flatnonzero(of == fold), np.flatnonzero(of != fold)
-        priors, _, _ = fit_priors([lists[i] for i in outside], [gains[i] for i in outside], valid=None, steps=steps,
-                                  seed=derive_seed(seed, fold), **options)  # fmt: skip
+        priors, _, _ = fit_priors(
+            [lists[i] for i in outside],
+            [gains[i] for i in outside],
+            valid=None,
+            steps=steps,
+            seed=derive_seed(seed, fold),
+            **options,
+        )
         for i, row in zip(inside, log_prior(priors, [lists[i] for i in inside]), strict=True):
             rows[i] = row
     return rows

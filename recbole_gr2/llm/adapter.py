@@ -26,9 +26,13 @@ def with_lora(model, rank: int, new_tokens: Sequence[int]):
     if not model.config.tie_word_embeddings:  # else the head is the embedding, and peft trains both as one
         rows["lm_head"] = list(new_tokens)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
         trainable_token_indices=rows,
-    )  # fmt: skip
+    )
     return get_peft_model(model, config)
 
 

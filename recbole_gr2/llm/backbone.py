@@ -507,7 +507,7 @@ def start_from_codebooks(model, rows: torch.Tensor, codebooks: torch.Tensor, see
         rows: token ids (L * C,), level by level; all tokens before them are the model's own.
         codebooks: (L, C, D).
     """
-    levels, count, width = codebooks.shape
+    levels, _count, width = codebooks.shape
     generator = torch.Generator().manual_seed(seed)
     tables = _token_tables(model)
     size = tables[0].size(1)

@@ -63,9 +63,12 @@ class SidTrie:
         """
         codes, token_ids = np.asarray(codes), np.asarray(token_ids)
         if (
-            codes.ndim != 2 or not codes.size or len(token_ids) != codes.shape[1]
-            or not 0 <= codes.min() <= codes.max() < token_ids.shape[1] or len(np.unique(token_ids)) < token_ids.size
-        ):  # fmt: skip
+            codes.ndim != 2
+            or not codes.size
+            or len(token_ids) != codes.shape[1]
+            or not 0 <= codes.min() <= codes.max() < token_ids.shape[1]
+            or len(np.unique(token_ids)) < token_ids.size
+        ):
             raise ConfigurationError(
                 f"codes {codes.shape} cannot be written with tokens {token_ids.shape}",
                 why="every code of every level needs a token of its own",
@@ -187,9 +190,16 @@ class Beams(NamedTuple):
 
 @torch.no_grad()
 def beam_items(
-    model, prompt_ids: Sequence[Sequence[int]], trie: SidTrie, *, beams: int, batch_size: int, pad_id: int,
-    constrained: bool = True, bf16: bool = False,
-) -> Beams:  # fmt: skip
+    model,
+    prompt_ids: Sequence[Sequence[int]],
+    trie: SidTrie,
+    *,
+    beams: int,
+    batch_size: int,
+    pad_id: int,
+    constrained: bool = True,
+    bf16: bool = False,
+) -> Beams:
     """The likeliest SIDs of the catalogue after each of B prompts, by beam search under the trie, on the CPU.
 
     A log-probability is the sum over the L code tokens of their log-softmax among the codes that the trie admits there,
@@ -263,9 +273,13 @@ def target_last(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def search(
-    logits: torch.Tensor, step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], trie: SidTrie, beams: int, *,
+    logits: torch.Tensor,
+    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    trie: SidTrie,
+    beams: int,
+    *,
     constrained: bool,
-) -> Beams:  # fmt: skip
+) -> Beams:
     """Beam search under the trie for B prompts, whatever model reads them; results stay on the device of `logits`.
 
     A depth holds min(beams, nodes of that depth) beams in every row, and never lacks one: either all its nodes are
@@ -299,8 +313,9 @@ def search(
     return Beams(nodes, scores)
 
 
-def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int, constrained: bool
-            ) -> Beams:  # fmt: skip
+def _search(
+    model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int, constrained: bool
+) -> Beams:
     """`search` of one batch with a decoder-only language model.
 
     The beams of a prompt are read side by side in one sequence behind it, each seeing the prompt and its own codes: the
@@ -308,8 +323,14 @@ def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, 
     """
     ids, mask = left_pad([[*prompt, trie.begin_id] for prompt in prompts], pad_id, model.device)
     cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache,
-                   use_cache=True, logits_to_keep=1).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
     place = mask.sum(dim=1, keepdim=True)  # (B, 1), of the next token
     prompt, seen = torch.arange(len(ids), device=ids.device), mask.bool()  # of each row: its prompt, its cache entries
 
@@ -322,8 +343,13 @@ def _search(model, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, 
         ids[prompt, column] = tokens.squeeze(1)
         sees = torch.eye(before + width, dtype=torch.bool, device=rows.device)[before:].repeat(len(place), 1, 1)
         sees[prompt, column, :before] = seen
-        logits = model(input_ids=ids, attention_mask=attention_bias(sees, model), use_cache=True,
-                       position_ids=place.expand(-1, width), past_key_values=cache).logits  # fmt: skip
+        logits = model(
+            input_ids=ids,
+            attention_mask=attention_bias(sees, model),
+            use_cache=True,
+            position_ids=place.expand(-1, width),
+            past_key_values=cache,
+        ).logits
         place, seen = place + 1, sees[prompt, column]
         return logits[prompt, column]
 

@@ -68,8 +68,16 @@ class Grammar:
     llm_weight: float = 1.0
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, ranking: str, labels: list[str], max_reasoning: int, *,
-           grounded: bool = False, llm_weight: float = 1.0) -> Grammar:  # fmt: skip
+    def of(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        ranking: str,
+        labels: list[str],
+        max_reasoning: int,
+        *,
+        grounded: bool = False,
+        llm_weight: float = 1.0,
+    ) -> Grammar:
         """The grammar of a tokenizer that holds the ranking mark and the labels as single tokens.
 
         Args:
@@ -130,9 +138,12 @@ class Grammar:
         return Cited(found, prior)
 
     def phases(
-        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, cited: Cited | None = None,
+        self,
+        completion_ids: torch.Tensor,
+        label_counts: torch.Tensor,
+        cited: Cited | None = None,
         temperature: float = 1.0,
-    ) -> Phases:  # fmt: skip
+    ) -> Phases:
         """What is allowed at each position, from the tokens before it: ids (B, O), counts (B,) with 1 <= K <= labels.
 
         The rule is total: it is defined behind tokens that it would not have allowed, too.
@@ -165,8 +176,13 @@ class Grammar:
         free = only == FREE
         copies = copies.masked_fill(~(free & ~marked).unsqueeze(-1), FREE)
         copying = (copies != FREE).any(-1)
-        return Phases(free & ~marked & ~copying, open_labels & (free & marked).unsqueeze(-1), only, copies,
-                      copy_prior.masked_fill(copies == FREE, 0.0))  # fmt: skip
+        return Phases(
+            free & ~marked & ~copying,
+            open_labels & (free & marked).unsqueeze(-1),
+            only,
+            copies,
+            copy_prior.masked_fill(copies == FREE, 0.0),
+        )
 
     def _copies(
         self, ids: torch.Tensor, position: torch.Tensor, cited: Cited, temperature: float
@@ -210,9 +226,12 @@ class Grammar:
         return allowed | (torch.arange(vocabulary, device=allowed.device) == phases.only.unsqueeze(-1))
 
     def allowed(
-        self, completion_ids: torch.Tensor, label_counts: torch.Tensor, vocabulary: int,
+        self,
+        completion_ids: torch.Tensor,
+        label_counts: torch.Tensor,
+        vocabulary: int,
         cited: Cited | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Allowed tokens (B, O, V) bool and forced positions (B, O) bool."""
         phases = self.phases(completion_ids, label_counts, cited)
         return self.mask(phases, vocabulary), phases.only != FREE
@@ -225,8 +244,9 @@ class GrammarProcessor(LogitsProcessor):
     `temperature` is that by which logits are divided behind this, 0 where the largest is taken.
     """
 
-    def __init__(self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor,
-                 temperature: float) -> None:  # fmt: skip
+    def __init__(
+        self, grammar: Grammar, prompt_ids: torch.Tensor, label_prior: torch.Tensor, temperature: float
+    ) -> None:
         self.grammar, self.prompt_length, self.label_prior = grammar, prompt_ids.size(1), label_prior
         self.temperature = temperature
         self.cited = grammar.cited(prompt_ids, label_prior)

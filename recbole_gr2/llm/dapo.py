@@ -228,11 +228,17 @@ class DAPOTrainer(GRPOTrainer):
         wrong = [
             f"{name} is {getattr(args, name)!r}, must be {value!r}"
             for name, value in {
-                "loss_type": "dapo", "beta": 0.0, "scale_rewards": "group", "entropy_coef": 0.0, "use_vllm": False,
-                "use_adaptive_entropy": False, "use_transformers_continuous_batching": False, "use_liger_kernel": False,
+                "loss_type": "dapo",
+                "beta": 0.0,
+                "scale_rewards": "group",
+                "entropy_coef": 0.0,
+                "use_vllm": False,
+                "use_adaptive_entropy": False,
+                "use_transformers_continuous_batching": False,
+                "use_liger_kernel": False,
             }.items()
             if getattr(args, name) != value
-        ]  # fmt: skip
+        ]
         for name in ("max_steps", "save_steps"):
             steps = getattr(args, name)
             if steps % self.updates_per_round or steps <= 0:
@@ -296,7 +302,7 @@ class DAPOTrainer(GRPOTrainer):
             drawn += further
             fresh = self._sample(further, attempt=refills)
             sampled, batch = sampled + fresh, list(batch)
-            for position, group in zip(dead, filter(self._teaches, fresh)):
+            for position, group in zip(dead, filter(self._teaches, fresh), strict=False):
                 batch[position] = group
         assert len({group.request_id for group in batch}) == len(batch), "two groups share a request"
         for group in batch:
@@ -306,7 +312,7 @@ class DAPOTrainer(GRPOTrainer):
 
     def _teaches(self, group: Group) -> bool:
         """Whether a group stays in the batch."""
-        return group.alive or self.keeps_dead and any(map(any, group.learnt))
+        return group.alive or (self.keeps_dead and any(map(any, group.learnt)))
 
     def _sample(self, request_ids: list[str], attempt: int) -> list[Group]:
         """Groups of the requests, in their order: each process generates some, and all get all."""
@@ -438,9 +444,13 @@ class DAPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 logits = completion_logits(model, ids, mask, logits_to_keep, share_prompts)
             log_prob, entropy, _ = constrained_log_probs(
-                logits, completion_ids, prior, self.grammar, self.temperature,
+                logits,
+                completion_ids,
+                prior,
+                self.grammar,
+                self.temperature,
                 self.grammar.cited(ids[:, :-logits_to_keep], prior),
-            )  # fmt: skip
+            )
             log_probs.append(log_prob)
             entropies.append(entropy)
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
@@ -559,22 +569,31 @@ def completion_logits(
     place = positions(attention_mask)
     if not share_prompts:
         return model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=place,
-            use_cache=False, logits_to_keep=completion_length + 1,
-        ).logits[:, :-1]  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=place,
+            use_cache=False,
+            logits_to_keep=completion_length + 1,
+        ).logits[:, :-1]
     prompt_length = input_ids.size(1) - completion_length
     prompts = torch.cat([input_ids[:, :prompt_length], attention_mask[:, :prompt_length]], dim=1)
     unique, of_row = prompts.unique(dim=0, return_inverse=True)
     prompt_ids, prompt_mask = unique.chunk(2, dim=1)
     head = model(
-        input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=positions(prompt_mask),
-        use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=positions(prompt_mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
     head.past_key_values.batch_select_indices(of_row)
     tail = model(
-        input_ids=input_ids[:, prompt_length:-1], attention_mask=attention_mask[:, :-1],
-        position_ids=place[:, prompt_length:-1], past_key_values=head.past_key_values, use_cache=True,
-    )  # fmt: skip
+        input_ids=input_ids[:, prompt_length:-1],
+        attention_mask=attention_mask[:, :-1],
+        position_ids=place[:, prompt_length:-1],
+        past_key_values=head.past_key_values,
+        use_cache=True,
+    )
     return torch.cat([head.logits[of_row], tail.logits], dim=1)
 
 

@@ -54,9 +54,10 @@ class LocalTeacher:
         if tokenizer.get_vocab() != student_tokenizer.get_vocab():
             raise ConfigurationError(
                 f"the teacher knows {len(tokenizer):,} tokens, the student {len(student_tokenizer):,}, and they differ",
-                where="distill_teacher", why="it is asked about the student's tokens",
+                where="distill_teacher",
+                why="it is asked about the student's tokens",
                 do="take a model that was mid-trained on the same semantic IDs and texts, e.g. with more llm_layers",
-            )  # fmt: skip
+            )
         self.model = model.requires_grad_(False).eval()
 
     def __call__(self, trainer: DistillTrainer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -92,8 +93,10 @@ class EndpointTeacher:
         """
         log_probs = torch.full(tensors["completion_ids"].shape, torch.nan)
         rows = []
-        for prompt, mask, ids, real in zip(*(tensors[name].cpu() for name in (
-                "prompt_ids", "prompt_mask", "completion_ids", "completion_mask")), strict=True):  # fmt: skip
+        for prompt, mask, ids, real in zip(
+            *(tensors[name].cpu() for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
+            strict=True,
+        ):
             rows.append((prompt[mask.bool()].tolist(), ids[real.bool()].tolist()))
         with ThreadPoolExecutor(self.concurrency) as pool:
             for number, own in enumerate(pool.map(self._ask, rows)):
@@ -108,14 +111,21 @@ class EndpointTeacher:
         prompt, completion = row
         where = f"distill_teacher {self.client.base_url}"
         try:
-            said = self.client.completions.create(model=self.model, prompt=prompt + completion, max_tokens=1,
-                                                  temperature=0.0, echo=True, logprobs=0)  # fmt: skip
+            said = self.client.completions.create(
+                model=self.model, prompt=prompt + completion, max_tokens=1, temperature=0.0, echo=True, logprobs=0
+            )
         except self.error as error:
-            raise GR2Error(f"the endpoint failed: {type(error).__name__}: {error}", where=where,
-                           do="see to the endpoint, then repeat the command") from error  # fmt: skip
+            raise GR2Error(
+                f"the endpoint failed: {type(error).__name__}: {error}",
+                where=where,
+                do="see to the endpoint, then repeat the command",
+            ) from error
         given = said.choices[0].logprobs.token_logprobs if said.choices and said.choices[0].logprobs else []
         own = given[len(prompt) : len(prompt) + len(completion)]
         if len(own) < len(completion) or None in own:
-            raise GR2Error(f"{len(prompt) + len(completion)} tokens were sent, and {len(given)} log-probabilities "
-                           "came back", where=where, do="use a server with echo and logprobs, e.g. vLLM")  # fmt: skip
+            raise GR2Error(
+                f"{len(prompt) + len(completion)} tokens were sent, and {len(given)} log-probabilities came back",
+                where=where,
+                do="use a server with echo and logprobs, e.g. vLLM",
+            )
         return own

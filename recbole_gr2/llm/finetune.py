@@ -43,8 +43,9 @@ class Row:
 class PartsTrainer(SFTTrainer):
     """SFTTrainer whose loss is a weighted sum over parts, with each part's mean loss in the log."""
 
-    def __init__(self, *args, part_weights: Mapping[str, float], llm_weight: float = 1.0,
-                 trie: SidTrie | None = None, **kwargs) -> None:  # fmt: skip
+    def __init__(
+        self, *args, part_weights: Mapping[str, float], llm_weight: float = 1.0, trie: SidTrie | None = None, **kwargs
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.trie = trie and trie.to(self.model.device)
         self.llm_weight = llm_weight
@@ -101,11 +102,25 @@ class PartsTrainer(SFTTrainer):
 
 
 def finetune(
-    model, tokenizer, rows: Sequence[Row], folder: Path, *, part_weights: Mapping[str, float], steps: int | None = None,
-    batch_size: int, micro_batch_size: int, learning_rate: float, warmup_share: float, max_length: int, seed: int,
-    bf16: bool, save_steps: int, llm_weight: float = 1.0, trie: SidTrie | None = None,
+    model,
+    tokenizer,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    part_weights: Mapping[str, float],
+    steps: int | None = None,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    warmup_share: float,
+    max_length: int,
+    seed: int,
+    bf16: bool,
+    save_steps: int,
+    llm_weight: float = 1.0,
+    trie: SidTrie | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> list[dict[str, float]]:  # fmt: skip
+) -> list[dict[str, float]]:
     """Train `model` in place on `rows`, going on from the last checkpoint in `folder` if there is one.
 
     Args:
@@ -131,19 +146,35 @@ def finetune(
         raise ConfigurationError(
             f"{len(rows)} texts of up to {longest} tokens do not fit max_length {max_length}, batches of {batch_size} "
             f"in steps of {micro_batch_size}",
-            where=str(folder), why="texts are never cut silently",
+            where=str(folder),
+            why="texts are never cut silently",
             do="raise the stage's max_length or show less (prompt_history, prompt_title_chars)",
-        )  # fmt: skip
+        )
     steps = steps or math.ceil(len(rows) / batch_size)
     config = SFTConfig(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=batch_size // micro_batch_size, learning_rate=learning_rate,
-        lr_scheduler_type="linear", warmup_steps=round(warmup_share * steps), max_length=None, seed=seed,
-        data_seed=seed, bf16=bf16, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-        train_sampling_strategy="group_by_length", remove_unused_columns=False, save_strategy="steps",
-        save_steps=save_steps, save_total_limit=1, logging_steps=max(1, round(steps / 40)), report_to="none",
-        disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=batch_size // micro_batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(warmup_share * steps),
+        max_length=None,
+        seed=seed,
+        data_seed=seed,
+        bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=1,
+        logging_steps=max(1, round(steps / 40)),
+        report_to="none",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     dataset = Dataset.from_dict(
         {
             "input_ids": [row.input_ids for row in rows],
@@ -157,10 +188,16 @@ def finetune(
         }
     )
     trainer = PartsTrainer(
-        model=model, args=config, train_dataset=dataset, processing_class=tokenizer, part_weights=part_weights,
-        llm_weight=llm_weight, trie=trie, callbacks=[ProgressLines(say)],
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        part_weights=part_weights,
+        llm_weight=llm_weight,
+        trie=trie,
+        callbacks=[ProgressLines(say)],
         data_collator=Collator(tokenizer.pad_token_id),
-    )  # fmt: skip
+    )
     trainer.remove_callback(PrinterCallback)  # ProgressLines says it
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     log = [line for line in trainer.state.log_history if "loss" in line]

@@ -14,9 +14,15 @@ from recbole_gr2.llm.rollout import attention_bias, check_window, left_pad, posi
 
 @torch.no_grad()
 def continuation_log_likelihood(
-    model, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], *, pad_id: int,
-    batch_size: int = 16, bf16: bool = False, trie: SidTrie | None = None,
-) -> list[list[float]]:  # fmt: skip
+    model,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    *,
+    pad_id: int,
+    batch_size: int = 16,
+    bf16: bool = False,
+    trie: SidTrie | None = None,
+) -> list[list[float]]:
     """Log-likelihood of each prompt's continuations: B prompts with K continuations each -> B lists of K numbers.
 
     Each prompt is read once, with its continuations side by side behind it, each seeing the prompt and itself alone.
@@ -46,8 +52,9 @@ def continuation_log_likelihood(
 
 
 @torch.no_grad()
-def perplexity(model, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, bf16: bool = False
-               ) -> float:  # fmt: skip
+def perplexity(
+    model, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, bf16: bool = False
+) -> float:
     """exp of the mean negative log-likelihood of a token, over texts given as token ids; their first ones are given."""
     model.eval()
     total, count = 0.0, 0
@@ -73,9 +80,12 @@ def _batch(model, prompts, continuations, pad_id: int, bf16: bool, trie: SidTrie
     places = mask.sum(1, keepdim=True) + torch.arange(size, device=device).repeat(count)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = model(
-            input_ids=torch.cat([ids, following.flatten(1)], dim=1), attention_mask=attention_bias(sees, model),
-            position_ids=torch.cat([positions(mask), places], dim=1), use_cache=False, logits_to_keep=behind + 1,
-        ).logits.float()  # fmt: skip
+            input_ids=torch.cat([ids, following.flatten(1)], dim=1),
+            attention_mask=attention_bias(sees, model),
+            position_ids=torch.cat([positions(mask), places], dim=1),
+            use_cache=False,
+            logits_to_keep=behind + 1,
+        ).logits.float()
     first, rest = logits[:, :1].unsqueeze(1).expand(-1, count, -1, -1), logits[:, 1:].unflatten(1, (count, size))
     logits = torch.cat([first, rest[:, :, :-1]], dim=2).flatten(0, 1)  # (B * K, S, V), in front of each token
     following = following.flatten(0, 1)

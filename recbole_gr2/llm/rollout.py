@@ -6,8 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 from recbole_gr2.console import progress
@@ -101,7 +107,7 @@ def read_answer(
     tokens = ids.index(grammar.eos_id) + 1 if grammar.eos_id in ids else len(ids)
     text = [token for token in ids[:tokens] if token != grammar.eos_id]
     mark = text.index(grammar.ranking_id) if grammar.ranking_id in text else len(text)
-    item_of = dict(zip(grammar.label_ids, label_items))  # labels beyond K stand for nothing
+    item_of = dict(zip(grammar.label_ids, label_items, strict=False))  # labels beyond K stand for nothing
     said = text[mark + 1 :]
     named = [item_of[token] for token in said if token in item_of]
     missing = len(label_items) - len(set(named))
@@ -118,8 +124,9 @@ def read_answer(
         ranking=complete(named, request.items),
         status=status,
         # without the labels of cited candidates, which mean nothing without their prompt
-        reasoning=tokenizer.decode([t for t in text[:mark] if t not in grammar.label_ids],
-                                   skip_special_tokens=True).strip(),
+        reasoning=tokenizer.decode(
+            [t for t in text[:mark] if t not in grammar.label_ids], skip_special_tokens=True
+        ).strip(),
         missing=missing,
         repeated=repeated,
         foreign=foreign,
@@ -155,8 +162,9 @@ class RoomyLayer(DynamicLayer):
 
     room: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-               ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values, the new ones (B, heads, tokens, D) included."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -221,10 +229,11 @@ def check_window(model: PreTrainedModel, longest: int) -> None:
     window = getattr(model.config, "sliding_window", None)
     if window is not None and longest > window:
         raise ConfigurationError(
-            f"a prompt and what follows have {longest} tokens, and the model sees the last {window}", where="llm",
+            f"a prompt and what follows have {longest} tokens, and the model sees the last {window}",
+            where="llm",
             why="continuations are read side by side behind their prompt, which has to be in sight of them all",
             do="take shorter histories (mid_max_length, prompt_history) or a model without a sliding window",
-        )  # fmt: skip
+        )
 
 
 def _generate_batch(
@@ -242,8 +251,14 @@ def _generate_batch(
     cache = roomy_cache(base)
     if num_generations > 1 and ids.size(1) > 1:  # read each prompt once, all but its last token
         head = mask[:, :-1]
-        base(input_ids=ids[:, :-1], attention_mask=head, position_ids=positions(head), use_cache=True, logits_to_keep=1,
-             past_key_values=cache)  # fmt: skip
+        base(
+            input_ids=ids[:, :-1],
+            attention_mask=head,
+            position_ids=positions(head),
+            use_cache=True,
+            logits_to_keep=1,
+            past_key_values=cache,
+        )
         cache.batch_repeat_interleave(num_generations)
     ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
     label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)

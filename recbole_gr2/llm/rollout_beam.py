@@ -49,8 +49,17 @@ class RolloutBeamTrainer(DAPOTrainer):
 
     keeps_dead = True  # as GRPO does; they stay near the reference
 
-    def __init__(self, *args: Any, trie: SidTrie, codes: torch.Tensor, beams: int, constrained: bool,
-                 reference: Any, kl: float, **kwargs: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *args: Any,
+        trie: SidTrie,
+        codes: torch.Tensor,
+        beams: int,
+        constrained: bool,
+        reference: Any,
+        kl: float,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, rewards=_Paid(), **kwargs)
         # TRL would load a reference by the model's name, and what mid-training wrote has none.
         self.beta, self.reference = kl, reference.requires_grad_(False).eval()
@@ -59,10 +68,15 @@ class RolloutBeamTrainer(DAPOTrainer):
 
     def _terms(self, row: Mapping, completions: Sequence[Sequence[int]], answers: Sequence[Answer]) -> list[dict]:
         found = beam_items(
-            self.model, [[*row["prompt_ids"], *ids[:-2]] for ids in completions], self.trie, beams=self.beams,
+            self.model,
+            [[*row["prompt_ids"], *ids[:-2]] for ids in completions],
+            self.trie,
+            beams=self.beams,
             constrained=self.constrained,
-            batch_size=len(completions), pad_id=self.grammar.pad_id, bf16=self.args.bf16,
-        )  # fmt: skip
+            batch_size=len(completions),
+            pad_id=self.grammar.pad_id,
+            bf16=self.args.bf16,
+        )
         target = self.codes[self.requests[row["request_id"]].target - 1]
         return [{_Paid.name: float(paid)} for paid in rollout_beam(self.leaf_codes[found.leaves], target)]
 

@@ -48,14 +48,21 @@ class TIGER(SequentialRecommender):
         self.bf16 = best_dtype(config["device"]) == "bf16"
         self.t5 = T5ForConditionalGeneration(
             T5Config(
-                vocab_size=self.first_user + self.user_tokens, d_model=config["hidden_size"],
-                d_ff=config["inner_size"], d_kv=config["head_size"], num_heads=config["n_heads"],
-                num_layers=config["n_layers"], dropout_rate=config["dropout_prob"],
-                feed_forward_proj=config["hidden_act"], layer_norm_epsilon=config["layer_norm_eps"],
-                pad_token_id=PAD, decoder_start_token_id=PAD, eos_token_id=None,
+                vocab_size=self.first_user + self.user_tokens,
+                d_model=config["hidden_size"],
+                d_ff=config["inner_size"],
+                d_kv=config["head_size"],
+                num_heads=config["n_heads"],
+                num_layers=config["n_layers"],
+                dropout_rate=config["dropout_prob"],
+                feed_forward_proj=config["hidden_act"],
+                layer_norm_epsilon=config["layer_norm_eps"],
+                pad_token_id=PAD,
+                decoder_start_token_id=PAD,
+                eos_token_id=None,
                 attn_implementation="eager",  # its position bias keeps the fused kernels out
             )
-        )  # fmt: skip
+        )
 
     def inputs(self, interaction) -> Tensor:
         """Encoder tokens (B, 1 + H * L), PAD behind the last code: the user, then the last H items, oldest first."""
@@ -95,8 +102,13 @@ class TIGER(SequentialRecommender):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         def read(tokens: Tensor) -> Tensor:
-            return self.t5(decoder_input_ids=tokens, encoder_outputs=(hidden,), attention_mask=mask,
-                           past_key_values=cache, use_cache=True).logits[:, -1]  # fmt: skip
+            return self.t5(
+                decoder_input_ids=tokens,
+                encoder_outputs=(hidden,),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
 
         def step(rows: Tensor, tokens: Tensor) -> Tensor:
             nonlocal hidden, mask
@@ -106,8 +118,7 @@ class TIGER(SequentialRecommender):
                 hidden, mask = hidden[rows], mask[rows]
             return read(tokens)
 
-        return search(read(tokens.new_full((len(tokens), 1), PAD)), step, trie, self.beams,
-                      constrained=False)  # fmt: skip
+        return search(read(tokens.new_full((len(tokens), 1), PAD)), step, trie, self.beams, constrained=False)
 
     def judged(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Score rows as an evaluator gets them: an item that shares its SID, or was not generated, is no lucky hit."""

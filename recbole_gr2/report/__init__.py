@@ -13,9 +13,9 @@ import pandas as pd
 from recbole_gr2.config import Settings, properties_folder, read_yaml
 from recbole_gr2.console import Console, render_table
 from recbole_gr2.pipeline import Planned
+from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
-from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.stages.evaluate import DIAGNOSTIC, read_per_user
 from recbole_gr2.stages.rerank import PREFIX
 from recbole_gr2.stages.rl import FIGURES, curve
@@ -36,8 +36,13 @@ COST = (
 SHOWN = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
-def write_run(planned: Sequence[Planned], done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str,
-              console: Console) -> Path:  # fmt: skip
+def write_run(
+    planned: Sequence[Planned],
+    done: Sequence[tuple[StageRecord, bool]],
+    settings: Settings,
+    command: str,
+    console: Console,
+) -> Path:
     """Write `runs/<name>/` and print the table; returns the path of result.json."""
     folder = new_folder(Path(settings["checkpoint_dir"]) / "gr2" / settings["dataset"] / "runs")
     result = build_result(done, settings, command, {p.stage.name: p.folder for p in planned})
@@ -61,8 +66,9 @@ def new_folder(parent: Path) -> Path:
     return folder
 
 
-def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str,
-                 folders: Mapping[str, Path]) -> dict:  # fmt: skip
+def build_result(
+    done: Sequence[tuple[StageRecord, bool]], settings: Settings, command: str, folders: Mapping[str, Path]
+) -> dict:
     """result.json: rows with metrics per scope, comparisons, truth of the answers, tokenizer health, learning curves,
     and cost per stage."""
     records = {record.stage: record for record, _ in done}
@@ -80,11 +86,17 @@ def build_result(done: Sequence[tuple[StageRecord, bool]], settings: Settings, c
         "tokenizer": {"uniqueness": records["tokenizer"].facts["uniqueness"]},
         "curves": learning_curves(folders),
         "stages": [
-            {"stage": record.stage, "key": record.key, "seconds": record.seconds,
-             "peak_memory_mb": record.peak_memory_mb, "cached": cached, "code": record.code}
+            {
+                "stage": record.stage,
+                "key": record.key,
+                "seconds": record.seconds,
+                "peak_memory_mb": record.peak_memory_mb,
+                "cached": cached,
+                "code": record.code,
+            }
             for record, cached in done
         ],
-    }  # fmt: skip
+    }
 
 
 def scope_title(result: dict, scope: str) -> str:
@@ -106,8 +118,14 @@ def metrics_table(result: dict, scope: str) -> str:
         p = f"{versus['p_holm']:.4f}" if versus and "p_holm" in versus else ""
         closed = f"{versus['diff'] / gap:+.1%}" if versus and gap else ""
         lines.append(
-            [row["row"], *(f"{row['metrics'][m]:.4f}" for m in shown), change, p, closed,
-             "" if row["unchanged"] is None else f"{row['unchanged']:.1%}"]
+            [
+                row["row"],
+                *(f"{row['metrics'][m]:.4f}" for m in shown),
+                change,
+                p,
+                closed,
+                "" if row["unchanged"] is None else f"{row['unchanged']:.1%}",
+            ]
         )
     return render_table(["row", *shown, "ndcg@5 vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
@@ -139,8 +157,10 @@ def pairs_table(result: dict) -> str:
         line = [f"{pair['row']} - {pair['versus']}"]
         for metric in shown:
             found = pair["metrics"][metric]
-            line += [f"{found['diff']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]",
-                     f"{found['p_holm']:.4f}" if "p_holm" in found else ""]  # fmt: skip
+            line += [
+                f"{found['diff']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]",
+                f"{found['p_holm']:.4f}" if "p_holm" in found else "",
+            ]
         lines.append(line)
     return render_table(["rows", *(cell for metric in shown for cell in (f"{metric} [95 %]", "p (Holm)"))], lines)
 
@@ -156,7 +176,7 @@ def truth_section(result: dict) -> list[str]:
         "are true, in the words of the rules teacher, whose own always are: `habit`, the shopper takes such kinds of "
         "items; `kind`, the cited candidate is of the kind that is named; `why`, the reason given for it holds (brand, "
         "kind, what it goes with); `all` of these."
-    ]  # fmt: skip
+    ]
 
 
 def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
@@ -180,8 +200,11 @@ def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[flo
 
 def curves_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """One line a stage and figure: its means over equal parts of the steps."""
-    lines = [[stage, name, *(f"{v:.4f}" for v in values)]
-             for stage, figures in curves.items() for name, values in figures.items()]  # fmt: skip
+    lines = [
+        [stage, name, *(f"{v:.4f}" for v in values)]
+        for stage, figures in curves.items()
+        for name, values in figures.items()
+    ]
     parts = max(map(len, lines)) - 2
     header = ["stage", "figure", *(f"{n} of {parts}" for n in range(1, parts + 1))]
     return render_table(header, [line + [""] * (len(header) - len(line)) for line in lines])
@@ -217,16 +240,37 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
     parts.append(f"## Slices\n\nNDCG@5 of the in_list scope.\n\n```\n{slices_table([read_per_user(evaluated)])}\n```")
     parts += published(result["dataset"])
     answers = [
-        [row, f"{facts['readable']:.1%}", str(facts["statuses"]), str(facts["output_tokens"]),
-         f"{facts['unchanged']:.1%}", f"{facts['as_evidence']:.1%}", f"{facts['first_as_evidence']:.1%}",
-         _share(facts["cited_in_prompt"]), _share(facts["grounded"] if facts["cited"] else None),
-         str(facts["lists_per_second"]),
-         *(" ".join(f"{k}:{v}" for k, v in facts[f"promoted_from_{where}"].items()) for where in ("rank", "slot"))]
-        for row, facts in rankings.items() if "readable" in facts
-    ]  # fmt: skip
+        [
+            row,
+            f"{facts['readable']:.1%}",
+            str(facts["statuses"]),
+            str(facts["output_tokens"]),
+            f"{facts['unchanged']:.1%}",
+            f"{facts['as_evidence']:.1%}",
+            f"{facts['first_as_evidence']:.1%}",
+            _share(facts["cited_in_prompt"]),
+            _share(facts["grounded"] if facts["cited"] else None),
+            str(facts["lists_per_second"]),
+            *(" ".join(f"{k}:{v}" for k, v in facts[f"promoted_from_{where}"].items()) for where in ("rank", "slot")),
+        ]
+        for row, facts in rankings.items()
+        if "readable" in facts
+    ]
     if answers:
-        header = ["row", "readable", "statuses", "tokens", "unchanged", "as evidence", "its first", "cited in prompt",
-                  "cites its first", "lists/s", "first place goes to base rank", "to slot of the prompt"]  # fmt: skip
+        header = [
+            "row",
+            "readable",
+            "statuses",
+            "tokens",
+            "unchanged",
+            "as evidence",
+            "its first",
+            "cited in prompt",
+            "cites its first",
+            "lists/s",
+            "first place goes to base rank",
+            "to slot of the prompt",
+        ]
         parts.append(
             f"## Answers\n\n```\n{render_table(header, answers)}\n```\n\n`as evidence` is the share of lists in the "
             "very order of the prior, `its first` the share with the same item in front, `cited in prompt` the share "
@@ -242,8 +286,10 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
             f"IDs.\n\n{(evaluated / 'examples.md').read_text(encoding='utf-8').strip()}"
         )
     stats = records["candidates"].facts["stats"]
-    lists = [[split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
-             for split, facts in stats.items()]  # fmt: skip
+    lists = [
+        [split, *(f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for v in facts.values())]
+        for split, facts in stats.items()
+    ]
     parts.append(f"## Candidates\n\n```\n{render_table(['split', *next(iter(stats.values()))], lists)}\n```")
     parts.append(
         f"## Semantic IDs\n\nUniqueness {sids['uniqueness']:.4%} ({sids['uniqueness_without_random_level']:.2%} "
@@ -254,8 +300,10 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
     )
     evidence = records["evidence"].facts
     if evidence["facts"]:
-        found = [[split, f"{q['lists']:,}", *(f"{q[name]:.4f}" for name in list(q)[1:])]
-                 for split, q in evidence["quality"].items()]  # fmt: skip
+        found = [
+            [split, f"{q['lists']:,}", *(f"{q[name]:.4f}" for name in list(q)[1:])]
+            for split, q in evidence["quality"].items()
+        ]
         header = ["split", *next(iter(evidence["quality"].values()))]
         parts.append(
             f"## Evidence\n\n{len(evidence['facts'])} facts about each candidate: {', '.join(evidence['facts'])}. "
@@ -268,9 +316,12 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
             f"## Traces\n\n{traces['accepted']:,} of {traces['requests']:,} train lists have an accepted trace "
             f"({traces['accepted_share']:.1%}), after {traces['tries_mean']:.1f} tries on average; "
             f"{traces['grounded']:.1%} cite the item they put first"
-            + (f", and {traces['cited_in_prompt']:.1%} of {traces['cited']:,} cited IDs stand in the prompt. "
-               if traces["cited"] else ". ") +
-            f"Rejected for: {traces['rejected_for']}."
+            + (
+                f", and {traces['cited_in_prompt']:.1%} of {traces['cited']:,} cited IDs stand in the prompt. "
+                if traces["cited"]
+                else ". "
+            )
+            + f"Rejected for: {traces['rejected_for']}."
             + (f" Endpoint: {traces['usage']}." if traces["usage"] else "")
             + (f" Cost: {traces['cost']:,.2f}." if traces["cost"] is not None else "")
         )
@@ -281,12 +332,24 @@ def render_report(result: dict, done: Sequence[tuple[StageRecord, bool]], evalua
         injected = f", {rl['injected']:,} of them with their target put in" if rl["injected"] else ""
         parts.append(f"## {title}\n\n{rl['rounds']} rounds on {rl['requests']:,} lists{injected}.")
     if result["curves"]:
-        parts.append("## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on.\n\n"
-                     f"```\n{curves_table(result['curves'])}\n```")  # fmt: skip
-    parts.append("## Settings\n\nThose that differ from their defaults; all are in config.yaml.\n\n"
-                 f"```\n{settings_table(result['settings'])}\n```")  # fmt: skip
-    cost = [[s["stage"], f"{s['seconds']:,.0f} s", f"{s['peak_memory_mb']:,.0f} MiB", "yes" if s["cached"] else "",
-             s["code"]] for s in result["stages"]]  # fmt: skip
+        parts.append(
+            "## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on.\n\n"
+            f"```\n{curves_table(result['curves'])}\n```"
+        )
+    parts.append(
+        "## Settings\n\nThose that differ from their defaults; all are in config.yaml.\n\n"
+        f"```\n{settings_table(result['settings'])}\n```"
+    )
+    cost = [
+        [
+            s["stage"],
+            f"{s['seconds']:,.0f} s",
+            f"{s['peak_memory_mb']:,.0f} MiB",
+            "yes" if s["cached"] else "",
+            s["code"],
+        ]
+        for s in result["stages"]
+    ]
     cost = render_table(["stage", "wall time", "peak memory", "cached", "code"], cost)
     parts.append(f"## Cost\n\n```\n{cost}\n```\n\n{COST}")
     return "\n\n".join(parts) + "\n"
@@ -323,8 +386,13 @@ def slices_table(frames: Sequence[pd.DataFrame]) -> str:
         for _, part in lists.groupby(cut, observed=True):
             low, high = part[column].min(), part[column].max()
             what = {"base": "base rank", "history": "items of history", "popularity": "target taken"}[column]
-            lines.append([f"{what} {low}" + (f" to {high}" if high > low else ""), f"{len(part):,}",
-                          *(f"{ndcg_at(part[row].to_numpy(), 5).mean():.4f}" for row in rows)])  # fmt: skip
+            lines.append(
+                [
+                    f"{what} {low}" + (f" to {high}" if high > low else ""),
+                    f"{len(part):,}",
+                    *(f"{ndcg_at(part[row].to_numpy(), 5).mean():.4f}" for row in rows),
+                ]
+            )
     return render_table(["lists", "n", *rows], lines)
 
 
@@ -338,10 +406,12 @@ def caveat(result: dict) -> str:
     row = next(r for r in result["rows"] if r["scope"] == "in_list")
     small = f", {row['n']} users in_list" if row["n"] < 1000 else ""
     crossing = [
-        r["row"] for r in result["rows"]
-        if r["scope"] == "in_list" and r["row"] not in ("base", "oracle", "shuffled")
+        r["row"]
+        for r in result["rows"]
+        if r["scope"] == "in_list"
+        and r["row"] not in ("base", "oracle", "shuffled")
         and r["vs_base"]["ndcg@5"]["low"] < 0 < r["vs_base"]["ndcg@5"]["high"]
-    ]  # fmt: skip
+    ]
     unmoved = copies(result)
     small += f"; {', '.join(unmoved)} left every list as it was" if unmoved else ""
     return small + (f"; the interval of {', '.join(crossing)} holds 0" if crossing else "")

@@ -26,16 +26,33 @@ def lambdamart(train: Lists, valid: Lists, asked: Sequence[Described], *, seed: 
     from lightgbm import LGBMRanker, early_stopping
 
     model = LGBMRanker(
-        objective="lambdarank", n_estimators=500, learning_rate=0.05, num_leaves=7, min_child_samples=50, subsample=0.8,
-        subsample_freq=1, colsample_bytree=0.4, reg_lambda=1.0, random_state=seed, n_jobs=1, deterministic=True,
-        force_row_wise=True, verbose=-1,
-    )  # fmt: skip
+        objective="lambdarank",
+        n_estimators=500,
+        learning_rate=0.05,
+        num_leaves=7,
+        min_child_samples=50,
+        subsample=0.8,
+        subsample_freq=1,
+        colsample_bytree=0.4,
+        reg_lambda=1.0,
+        random_state=seed,
+        n_jobs=1,
+        deterministic=True,
+        force_row_wise=True,
+        verbose=-1,
+    )
     rows, goals, sizes = _table(train)
     checked, wanted, lengths = _table(valid)
     model.fit(
-        rows, goals, group=sizes, eval_X=(checked,), eval_y=(wanted,), eval_group=[lengths], eval_at=[5],
+        rows,
+        goals,
+        group=sizes,
+        eval_X=(checked,),
+        eval_y=(wanted,),
+        eval_group=[lengths],
+        eval_at=[5],
         callbacks=[early_stopping(50, verbose=False)],
-    )  # fmt: skip
+    )
     scores = model.predict(np.concatenate([columns(each) for each in asked]))
     return np.split(scores, np.cumsum([len(each.facts) for each in asked])[:-1]), model.best_iteration_
 

@@ -30,7 +30,7 @@ def rank_gain(request: Request, answer: Answer) -> float | None:
     return (request.target_rank - _rank(request, answer)) / len(request.items)
 
 
-def format(request: Request, answer: Answer) -> float:  # noqa: A001 (the paper's word, and the key in the weights)
+def format(request: Request, answer: Answer) -> float:
     """1 if the answer was read without repair and its reasoning ended by itself, else 0. GR2's R_fmt."""
     return float(answer.status == "ok")
 
@@ -65,8 +65,10 @@ def ndcg(request: Request, answer: Answer) -> float | None:
     target 1 / log2(1 + its rank)."""
     if not request.teaches:
         return None
-    found, best = (math.fsum((2**gain - 1) / math.log2(2 + place) for place, gain in enumerate(gains))
-                   for gains in (_gains(request, answer), sorted(request.gains, reverse=True)))  # fmt: skip
+    found, best = (
+        math.fsum((2**gain - 1) / math.log2(2 + place) for place, gain in enumerate(gains))
+        for gains in (_gains(request, answer), sorted(request.gains, reverse=True))
+    )
     return found / best
 
 
@@ -177,10 +179,17 @@ def _form(name: str, value: Any) -> tuple[float, list[str]]:
     form = value if isinstance(value, Mapping) else {"weight": value}
     weight, conditions = form.get("weight"), form.get("only_if", [])
     conditions = [conditions] if isinstance(conditions, str) else conditions
-    if (isinstance(weight, bool) or not isinstance(weight, int | float) or set(form) - {"weight", "only_if"}
-            or not isinstance(conditions, list)):  # fmt: skip
-        raise ConfigurationError(f"{name} is paid {value!r}", where="rl_rewards",
-                                 do="write name: weight, or name: {weight: 0.2, only_if: promoted}")  # fmt: skip
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or set(form) - {"weight", "only_if"}
+        or not isinstance(conditions, list)
+    ):
+        raise ConfigurationError(
+            f"{name} is paid {value!r}",
+            where="rl_rewards",
+            do="write name: weight, or name: {weight: 0.2, only_if: promoted}",
+        )
     return float(weight), conditions
 
 

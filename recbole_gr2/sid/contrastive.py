@@ -20,8 +20,12 @@ def co_engaged(sequences: Sequence[Sequence[int]], items: int) -> csr_array:
         sequences: item ids (1-based) of each user, oldest first. Give training interactions only.
         items: N; row and column i stand for item id i + 1.
     """
-    steps = np.concatenate([np.stack((s[:-1], s[1:])) for s in map(np.asarray, sequences) if len(s) > 1]
-                           or [np.empty((2, 0))], axis=1).astype(np.int64) - 1  # fmt: skip
+    steps = (
+        np.concatenate(
+            [np.stack((s[:-1], s[1:])) for s in map(np.asarray, sequences) if len(s) > 1] or [np.empty((2, 0))], axis=1
+        ).astype(np.int64)
+        - 1
+    )
     one, other = steps[:, steps[0] != steps[1]]
     ends = np.concatenate((one, other)), np.concatenate((other, one))
     return csr_array((np.ones(len(ends[0]), dtype=np.int64), ends), shape=(items, items))  # adds up what repeats

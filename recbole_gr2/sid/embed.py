@@ -107,5 +107,7 @@ def textless_line(facts: Mapping) -> str:
     """
     if not facts["textless"]:
         return "every item has a text"
-    return (f"{facts['textless']:,} of {facts['items']:,} items have no text: {facts['collaborative']:,} embedded by "
-            f"what they were taken with, {facts['token']:,} by their token")  # fmt: skip
+    return (
+        f"{facts['textless']:,} of {facts['items']:,} items have no text: {facts['collaborative']:,} embedded by "
+        f"what they were taken with, {facts['token']:,} by their token"
+    )

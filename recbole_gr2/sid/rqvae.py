@@ -6,6 +6,7 @@ is a switch of `RQVAEConfig`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -113,14 +114,16 @@ class RQVAEConfig(SidConfig):
     def rules(self) -> dict[str, bool]:
         return super().rules() | {
             "latent and hidden must be positive": min((self.latent, *self.hidden)) >= 1,
-            "commitment, diversity and contrastive must not be negative":
-                min(self.commitment, self.diversity, self.contrastive) >= 0,
+            "commitment, diversity and contrastive must not be negative": min(
+                self.commitment, self.diversity, self.contrastive
+            )
+            >= 0,
             "ema_decay must be in [0, 1)": 0 <= self.ema_decay < 1,
             "reset_after must not be negative": self.reset_after >= 0,
             "contrastive_temperature must be positive": self.contrastive_temperature > 0,
             "epochs and batch_size must be positive": min(self.epochs, self.batch_size) >= 1,
             "learning_rate must be positive": self.learning_rate > 0,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -281,9 +284,12 @@ class RQVAE(nn.Module):
 
 
 def fit_rqvae(
-    embeddings: np.ndarray, config: RQVAEConfig, *, pairs: csr_array | None = None,
+    embeddings: np.ndarray,
+    config: RQVAEConfig,
+    *,
+    pairs: csr_array | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-) -> RQVAE:  # fmt: skip
+) -> RQVAE:
     """Train a tokenizer on embeddings (N, D), best of length 1. The same seed gives the same model.
 
     Args:
@@ -321,9 +327,11 @@ def fit_rqvae(
             if config.contrastive:
                 with_one, positives = draw_positives(pairs, rows.numpy(), draws)
                 terms["contrastive"] = config.contrastive * info_nce(
-                    quantised.residuals[with_one, 0], model.encoder(data[positives]),
-                    known_positives(pairs, rows.numpy()[with_one], positives), config.contrastive_temperature,
-                )  # fmt: skip
+                    quantised.residuals[with_one, 0],
+                    model.encoder(data[positives]),
+                    known_positives(pairs, rows.numpy()[with_one], positives),
+                    config.contrastive_temperature,
+                )
             loss = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(loss):
                 raise GateError(
@@ -435,6 +443,6 @@ def _mean_square(difference: torch.Tensor) -> torch.Tensor:
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:], strict=False):
+    for wide, narrow in itertools.pairwise(widths):
         layers += [nn.Linear(wide, narrow), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

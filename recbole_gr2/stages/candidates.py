@@ -39,9 +39,10 @@ def run(context: Context) -> dict:
     data, settings = context.data, context.settings
     if not 2 <= settings["cand_num"] <= MAX_CANDIDATES:
         raise ConfigurationError(
-            f"cand_num is {settings['cand_num']}", why="a list has something to order, and a label for every candidate",
+            f"cand_num is {settings['cand_num']}",
+            why="a list has something to order, and a label for every candidate",
             do=f"choose 2 to {MAX_CANDIDATES}",
-        )  # fmt: skip
+        )
     if settings["cand_file"]:
         lists, facts = _imported(context), {"imported": settings["cand_file"]}
     else:
@@ -62,20 +63,23 @@ def run(context: Context) -> dict:
             f"recall@{settings['cand_num']}": len(ranks) / max(len(requests), 1),
             "recall@1": ranks.count(1) / max(len(requests), 1),
         }
-        context.say(f"{split}: {len(requests)} lists, {len(ranks)} hold their target "
-                    f"({len(ranks) / max(len(requests), 1):.4f})")  # fmt: skip
+        context.say(
+            f"{split}: {len(requests)} lists, {len(ranks)} hold their target ({len(ranks) / max(len(requests), 1):.4f})"
+        )
         if not ranks:
             raise GateError(
                 f"no {split} list holds its target: recall@{settings['cand_num']} is 0",
-                where=f"base_model {settings['base_model']}", why="there is nothing a re-ranker could do",
+                where=f"base_model {settings['base_model']}",
+                why="there is nothing a re-ranker could do",
                 do="train the base model longer (base_epochs) or raise cand_num",
-            )  # fmt: skip
+            )
     write_json(context.folder / "stats.json", stats)
     return {**facts, "stats": stats}
 
 
-def recommender(context: Context, folder: Path, *, model: str | None = None, hold_out: bool = False, **options
-                ) -> BaseModel:  # fmt: skip
+def recommender(
+    context: Context, folder: Path, *, model: str | None = None, hold_out: bool = False, **options
+) -> BaseModel:
     """The base model, or another one by name, trained to `folder` or loaded from it.
 
     The generator is the mid-trained model, which is there already. It has not seen the targets of the train lists
@@ -93,19 +97,27 @@ def recommender(context: Context, folder: Path, *, model: str | None = None, hol
         return train_base(context.data, folder, model=model, hold_out=hold_out, **options)
     if hold_out and not settings["mid_hold_out"]:
         raise ConfigurationError(
-            f"the train lists of {GENERATOR} would come from a model that has seen their targets", where="mid_hold_out",
-            why="a re-ranker would learn to keep their order", do="set mid_hold_out: True",
-        )  # fmt: skip
+            f"the train lists of {GENERATOR} would come from a model that has seen their targets",
+            where="mid_hold_out",
+            why="a re-ranker would learn to keep their order",
+            do="set mid_hold_out: True",
+        )
     llm, tokenizer = load_stage_model(context, "midtrain")
     items = load_items(context.folders["tokenizer"], context.data.items)
     return Generator(
-        name=GENERATOR, model=llm, tokenizer=tokenizer, data=context.data, exclude_seen=settings["cand_exclude_seen"],
+        name=GENERATOR,
+        model=llm,
+        tokenizer=tokenizer,
+        data=context.data,
+        exclude_seen=settings["cand_exclude_seen"],
         facts={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
-        items=items, beams=settings["cand_beams"], constrained=settings["mid_constrained"],
+        items=items,
+        beams=settings["cand_beams"],
+        constrained=settings["mid_constrained"],
         batch_size=settings["eval_batch_lists"],
         prompts=lambda histories: [history_ids(h, items, tokenizer, settings["mid_max_length"]) for h in histories],
         bf16=use_bf16(settings, llm.device.type),
-    )  # fmt: skip
+    )
 
 
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
@@ -161,17 +173,23 @@ def _imported(context: Context) -> dict[str, list[Request]]:
     lists = {split: [] for split in SPLITS}
     for request in read_requests(Path(context.settings["cand_file"]), data.items):
         user = users.get(request.user_token)
-        if request.split not in SPLITS or user is None or request.history != data.history(user, request.split) \
-                or request.target not in data.targets(user, request.split):
+        if (
+            request.split not in SPLITS
+            or user is None
+            or request.history != data.history(user, request.split)
+            or request.target not in data.targets(user, request.split)
+        ):
             raise ConfigurationError(
-                "an imported list does not belong to a row of this data set", where=request.request_id,
+                "an imported list does not belong to a row of this data set",
+                where=request.request_id,
                 why="a longer history would leak the target",
                 do="export lists with this plugin, and keep history, target and split as they are there",
-            )  # fmt: skip
+            )
         if not 2 <= len(request.items) <= context.settings["cand_num"]:
             raise ConfigurationError(
-                f"an imported list has {len(request.items)} candidates", where=request.request_id,
+                f"an imported list has {len(request.items)} candidates",
+                where=request.request_id,
                 do="import lists of 2 to cand_num candidates",
-            )  # fmt: skip
+            )
         lists[request.split].append(request)
     return lists

@@ -28,8 +28,11 @@ def run(context: Context) -> dict:
     """
     settings, data = context.settings, context.data
     if settings["text_missing"] not in MISSING:
-        raise ConfigurationError(f"there is no embedding {settings['text_missing']!r} of items without text",
-                                 where="text_missing", do=f"choose {list(MISSING)}")  # fmt: skip
+        raise ConfigurationError(
+            f"there is no embedding {settings['text_missing']!r} of items without text",
+            where="text_missing",
+            do=f"choose {list(MISSING)}",
+        )
     texts = [item_text(item) for item in data.items]
     read = [text or item.token for text, item in zip(texts, data.items, strict=True)]
     if settings["sid_encoder"] == "hash":
@@ -44,8 +47,13 @@ def run(context: Context) -> dict:
         found, means = neighbour_means(embeddings, textless, pairs)
         embeddings[textless[found]] = means
         collaborative = int(found.sum())
-    facts = {"items": len(texts), "dimensions": embeddings.shape[1], "textless": len(textless),
-             "collaborative": collaborative, "token": len(textless) - collaborative}  # fmt: skip
+    facts = {
+        "items": len(texts),
+        "dimensions": embeddings.shape[1],
+        "textless": len(textless),
+        "collaborative": collaborative,
+        "token": len(textless) - collaborative,
+    }
     context.say(textless_line(facts))
     np.save(context.folder / "embeddings.npy", embeddings)
     return facts

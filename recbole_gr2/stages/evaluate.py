@@ -31,10 +31,19 @@ from recbole_gr2.teachers import true_statements
 from recbole_gr2.types import Item, Request
 
 PAIRS = (  # what each step is worth: its row, and the row that it has to beat
-    ("sft", "evidence"), ("sft", "lambdamart"), ("sft", "onerec_think"), ("sft", "onerec_think-no-think"),
-    ("distilled", "sft"), ("rl", "sft"), ("rl", "evidence"), ("rl", "lambdamart"), ("rl", "shuffled"),
-    ("internalised", "rl"), ("internalised", "evidence"), ("evidence", "lambdamart"),
-)  # fmt: skip
+    ("sft", "evidence"),
+    ("sft", "lambdamart"),
+    ("sft", "onerec_think"),
+    ("sft", "onerec_think-no-think"),
+    ("distilled", "sft"),
+    ("rl", "sft"),
+    ("rl", "evidence"),
+    ("rl", "lambdamart"),
+    ("rl", "shuffled"),
+    ("internalised", "rl"),
+    ("internalised", "evidence"),
+    ("evidence", "lambdamart"),
+)
 DIAGNOSTIC = ("oracle", "shuffled")  # rows that make no claim, and so belong to no family of tests
 OWN = "the base model's own scores"
 EXAMPLES = 2  # lists of each kind that are shown in words
@@ -58,8 +67,9 @@ def run(context: Context) -> dict:
         rankings["evidence"] = by_prior
     if "lambdamart" in settings["eval_rows"] and PREFIX + "lambdamart" not in context.folders:
         context.say("no evidence, so no lambdamart row")
-    rerankers = {stage.removeprefix(PREFIX): folder for stage, folder in context.folders.items()
-                 if stage.startswith(PREFIX)}  # fmt: skip
+    rerankers = {
+        stage.removeprefix(PREFIX): folder for stage, folder in context.folders.items() if stage.startswith(PREFIX)
+    }
     rankings |= {row: load_rankings(folder, items) for row, folder in rerankers.items()}
     rows = _metrics(context, requests, in_list, rankings)
     write_json(context.folder / "rows.json", rows)
@@ -68,24 +78,44 @@ def run(context: Context) -> dict:
     if said:
         row = "rl" if "rl" in said else list(said)[-1]
         (context.folder / "examples.md").write_text(
-            examples(in_list, row, rankings[row], said[row], items, settings["prompt_history"]), encoding="utf-8")
-    truth = {} if settings["trace_teacher"] != "rules" else {
-        row: truthfulness(in_list, reasoning, items, settings["prompt_history"]) for row, reasoning in said.items()}
-    return {"lists": len(requests), "in_list": len(in_list), "rows": rows,
-            "pairs": _pairs(in_list, rankings, settings), "truth": truth}
+            examples(in_list, row, rankings[row], said[row], items, settings["prompt_history"]), encoding="utf-8"
+        )
+    truth = (
+        {}
+        if settings["trace_teacher"] != "rules"
+        else {
+            row: truthfulness(in_list, reasoning, items, settings["prompt_history"]) for row, reasoning in said.items()
+        }
+    )
+    return {
+        "lists": len(requests),
+        "in_list": len(in_list),
+        "rows": rows,
+        "pairs": _pairs(in_list, rankings, settings),
+        "truth": truth,
+    }
 
 
-def truthfulness(requests: Sequence[Request], said: Mapping[str, str], items: Sequence[Item], shown: int
-                 ) -> dict[str, float]:  # fmt: skip
+def truthfulness(
+    requests: Sequence[Request], said: Mapping[str, str], items: Sequence[Item], shown: int
+) -> dict[str, float]:
     """Share of these requests' answers, by request id, whose statements are true, if they are in the words of the rules
     teacher: each statement, and all of them."""
     found = [true_statements(said[r.request_id], r, items, shown) for r in requests]
-    return {**{name: float(np.mean([each[name] for each in found])) for name in found[0]},
-            "all": float(np.mean([all(each.values()) for each in found]))}
+    return {
+        **{name: float(np.mean([each[name] for each in found])) for name in found[0]},
+        "all": float(np.mean([all(each.values()) for each in found])),
+    }
 
 
-def examples(requests: Sequence[Request], row: str, rankings: Rankings, said: Mapping[str, str],
-             items: Sequence[Item], shown: int) -> str:  # fmt: skip
+def examples(
+    requests: Sequence[Request],
+    row: str,
+    rankings: Rankings,
+    said: Mapping[str, str],
+    items: Sequence[Item],
+    shown: int,
+) -> str:
     """In words, the lists in which a row moved the target furthest up, and those in which furthest down."""
     moved = {r.request_id: r.target_rank - rankings[r.request_id].index(r.target) - 1 for r in requests}
     ordered = sorted(requests, key=lambda r: -moved[r.request_id])
@@ -99,12 +129,15 @@ def examples(requests: Sequence[Request], row: str, rankings: Rankings, said: Ma
     parts = []
     for request in chosen:
         ranking = rankings[request.request_id]
-        table = [[str(place), str(ranking.index(item) + 1), "taken" if item == request.target else "", words(item)]
-                 for place, item in enumerate(request.items, start=1)]  # fmt: skip
+        table = [
+            [str(place), str(ranking.index(item) + 1), "taken" if item == request.target else "", words(item)]
+            for place, item in enumerate(request.items, start=1)
+        ]
         reasoning = SID.sub(lambda found: titles.get(found[0], found[0]), said[request.request_id]).strip()
         parts.append(
             f"{request.request_id}, target from {request.target_rank} to {ranking.index(request.target) + 1}. History:"
-            + "\n\n" + "".join(f"- {words(item)}\n" for item in recent(request.history, max(shown, 1)))
+            + "\n\n"
+            + "".join(f"- {words(item)}\n" for item in recent(request.history, max(shown, 1)))
             + f"\n```\n{render_table(['base', row, 'target', 'candidate'], table)}\n```\n\n> {reasoning}\n"
         )
     return "\n".join(parts)
@@ -112,9 +145,17 @@ def examples(requests: Sequence[Request], row: str, rankings: Rankings, said: Ma
 
 def _pairs(requests: list[Request], rankings: dict[str, Rankings], settings) -> list[dict]:
     """Paired differences between the rows of PAIRS that there are, in_list, Holm-adjusted."""
-    pairs = [{"row": row, "versus": other, "metrics": _comparisons(
-                _ranks(requests, rankings[row]), _ranks(requests, rankings[other]), len(requests), settings)}
-             for row, other in PAIRS if row in rankings and other in rankings]  # fmt: skip
+    pairs = [
+        {
+            "row": row,
+            "versus": other,
+            "metrics": _comparisons(
+                _ranks(requests, rankings[row]), _ranks(requests, rankings[other]), len(requests), settings
+            ),
+        }
+        for row, other in PAIRS
+        if row in rankings and other in rankings
+    ]
     adjust_pairs(pairs)
     return pairs
 
@@ -133,11 +174,16 @@ def _metrics(
     else:
         base = recommender(context, context.folders["candidates"] / "base")  # loads: it is finished there
     users = {token: user for user, token in enumerate(data.user_tokens)}
-    everyone = None if settings["eval_max_lists"] is None and not settings["cand_file"] else [
-        users[r.user_token] for r in requests]  # fmt: skip
+    everyone = (
+        None
+        if settings["eval_max_lists"] is None and not settings["cand_file"]
+        else [users[r.user_token] for r in requests]
+    )
     scopes = {"all": everyone, "in_list": [users[r.user_token] for r in in_list]}
-    by_user = {name: {users[r.user_token]: given[r.request_id] for r in requests if r.request_id in given}
-               for name, given in rankings.items()}  # fmt: skip
+    by_user = {
+        name: {users[r.user_token]: given[r.request_id] for r in requests if r.request_id in given}
+        for name, given in rankings.items()
+    }
     ranks = {name: _ranks(in_list, given) for name, given in rankings.items()}
     rows, own = [], {}
     for scope, ids in scopes.items():
@@ -147,8 +193,16 @@ def _metrics(
         for name, given in rankings.items():
             unchanged = float(np.mean([given[r.request_id] == r.items for r in in_list]))
             versus = {} if name == "base" else _comparisons(ranks[name], ranks["base"], count, settings)
-            rows.append({"row": name, "scope": scope, "n": count, "metrics": metrics[name], "unchanged": unchanged,
-                         "vs_base": versus})  # fmt: skip
+            rows.append(
+                {
+                    "row": name,
+                    "scope": scope,
+                    "n": count,
+                    "metrics": metrics[name],
+                    "unchanged": unchanged,
+                    "vs_base": versus,
+                }
+            )
     _check_invariants(rows, own, settings["cand_num"])
     rows += _model_rows(context, dict(zip((r.user_token for r in in_list), ranks["base"], strict=True)), everyone)
     for scope in scopes:
@@ -166,8 +220,16 @@ def _model_rows(context: Context, base: dict[str, int], users: list[int] | None)
         test = json.loads((context.folders[name] / "test.json").read_text(encoding="utf-8"))
         own = np.array([base.get(user, BEYOND) for user in test["users"]])
         versus = _comparisons(np.array(test["ranks"]), own, len(own), context.settings)
-        rows.append({"row": name, "scope": "all", "n": len(own), "metrics": context.inputs[name].facts["metrics"],
-                     "unchanged": None, "vs_base": versus})  # fmt: skip
+        rows.append(
+            {
+                "row": name,
+                "scope": "all",
+                "n": len(own),
+                "metrics": context.inputs[name].facts["metrics"],
+                "unchanged": None,
+                "vs_base": versus,
+            }
+        )
     return rows
 
 
@@ -222,10 +284,13 @@ def _write_per_user(context: Context, requests: list[Request], rankings: dict[st
     import pandas as pd
 
     taken = np.bincount(np.concatenate(list(context.data.train_sequences().values())))
-    frame = pd.DataFrame({
-        "user": [r.user_token for r in requests], "history": [len(r.history) for r in requests],
-        "popularity": [taken[r.target] if r.target < len(taken) else 0 for r in requests],
-    })  # fmt: skip
+    frame = pd.DataFrame(
+        {
+            "user": [r.user_token for r in requests],
+            "history": [len(r.history) for r in requests],
+            "popularity": [taken[r.target] if r.target < len(taken) else 0 for r in requests],
+        }
+    )
     for name, given in rankings.items():
         frame[name] = _ranks(requests, given)
     frame.to_csv(context.folder / "per_user.csv", index=False)

@@ -41,9 +41,7 @@ def run(context: Context) -> dict:
             write_lines(context.folder / f"{split}.jsonl", ())
         context.say("no evidence: the policy starts from the language model alone")
         return {"facts": []}
-    requests = {
-        split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS
-    }
+    requests = {split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.items) for split in SPLITS}
     requests["train"] = [r for r in requests["train"] if r.teaches]
     embeddings = load_embeddings(context)
     training = [sequence.tolist() for sequence in data.train_sequences().values()]
@@ -57,8 +55,10 @@ def run(context: Context) -> dict:
     for split in SPLITS:
         np.save(context.folder / f"facts-{split}.npy", np.concatenate([each.facts for each in known[split]]))
         np.save(context.folder / f"pairs-{split}.npy", np.concatenate([each.padded for each in known[split]]))
-        context.say(f"{split}: {len(names)} facts about each candidate of {len(known[split]):,} lists, "
-                    f"{known[split][0].pairs.shape[2]} about it and each item of the history")  # fmt: skip
+        context.say(
+            f"{split}: {len(names)} facts about each candidate of {len(known[split]):,} lists, "
+            f"{known[split][0].pairs.shape[2]} about it and each item of the history"
+        )
 
     options = {name: settings[f"evidence_{name}"] for name in ("hidden", "dropout", "learning_rate", "weight_decay")}
     seed = derive_seed(settings["seed"], "evidence")
@@ -68,20 +68,27 @@ def run(context: Context) -> dict:
     most = [settings["evidence_steps"]] * settings["evidence_fits"]
     prior, steps, error = fit_priors(known["train"], goals, valid=checked, steps=most, seed=seed, **options)
     rows = {split: log_prior(prior, known[split]) for split in ("valid", "test")}
-    rows["train"] = cross_fit(known["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed,
-                              **options)  # fmt: skip
+    rows["train"] = cross_fit(
+        known["train"], goals, folds=settings["evidence_folds"], steps=steps, seed=seed, **options
+    )
     save_file(prior.state_dict(), context.folder / "prior.safetensors")
     for split in SPLITS:
-        write_lines(context.folder / f"{split}.jsonl", (
-            {"request_id": r.request_id, "log_prior": row} for r, row in zip(requests[split], rows[split], strict=True)
-        ))  # fmt: skip
+        write_lines(
+            context.folder / f"{split}.jsonl",
+            (
+                {"request_id": r.request_id, "log_prior": row}
+                for r, row in zip(requests[split], rows[split], strict=True)
+            ),
+        )
     quality = {
         "train": _quality(requests["train"], rows["train"]),
         "valid": _quality([requests["valid"][n] for n in held], [rows["valid"][n] for n in held]),
     }
     for split, found in quality.items():
-        context.say(f"{split}: target first {found['recall@1']:.4f} (base {found['base recall@1']:.4f}), ndcg@5 "
-                    f"{found['ndcg@5']:.4f} (base {found['base ndcg@5']:.4f}), {found['lists']:,} lists")  # fmt: skip
+        context.say(
+            f"{split}: target first {found['recall@1']:.4f} (base {found['base recall@1']:.4f}), ndcg@5 "
+            f"{found['ndcg@5']:.4f} (base {found['base ndcg@5']:.4f}), {found['lists']:,} lists"
+        )
     write_json(context.folder / "facts.json", names)
     return {"facts": names, "steps": steps, "valid_cross_entropy": error, "quality": quality}
 
@@ -114,11 +121,17 @@ def injected_requests(context: Context, items: Sequence[Item], count: int) -> li
     requests = []
     for r in rng.sample(lists, min(count, len(lists))):
         place, grade = rng.randrange(len(r.candidates)), data.targets(users[r.user_token], "train")[r.target]
-        requests.append(replace(
-            r, candidates=(*r.candidates[:place], replace(r.candidates[place], item_id=r.target),
-                           *r.candidates[place + 1 :]),
-            grades=r.grades and (*r.grades[:place], grade, *r.grades[place + 1 :]),
-        ))  # fmt: skip
+        requests.append(
+            replace(
+                r,
+                candidates=(
+                    *r.candidates[:place],
+                    replace(r.candidates[place], item_id=r.target),
+                    *r.candidates[place + 1 :],
+                ),
+                grades=r.grades and (*r.grades[:place], grade, *r.grades[place + 1 :]),
+            )
+        )
     requests = [r for r in requests if r.teaches]
     if not requests or not settings["evidence_providers"]:
         return requests
@@ -141,13 +154,18 @@ def _show(context: Context, requests: Sequence[Request], described: Sequence[Des
     folder, names = context.folders["evidence"], context.settings["prompt_evidence"]
     every = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     if set(names) - set(every):
-        raise ConfigurationError(f"there are no facts {sorted(set(names) - set(every))} to show",
-                                 where="prompt_evidence", do=f"choose from {', '.join(every)}")  # fmt: skip
+        raise ConfigurationError(
+            f"there are no facts {sorted(set(names) - set(every))} to show",
+            where="prompt_evidence",
+            do=f"choose from {', '.join(every)}",
+        )
     columns = [every.index(name) for name in names]
     tenths = edges(np.load(folder / "facts-train.npy")[:, columns])
     shown = [(each.facts[:, None, columns] > tenths).sum(axis=1).tolist() for each in described]
-    return [replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows))
-            for r, rows in zip(requests, shown, strict=True)]  # fmt: skip
+    return [
+        replace(r, facts=tuple(dict(zip(names, row, strict=True)) for row in rows))
+        for r, rows in zip(requests, shown, strict=True)
+    ]
 
 
 def edges(seen: np.ndarray) -> np.ndarray:
@@ -166,11 +184,14 @@ def load_described(context: Context, split: str, requests: Sequence[Request]) ->
     lines = read_lines(context.folders["evidence"] / f"{split}.jsonl")
     sizes = {line["request_id"]: len(line["log_prior"]) for line in lines}
     ends = dict(zip(sizes, np.cumsum(list(sizes.values())), strict=True))
-    facts, pairs = (np.load(context.folders["evidence"] / f"{kind}-{split}.npy", mmap_mode="r")
-                    for kind in ("facts", "pairs"))  # fmt: skip
+    facts, pairs = (
+        np.load(context.folders["evidence"] / f"{kind}-{split}.npy", mmap_mode="r") for kind in ("facts", "pairs")
+    )
     rows = {r.request_id: slice(ends[r.request_id] - sizes[r.request_id], ends[r.request_id]) for r in requests}
-    return [Described(np.array(facts[rows[r.request_id]]),
-                      np.array(pairs[rows[r.request_id], : len(r.history)])) for r in requests]  # fmt: skip
+    return [
+        Described(np.array(facts[rows[r.request_id]]), np.array(pairs[rows[r.request_id], : len(r.history)]))
+        for r in requests
+    ]
 
 
 def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> dict:
@@ -180,6 +201,8 @@ def _quality(requests: Sequence[Request], rows: Sequence[Sequence[float]]) -> di
     ours = np.array([order.index(r.target) + 1 for r, order in zip(requests, orders, strict=True)])
     return {
         "lists": len(requests),
-        "recall@1": float((ours == 1).mean()), "base recall@1": float((base == 1).mean()),
-        "ndcg@5": float(ndcg_at(ours, 5).mean()), "base ndcg@5": float(ndcg_at(base, 5).mean()),
-    }  # fmt: skip
+        "recall@1": float((ours == 1).mean()),
+        "base recall@1": float((base == 1).mean()),
+        "ndcg@5": float(ndcg_at(ours, 5).mean()),
+        "base ndcg@5": float(ndcg_at(base, 5).mean()),
+    }

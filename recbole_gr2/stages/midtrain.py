@@ -18,8 +18,8 @@ import torch
 from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
 from recbole_gr2.evidence import PROVIDERS, fact_names
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
-from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.backbone import RANDOM, best_dtype, load_backbone, load_saved, save_backbone, start_from_codebooks
+from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.finetune import Row, finetune
 from recbole_gr2.llm.likelihood import continuation_log_likelihood, perplexity
 from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, templates_for
@@ -49,11 +49,14 @@ def run(context: Context) -> dict:
     seed_everything(seed)
     learnt, held = general_texts(settings["mid_general"], settings["mid_tokens"] * share_of("general", settings), seed)
     model, tokenizer = load_backbone(
-        settings["llm"], layers=settings["llm_layers"], seed=seed, random_config=settings["llm_random"],
+        settings["llm"],
+        layers=settings["llm_layers"],
+        seed=seed,
+        random_config=settings["llm_random"],
         corpus=corpus(items, settings) + learnt + held,
         trim=settings["llm_trim_vocabulary"] and settings["llm"] != RANDOM,
         extra_tokens=added_tokens(settings["sid_levels"], settings["sid_codes"], settings["cand_num"]),
-    )  # fmt: skip
+    )
     if settings["mid_codebooks"]:
         rows = tokenizer.convert_tokens_to_ids(code_tokens(settings["sid_levels"], settings["sid_codes"]))
         start_from_codebooks(model, torch.tensor(rows), load_codebooks(context.folders["tokenizer"], settings), seed)
@@ -66,9 +69,16 @@ def run(context: Context) -> dict:
     language = {"before": perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)}
 
     before = model.get_input_embeddings().weight[new_tokens(tokenizer)].detach().clone()
-    common = {"batch_size": settings["mid_batch_size"], "micro_batch_size": settings["mid_micro_batch_size"],
-              "warmup_share": settings["mid_warmup_share"], "max_length": settings["mid_max_length"], "seed": seed,
-              "bf16": bf16, "save_steps": settings["mid_save_steps"], "say": context.say}  # fmt: skip
+    common = {
+        "batch_size": settings["mid_batch_size"],
+        "micro_batch_size": settings["mid_micro_batch_size"],
+        "warmup_share": settings["mid_warmup_share"],
+        "max_length": settings["mid_max_length"],
+        "seed": seed,
+        "bf16": bf16,
+        "save_steps": settings["mid_save_steps"],
+        "say": context.say,
+    }
     common["trie"] = code_choices(settings, tokenizer, items)
     texts = task_texts(items, histories, learnt, settings)
     longest = settings["mid_max_length"]
@@ -78,27 +88,40 @@ def run(context: Context) -> dict:
         context.say(f"embeddings of the new tokens alone, {len(first['persona']):,} texts")
         with new_rows_alone(model, new_tokens(tokenizer)):
             logs += finetune(
-                model, tokenizer, first["persona"], context.folder / "checkpoints" / "embeddings",
-                part_weights={"persona": 1.0}, learning_rate=settings["mid_embedding_learning_rate"], **common,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                first["persona"],
+                context.folder / "checkpoints" / "embeddings",
+                part_weights={"persona": 1.0},
+                learning_rate=settings["mid_embedding_learning_rate"],
+                **common,
+            )
     rows = mixture(texts, tokenizer, settings["mid_mix"], settings["mid_tokens"], longest, seed)
     context.say(f"all weights, {sum(map(len, rows.values())):,} texts")
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     logs += finetune(
-        model, tokenizer, [row for task in rows.values() for row in task], context.folder / "checkpoints" / "all",
-        part_weights=dict.fromkeys(rows, 1.0), learning_rate=settings["mid_learning_rate"], **common,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        [row for task in rows.values() for row in task],
+        context.folder / "checkpoints" / "all",
+        part_weights=dict.fromkeys(rows, 1.0),
+        learning_rate=settings["mid_learning_rate"],
+        **common,
+    )
     model = merged(model)
     moved = (model.get_input_embeddings().weight[new_tokens(tokenizer)] - before).norm(dim=1)
     if not bool((moved > 0).any()):
         raise GateError("the rows of the new tokens did not change", where="midtrain", do="raise mid_learning_rate")
     language["after"] = perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)
-    context.say(f"perplexity of {sum(map(len, unseen)):,} held-out tokens of plain text: "
-                f"{language['before']:.1f} before, {language['after']:.1f} after")  # fmt: skip
+    context.say(
+        f"perplexity of {sum(map(len, unseen)):,} held-out tokens of plain text: "
+        f"{language['before']:.1f} before, {language['after']:.1f} after"
+    )
     save_backbone(model, tokenizer, context.folder / "model")
     write_json(context.folder / "log.json", logs)
-    write_json(context.folder / "samples.json",
-               {task: tokenizer.decode(r[0].input_ids) for task, r in rows.items() if r})  # fmt: skip
+    write_json(
+        context.folder / "samples.json", {task: tokenizer.decode(r[0].input_ids) for task, r in rows.items() if r}
+    )
     return {
         "parameters": parameters,
         "vocabulary": len(tokenizer),
@@ -139,15 +162,25 @@ def code_choices(settings: Mapping, tokenizer, items: Sequence[Item]) -> SidTrie
     return SidTrie.of(tokenizer, np.array([item.sid for item in items])) if settings["mid_constrained"] else None
 
 
-def sid_log_likelihood(model, tokenizer, settings: Mapping, items: Sequence[Item], heads: Sequence[Sequence[int]],
-                       lists: Sequence[Sequence[int]]) -> list[list[float]]:  # fmt: skip
+def sid_log_likelihood(
+    model,
+    tokenizer,
+    settings: Mapping,
+    items: Sequence[Item],
+    heads: Sequence[Sequence[int]],
+    lists: Sequence[Sequence[int]],
+) -> list[list[float]]:
     """Log-likelihood of the codes of B lists of K item ids, each behind its head (token ids): B lists of K numbers."""
     sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in items]
     return continuation_log_likelihood(
-        model, [[*head, sids[0][0]] for head in heads], [[sids[i - 1][1:-1] for i in own] for own in lists],
-        pad_id=tokenizer.pad_token_id, batch_size=settings["eval_batch_lists"],
-        bf16=use_bf16(settings, model.device.type), trie=code_choices(settings, tokenizer, items),
-    )  # fmt: skip
+        model,
+        [[*head, sids[0][0]] for head in heads],
+        [[sids[i - 1][1:-1] for i in own] for own in lists],
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, model.device.type),
+        trie=code_choices(settings, tokenizer, items),
+    )
 
 
 def learnt_histories(data, settings: Mapping) -> list[list[int]]:
@@ -162,8 +195,9 @@ def share_of(task: str, settings: Mapping) -> float:
     return settings["mid_mix"].get(task, 0.0) / sum(settings["mid_mix"].values())
 
 
-def task_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], general: Sequence[str], settings: Mapping
-               ) -> dict[str, list[list[str]]]:  # fmt: skip
+def task_texts(
+    items: Sequence[Item], histories: Sequence[Sequence[int]], general: Sequence[str], settings: Mapping
+) -> dict[str, list[list[str]]]:
     """Every text of every task, as pieces.
 
     Raises:
@@ -181,8 +215,14 @@ def task_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], genera
     return tasks
 
 
-def mixture(texts: Mapping[str, Sequence[Sequence[str]]], tokenizer, mix: Mapping[str, float], tokens: int,
-            max_length: int, seed: int) -> dict[str, list[Row]]:  # fmt: skip
+def mixture(
+    texts: Mapping[str, Sequence[Sequence[str]]],
+    tokenizer,
+    mix: Mapping[str, float],
+    tokens: int,
+    max_length: int,
+    seed: int,
+) -> dict[str, list[Row]]:
     """Texts of each task as rows until the task's share of `tokens` is filled, in as many passes as that takes.
 
     A task's place in the alphabet, from 1, is the part of its rows, so that its loss is logged by itself.
@@ -224,8 +264,11 @@ def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str]
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
     paragraphs = [part for part in paragraphs if len(part) >= PARAGRAPH and part[0].isalpha()]
     if not paragraphs:
-        raise ConfigurationError(f"no paragraph of {PARAGRAPH} characters", where=f"mid_general: {file}",
-                                 do="give plain text with blank lines between paragraphs")  # fmt: skip
+        raise ConfigurationError(
+            f"no paragraph of {PARAGRAPH} characters",
+            where=f"mid_general: {file}",
+            do="give plain text with blank lines between paragraphs",
+        )
     random.Random(derive_seed(seed, "general")).shuffle(paragraphs)
     held = paragraphs[: min(HELD_OUT, len(paragraphs) // 2 + 1)]
     learnt, room = [], 4 * tokens  # about four characters a token
@@ -263,8 +306,7 @@ def sequential_texts(items: Sequence[Item], histories: Sequence[Sequence[int]]) 
             yield [SEQUENTIAL, *(sid_text(items[i - 1].sid) for i in history)]
 
 
-def persona_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], settings: Mapping
-                  ) -> Iterator[list[str]]:  # fmt: skip
+def persona_texts(items: Sequence[Item], histories: Sequence[Sequence[int]], settings: Mapping) -> Iterator[list[str]]:
     """A history as semantic IDs, each followed by its text."""
     show = PromptMaker.of(settings, items).shown
     for history in histories:
@@ -299,10 +341,14 @@ def corpus(items: Sequence[Item], settings: Mapping) -> list[str]:
     for start in range(0, len(plain), size):
         block = [item.item_id for item in plain[start : start + size]]
         request = Request(
-            request_id="corpus", user_token="", split="train", history=tuple(block), target=block[0],
+            request_id="corpus",
+            user_token="",
+            split="train",
+            history=tuple(block),
+            target=block[0],
             provider="",
             candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate(block, start=1)),
-        )  # fmt: skip
+        )
         texts += [message["content"] for message in maker.render(request).messages]
     every = {name: level % 10 for level, name in enumerate(fact_names(list(PROVIDERS)))}
     request = replace(request, facts=(every,) * len(request.items))

@@ -37,8 +37,15 @@ from recbole_gr2.sid.tokens import SID_BEGIN, sid_text
 from recbole_gr2.stages import Context
 from recbole_gr2.stages.embeddings import load_embeddings
 from recbole_gr2.stages.midtrain import (
-    PERSONA, code_choices, describe, learnt_histories, load_stage_model, new_tokens, sid_log_likelihood, use_bf16,
-)  # fmt: skip
+    PERSONA,
+    code_choices,
+    describe,
+    learnt_histories,
+    load_stage_model,
+    new_tokens,
+    sid_log_likelihood,
+    use_bf16,
+)
 from recbole_gr2.stages.tokenizer import load_items
 from recbole_gr2.store import read_lines, write_json, write_lines
 from recbole_gr2.types import Candidate, Item, Request
@@ -71,20 +78,34 @@ def run(context: Context) -> dict:
     model, tokenizer = load_stage_model(context, "midtrain")
     if think:
         add_tokens(model, tokenizer, [THINK, END_OF_THINK], seed)
-    rows = [training_row(maker, tokenizer, history, items[target - 1], trace, settings["ort_max_trace"])
-            for (history, target), trace in zip(drawn, traces, strict=True)]  # fmt: skip
+    rows = [
+        training_row(maker, tokenizer, history, items[target - 1], trace, settings["ort_max_trace"])
+        for (history, target), trace in zip(drawn, traces, strict=True)
+    ]
     lengths = [len(row.input_ids) for row in rows]
     context.say(f"{sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed_everything(seed)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
-    logs = {"sft": finetune(
-        model, tokenizer, rows, context.folder / "checkpoints" / "sft",
-        part_weights={"trace": settings["ort_trace_weight"], "item": 1.0}, steps=steps, batch_size=size,
-        micro_batch_size=settings["ort_micro_batch_size"], learning_rate=settings["ort_learning_rate"],
-        warmup_share=settings["ort_warmup_share"], max_length=max(lengths), seed=seed,
-        bf16=use_bf16(settings, model.device.type), save_steps=settings["ort_save_steps"],
-        trie=code_choices(settings, tokenizer, items), say=context.say,
-    )}  # fmt: skip
+    logs = {
+        "sft": finetune(
+            model,
+            tokenizer,
+            rows,
+            context.folder / "checkpoints" / "sft",
+            part_weights={"trace": settings["ort_trace_weight"], "item": 1.0},
+            steps=steps,
+            batch_size=size,
+            micro_batch_size=settings["ort_micro_batch_size"],
+            learning_rate=settings["ort_learning_rate"],
+            warmup_share=settings["ort_warmup_share"],
+            max_length=max(lengths),
+            seed=seed,
+            bf16=use_bf16(settings, model.device.type),
+            save_steps=settings["ort_save_steps"],
+            trie=code_choices(settings, tokenizer, items),
+            say=context.say,
+        )
+    }
     model = merged(model)
     if think and settings["ort_variant"] == "paper" and settings["ort_rl_steps"]:
         model, logs["rl"] = reinforce(context, model, tokenizer, maker, drawn)
@@ -92,9 +113,11 @@ def run(context: Context) -> dict:
     write_json(context.folder / "log.json", logs)
     (context.folder / "sample.txt").write_text(tokenizer.decode(rows[0].input_ids) + "\n", encoding="utf-8")
     return {
-        "texts": len(drawn), "steps": steps, "tokens": sum(lengths),
+        "texts": len(drawn),
+        "steps": steps,
+        "tokens": sum(lengths),
         **{f"{stage}_{when}": log[line] for stage, log in logs.items() for when, line in (("first", 0), ("last", -1))},
-    }  # fmt: skip
+    }
 
 
 def thinks(name: str) -> bool:
@@ -126,8 +149,9 @@ def sentence(item: Item) -> str:
     return f" Next is {kind(item) or shorten(item.title, 30) or item.token}. "
 
 
-def training_row(maker: PromptMaker, tokenizer, history: Sequence[int], target: Item, trace: str, max_trace: int
-                 ) -> Row:  # fmt: skip
+def training_row(
+    maker: PromptMaker, tokenizer, history: Sequence[int], target: Item, trace: str, max_trace: int
+) -> Row:
     """Prompt, trace and item as tokens: no loss on the prompt, part 1 on the trace and its end, part 2 on the codes.
 
     Without a trace, or at `max_trace` 0, the item follows on the prompt. `<think>`, `<|sid_begin|>` and `<|sid_end|>`
@@ -140,8 +164,7 @@ def training_row(maker: PromptMaker, tokenizer, history: Sequence[int], target: 
         said = said[: max_trace - 1]
         begin, end = tokenizer.convert_tokens_to_ids([THINK, END_OF_THINK])
         thought, parts = [begin, *said, end], [0, *[TRACE] * len(said), TRACE]
-    return Row(input_ids=[*head, *thought, *sid],
-               parts=[*[0] * len(head), *parts, 0, *[ITEM] * (len(sid) - 2), 0])  # fmt: skip
+    return Row(input_ids=[*head, *thought, *sid], parts=[*[0] * len(head), *parts, 0, *[ITEM] * (len(sid) - 2), 0])
 
 
 def prompt_ids(maker: PromptMaker, tokenizer, history: Sequence[int]) -> list[int]:
@@ -164,17 +187,34 @@ def rationales(context: Context, maker: PromptMaker, drawn: Sequence[tuple[Seque
     seed = derive_seed(settings["seed"], "onerec_think", "rationales")
     add_tokens(model, tokenizer, [THINK, END_OF_THINK], seed)
     embeddings = load_embeddings(context)
-    asked = [[*rationale_prompt(maker, tokenizer, most_similar(history, target, embeddings, settings["ort_similar"]),
-                                target), tokenizer.convert_tokens_to_ids(THINK)]
-             for history, target in drawn]  # fmt: skip
+    asked = [
+        [
+            *rationale_prompt(
+                maker, tokenizer, most_similar(history, target, embeddings, settings["ort_similar"]), target
+            ),
+            tokenizer.convert_tokens_to_ids(THINK),
+        ]
+        for history, target in drawn
+    ]
     grammar = Grammar.of(tokenizer, END_OF_THINK, [SID_BEGIN], settings["ort_max_trace"])
     completions = generate_rankings(
-        model, asked, [[0.0]] * len(asked), grammar=grammar, temperature=settings["ort_temperature"], seed=seed,
-        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
-    )  # fmt: skip
+        model,
+        asked,
+        [[0.0]] * len(asked),
+        grammar=grammar,
+        temperature=settings["ort_temperature"],
+        seed=seed,
+        batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, model.device.type),
+    )
     words = (tokenizer.decode(ids[:-3], skip_special_tokens=True) for ids in completions)
-    write_lines(file, ({"history": history, "target": target, "rationale": f" {' '.join(said.split())} "}
-                       for (history, target), said in zip(drawn, words, strict=True)))  # fmt: skip
+    write_lines(
+        file,
+        (
+            {"history": history, "target": target, "rationale": f" {' '.join(said.split())} "}
+            for (history, target), said in zip(drawn, words, strict=True)
+        ),
+    )
     return [line["rationale"] for line in read_lines(file)]
 
 
@@ -194,8 +234,9 @@ def rationale_prompt(maker: PromptMaker, tokenizer, history: Sequence[int], targ
     """The request for a rationale as a chat prompt. It names the target: what it gives is training data."""
     shown = "\n".join(describe(maker.shown(item)) for item in history)
     text = f"{PERSONA}\n{shown}\nNext the shopper took {describe(maker.shown(target))}. Say why, in one sentence."
-    text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                         add_generation_prompt=True)  # fmt: skip
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -212,30 +253,57 @@ def reinforce(context: Context, model, tokenizer, maker: PromptMaker, drawn: Seq
     think, rows, requests = tokenizer.convert_tokens_to_ids(THINK), [], {}
     for number, (history, target) in enumerate(drawn):
         name = f"train/{number}"
-        rows.append({"request_id": name, "prompt_ids": [*prompt_ids(maker, tokenizer, history), think],
-                     "label_items": [target], "label_prior": [0.0]})  # fmt: skip
+        rows.append(
+            {
+                "request_id": name,
+                "prompt_ids": [*prompt_ids(maker, tokenizer, history), think],
+                "label_items": [target],
+                "label_prior": [0.0],
+            }
+        )
         requests[name] = Request(  # the grammar's one label stands for the target, whatever the trace says
-            request_id=name, user_token="", split="train", history=tuple(history), target=target, provider="",
+            request_id=name,
+            user_token="",
+            split="train",
+            history=tuple(history),
+            target=target,
+            provider="",
             candidates=(Candidate(item_id=target, score=0.0, rank=1),),
-        )  # fmt: skip
+        )
     seed = derive_seed(settings["seed"], "onerec_think", "rl")
     seed_everything(seed)
     config = dapo_config(
-        str(folder), steps=settings["ort_rl_steps"], prompts_per_step=settings["ort_rl_prompts_per_step"],
-        num_generations=settings["ort_rl_num_generations"], num_iterations=1, epsilon_high=0.2,  # GRPO: as epsilon_low
-        micro_batch_size=settings["ort_rl_micro_batch_size"], learning_rate=settings["ort_rl_learning_rate"],
-        mask_truncated=False, bf16=use_bf16(settings, model.device.type), seed=seed,
-        save_steps=settings["ort_rl_save_steps"], use_cpu=model.device.type == "cpu",
-    )  # fmt: skip
+        str(folder),
+        steps=settings["ort_rl_steps"],
+        prompts_per_step=settings["ort_rl_prompts_per_step"],
+        num_generations=settings["ort_rl_num_generations"],
+        num_iterations=1,
+        epsilon_high=0.2,  # GRPO: as epsilon_low
+        micro_batch_size=settings["ort_rl_micro_batch_size"],
+        learning_rate=settings["ort_rl_learning_rate"],
+        mask_truncated=False,
+        bf16=use_bf16(settings, model.device.type),
+        seed=seed,
+        save_steps=settings["ort_rl_save_steps"],
+        use_cpu=model.device.type == "cpu",
+    )
     config.save_total_limit = 1
     reference = deepcopy(model)
     trainer = RolloutBeamTrainer(
-        with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer)), config, rows, requests=requests,
-        grammar=grammar, tokenizer=tokenizer, trie=SidTrie.of(tokenizer, codes), codes=torch.from_numpy(codes),
-        beams=settings["ort_rl_beams"], constrained=settings["mid_constrained"],
-        reference=reference, kl=settings["ort_rl_kl"],
+        with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer)),
+        config,
+        rows,
+        requests=requests,
+        grammar=grammar,
+        tokenizer=tokenizer,
+        trie=SidTrie.of(tokenizer, codes),
+        codes=torch.from_numpy(codes),
+        beams=settings["ort_rl_beams"],
+        constrained=settings["mid_constrained"],
+        reference=reference,
+        kl=settings["ort_rl_kl"],
         callbacks=[ProgressLines(context.say, ("reward", "frac_groups_kept", "kl", "completions/mean_length"))],
-    )  # fmt: skip
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     return merged(trainer.model), [line for line in trainer.state.log_history if "reward" in line]
 
@@ -243,8 +311,9 @@ def reinforce(context: Context, model, tokenizer, maker: PromptMaker, drawn: Seq
 # --- use -------------------------------------------------------------------------------------------------------------
 
 
-def prompts(model, tokenizer, maker: PromptMaker, settings: Mapping, think: bool, histories: Sequence[Sequence[int]]
-            ) -> list[list[int]]:  # fmt: skip
+def prompts(
+    model, tokenizer, maker: PromptMaker, settings: Mapping, think: bool, histories: Sequence[Sequence[int]]
+) -> list[list[int]]:
     """Token ids behind which the next item is named: B histories -> B * S prompts, S traces of a history side by side.
 
     A trace is a completion under the answer's grammar whose only label is `<|sid_begin|>`: free words, `</think>`, and
@@ -257,10 +326,16 @@ def prompts(model, tokenizer, maker: PromptMaker, settings: Mapping, think: bool
     samples = settings["ort_samples"]
     begun = [[*head, tokenizer.convert_tokens_to_ids(THINK)] for head in heads]
     completions = generate_rankings(
-        model, begun, [[0.0]] * len(begun), grammar=grammar, num_generations=samples,
-        temperature=settings["ort_temperature"], batch_size=settings["eval_batch_lists"],
-        seed=derive_seed(settings["seed"], "onerec_think"), bf16=use_bf16(settings, model.device.type),
-    )  # fmt: skip
+        model,
+        begun,
+        [[0.0]] * len(begun),
+        grammar=grammar,
+        num_generations=samples,
+        temperature=settings["ort_temperature"],
+        batch_size=settings["eval_batch_lists"],
+        seed=derive_seed(settings["seed"], "onerec_think"),
+        bf16=use_bf16(settings, model.device.type),
+    )
     ends = (tokenizer.convert_tokens_to_ids(SID_BEGIN), grammar.eos_id)
     assert all(tuple(completion[-2:]) == ends for completion in completions)
     return [begun[number // samples] + completion[:-2] for number, completion in enumerate(completions)]
@@ -271,25 +346,38 @@ def recommender(context: Context, items: Sequence[Item]) -> Generator:
     settings = context.settings
     model, tokenizer = load_stage_model(context, ONEREC_THINK[context.stage])
     return Generator(
-        name=context.stage, model=model, tokenizer=tokenizer, data=context.data,
+        name=context.stage,
+        model=model,
+        tokenizer=tokenizer,
+        data=context.data,
         exclude_seen=settings["cand_exclude_seen"],
         facts={"model": context.stage, "hold_out": settings["mid_hold_out"]},
-        items=items, beams=settings["ort_beams"], constrained=settings["mid_constrained"],
-        batch_size=settings["eval_batch_lists"], bf16=use_bf16(settings, model.device.type),
+        items=items,
+        beams=settings["ort_beams"],
+        constrained=settings["mid_constrained"],
+        batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, model.device.type),
         prompts=partial(prompts, model, tokenizer, prompt_maker(settings, items), settings, thinks(context.stage)),
-    )  # fmt: skip
+    )
 
 
-def candidate_scores(context: Context, items: Sequence[Item], requests: Sequence[Request], row: str
-                     ) -> list[list[float]]:  # fmt: skip
+def candidate_scores(
+    context: Context, items: Sequence[Item], requests: Sequence[Request], row: str
+) -> list[list[float]]:
     """Log-likelihood of each candidate's codes behind the prompt, B lists of K: of several traces its best.
 
     It is the log-probability that the beam search gives the same item.
     """
     settings = context.settings
     model, tokenizer = load_stage_model(context, row)
-    heads = prompts(model, tokenizer, prompt_maker(settings, items), settings, thinks(row),
-                    [request.history for request in requests])  # fmt: skip
+    heads = prompts(
+        model,
+        tokenizer,
+        prompt_maker(settings, items),
+        settings,
+        thinks(row),
+        [request.history for request in requests],
+    )
     samples = len(heads) // max(len(requests), 1)
     lists = [request.items for request in requests for _ in range(samples)]
     scores = sid_log_likelihood(model, tokenizer, settings, items, heads, lists)

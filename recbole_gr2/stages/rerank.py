@@ -54,16 +54,25 @@ def run(context: Context) -> dict:
     else:
         rankings, how, details = answered_rankings(context, items, requests, row)
     seconds = time.monotonic() - started
-    write_lines(context.folder / "rankings.jsonl", (
-        {"request_id": name, "ranking": [items[i - 1].token for i in ranking], **details.get(name, {})}
-        for name, ranking in rankings.items()
-    ))  # fmt: skip
+    write_lines(
+        context.folder / "rankings.jsonl",
+        (
+            {"request_id": name, "ranking": [items[i - 1].token for i in ranking], **details.get(name, {})}
+            for name, ranking in rankings.items()
+        ),
+    )
     unchanged = float(np.mean([rankings[r.request_id] == r.items for r in requests]))
     as_evidence = float(np.mean([rankings[r.request_id] == r.by_prior for r in requests]))
     first_as_evidence = float(np.mean([rankings[r.request_id][0] == r.by_prior[0] for r in requests]))
     context.say(f"{row}: {len(requests):,} lists in {seconds:.0f} s, {unchanged:.1%} unchanged, {how}")
-    return {**how, "unchanged": unchanged, "as_evidence": as_evidence, "first_as_evidence": first_as_evidence,
-            "seconds": round(seconds, 1), "lists_per_second": round(len(requests) / seconds, 2)}  # fmt: skip
+    return {
+        **how,
+        "unchanged": unchanged,
+        "as_evidence": as_evidence,
+        "first_as_evidence": first_as_evidence,
+        "seconds": round(seconds, 1),
+        "lists_per_second": round(len(requests) / seconds, 2),
+    }
 
 
 def reported_lists(context: Context, items: Sequence[Item]) -> tuple[list[Request], list[Request]]:
@@ -77,8 +86,10 @@ def reported_lists(context: Context, items: Sequence[Item]) -> tuple[list[Reques
 def load_rankings(folder: Path, items: Sequence[Item]) -> Rankings:
     """Rankings that a rerank stage wrote, as item ids."""
     ids = {item.token: item.item_id for item in items}
-    return {line["request_id"]: tuple(ids[token] for token in line["ranking"])
-            for line in read_lines(folder / "rankings.jsonl")}  # fmt: skip
+    return {
+        line["request_id"]: tuple(ids[token] for token in line["ranking"])
+        for line in read_lines(folder / "rankings.jsonl")
+    }
 
 
 def load_reasoning(folder: Path) -> dict[str, str]:
@@ -87,32 +98,45 @@ def load_reasoning(folder: Path) -> dict[str, str]:
     return said if any(said.values()) else {}
 
 
-def answered_rankings(context: Context, items: Sequence[Item], requests: list[Request], row: str
-                      ) -> tuple[Rankings, dict, dict[str, dict]]:  # fmt: skip
+def answered_rankings(
+    context: Context, items: Sequence[Item], requests: list[Request], row: str
+) -> tuple[Rankings, dict, dict[str, dict]]:
     """A language model's answers: their rankings, facts about them all, and each one's details by request."""
     settings = context.settings
     model, tokenizer = load_stage_model(context, MODELS.get(row, row))
     grammar = answer_grammar(tokenizer, settings, reasoning=row != "internalised")
     maker = PromptMaker.of(settings, items)
-    orders = {r.request_id: shuffled_order(r, settings["seed"], "shuffled") if row == "shuffled" else maker.order(r)
-              for r in requests}  # fmt: skip
+    orders = {
+        r.request_id: shuffled_order(r, settings["seed"], "shuffled") if row == "shuffled" else maker.order(r)
+        for r in requests
+    }
     answers, _ = answer_requests(
-        model, tokenizer, maker, grammar, requests, bf16=use_bf16(settings, model.device.type), orders=orders,
+        model,
+        tokenizer,
+        maker,
+        grammar,
+        requests,
+        bf16=use_bf16(settings, model.device.type),
+        orders=orders,
         batch_size=settings["eval_batch_lists"],
-    )  # fmt: skip
+    )
     statuses = Counter(answer.status for answer in answers)
     facts = {
-        "readable": 1.0 - statuses["unreadable"] / len(answers), "statuses": dict(statuses),
+        "readable": 1.0 - statuses["unreadable"] / len(answers),
+        "statuses": dict(statuses),
         "output_tokens": round(float(np.mean([answer.output_tokens for answer in answers])), 1),
-        **promoted(requests, answers, orders), **grounding(answers, requests, items, settings["prompt_history"]),
-    }  # fmt: skip
-    details = {a.request_id: {"status": a.status, "reasoning": a.reasoning, "output_tokens": a.output_tokens}
-               for a in answers}  # fmt: skip
+        **promoted(requests, answers, orders),
+        **grounding(answers, requests, items, settings["prompt_history"]),
+    }
+    details = {
+        a.request_id: {"status": a.status, "reasoning": a.reasoning, "output_tokens": a.output_tokens} for a in answers
+    }
     return {a.request_id: a.ranking for a in answers}, facts, details
 
 
-def promoted(requests: Sequence[Request], answers: Sequence[Answer], orders: Mapping[str, Sequence[int]]
-             ) -> dict[str, dict[str, int]]:  # fmt: skip
+def promoted(
+    requests: Sequence[Request], answers: Sequence[Answer], orders: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, int]]:
     """Where the first places come from: from which rank of the base order, and from which slot of the prompt.
 
     A policy with a position bias promotes a fixed slot (GR2, section 5). In shuffled prompts the base ranks do not show
@@ -123,8 +147,10 @@ def promoted(requests: Sequence[Request], answers: Sequence[Answer], orders: Map
     """
     places = [r.items.index(a.ranking[0]) for r, a in zip(requests, answers, strict=True)]
     slots = [list(orders[r.request_id]).index(place) for r, place in zip(requests, places, strict=True)]
-    return {name: {str(place + 1): count for place, count in sorted(Counter(found).items())}
-            for name, found in (("promoted_from_rank", places), ("promoted_from_slot", slots))}  # fmt: skip
+    return {
+        name: {str(place + 1): count for place, count in sorted(Counter(found).items())}
+        for name, found in (("promoted_from_rank", places), ("promoted_from_slot", slots))
+    }
 
 
 def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[Request]) -> tuple[Rankings, dict]:
@@ -133,8 +159,12 @@ def lambdamart_rankings(context: Context, items: Sequence[Item], requests: list[
     for split in ("train", "valid"):
         held = [r for r in load_requests(context, split, items) if r.teaches]
         lists[split] = load_described(context, split, held), [r.gains for r in held]
-    scores, trees = lambdamart(lists["train"], lists["valid"], load_described(context, "test", requests),
-                               seed=derive_seed(context.settings["seed"], "lambdamart"))  # fmt: skip
+    scores, trees = lambdamart(
+        lists["train"],
+        lists["valid"],
+        load_described(context, "test", requests),
+        seed=derive_seed(context.settings["seed"], "lambdamart"),
+    )
     return {r.request_id: by_score(r, row) for r, row in zip(requests, scores, strict=True)}, {"trees": trees}
 
 

@@ -60,8 +60,9 @@ def run(context: Context) -> dict:
     if len(requests) < settings["rl_prompts_per_step"]:
         raise GateError(
             f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
-            where="rl_prompts_per_step", do="lower it, or train a better base model",
-        )  # fmt: skip
+            where="rl_prompts_per_step",
+            do="lower it, or train a better base model",
+        )
     injected = injected_requests(context, items, settings["rl_injected"])
     requests += injected
     distill = context.stage == "distill"
@@ -71,9 +72,14 @@ def run(context: Context) -> dict:
     rows = []
     for request in requests:
         prompt = maker.render(request)
-        rows.append({"request_id": request.request_id, "prompt_ids": encode_prompt(prompt, tokenizer),
-                     "label_items": maker.label_items(request, prompt),
-                     "label_prior": maker.label_prior(request, prompt)})  # fmt: skip
+        rows.append(
+            {
+                "request_id": request.request_id,
+                "prompt_ids": encode_prompt(prompt, tokenizer),
+                "label_items": maker.label_items(request, prompt),
+                "label_prior": maker.label_prior(request, prompt),
+            }
+        )
     rewards, weights = dict(REWARDS), dict(settings["rl_rewards"])
     if settings["rl_overlong_buffer"] and grammar.max_reasoning:
         rewards["overlong"] = overlong(grammar.max_reasoning, settings["rl_overlong_buffer"])
@@ -83,27 +89,43 @@ def run(context: Context) -> dict:
     bf16 = use_bf16(settings, model.device.type)
     folder = context.folder / "checkpoints"
     config = dapo_config(
-        str(folder), steps=settings["distill_steps" if distill else "rl_steps"],
+        str(folder),
+        steps=settings["distill_steps" if distill else "rl_steps"],
         prompts_per_step=settings["rl_prompts_per_step"],
-        num_generations=settings["rl_num_generations"], num_iterations=settings["rl_num_iterations"],
-        minibatches=settings["rl_minibatches"], micro_batch_size=settings["rl_micro_batch_size"],
-        learning_rate=settings["rl_learning_rate"], warmup_steps=settings["rl_warmup_steps"],
-        temperature=settings["rl_temperature"], epsilon_low=settings["rl_epsilon_low"],
-        epsilon_high=settings["rl_epsilon_high"], bf16=bf16, seed=seed,
+        num_generations=settings["rl_num_generations"],
+        num_iterations=settings["rl_num_iterations"],
+        minibatches=settings["rl_minibatches"],
+        micro_batch_size=settings["rl_micro_batch_size"],
+        learning_rate=settings["rl_learning_rate"],
+        warmup_steps=settings["rl_warmup_steps"],
+        temperature=settings["rl_temperature"],
+        epsilon_low=settings["rl_epsilon_low"],
+        epsilon_high=settings["rl_epsilon_high"],
+        bf16=bf16,
+        seed=seed,
         mask_truncated=not distill and settings["rl_mask_truncated"],  # distill has yet to learn where to end
-        save_steps=settings["rl_save_steps"], use_cpu=model.device.type == "cpu",
+        save_steps=settings["rl_save_steps"],
+        use_cpu=model.device.type == "cpu",
         processes=PROCESSES,
-    )  # fmt: skip
+    )
     config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     trainer_class, more = DAPOTrainer, {}
     if distill:
         trainer_class, more = DistillTrainer, {"teacher": teacher(context, tokenizer), "kl": settings["distill_kl"]}
     trainer = trainer_class(
-        model, config, rows, requests={r.request_id: r for r in requests}, rewards=WeightedRewards(weights, rewards),
-        grammar=grammar, tokenizer=tokenizer, max_refill=settings["rl_max_refill"], max_dead=settings["rl_max_dead"],
-        callbacks=[ProgressLines(context.say, FIGURES)], **more,
-    )  # fmt: skip
+        model,
+        config,
+        rows,
+        requests={r.request_id: r for r in requests},
+        rewards=WeightedRewards(weights, rewards),
+        grammar=grammar,
+        tokenizer=tokenizer,
+        max_refill=settings["rl_max_refill"],
+        max_dead=settings["rl_max_dead"],
+        callbacks=[ProgressLines(context.say, FIGURES)],
+        **more,
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     log = [line for line in trainer.state.log_history if "reward" in line]
     if trainer.accelerator.is_main_process:
@@ -132,5 +154,8 @@ def curve(log: Sequence[Mapping[str, float]], names: Iterable[str] = FIGURES, pa
     {'reward': [2.0, 5.0]}
     """
     places = np.array_split(np.arange(len(log)), min(parts, len(log)))
-    return {name: [float(np.mean([log[place][name] for place in part])) for part in places]
-            for name in names if all(name in line for line in log)}  # fmt: skip
+    return {
+        name: [float(np.mean([log[place][name] for place in part])) for part in places]
+        for name in names
+        if all(name in line for line in log)
+    }

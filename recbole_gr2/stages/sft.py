@@ -57,15 +57,23 @@ def run(context: Context) -> dict:
     bf16 = use_bf16(settings, model.device.type)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = finetune(
-        model, tokenizer, rows, context.folder / "checkpoints",
+        model,
+        tokenizer,
+        rows,
+        context.folder / "checkpoints",
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
         llm_weight=grammar.llm_weight,
         steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(rows) / settings["sft_batch_size"])),
         batch_size=settings["sft_batch_size"],
-        micro_batch_size=settings["sft_micro_batch_size"], learning_rate=settings["sft_learning_rate"],
-        warmup_share=settings["sft_warmup_share"], max_length=settings["sft_max_length"], seed=seed, bf16=bf16,
-        save_steps=settings["sft_save_steps"], say=context.say,
-    )  # fmt: skip
+        micro_batch_size=settings["sft_micro_batch_size"],
+        learning_rate=settings["sft_learning_rate"],
+        warmup_share=settings["sft_warmup_share"],
+        max_length=settings["sft_max_length"],
+        seed=seed,
+        bf16=bf16,
+        save_steps=settings["sft_save_steps"],
+        say=context.say,
+    )
     model = merged(model)
     save_backbone(model, tokenizer, context.folder / "model")
     write_json(context.folder / "log.json", log)
@@ -77,17 +85,24 @@ def run(context: Context) -> dict:
     share = statuses["ok"] / len(answers)
     write_json(
         context.folder / "samples.json",
-        [{"request_id": r.request_id, "prompt": maker.render(r).messages[-1]["content"],
-          "completion": tokenizer.decode(c), "status": a.status}
-         for r, a, c in zip(checked[:5], answers[:5], completions[:5], strict=True)],
-    )  # fmt: skip
+        [
+            {
+                "request_id": r.request_id,
+                "prompt": maker.render(r).messages[-1]["content"],
+                "completion": tokenizer.decode(c),
+                "status": a.status,
+            }
+            for r, a, c in zip(checked[:5], answers[:5], completions[:5], strict=True)
+        ],
+    )
     context.say(f"validation answers: {dict(statuses)}; e.g. {answers[0].reasoning[:160]!r}")
     if share < settings["sft_min_ok"]:
         raise GateError(
-            f"{share:.0%} of {len(answers)} validation answers end their reasoning by themselves", where="sft",
+            f"{share:.0%} of {len(answers)} validation answers end their reasoning by themselves",
+            where="sft",
             why="RL cannot rescue a policy that has not learnt the form of an answer",
             do="train longer (sft_steps), raise prompt_max_reasoning, or lower sft_min_ok",
-        )  # fmt: skip
+        )
     return {
         "texts": len(rows),
         "tokens_mean": sum(lengths) / len(lengths),
@@ -105,7 +120,7 @@ def taught_ranking(request: Request, ranking: Sequence[int], others: str, seed: 
     learn of them is then nothing, as the prior is added to what it says; from the prior's own order it would learn to
     say the prior once more, as well as it can.
     """
-    if others == "teacher" or others == "prior" and not request.prior:
+    if others == "teacher" or (others == "prior" and not request.prior):
         return tuple(ranking)
     if others == "base":
         return promote(request.items, ranking[0])
@@ -115,9 +130,15 @@ def taught_ranking(request: Request, ranking: Sequence[int], others: str, seed: 
 
 
 def training_row(
-    maker: PromptMaker, request: Request, prompt: Prompt, trace: Trace, tokenizer, grammar: Grammar, *,
+    maker: PromptMaker,
+    request: Request,
+    prompt: Prompt,
+    trace: Trace,
+    tokenizer,
+    grammar: Grammar,
+    *,
     drawn: bool = False,
-) -> Row:  # fmt: skip
+) -> Row:
     """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
 
     A label is a choice among the open ones, under the prior, as it is in generation, and a cited semantic ID one among
@@ -140,13 +161,16 @@ def training_row(
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
     labels = [label_of[item] for item in request.by_gain(trace.ranking)]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))
-    said = grammar.phases(torch.tensor([[*reasoning, grammar.ranking_id]]), torch.tensor([len(labels)]),
-                          grammar.cited(torch.tensor([head]), prior))  # fmt: skip
+    said = grammar.phases(
+        torch.tensor([[*reasoning, grammar.ranking_id]]),
+        torch.tensor([len(labels)]),
+        grammar.cited(torch.tensor([head]), prior),
+    )
     parts, choices = [REASONING] * len(reasoning), {}
     for place, token in enumerate(reasoning):
         found = zip(said.copies[0, place].tolist(), said.copy_prior[0, place].tolist(), strict=True)
         shown = {one: own for one, own in found if one != FREE}
-        if said.only[0, place] != FREE or shown and token not in shown:
+        if said.only[0, place] != FREE or (shown and token not in shown):
             parts[place] = 0
         elif shown:
             choices[len(head) + place] = shown
@@ -156,10 +180,10 @@ def training_row(
     others = first + len(labels) - request.gains.count(min(request.gains))  # from here on all are worth the same
     return Row(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
-        parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0,
-               *[ANSWER] * (len(labels) - 1), 0, 0],
-        choices=choices, drawn=frozenset(place for place in choices if drawn and place >= others),
-    )  # fmt: skip
+        parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0, *[ANSWER] * (len(labels) - 1), 0, 0],
+        choices=choices,
+        drawn=frozenset(place for place in choices if drawn and place >= others),
+    )
 
 
 def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prompt) -> str:
@@ -174,8 +198,17 @@ def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prom
     return SID.sub(lambda cited: cited[0] + behind.get(cited[0], ""), trace.reasoning)
 
 
-def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requests: list[Request], *, bf16: bool,
-                    orders: dict[str, tuple[int, ...]] | None = None, batch_size: int = 64):  # fmt: skip
+def answer_requests(
+    model,
+    tokenizer,
+    maker: PromptMaker,
+    grammar: Grammar,
+    requests: list[Request],
+    *,
+    bf16: bool,
+    orders: dict[str, tuple[int, ...]] | None = None,
+    batch_size: int = 64,
+):
     """Greedy answers to requests: (answers, completions), both in the order of the requests.
 
     Args:
@@ -183,10 +216,14 @@ def answer_requests(model, tokenizer, maker: PromptMaker, grammar: Grammar, requ
     """
     prompts = [maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
     completions = generate_rankings(
-        model, [encode_prompt(p, tokenizer) for p in prompts],
-        [maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)], grammar=grammar, temperature=0.0,
-        batch_size=batch_size, bf16=bf16,
-    )  # fmt: skip
+        model,
+        [encode_prompt(p, tokenizer) for p in prompts],
+        [maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
+        grammar=grammar,
+        temperature=0.0,
+        batch_size=batch_size,
+        bf16=bf16,
+    )
     answers = [
         read_answer(request, completion, maker.label_items(request, prompt), grammar, tokenizer)
         for request, prompt, completion in zip(requests, prompts, completions, strict=True)

@@ -46,9 +46,11 @@ def run(context: Context) -> dict:
     )
     facts = asdict(report)
     write_json(context.folder / "health.json", facts)
-    context.say(f"uniqueness {report.uniqueness:.4%} ({report.uniqueness_without_random_level:.2%} by nearest codes "
-                f"alone), codes in use {report.used_codes}, entropy {tuple(round(e, 2) for e in report.entropy)} bits, "
-                f"reconstruction {report.reconstruction:.3f}; e.g. {sid_text(tuple(map(int, codes[0])))}")  # fmt: skip
+    context.say(
+        f"uniqueness {report.uniqueness:.4%} ({report.uniqueness_without_random_level:.2%} by nearest codes "
+        f"alone), codes in use {report.used_codes}, entropy {tuple(round(e, 2) for e in report.entropy)} bits, "
+        f"reconstruction {report.reconstruction:.3f}; e.g. {sid_text(tuple(map(int, codes[0])))}"
+    )
     context.say(neighbourhood_line(facts["neighbourhood"]))
     return facts
 
@@ -64,9 +66,11 @@ def tokenizer_config(settings: Mapping[str, Any]) -> SidConfig:
         raise ConfigurationError(f"there is no tokenizer {method!r}", where="sid_method", do=f"choose {list(METHODS)}")
     if method != "rqvae" and settings["sid_diversity"]:  # unlike the contrastive loss it is never on by default
         raise ConfigurationError(
-            f"{method} is not trained by a loss", where="sid_diversity",
-            why="it would have no effect", do="set it to 0, or sid_method to rqvae",
-        )  # fmt: skip
+            f"{method} is not trained by a loss",
+            where="sid_diversity",
+            why="it would have no effect",
+            do="set it to 0, or sid_method to rqvae",
+        )
     config, _ = METHODS[method]
     names = config.__dataclass_fields__
     values = {name: settings[f"sid_{name}"] for name in names if f"sid_{name}" in settings}

@@ -43,20 +43,26 @@ def run(context: Context) -> dict:
         model, tokenizer = _teacher_model(context)
         grammar = answer_grammar(tokenizer, settings)
         bf16, temperature = use_bf16(settings, model.device.type), settings["trace_temperature"]
-        return LocalLLMTeacher(model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed, bf16=bf16,
-                               temperature=temperature)  # fmt: skip
+        return LocalLLMTeacher(
+            model, tokenizer, PromptMaker.of(settings, items), grammar, seed=seed, bf16=bf16, temperature=temperature
+        )
 
     def openai_api() -> Teacher:
         from recbole_gr2.teachers.openai_api import OpenAITeacher
 
-        return OpenAITeacher(PromptMaker.of(settings, items), model=settings["trace_endpoint_model"],
-                             base_url=settings["trace_endpoint"], concurrency=settings["trace_concurrency"],
-                             temperature=settings["trace_temperature"],
-                             replies=Path(settings["checkpoint_dir"], "gr2", settings["dataset"], "replies.jsonl"))
+        return OpenAITeacher(
+            PromptMaker.of(settings, items),
+            model=settings["trace_endpoint_model"],
+            base_url=settings["trace_endpoint"],
+            concurrency=settings["trace_concurrency"],
+            temperature=settings["trace_temperature"],
+            replies=Path(settings["checkpoint_dir"], "gr2", settings["dataset"], "replies.jsonl"),
+        )
 
     build = {
-        "rules": lambda: RulesTeacher(items, seed=seed, temperature=settings["trace_temperature"],
-                                      history=settings["prompt_history"]),
+        "rules": lambda: RulesTeacher(
+            items, seed=seed, temperature=settings["trace_temperature"], history=settings["prompt_history"]
+        ),
         "local_llm": local_llm,
         "openai_api": openai_api,
         "recorded": lambda: RecordedTeacher(settings["trace_file"], items),
@@ -69,10 +75,15 @@ def run(context: Context) -> dict:
         for request, argument in zip(pending, arguments, strict=True):
             reason = objection(request, argument.ranking, argument.reasoning)
             trace = Trace(
-                request_id=request.request_id, teacher=teacher.name, mode=mode, reasoning=argument.reasoning,
-                ranking=argument.ranking, accepted=not reason, reason=reason or "top-1 is the target",
+                request_id=request.request_id,
+                teacher=teacher.name,
+                mode=mode,
+                reasoning=argument.reasoning,
+                ranking=argument.ranking,
+                accepted=not reason,
+                reason=reason or "top-1 is the target",
                 tries=attempt + 1,
-            )  # fmt: skip
+            )
             (rejected if reason else accepted).append(trace)
             if reason:
                 still.append(request)
@@ -81,16 +92,18 @@ def run(context: Context) -> dict:
         if not pending:
             break
     for name, traces in (("accepted", accepted), ("rejected", rejected)):  # the recorded teacher reads such lines, too
-        write_lines(context.folder / f"{name}.jsonl", (
-            {**asdict(trace), "ranking": [items[i - 1].token for i in trace.ranking]} for trace in traces
-        ))  # fmt: skip
+        write_lines(
+            context.folder / f"{name}.jsonl",
+            ({**asdict(trace), "ranking": [items[i - 1].token for i in trace.ranking]} for trace in traces),
+        )
     share = len(accepted) / len(requests)
     if not accepted or share < settings["trace_min_accepted"]:
         raise GateError(
-            f"{share:.1%} of {len(requests)} requests have an accepted trace", where=f"teacher {teacher.name}, {mode}",
+            f"{share:.1%} of {len(requests)} requests have an accepted trace",
+            where=f"teacher {teacher.name}, {mode}",
             why="the rest would be dropped, and too little would be left to learn from",
             do="raise trace_tries, use trace_mode targeted, or a stronger teacher",
-        )  # fmt: skip
+        )
     usage = getattr(teacher, "usage", {})
     return {
         "requests": len(requests),
@@ -107,9 +120,14 @@ def run(context: Context) -> dict:
 def answer_grammar(tokenizer, settings, *, reasoning: bool = True) -> Grammar:
     """The form of every answer of this run; without reasoning the ranking comes at once."""
     longest = settings["prompt_max_reasoning"] if reasoning else 0
-    return Grammar.of(tokenizer, RANKING, label_tokens(settings["cand_num"]), longest,
-                      grounded=settings["prompt_grounded"],
-                      llm_weight=settings["prompt_llm_weight"] if settings["evidence_providers"] else 1.0)  # fmt: skip
+    return Grammar.of(
+        tokenizer,
+        RANKING,
+        label_tokens(settings["cand_num"]),
+        longest,
+        grounded=settings["prompt_grounded"],
+        llm_weight=settings["prompt_llm_weight"] if settings["evidence_providers"] else 1.0,
+    )
 
 
 def objection(request: Request, ranking: tuple[int, ...], reasoning: str) -> str:
@@ -161,8 +179,10 @@ def accepted_traces(context: Context, items: Sequence[Item]) -> dict[str, Trace]
     """Accepted traces by request id."""
     ids = {item.token: item.item_id for item in items}
     lines = read_lines(context.folders["traces"] / "accepted.jsonl")
-    return {line["request_id"]: Trace(**{**line, "ranking": tuple(ids[token] for token in line["ranking"])})
-            for line in lines}  # fmt: skip
+    return {
+        line["request_id"]: Trace(**{**line, "ranking": tuple(ids[token] for token in line["ranking"])})
+        for line in lines
+    }
 
 
 def _teacher_model(context: Context):

@@ -64,8 +64,11 @@ class RulesTeacher:
         return [self._argue(request, targeted, attempt) for request in requests]
 
     def _argue(self, request: Request, targeted: bool, attempt: int) -> Argument:
-        scores = dict(zip(request.items, request.prior, strict=True)) if request.prior else {
-            c.item_id: self.score(request, c.item_id, c.rank) for c in request.candidates}  # fmt: skip
+        scores = (
+            dict(zip(request.items, request.prior, strict=True))
+            if request.prior
+            else {c.item_id: self.score(request, c.item_id, c.rank) for c in request.candidates}
+        )
         if targeted:
             pick = request.target
         elif attempt == 0:
@@ -187,10 +190,14 @@ class LocalLLMTeacher:
                 prompt = type(prompt)(**{**vars(prompt), "messages": (*before, hint)})
             ids.append(encode_prompt(prompt, self.tokenizer))
         completions = generate_rankings(
-            self.model, ids, [self.maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
-            grammar=self.grammar, bf16=self.bf16,
-            temperature=self.temperature if attempt or targeted else 0.0, seed=derive_seed(self.seed, attempt),
-        )  # fmt: skip
+            self.model,
+            ids,
+            [self.maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
+            grammar=self.grammar,
+            bf16=self.bf16,
+            temperature=self.temperature if attempt or targeted else 0.0,
+            seed=derive_seed(self.seed, attempt),
+        )
         arguments = []
         for request, prompt, completion in zip(requests, prompts, completions, strict=True):
             answer = read_answer(
@@ -228,9 +235,10 @@ class RecordedTeacher:
                 self.said.setdefault(line["request_id"], []).append(said)
             except (KeyError, TypeError) as error:
                 raise GR2Error(
-                    f"record {number} cannot be read: {error!r}", where=file,
+                    f"record {number} cannot be read: {error!r}",
+                    where=file,
                     do="give request_id, reasoning and ranking, a list of item tokens",
-                ) from error  # fmt: skip
+                ) from error
 
     def argue(self, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[Argument]:
         """See `Teacher`."""
@@ -245,7 +253,12 @@ class RecordedTeacher:
 def phrases() -> list[str]:
     """The rules teacher's fixed words, for a trimmed vocabulary."""
     return [
-        "The shopper takes A and B. <", ": A, the same brand, A. Best is <", ", the same kind.", ", it goes with A.",
-        ", something new beside them.", "; first in A, A.", " items like A",
+        "The shopper takes A and B. <",
+        ": A, the same brand, A. Best is <",
+        ", the same kind.",
+        ", it goes with A.",
+        ", something new beside them.",
+        "; first in A, A.",
+        " items like A",
         "The shopper took A. Say why, in one sentence.",
-    ]  # fmt: skip
+    ]

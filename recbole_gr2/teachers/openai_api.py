@@ -49,8 +49,17 @@ class OpenAITeacher:
 
     name = "openai_api"
 
-    def __init__(self, maker: PromptMaker, *, model: str, base_url: str | None, concurrency: int, temperature: float,
-                 replies: Path | None = None, timeout: float = 120.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        maker: PromptMaker,
+        *,
+        model: str,
+        base_url: str | None,
+        concurrency: int,
+        temperature: float,
+        replies: Path | None = None,
+        timeout: float = 120.0,
+    ) -> None:
         self.client, self.error = connect(base_url, timeout=timeout, where="trace_teacher")
         self.maker, self.model, self.concurrency, self.temperature = maker, model, concurrency, temperature
         self.replies = Replies(replies)
@@ -68,10 +77,11 @@ class OpenAITeacher:
                 return list(pool.map(lambda request: self._ask(request, targeted, attempt), requests))
         except (self.error, json.JSONDecodeError) as error:
             raise GR2Error(
-                f"the endpoint failed: {type(error).__name__}: {error}", where=f"trace_endpoint {self.client.base_url}",
+                f"the endpoint failed: {type(error).__name__}: {error}",
+                where=f"trace_endpoint {self.client.base_url}",
                 why=f"{len(self.replies)} replies are kept and will not be asked for again",
                 do="see to the endpoint, then repeat the command",
-            ) from error  # fmt: skip
+            ) from error
 
     def _ask(self, request: Request, targeted: bool, attempt: int) -> Argument:
         prompt = self.maker.render(request)
