@@ -1,10 +1,10 @@
-"""Answers to prompts with a roomy cache and with transformers' own, side by side in one run.
+"""Compare answers with the preallocated cache and with the cache of transformers, in one run.
 
     python benchmarks/answers.py [--prompts 16] [--tokens 400] [--reasoning 64] [--layers 6] [--no-bf16]
 
-Both generate rankings of ten with the same untrained model of SmolLM2-135M's shape, greedily, one answer a prompt, and
-sampled, eight answers for each of half the prompts. The answers have to be the same. Seconds are those of the processor
-over all threads, the better of two runs in turns.
+Both generate rankings of ten candidates with the same untrained model of the shape of SmolLM2-135M. Greedy: one answer
+per prompt. Sampled: eight answers for each of half the prompts. The answers have to be equal. Seconds are processor
+time over all threads, the better of two alternating runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 
 def main() -> None:
-    """One line a kind of answers and a cache."""
+    """Print one line per kind of answers and cache."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=400)
@@ -29,8 +29,8 @@ def main() -> None:
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-    from recbole_gr2.llm import rollout
-    from recbole_gr2.llm.constraint import Grammar
+    from recbole_gr2.llm import generation
+    from recbole_gr2.llm.grammar import Grammar
 
     words, rng = 12_000, np.random.default_rng(0)
     torch.manual_seed(0)
@@ -57,33 +57,36 @@ def main() -> None:
     )
     prompts = [rng.integers(2, words, options.tokens - rng.integers(0, 60)).tolist() for _ in range(options.prompts)]
     kinds = {"greedy": (prompts, 1, 0.0), "sampled": (prompts[: options.prompts // 2], 8, 1.0)}
-    caches = {"transformers'": lambda model: DynamicCache(config=model.config), "roomy": rollout.roomy_cache}
+    caches = {
+        "transformers": lambda model: DynamicCache(config=model.config),
+        "preallocated": generation.preallocated_cache,
+    }
 
     def answers(kind: str, cache: str) -> tuple[float, list[list[int]]]:
-        asked, generations, temperature = kinds[kind]
-        rollout.roomy_cache = caches[cache]
+        inputs, generations, temperature = kinds[kind]
+        generation.preallocated_cache = caches[cache]
         started = time.process_time()
-        said = rollout.generate_rankings(
+        completions = generation.generate_rankings(
             model,
-            asked,
-            [[0.0] * 10] * len(asked),
+            inputs,
+            [[0.0] * 10] * len(inputs),
             grammar=grammar,
             num_generations=generations,
             temperature=temperature,
             batch_size=max(16, 8 * generations),
             bf16=not options.no_bf16,
         )
-        return time.process_time() - started, said
+        return time.process_time() - started, completions
 
-    print("| answers | cache | s | ratio | the same |\n|---|---|---|---|---|")
+    print("| answers | cache | s | ratio | equal |\n|---|---|---|---|---|")
     for kind in kinds:
         runs = {cache: [] for cache in caches}
         for cache in [*caches, *caches]:
             runs[cache].append(answers(kind, cache))
-        (first, said), *_ = (min(found) for found in runs.values())
-        for cache, found in runs.items():
-            seconds, own = min(found)
-            same = np.mean([a == b for a, b in zip(own, said, strict=True)])
+        (first, reference), *_ = (min(results) for results in runs.values())
+        for cache, results in runs.items():
+            seconds, completions = min(results)
+            same = np.mean([a == b for a, b in zip(completions, reference, strict=True)])
             print(f"| {kind} | {cache} | {seconds:.1f} | {first / seconds:.2f} | {same:.1%} |", flush=True)
 
 

@@ -1,8 +1,8 @@
-"""Training RecBole's sequential models by length and with padding, side by side in one run.
+"""Compare the training time of RecBole's sequential models in length buckets and with padding.
 
     python benchmarks/by_length.py [--dataset amazon-beauty --data_path DIR] [--batches 8] [--train_batch_size 256]
 
-Seconds are those of the processor for loss and gradients of the same batches; the ratio is padding / by length.
+Seconds are processor time for the loss and its gradients on the same batches. The ratio is padding / by length.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ MODELS = ("SASRec", "GRU4Rec", "BERT4Rec")
 
 
 def main() -> None:
-    """One line a model."""
-    parser = argparse.ArgumentParser()
+    """Print one table row per model."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", default="ml-100k")
     parser.add_argument("--data_path", default="dataset/")
     parser.add_argument("--batches", type=int, default=8)
@@ -23,7 +23,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from recbole_gr2.bridge.data import Data
-    from recbole_gr2.bridge.models import ByLength, find_model
+    from recbole_gr2.bridge.models import find_model
+    from recbole_gr2.bridge.training import BucketedLoss
     from recbole_gr2.config import load_settings, recbole_config
 
     settings = load_settings(config_dict={"dataset": options.dataset, "data_path": options.data_path})
@@ -38,10 +39,10 @@ def main() -> None:
         loader = iter(get_dataloader(config, "train")(config, data.built[0], None, shuffle=True))
         batches = [next(loader) for _ in range(options.batches + 1)]
         model = find_model(name)(config, data.built[0]).train()
-        loss = ByLength(model, print)
+        loss = BucketedLoss(model, print)
         seconds = {}
         for how in (loss.whole, loss):
-            how(batches[0]).backward()  # first calls are slower
+            how(batches[0]).backward()  # The first call is slower.
             started = time.process_time()
             for batch in batches[1:]:
                 model.zero_grad()

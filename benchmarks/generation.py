@@ -1,12 +1,11 @@
-"""Generating semantic IDs: our beam search and transformers' own under the same trie, side by side in one run.
+"""Compare our beam search with that of transformers on semantic IDs, with the same trie, in one run.
 
     python benchmarks/generation.py [--users 64] [--beams 10] [--items 12000] [--layers 6]
 
-Both read the same prompts with the same untrained model of SmolLM2-135M's shape and search the same catalogue, so that
-they have to name the same items (the share is printed). transformers.generate gets the trie as
-prefix_allowed_tokens_fn; a code's probability is that among the whole vocabulary, as it knows no other; `choices` is
-ours with codes as choices among the catalogue's, which is how the package generates, and finds other items. Seconds are
-those of the processor over all threads.
+Both read the same prompts with the same untrained model of the shape of SmolLM2-135M and search the same catalog. They
+have to return the same items (the share is printed). transformers.generate gets the trie as prefix_allowed_tokens_fn,
+and normalizes the probability of a code over the whole vocabulary. `choices` is our search as the package uses it: it
+normalizes over the codes of the catalog, and returns other items. Seconds are processor time over all threads.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 
 
 def main() -> None:
-    """One line a way of searching."""
+    """Print one line per search."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--beams", type=int, default=10)
@@ -29,12 +28,12 @@ def main() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from recbole_gr2.llm.beam import SidTrie, beam_items
-    from recbole_gr2.llm.rollout import left_pad
+    from recbole_gr2.llm.inputs import left_pad
 
     levels, count, words, begin, pad = 4, 256, 12_000, 1, 0
     rng = np.random.default_rng(0)
     codes = rng.integers(0, count, (options.items, levels))
-    codes[:, 1] = (codes[:, 0] + rng.integers(0, 32, options.items)) % count  # alike items share two codes
+    codes[:, 1] = (codes[:, 0] + rng.integers(0, 32, options.items)) % count  # similar items share two codes
     tokens = words + np.arange(levels * count).reshape(levels, count)
     trie = SidTrie.build(codes, tokens, begin_id=begin)
     torch.manual_seed(0)
@@ -58,12 +57,12 @@ def main() -> None:
     for row in tokens[np.arange(levels), codes].tolist():
         for depth in range(levels):
             following.setdefault(tuple(row[:depth]), []).append(row[depth])
-    following = {prefix: sorted(set(said)) for prefix, said in following.items()}
+    following = {prefix: sorted(set(codes)) for prefix, codes in following.items()}
 
-    def transformers_own() -> list[list[tuple[int, ...]]]:
+    def transformers_search() -> list[list[tuple[int, ...]]]:
         ids, mask = left_pad([[*prompt, begin] for prompt in prompts], pad, model.device)
         size = ids.size(1)
-        found = model.generate(
+        output = model.generate(
             ids,
             attention_mask=mask,
             num_beams=options.beams,
@@ -73,9 +72,9 @@ def main() -> None:
             min_new_tokens=levels,
             length_penalty=0.0,
             pad_token_id=pad,
-            prefix_allowed_tokens_fn=lambda batch, said: following[tuple(said[size:].tolist())],
+            prefix_allowed_tokens_fn=lambda batch, ids: following[tuple(ids[size:].tolist())],
         )[:, size:]
-        return [list(map(tuple, rows)) for rows in found.view(options.users, options.beams, levels).tolist()]
+        return [list(map(tuple, sids)) for sids in output.view(options.users, options.beams, levels).tolist()]
 
     def ours(constrained: bool) -> list[list[tuple[int, ...]]]:
         beams = beam_items(
@@ -84,8 +83,8 @@ def main() -> None:
         sids = tokens[np.arange(levels), codes[trie.items[trie.starts[-1][:-1]].numpy() - 1]]
         return [list(map(tuple, sids[leaves].tolist())) for leaves in beams.leaves.numpy()]
 
-    ways = {
-        "transformers.generate": transformers_own,
+    searches = {
+        "transformers.generate": transformers_search,
         "ours, whole vocabulary": lambda: ours(False),
         "ours, choices": lambda: ours(True),
     }
@@ -93,12 +92,12 @@ def main() -> None:
     print("| search | s | users/s | ratio | same items as the first |\n|---|---|---|---|---|")
     first = None
     with torch.no_grad():
-        for name, search in ways.items():
+        for name, search in searches.items():
             started = time.process_time()
-            found = search()
+            result = search()
             seconds = time.process_time() - started
-            first = first or (seconds, found)
-            same = np.mean([len(set(a) & set(b)) / options.beams for a, b in zip(found, first[1], strict=True)])
+            first = first or (seconds, result)
+            same = np.mean([len(set(a) & set(b)) / options.beams for a, b in zip(result, first[1], strict=True)])
             print(
                 f"| {name} | {seconds:.1f} | {options.users / seconds:.1f} | {first[0] / seconds:.1f} | {same:.1%} |",
                 flush=True,

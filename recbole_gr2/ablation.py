@@ -1,60 +1,77 @@
-"""Ablations: variants of a run side by side, described by a data file.
+"""Ablations: variants of a run in one table, described by a YAML file.
 
-`properties/ablation/NAME.yaml` says which `stages` every variant runs, the `settings` common to all, the `columns` of
-the table as `heading: path` into a stage's facts (see `figure`), the `variants` as {name, settings, published}, and, as
-`note`, what a reader has to know. `published` holds a paper's figure or words for a column; they stand in columns of
-their own.
+`properties/ablation/NAME.yaml` has these keys:
 
-The user's settings win over the file's, and those of a variant win over the file's common ones. A setting that a
-variant varies is not the user's to give: that is an error, unless it is the same value. A variant is a plan of the
-pipeline like any other, so what is finished is cached, shared stages run once, and the same command continues.
+- `stages`: the stages that each variant runs, with the stages that these need.
+- `settings`: settings of all variants.
+- `columns`: heading -> path of a figure in the summary of a stage, see `figure`.
+- `variants`: a list of {name, settings, published}. `published` maps headings to figures or texts of a paper. They have
+  columns of their own.
+- `note`: what a reader has to know.
+
+The settings of the user win over those of the file. The settings of a variant win over those of all variants. The user
+must not give another value to a setting that a variant changes. Each variant is a plan of the pipeline. Finished stages
+are cached, stages that variants share run once, and the same command continues an interrupted ablation.
 """
 
 from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recbole_gr2 import pipeline
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml
-from recbole_gr2.console import Console, render_table
-from recbole_gr2.errors import ConfigurationError, GateError, GR2Error, MissingFileError
-from recbole_gr2.report import new_folder
+from recbole_gr2.console import Console
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
+from recbole_gr2.report.result import SCHEMA, new_folder, stage_entries
+from recbole_gr2.report.tables import figures_table, variant_cost_table, variant_settings_table
 from recbole_gr2.store import read_manifest, write_json
+
+T = TypeVar("T")
+Plans = Mapping[str, list[pipeline.Planned]]  # name of a variant -> its plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: what it sets, and a paper's figures (or words) by column heading."""
+    """One line of the table.
+
+    Attributes:
+        name: name of the variant.
+        settings: the settings that it changes.
+        published: figures or texts of a paper, by heading.
+    """
 
     name: str
-    settings: dict = field(default_factory=dict)
-    published: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation file; `columns` is heading -> path into stage -> facts."""
+    """The content of an ablation file. The module describes the attributes."""
 
     name: str
-    stages: list
-    columns: dict
+    stages: list[str]
+    columns: dict[str, str]
     variants: tuple[Variant, ...]
-    settings: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
 
 def read_ablation(name: str) -> Ablation:
-    """A packaged ablation by name, or a file of your own by path.
+    """Read an ablation.
+
+    Args:
+        name: name of an ablation of the package, or path of a YAML file.
 
     Raises:
-        ConfigurationError: there is no such ablation, or the file is not as the module says.
-        MissingFileError: there is no such file.
+        ConfigurationError: there is no ablation of this name, or the file is not valid.
+        MissingFileError: the file does not exist.
     """
     packaged = {file.stem: file for file in (properties_folder() / "ablation").glob("*.yaml")}
     file = packaged.get(name, Path(name))
@@ -62,100 +79,134 @@ def read_ablation(name: str) -> Ablation:
         raise ConfigurationError(
             f"there is no ablation named {name!r}",
             where="--ablation",
-            do=f"choose from {sorted(packaged)}, or give a YAML file",
+            why="The name is neither an ablation of the package nor the path of a YAML file.",
+            do=f"choose from {sorted(packaged)}, or give the path of a YAML file",
         )
     if not file.is_file():
-        raise MissingFileError(f"there is no ablation file {file}", where="--ablation", do="check the path")
+        raise MissingFileError(
+            f"there is no ablation file {file}",
+            where="--ablation",
+            why="The file describes the variants.",
+            do="correct the path",
+        )
     try:
         values = read_yaml(file.read_text(encoding="utf-8"))
-        found = Ablation(**{**values, "variants": tuple(Variant(**v) for v in values["variants"]), "name": file.stem})
+        variants = tuple(Variant(**variant) for variant in values["variants"])
+        ablation = Ablation(**{**values, "variants": variants, "name": file.stem})
     except (TypeError, KeyError) as error:
         raise ConfigurationError(
             f"cannot read the ablation: {error}",
             where=str(file),
-            do="give stages, columns and variants, each with a name; settings, published and note if you like",
+            why="A key is missing, unknown or of the wrong type.",
+            do="write stages, columns and variants with names; settings, published and note are optional",
         ) from error
-    maps = [found.settings, found.columns, *(part for v in found.variants for part in (v.settings, v.published))]
+    settings = [part for variant in ablation.variants for part in (variant.settings, variant.published)]
     rules = {
-        "stages must be a list": isinstance(found.stages, list),
-        "settings, columns and published must be maps": all(isinstance(part, dict) for part in maps),
-        "each variant must have a name of its own": len({v.name for v in found.variants}) == len(found.variants) > 0,
-        "published figures must be of columns": all(set(v.published) <= set(found.columns) for v in found.variants),
+        "stages must be a list": isinstance(ablation.stages, list),
+        "settings, columns and published must be maps": all(
+            isinstance(part, dict) for part in (ablation.settings, ablation.columns, *settings)
+        ),
+        "there must be variants with different names": len({variant.name for variant in ablation.variants})
+        == len(ablation.variants)
+        > 0,
+        "each published figure must have the heading of a column": all(
+            set(variant.published) <= set(ablation.columns) for variant in ablation.variants
+        ),
     }
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
-        raise ConfigurationError("; ".join(broken), where=str(file), do="correct the file")
-    return found
+        raise ConfigurationError(
+            "; ".join(broken),
+            where=str(file),
+            why="The table has one line per variant and one column per heading.",
+            do="correct the file",
+        )
+    return ablation
 
 
 def run_ablation(
     ablation: Ablation, given: Mapping[str, Any], *, command: str, console: Console, dry_run: bool = False
 ) -> Path | None:
-    """Run every variant and write `ablations/<time>/`; returns the path of result.json, None for a dry run.
+    """Run each variant and write `ablations/<time>/`.
 
-    A variant that stops at a gate keeps its row, with the figures of the stages that it finished.
+    A variant whose quality check fails keeps its line, with the figures of the stages that it finished.
 
     Args:
+        ablation: the ablation.
         given: `command_line`, `config_dict` and `config_files` of `load_settings`.
+        command: the command line.
+        console: where progress and tables are printed.
+        dry_run: whether to print the plan and stop.
+
+    Returns:
+        The path of result.json, or None for a dry run.
 
     Raises:
-        ConfigurationError: settings or columns that cannot be used: those of all variants together, before any runs.
+        ConfigurationError: settings or columns are not valid. The settings of all variants, and the columns as far as
+            stages are cached, are checked before anything runs.
     """
-    ground = load_settings(**given, layers=_layers(ablation))
+    common = load_settings(**given, layers=_layers(ablation))
     console.say(
-        f"ablation {ablation.name} on {ground['dataset']}: {len(ablation.variants)} variants, "
-        f"preset {ground['preset']}, seed {ground['seed']}"
+        f"ablation {ablation.name} on {common['dataset']}: {len(ablation.variants)} variants, "
+        f"preset {common['preset']}, seed {common['seed']}"
     )
-    chosen = _for_each(ablation, lambda variant: load_variant(ablation, variant, given))
-    data = data_for(ground)
+    settings = _for_each(ablation, lambda variant: load_variant(ablation, variant, given))
+    data = data_for(common)
 
     def plan(variant: Variant) -> list[pipeline.Planned]:
         nonlocal data
-        data = data_for(chosen[variant.name], data)
-        return pipeline.plan(chosen[variant.name], data, stages=ablation.stages)
+        data = data_for(settings[variant.name], data)
+        return pipeline.plan(settings[variant.name], data, stages=ablation.stages)
 
     plans = _for_each(ablation, plan)
-    _check_columns(ablation, {entry.stage.name for planned in plans.values() for entry in planned})
-    console.table(["variant", "stage", "key", "plan", "why"], _plan_rows(plans))
+    _check_columns(ablation, plans)
+    console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
     if dry_run:
         return None
-    rows = []
+    variants = []
     for number, variant in enumerate(ablation.variants, start=1):
         console.say(f"variant {number} of {len(ablation.variants)}: {variant.name}")
         planned, failed = plans[variant.name], ""
-        data = data_for(chosen[variant.name], data)
+        cached = {entry.stage.name for entry in planned if read_manifest(entry.folder)}
+        data = data_for(settings[variant.name], data)
         try:
-            pipeline.execute(planned, chosen[variant.name], data, console)
-        except GateError as error:
+            pipeline.execute(planned, settings[variant.name], data, console)
+        except QualityCheckError as error:
             failed = str(error)
             console.say(f"variant {variant.name!r} failed: {failed}")
-        rows.append(_row(ablation, variant, planned, failed))
+        variants.append(_variant(ablation, variant, planned, cached, failed))
+    for heading, path in ablation.columns.items():
+        if all(variant["figures"][heading] is None for variant in variants):
+            console.say(f"column {heading!r} is empty: no variant has {path}")
     result = {
+        "schema": SCHEMA,
         "ablation": ablation.name,
-        "dataset": ground["dataset"],
-        "preset": ground["preset"],
-        "seeds": [ground["seed"]],
+        "dataset": common["dataset"],
+        "preset": common["preset"],
+        "seeds": [common["seed"]],
         "command": command,
         "columns": ablation.columns,
         "note": ablation.note,
-        "variants": rows,
+        "variants": variants,
     }
-    folder = new_folder(Path(ground["checkpoint_dir"]) / "gr2" / ground["dataset"] / "ablations")
+    folder = new_folder(common.results_folder / "ablations")
     write_json(folder / "result.json", result)
     (folder / "report.md").write_text(render_ablation(result), encoding="utf-8")
-    print(f"\n{figures_table(result)}", flush=True, file=console.stream)
+    console.print(f"\n{figures_table(result)}")
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
 
 
 def load_variant(ablation: Ablation, variant: Variant, given: Mapping[str, Any]) -> Settings:
-    """A variant's settings, checked as far as that goes without data.
+    """Return the settings of a variant, checked as far as this is possible without data.
 
     Args:
-        given: what `run_ablation` is given.
+        ablation: the ablation.
+        variant: one of its variants.
+        given: `command_line`, `config_dict` and `config_files` of `load_settings`.
 
     Raises:
-        ConfigurationError: they cannot be used, or the user gives a key that the variant varies another value.
+        ConfigurationError: a setting is not valid, or the user gives another value to a setting of the variant.
     """
     settings = load_settings(**given, layers=_layers(ablation, variant))
     pipeline.check(settings)
@@ -164,83 +215,78 @@ def load_variant(ablation: Ablation, variant: Variant, given: Mapping[str, Any])
         if used != value:
             raise ConfigurationError(
                 f"the variant sets {key} to {value!r}, the {settings.origin[key]} to {used!r}",
+                where=f"ablation {ablation.name}",
+                why="The variant would not differ from the others as its name says.",
                 do=f"leave {key} to the ablation",
             )
     return settings
 
 
 def data_for(settings: Settings, before: Data | None = None) -> Data:
-    """The data set under these settings: what is loaded already, wherever RecBole and the texts get the same words."""
+    """Return the data set under these settings.
 
-    def words(chosen: Settings) -> tuple:
+    Args:
+        settings: settings of the next variant.
+        before: a data set that is loaded. It is used again if the settings of RecBole and of the texts are the same.
+    """
+
+    def options(chosen: Settings) -> tuple[Any, ...]:
         return chosen["dataset"], chosen.recbole, chosen.results(["text_"])
 
-    if before is None or words(before.settings) != words(settings):
+    if before is None or options(before.settings) != options(settings):
         return Data(settings)
     data = copy.copy(before)
     data.settings = settings
     return data
 
 
-def figure(facts: Mapping[str, Any], path: str) -> Any:
-    """What a column's path leads to in stage -> facts; None where nothing was measured.
+def figure(summaries: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a path.
 
-    A path is the stage, then keys; in a list, a position from 0, or what the first fitting entry says of itself.
-    Nothing was measured in a stage which the variant did not finish or does not have, in a fact that is None, and where
-    a list has no such entry.
+    A path is the name of a stage and then keys of its summary, separated by full stops. In a list, a part is a position
+    from 0 or a condition such as `method=sft&scope=hit_users`, which selects the first entry that fulfils it.
+
+    Args:
+        summaries: the summary of each finished stage, by name.
+        path: the path.
+
+    Returns:
+        The value. None if the stage is not finished, if a value on the path is None, and if a list has no such entry.
 
     Raises:
-        ConfigurationError: the stage has no such fact.
+        ConfigurationError: the summary has no such field.
 
     >>> figure({"tokenizer": {"entropy": [7.5, 6.0]}}, "tokenizer.entropy.1")
     6.0
-    >>> rows = [{"row": "sft", "scope": "all", "n": 90}, {"row": "sft", "scope": "in_list", "n": 9}]
-    >>> figure({"evaluate": {"rows": rows}}, "evaluate.rows.row=sft&scope=in_list.n")
+    >>> methods = [{"method": "sft", "scope": "all_users", "n": 90}, {"method": "sft", "scope": "hit_users", "n": 9}]
+    >>> figure({"evaluate": {"methods": methods}}, "evaluate.methods.method=sft&scope=hit_users.n")
     9
     """
     stage, *parts = path.split(".")
-    value = facts.get(stage)
+    value = summaries.get(stage)
     for part in parts:
         if value is None:
             return None
         if isinstance(value, list) and part.isdigit():
             value = dict(enumerate(value)).get(int(part))
         elif isinstance(value, list) and "=" in part:
-            wanted = [said.partition("=")[::2] for said in part.split("&")]
+            conditions = [condition.partition("=")[::2] for condition in part.split("&")]
             entries = [entry for entry in value if isinstance(entry, dict)]
-            value = next((entry for entry in entries if all(entry.get(key) == word for key, word in wanted)), None)
+            value = next((entry for entry in entries if all(entry.get(key) == v for key, v in conditions)), None)
         elif isinstance(value, dict) and part in value:
             value = value[part]
         else:
             raise ConfigurationError(
-                f"no fact {path!r}: {part!r} is not in what the {stage} stage says",
+                f"there is no figure {path!r}: the summary of the {stage} stage has no {part!r}",
                 where="columns of the ablation",
+                why="The column would be empty.",
                 do=f"choose from {sorted(value)}" if isinstance(value, dict) else "shorten the path",
             )
     return value
 
 
-def figures_table(result: dict) -> str:
-    """One line a variant: its figures, then a paper's for the columns that have any."""
-    variants = result["variants"]
-    published = [heading for heading in result["columns"] if any(heading in row["published"] for row in variants)]
-    header = ["variant", *result["columns"], *(f"published: {heading}" for heading in published)]
-    return render_table(
-        header,
-        [
-            [
-                row["name"] + (" (failed)" if row["failed"] else ""),
-                *(_cell(v) for v in row["figures"].values()),
-                *(_cell(row["published"].get(heading)) for heading in published),
-            ]
-            for row in variants
-        ],
-    )
-
-
-def render_ablation(result: dict) -> str:
-    """report.md, a function of result.json."""
-    variants = result["variants"]
+def render_ablation(result: Mapping[str, Any]) -> str:
+    """Return report.md, a function of result.json."""
     parts = [
         f"# Ablation {result['ablation']} on {result['dataset']}",
         f"Preset {result['preset']}, seed {result['seeds'][0]}.\n\n    {result['command']}",
@@ -248,89 +294,93 @@ def render_ablation(result: dict) -> str:
         textwrap.fill(result["note"], 120),
     ]
     failed = [
-        f"- `{row['name']}` failed:\n\n{textwrap.indent(row['failed'], '      ')}" for row in variants if row["failed"]
+        f"- `{variant['name']}` failed:\n\n{textwrap.indent(variant['failed'], '      ')}"
+        for variant in result["variants"]
+        if variant["failed"]
     ]
     parts += ["## Failed", *failed] if failed else []
-    changes = [[row["name"], ", ".join(f"{k}: {v}" for k, v in row["settings"].items())] for row in variants]
-    parts.append(f"## Settings\n\n```\n{render_table(['variant', 'sets'], changes)}\n```")
-    stages = list(dict.fromkeys(stage for row in variants for stage in row["seconds"]))
-    cost = [
-        [
-            row["name"],
-            *(_seconds(row["seconds"].get(stage)) for stage in stages),
-            _seconds(sum(filter(None, row["seconds"].values()))),
-        ]
-        for row in variants
-    ]
+    parts.append(f"## Settings\n\n```\n{variant_settings_table(result)}\n```")
     parts.append(
-        "## Wall time\n\nOf the run that computed it, with starts before it that were stopped; a stage that several "
-        "variants share took that time once.\n\n"
-        f"```\n{render_table(['variant', *stages, 'all'], cost)}\n```"
+        "## Wall time\n\nWall time includes interrupted starts. The time of a stage that variants share is in the line "
+        f"of each of them.\n\n```\n{variant_cost_table(result)}\n```"
     )
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _layers(ablation: Ablation, *variants: Variant) -> dict[str, dict]:
+def _layers(ablation: Ablation, *variants: Variant) -> dict[str, dict[str, Any]]:
+    """Return the settings of the ablation and of variants, by the name of their origin."""
     return {f"ablation {ablation.name}": ablation.settings, **{f"variant {v.name!r}": v.settings for v in variants}}
 
 
-def _for_each(ablation: Ablation, make: Any) -> dict[str, Any]:
-    """Variant's name -> `make(variant)`; what goes wrong with any of them is told together."""
-    made, problems = {}, {}
+def _for_each(ablation: Ablation, make: Callable[[Variant], T]) -> dict[str, T]:
+    """Return `make(variant)` of each variant, by name.
+
+    Raises:
+        ConfigurationError: `make` failed for some variants. The message has the errors of all of them.
+    """
+    made: dict[str, T] = {}
+    problems: dict[str, list[str]] = {}
     for variant in ablation.variants:
         try:
             made[variant.name] = make(variant)
         except GR2Error as error:
             problems.setdefault(str(error), []).append(variant.name)
     if problems:
-        told = "\n".join(f"{', '.join(map(repr, names))}: {problem}" for problem, names in problems.items())
+        listed = "\n".join(f"{', '.join(map(repr, names))}: {problem}" for problem, names in problems.items())
         raise ConfigurationError(
-            f"variants that cannot run:\n{textwrap.indent(told, '    ')}", do="correct the ablation or the command line"
+            f"these variants cannot run:\n{textwrap.indent(listed, '    ')}",
+            where=f"ablation {ablation.name}",
+            why="All variants are checked before the first one runs.",
+            do="correct the ablation or the command line",
         )
     return made
 
 
-def _check_columns(ablation: Ablation, stages: set[str]) -> None:
-    strangers = {heading: path for heading, path in ablation.columns.items() if path.split(".")[0] not in stages}
-    if strangers:
+def _check_columns(ablation: Ablation, plans: Plans) -> None:
+    """Check the paths of the columns against the stages of the plans and the summaries of cached stages.
+
+    Raises:
+        ConfigurationError: a column names a stage that no variant runs, or a field that a cached stage does not have.
+    """
+    stages = {entry.stage.name for planned in plans.values() for entry in planned}
+    unknown = {heading: path for heading, path in ablation.columns.items() if path.split(".")[0] not in stages}
+    if unknown:
         raise ConfigurationError(
-            f"columns of stages that no variant runs: {strangers}",
+            f"columns of stages that no variant runs: {unknown}",
             where=f"ablation {ablation.name}",
+            why="The columns would be empty.",
             do=f"choose from {sorted(stages)}",
         )
+    for planned in plans.values():
+        records = {entry.stage.name: read_manifest(entry.folder) for entry in planned if entry.finished}
+        summaries = {stage: record.summary for stage, record in records.items() if record}
+        for path in ablation.columns.values():
+            figure(summaries, path)
 
 
-def _plan_rows(plans: Mapping[str, list[pipeline.Planned]]) -> list[list[str]]:
-    rows, first = [], {}
+def _plan_lines(plans: Plans) -> list[list[str]]:
+    """Return the lines of the plan: variant, stage, key, action and its cause."""
+    lines = []
+    first: dict[str, str] = {}
     for name, planned in plans.items():
         for entry in planned:
             owner = first.setdefault(entry.key, name)
-            how = [entry.action, entry.why] if owner == name or entry.action == "cached" else ["shared", owner]
-            rows.append([name, entry.stage.name, entry.key, *how])
-    return rows
+            how = [entry.action, entry.why] if owner == name or entry.finished else ["shared", owner]
+            lines.append([name, entry.stage.name, entry.key, *how])
+    return lines
 
 
-def _row(ablation: Ablation, variant: Variant, planned: list[pipeline.Planned], failed: str) -> dict:
-    records = {entry.stage.name: read_manifest(entry.folder) for entry in planned}
-    facts = {stage: record.facts for stage, record in records.items() if record}
+def _variant(
+    ablation: Ablation, variant: Variant, planned: list[pipeline.Planned], cached: set[str], failed: str
+) -> dict[str, Any]:
+    """Return the entry of a variant in result.json."""
+    records = [record for entry in planned if (record := read_manifest(entry.folder))]
+    summaries = {record.stage: record.summary for record in records}
     return {
         "name": variant.name,
         "settings": variant.settings,
         "published": variant.published,
         "failed": failed,
-        "figures": {heading: figure(facts, path) for heading, path in ablation.columns.items()},
-        "keys": {entry.stage.name: entry.key for entry in planned},
-        "seconds": {stage: record.seconds if record else None for stage, record in records.items()},
+        "figures": {heading: figure(summaries, path) for heading, path in ablation.columns.items()},
+        "stages": stage_entries([[(record, record.stage in cached) for record in records]]),
     }
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in value)
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f} s"

@@ -1,15 +1,17 @@
-"""What RecBole 1.2.1 needs to run beside current numpy, scipy, torch and without ray.
+"""Patches that let RecBole 1.2.1 run with current NumPy, SciPy and torch, and without Ray.
 
-Called once by `bridge` before anything of RecBole is imported. Each patch is applied only where the thing it replaces
-is missing or broken, so calling `apply` again changes nothing. pandas 3 is refused: under copy-on-write RecBole
-silently turns missing values into garbage (dataset.py:501, 648, 650), and a wrong number is worse than no number.
+`bridge` and `config` call `apply` before they import RecBole. Each patch applies only if the patched object is missing
+or broken, so a second call changes nothing. pandas 3 is refused: with copy-on-write, RecBole replaces missing values by
+wrong values without an error (dataset.py:501, 648, 650).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from recbole_gr2.errors import DependencyError
 
-# Names RecBole uses that numpy 2 dropped, and the old builtin aliases that its Config re-creates too late.
+# Names that RecBole uses and NumPy 2 removed, and the old built-in aliases that RecBole's Config restores too late.
 NUMPY_ALIASES = {
     "float_": "float64",
     "complex_": "complex128",
@@ -27,15 +29,27 @@ NUMPY_ALIASES = {
 
 
 def apply() -> None:
-    """Patch numpy, scipy and RecBole in this process.
+    """Patch NumPy, SciPy and RecBole in this process.
 
     Raises:
-        DependencyError: RecBole is absent, or pandas is 3 or newer.
+        DependencyError: RecBole is not installed, or pandas has version 3 or later.
     """
     _check_pandas()
     _patch_numpy()
     _patch_scipy()
     _patch_recbole()
+
+
+def missing_recbole() -> DependencyError:
+    """Return the error that explains how to install RecBole."""
+    return DependencyError(
+        "RecBole is not installed",
+        where="package recbole",
+        why="it trains the base models and evaluates the lists",
+        do="Python 3.11: pip install recbole==1.2.1. Python 3.12 or later, where its version of Ray is not available: "
+        "pip install --no-deps recbole==1.2.1, then pip install colorlog colorama tabulate thop texttable "
+        "plotly tensorboard tqdm scikit-learn scipy",
+    )
 
 
 def _check_pandas() -> None:
@@ -45,7 +59,7 @@ def _check_pandas() -> None:
         raise DependencyError(
             f"pandas {pandas.__version__} is installed; RecBole 1.2.1 needs pandas < 3",
             where="recbole/data/dataset/dataset.py:501, 648, 650",
-            why="with pandas 3 RecBole fills missing values with garbage and says nothing",
+            why="with pandas 3 RecBole replaces missing values by wrong values without an error",
             do='pip install "pandas>=2.1.1,<3"',
         )
 
@@ -56,7 +70,7 @@ def _patch_numpy() -> None:
     import numpy
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # hasattr on a removed alias warns before it fails
+        warnings.simplefilter("ignore")  # hasattr emits a warning for a removed alias
         for alias, name in NUMPY_ALIASES.items():
             if not hasattr(numpy, alias):
                 setattr(numpy, alias, getattr(numpy, name))
@@ -65,7 +79,7 @@ def _patch_numpy() -> None:
 def _patch_scipy() -> None:
     from scipy.sparse import dok_matrix
 
-    if not hasattr(dok_matrix, "_update"):  # dropped in scipy 1.13; LightGCN and six other models call it
+    if not hasattr(dok_matrix, "_update"):  # removed in SciPy 1.13; LightGCN and six other models call it
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
 
 
@@ -73,19 +87,12 @@ def _patch_recbole() -> None:
     try:
         import recbole
     except ImportError as error:
-        raise DependencyError(
-            "RecBole is not installed",
-            why="it proposes the candidates and scores the lists",
-            do="Python 3.11: pip install recbole==1.2.1. Python 3.12 or newer, where its ray pin cannot be met: "
-            "pip install --no-deps recbole==1.2.1, then pip install colorlog colorama tabulate thop texttable "
-            "plotly tensorboard tqdm scikit-learn scipy",
-        ) from error
+        raise missing_recbole() from error
 
     import copy
 
-    # recbole/model/sequential_recommender/sine.py:25 turns autograd's anomaly detection on for the whole process as
-    # soon as any sequential model is imported; every backward pass, the language model's too, then checks each
-    # gradient twice.
+    # recbole/model/sequential_recommender/sine.py:25 enables anomaly detection of autograd for the whole process when
+    # any sequential model is imported. Every backward pass, also of the language model, then checks each gradient.
     import recbole.model.sequential_recommender  # noqa: F401
     import torch
     from recbole.evaluator.collector import Collector
@@ -94,8 +101,8 @@ def _patch_recbole() -> None:
         return
     torch.autograd.set_detect_anomaly(False)
 
-    def get_data_struct(self):
-        """RecBole's own, but values that are no tensors (counts, Counters) stay as they are (collector.py:226)."""
+    def get_data_struct(self: Any) -> Any:
+        """As in RecBole, but values that are not tensors (counts, Counters) stay unchanged (collector.py:226)."""
         for key, value in self.data_struct._data_dict.items():
             if hasattr(value, "cpu"):
                 self.data_struct._data_dict[key] = value.cpu()
@@ -105,5 +112,5 @@ def _patch_recbole() -> None:
                 del self.data_struct[key]
         return returned
 
-    get_data_struct._recbole_gr2 = True
+    get_data_struct._recbole_gr2 = True  # type: ignore[attr-defined]
     Collector.get_data_struct = get_data_struct

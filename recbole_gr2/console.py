@@ -1,65 +1,93 @@
-"""What a person sees while a run goes on: plain lines on stderr, so that stdout ends with the result's path alone."""
+"""Progress lines and tables of a running command, on stderr. Only the path of the result goes to stdout."""
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
-from recbole_gr2.processes import PLACE
+from recbole_gr2.distributed import RANK
 
 T = TypeVar("T")
-SILENCE = 60  # seconds that a log may go without a line
-METER = "        {desc}{n_fmt} of {total_fmt} batches, {elapsed} gone, {remaining} to go"
-NUMBER = re.compile(r"[-+]?[\d.,]*(%| s| MiB|)( \[.*\])?$")  # what a cell of a number column looks like, or nothing
+INTERVAL = 60  # Seconds between two progress lines in a log.
+METER = "        {desc}{n_fmt} of {total_fmt} batches, {elapsed} elapsed, {remaining} remaining"
+NUMBER = re.compile(
+    r"[-+]?[\d.,]*(%| s| MiB|)( ± [\d.]+)?( \[.*\])?$"
+)  # A cell of a column of numbers, or an empty cell.
+
+
+class _Discard(io.TextIOBase):
+    """A text stream that discards what is written to it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class Console:
-    """Progress lines with elapsed time, and tables; of several processes the first alone speaks."""
+    """Prints progress lines with the elapsed time, and tables. Of several processes only the first one prints.
+
+    Attributes:
+        stream: the stream that it prints to: stderr, or one that discards everything.
+    """
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.stream = sys.stderr if PLACE == 0 else open(os.devnull, "w")
+        self.stream: TextIO | io.TextIOBase = sys.stderr if RANK == 0 else _Discard()
 
     def say(self, text: str) -> None:
-        """One progress line."""
+        """Print one progress line: minutes and seconds since the start, and `text`."""
         elapsed = int(time.monotonic() - self.started)
-        print(f"[{elapsed // 60:3d}:{elapsed % 60:02d}] {text}", file=self.stream, flush=True)
+        self.print(f"[{elapsed // 60:3d}:{elapsed % 60:02d}] {text}")
+
+    def print(self, text: str) -> None:
+        """Print `text` as it is."""
+        print(text, file=self.stream, flush=True)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """An aligned table."""
-        print(render_table(header, rows), file=self.stream, flush=True)
+        """Print an aligned table, see `render_table`."""
+        self.print(render_table(header, rows))
 
 
 def progress(things: Sequence[T], what: str) -> Iterator[T]:
-    """The things, one by one; where that takes long, with a bar on a terminal, and in a log with a line a minute."""
-    if PLACE != 0:
+    """Yield the elements of `things` and show the progress of a long loop on stderr.
+
+    A terminal shows a progress bar after 5 seconds. A log gets one line every `INTERVAL` seconds.
+
+    Args:
+        things: what the loop iterates over.
+        what: name of the loop, e.g. `answers`.
+    """
+    if RANK != 0:
         yield from things
     elif sys.stderr.isatty():
         yield from tqdm(things, desc=what, unit="batch", leave=False, delay=5)
     else:
-        started = said = time.monotonic()
+        started = last = time.monotonic()
         for done, thing in enumerate(things):
             now = time.monotonic()
-            if now - said >= SILENCE:
-                said = now
+            if now - last >= INTERVAL:
+                last = now
                 line = tqdm.format_meter(done, len(things), now - started, prefix=f"{what}: ", bar_format=METER)
                 print(line, file=sys.stderr, flush=True)
             yield thing
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned plain-text table; columns of numbers are right-aligned, the others left-aligned.
+    """Return an aligned plain-text table. Columns of numbers are right-aligned, other columns left-aligned.
 
-    >>> print(render_table(["row", "n"], [["base", "12"]]))
-    row    n
-    ----  --
-    base  12
+    Args:
+        header: name of each column.
+        rows: cells of each line, as many as there are columns.
+
+    >>> print(render_table(["method", "n"], [["base", "12"]]))
+    method   n
+    ------  --
+    base    12
     """
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
     columns = list(zip(*cells, strict=True))

@@ -1,4 +1,8 @@
-"""Prompts: templates are data files, rendered with Jinja2; what they are given does not hold the target."""
+"""Render requests as chat messages.
+
+Prompt templates are YAML files with a system and a user message in Jinja2. A template receives the history and the
+candidates of a request. It has no access to the target.
+"""
 
 from __future__ import annotations
 
@@ -8,141 +12,197 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
-SEQUENTIAL = "Taken in order: "
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SEQUENTIAL = "Taken in order: "  # the first words of a sequential text of mid-training
+FIELDS = ("label", "sid", "title", "category", "brand")  # variables of an item in a template
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """A prompt template: Jinja2 sources of the system and the user message, and the hash of its file."""
+    """A prompt template.
+
+    Attributes:
+        name: name of the file without its extension.
+        sha: first 12 hex digits of the SHA-256 hash of the file.
+        system: Jinja2 source of the system message.
+        user: Jinja2 source of the user message.
+    """
 
     name: str
     sha: str
     system: str
     user: str
 
+    def messages(
+        self, history: Sequence[Mapping[str, str]], candidates: Sequence[Mapping[str, str]]
+    ) -> tuple[dict[str, str], ...]:
+        """Render the system and the user message.
+
+        Args:
+            history: template variables of the history items, oldest first, each with the keys `FIELDS`.
+            candidates: template variables of the candidates, in the order of their labels.
+
+        Raises:
+            ConfigurationError: the template has a syntax error or uses a variable that does not exist.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return tuple(
+                {"role": role, "content": _compile(source).render(history=history, candidates=candidates).strip()}
+                for role, source in (("system", self.system), ("user", self.user))
+            )
+        except TemplateError as error:
+            raise ConfigurationError(
+                f"the prompt template {self.name!r} cannot be rendered: {error}",
+                where="prompt_template",
+                why=f"a template receives `history` and `candidates`; each item has {', '.join(FIELDS)}"
+                + ("; `facts` was removed together with the setting prompt_evidence" if "facts" in str(error) else ""),
+                do="correct the template, or choose a built-in one: " + ", ".join(built_in()),
+            ) from error
+
 
 def load_template(name: str) -> Template:
-    """A template of `properties/prompt/`, or of a YAML file given by path.
+    """Load a template of `properties/prompt/` by name, or a YAML file by path.
+
+    The template is rendered once with an example, so that an error appears before any stage starts.
 
     Raises:
-        MissingFileError: there is none of that name.
-        ConfigurationError: it lacks a message, or has a syntax error.
+        MissingFileError: the file does not exist.
+        ConfigurationError: the file has no system or user message, has a syntax error, or uses an unknown variable.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
     if not file.is_file():
         raise MissingFileError(
-            f"there is no prompt template {name!r}",
+            f"the prompt template {name!r} does not exist",
             where="prompt_template",
             do=f"choose from {', '.join(built_in())}, or give the path of a YAML file",
         )
     text = file.read_text(encoding="utf-8")
     values = read_yaml(text)
-    if not isinstance(values, dict) or {"system", "user"} - set(values):
-        raise ConfigurationError("a prompt template has a system and a user message", where=str(file))
-    return Template(
+    if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in ("system", "user")):
+        raise ConfigurationError(
+            "a prompt template needs the keys `system` and `user`, each with a text",
+            where=str(file),
+            do="copy properties/prompt/rerank.yaml and change its texts",
+        )
+    template = Template(
         name=file.stem, sha=hashlib.sha256(text.encode()).hexdigest()[:12], system=values["system"], user=values["user"]
     )
+    example = dict.fromkeys(FIELDS, "example")
+    template.messages([example], [example, example])
+    return template
 
 
 def built_in() -> list[str]:
-    """Names of the templates in `properties/prompt/`."""
+    """Return the names of the templates in `properties/prompt/`, sorted."""
     return sorted(path.stem for path in (properties_folder() / "prompt").glob("*.yaml"))
 
 
 def templates_for(name: str) -> list[Template]:
-    """The built-in templates, and the one of this name where it is the user's own: a model that learns the words of
-    all of them once can be asked with any."""
+    """Return all built-in templates, and the template `name` if it is a file of the user.
+
+    Mid-training covers the words of all of them, so that one mid-trained model serves every template.
+    """
     return [load_template(each) for each in dict.fromkeys([*built_in(), name])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMaker:
-    """Renders requests with one template and one way of showing items.
+    """Renders requests with one template.
 
-    With `shuffle_seed` the candidates stand in a random order of the request's own; None: in base order.
+    Attributes:
+        template: the prompt template.
+        catalog: the items, with their semantic IDs.
+        history: number of history items in a prompt; the most recent ones.
+        title_chars: maximum length of a title in characters.
+        shuffle_seed: seed of a random order of the candidates, one order per request; None keeps the base order.
     """
 
     template: Template
-    items: Sequence[Item]
+    catalog: Catalog
     history: int
     title_chars: int
     shuffle_seed: int | None = None
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], items: Sequence[Item]) -> PromptMaker:
-        """The prompt maker of a run's settings; `items` carry their semantic IDs."""
+    def of(cls, settings: Mapping[str, Any], catalog: Catalog) -> PromptMaker:
+        """Return the prompt maker of a run.
+
+        Args:
+            settings: settings of the run. The method reads prompt_template, prompt_history, prompt_title_chars,
+                prompt_shuffle and seed.
+            catalog: the items, with their semantic IDs.
+        """
         return cls(
             template=load_template(settings["prompt_template"]),
-            items=items,
+            catalog=catalog,
             history=settings["prompt_history"],
             title_chars=settings["prompt_title_chars"],
             shuffle_seed=settings["seed"] if settings["prompt_shuffle"] else None,
         )
 
-    def shown(self, item_id: int, label: str = "") -> dict[str, str]:
-        """What a template sees of an item."""
-        item = self.items[item_id - 1]
+    def fields(self, item_id: int, label: str = "") -> dict[str, str]:
+        """Return the template variables of an item, see `FIELDS`."""
+        item = self.catalog.item(item_id)
         return {
             "label": label,
             "sid": sid_text(item.sid) if item.sid else "",
             "title": shorten(item.title, self.title_chars),
             "category": kind(item),
             "brand": item.brand,
-            "facts": "",
         }
 
     def order(self, request: Request) -> tuple[int, ...]:
-        """Base positions of the candidates in the order in which they are shown and labelled."""
+        """Return the base positions of the candidates in the order of the prompt, (K,)."""
         if self.shuffle_seed is not None:
             return shuffled_order(request, self.shuffle_seed)
         return tuple(range(len(request.candidates)))
 
     def render(self, request: Request, order: Sequence[int] | None = None) -> Prompt:
-        """The request as chat messages.
+        """Render a request as chat messages.
 
         Args:
-            order: base positions in the order in which they are shown and labelled; by default the maker's own.
+            request: the request. Its labels are not used.
+            order: base positions of the candidates in the order of the prompt, (K,). Default: `self.order(request)`.
+
+        Raises:
+            ConfigurationError: the template uses a variable that does not exist.
         """
         order = self.order(request) if order is None else tuple(order)
         labels = tuple(label_tokens(len(order)))
-        values = {
-            "history": [self.shown(item) for item in recent(request.history, self.history)],
-            "candidates": [self.shown(request.items[p], label) for p, label in zip(order, labels, strict=True)],
-        }
-        if request.facts:
-            for shown, position in zip(values["candidates"], order, strict=True):
-                shown["facts"] = " ".join(f"{name} {level}" for name, level in request.facts[position].items())
         return Prompt(
             request_id=request.request_id,
-            messages=(
-                {"role": "system", "content": _jinja(self.template.system).render(values).strip()},
-                {"role": "user", "content": _jinja(self.template.user).render(values).strip()},
+            messages=self.template.messages(
+                history=[self.fields(item) for item in recent(request.history, self.history)],
+                candidates=[self.fields(request.items[p], label) for p, label in zip(order, labels, strict=True)],
             ),
             labels=labels,
             order=order,
-            template=self.template.name,
-            template_sha=self.template.sha,
         )
 
     def label_items(self, request: Request, prompt: Prompt) -> tuple[int, ...]:
-        """Item id behind each label, (K,)."""
+        """Return the item id of each label, (K,)."""
         return tuple(request.items[position] for position in prompt.order)
 
     def label_prior(self, request: Request, prompt: Prompt) -> list[float]:
-        """Log-prior of each label, (K,); zeros where there is no evidence."""
+        """Return the log-prior of each label, (K,); zeros without a prior."""
         return [request.prior[position] if request.prior else 0.0 for position in prompt.order]
 
 
 def recent(history: Sequence[int], count: int) -> Sequence[int]:
-    """The last `count` items of a history, none for 0.
+    """Return the last `count` items of a history; none for 0.
 
     >>> recent((1, 2, 3), 2), recent((1, 2, 3), 0)
     ((2, 3), ())
@@ -151,41 +211,55 @@ def recent(history: Sequence[int], count: int) -> Sequence[int]:
 
 
 def shuffled_order(request: Request, seed: int, purpose: str = "prompt") -> tuple[int, ...]:
-    """The candidates' base positions in a random order of the request's own."""
+    """Return the base positions of the candidates in a random order, (K,).
+
+    The order depends on the seed, the purpose and the request id only.
+    """
     order = list(range(len(request.candidates)))
     random.Random(derive_seed(seed, purpose, request.request_id)).shuffle(order)
     return tuple(order)
 
 
-def history_ids(history: Sequence[int], items: Sequence[Item], tokenizer, longest: int) -> list[int]:
-    """Token ids of a history as mid-training's sequential task shows it: the last items that fit, oldest first.
+def history_ids(
+    history: Sequence[int], catalog: Catalog, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[int]:
+    """Return the token ids of a history in the form of the sequential texts of mid-training.
+
+    The text contains the most recent items that fit, oldest first.
 
     Args:
-        longest: tokens that these and one more semantic ID may have.
+        history: item ids, oldest first.
+        catalog: the items, with their semantic IDs.
+        tokenizer: tokenizer of the language model.
+        max_length: maximum number of tokens of the text and one further semantic ID.
     """
-    head, sid = tokenizer([SEQUENTIAL, sid_text(items[0].sid)], add_special_tokens=False)["input_ids"]
-    return sequential_ids(recent(history, max(1, (longest - len(head)) // len(sid) - 1)), items, tokenizer)
+    head, sid = tokenizer([SEQUENTIAL, sid_text(catalog[0].sid)], add_special_tokens=False)["input_ids"]
+    return sequential_ids(recent(history, max(1, (max_length - len(head)) // len(sid) - 1)), catalog, tokenizer)
 
 
-def sequential_ids(history: Sequence[int], items: Sequence[Item], tokenizer) -> list[int]:
-    """Token ids of a whole history in that form."""
-    head, text = SEQUENTIAL, "".join(sid_text(items[item - 1].sid) for item in history)
+def sequential_ids(history: Sequence[int], catalog: Catalog, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a complete history in the form of the sequential texts of mid-training."""
+    head, text = SEQUENTIAL, "".join(sid_text(catalog.item(item).sid) for item in history)
     return [token for ids in tokenizer([head, text], add_special_tokens=False)["input_ids"] for token in ids]
 
 
-def encode_prompt(prompt: Prompt, tokenizer) -> list[int]:
-    """Token ids up to the start of the assistant's turn, (P,)."""
+def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a prompt up to the start of the assistant's turn, (P,)."""
     text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def kind(item: Item) -> str:
-    """The most particular category, e.g. `Nail Polish` of `Beauty > Makeup > Nails > Nail Polish`."""
+    """Return the last part of the category path, at most 40 characters.
+
+    >>> kind(Item(item_id=1, token="t", title="", categories="Beauty > Makeup > Nail Polish"))
+    'Nail Polish'
+    """
     return shorten(item.categories.split(" > ")[-1], 40)
 
 
 def shorten(text: str, chars: int) -> str:
-    """At most `chars` characters, cut at a word if there is one.
+    """Cut a text to at most `chars` characters, between two words if possible.
 
     >>> shorten("OPI Nail Lacquer", 12), shorten("abcdef", 3)
     ('OPI Nail', 'abc')
@@ -197,7 +271,8 @@ def shorten(text: str, chars: int) -> str:
 
 
 @lru_cache
-def _jinja(source: str):
+def _compile(source: str) -> Any:
+    """Compile a Jinja2 source. The sandbox gives a template no access to Python objects."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 

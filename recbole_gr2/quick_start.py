@@ -1,6 +1,6 @@
 """The command: parse, plan, run, report.
 
-`run_recbole_gr2.py`, the console script `recbole-gr2` and `run()` are one and the same.
+`run_recbole_gr2.py`, the console script `recbole-gr2` and `run()` do the same.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recbole_gr2.errors import ConfigurationError, GateError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
+
+if TYPE_CHECKING:
+    from recbole_gr2.config import Settings
+    from recbole_gr2.console import Console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (errors.py lists them)."""
+    """Run the command line and return the exit code, see `recbole_gr2.errors`.
+
+    The last line on stdout is the path of result.json.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
+    sys.path.insert(0, os.getcwd())  # modules of the user that settings name
     try:
         options, command_line = parse(argv)
-        result = run(
+        path = _run(
             command_line=command_line,
             config_files=options.config_files,
             stages=tuple(filter(None, (options.stages or "").split(","))),
@@ -34,98 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             dry_run=options.dry_run,
             command=" ".join(["run_recbole_gr2.py", *argv]),
         )
-        if result is not None:
-            print(result)
-            if not options.ablation:
-                for path in json.loads(result.read_text(encoding="utf-8")).get("runs", [result]):
-                    check_result(Path(path))
+        if path is not None:
+            print(path)
+            check_result(path)
     except GR2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        sys.path.remove(os.getcwd())
     return 0
-
-
-def check_result(path: Path) -> None:
-    """Refuse to call a run a success in which a model copied its input; its table and report are written all the same.
-
-    Raises:
-        GateError: a model left every list as it was.
-    """
-    from recbole_gr2.report import copies
-
-    ours = ("midtrain", "sft", "rl", "distilled", "internalised")
-    found = [row for row in copies(json.loads(path.read_text(encoding="utf-8"))) if row in ours]
-    if found:
-        raise GateError(
-            f"{', '.join(found)} left every list as it was",
-            where=str(path),
-            why="a re-ranker that copies its input has learnt nothing: its row is the base row again",
-            do="look at log.json and samples.json of its stage: reward, unchanged and entropy say when it gave up",
-        )
-
-
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Options of the command, and every other `--key=value` or `--key value` as a setting."""
-    parser = argparse.ArgumentParser(
-        prog="run_recbole_gr2.py",
-        description="Train and evaluate GR2, a generative reasoning re-ranker, on the lists of a RecBole base model.",
-        epilog="Any setting of properties/*.yaml as --key=value; RecBole words of the base model as --base_key=value.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-m", "--model", help="the re-ranker (GR2)")
-    parser.add_argument("-d", "--dataset", help="folder of RecBole atomic files under data_path, or ml-100k")
-    parser.add_argument("--base_model", help="RecBole model that proposes the candidates")
-    parser.add_argument("--models", metavar="A,B", help="other RecBole models for the same table")
-    parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
-    parser.add_argument("--config_files", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
-    parser.add_argument("--stages", metavar="A,B", help="run these stages alone, with what they need")
-    parser.add_argument("--from_stage", metavar="A", help="run this stage and what depends on it again")
-    parser.add_argument("--force", action="store_true", help="run every stage again")
-    parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
-    parser.add_argument("--seeds", metavar="1,2,3", type=_numbers, default=(), help="run each and report them together")
-    parser.add_argument(
-        "--show_prompt",
-        nargs="?",
-        const="",
-        metavar="REQUEST",
-        help="print the prompt of a train list, by default the first, and stop",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
-    options, rest = parser.parse_known_args(argv)
-    # argparse takes a word with a blank, e.g. "--eval_rows=[midtrain, sft]", for one more config file.
-    rest += [word for word in options.config_files if word.startswith("--")]
-    options.config_files = [word for word in options.config_files if not word.startswith("--")]
-    settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
-    if options.models:
-        from recbole_gr2.config import read_yaml
-
-        models = read_yaml(options.models)  # A,B or, as a setting, [A, B]
-        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models
-    return options, settings | _extra_settings(rest)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _extra_settings(words: Sequence[str]) -> dict[str, Any]:
-    from recbole_gr2.config import read_yaml
-
-    settings, position = {}, 0
-    while position < len(words):
-        word = words[position]
-        key, equals, value = word.removeprefix("--").partition("=")
-        position += 1
-        if not equals and position < len(words) and not words[position].startswith("--"):
-            value, equals = words[position], "="
-            position += 1
-        if not word.startswith("--") or not equals:
-            raise ConfigurationError(f"cannot read {word!r}", where="command line", do="write settings as --key=value")
-        settings[key] = read_yaml(value)
-    return settings
 
 
 def run(
@@ -142,60 +70,207 @@ def run(
     dry_run: bool = False,
     command: str = "recbole_gr2.quick_start.run()",
 ) -> Path | None:
-    """Plan and run; returns the path of `result.json`, or None if the evaluate stage was not asked for.
+    """Plan and run. Returns the path of result.json, or None if no methods were evaluated.
 
-    With `ablation`, a name or a file, it is variants of the run that are planned and run (`recbole_gr2.ablation`). With
-    `seeds`, the run is repeated for each, and they are put together in one report (`recbole_gr2.seeds`). With
-    `show_prompt`, a request id or "" for the first train list, its prompt is printed and nothing is run.
+    Args:
+        command_line, config_dict, config_files: settings, in descending precedence.
+        stages: names of the stages to compute, with all that they need; by default all that the evaluation needs.
+        from_stage: run this stage and all that depend on it again.
+        force: run every stage again.
+        ablation: name or file of an ablation, whose variants are run instead, see `recbole_gr2.ablation`.
+        seeds: repeat the run with each of these seeds, and report them together, see `recbole_gr2.seeds`.
+        show_prompt: print the prompt of this train request ("" for the first one) instead of running anything.
+        dry_run: print the plan instead of running it.
+        command: the command line that the report names.
 
     Raises:
-        GR2Error: with what, where, why and do; nothing that is finished is lost.
+        GR2Error: with four parts: what is wrong, where, why it matters, and what to do. Finished stages are kept.
+        QualityCheckError: a language model left every list unchanged. The report exists nevertheless.
+
+    >>> from recbole_gr2.quick_start import run
+    >>> path = run(config_dict={"dataset": "ml-100k", "preset": "smoke"})  # doctest: +SKIP
     """
-    # Huge pages on the CPU; torch reads this at its first allocation. Generation becomes 1.4 times as fast on two
-    # cores, with a third of the kernel's time and the same numbers. No effect where the kernel does not offer them.
+    path = _run(
+        command_line=command_line,
+        config_dict=config_dict,
+        config_files=config_files,
+        stages=stages,
+        from_stage=from_stage,
+        force=force,
+        ablation=ablation,
+        seeds=seeds,
+        show_prompt=show_prompt,
+        dry_run=dry_run,
+        command=command,
+    )
+    if path is not None:
+        check_result(path)
+    return path
+
+
+def check_result(path: Path) -> None:
+    """Check that no language model left every list unchanged. A run of several seeds, or an ablation, has several runs.
+
+    Raises:
+        QualityCheckError: a language model returned the base order for every request.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "methods" not in result:  # an ablation reports its variants
+        return
+    from recbole_gr2.report import unchanged_methods
+    from recbole_gr2.rerankers.registry import RERANKERS
+
+    runs = [json.loads(Path(run).read_text(encoding="utf-8")) for run in result["runs"]]
+    unchanged = dict.fromkeys(name for run in runs for name in unchanged_methods(run))
+    methods = [name for name in unchanged if name in RERANKERS and RERANKERS[name].needs]
+    if methods:
+        raise QualityCheckError(
+            f"{', '.join(methods)} left every list unchanged",
+            where=str(path),
+            why="a re-ranker that copies its input has learned nothing, and its metrics are those of the base order",
+            do="look at log.json and samples.json of its stage: reward, unchanged and entropy show when it collapsed",
+        )
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Return the options of the command, and every other `--key=value` or `--key value` as a setting."""
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_gr2.py",
+        description="Train and evaluate GR2, a generative reasoning re-ranker, on the candidates of a RecBole model.",
+        epilog="Every setting of docs/settings.md can be given as --key=value, and RecBole's options of the base model "
+        "as --base_key=value.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-m", "--model", help="the re-ranker (GR2)")
+    parser.add_argument("-d", "--dataset", help="folder of RecBole atomic files under data_path, or ml-100k")
+    parser.add_argument("--base_model", help="RecBole model that proposes the candidates")
+    parser.add_argument("--models", metavar="A,B", help="other recommenders for the same table")
+    parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
+    parser.add_argument("--config_files", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
+    parser.add_argument("--stages", metavar="A,B", help="compute only these stages, and those that they need")
+    parser.add_argument("--from_stage", metavar="A", help="run this stage and all that depend on it again")
+    parser.add_argument("--force", action="store_true", help="run every stage again")
+    parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
+    parser.add_argument("--seeds", metavar="1,2,3", type=_seeds, default=(), help="repeat the run with each seed")
+    parser.add_argument(
+        "--show_prompt",
+        nargs="?",
+        const="",
+        metavar="REQUEST",
+        help="print the prompt of a train request, by default the first, and stop",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    options, rest = parser.parse_known_args(argv)
+    # argparse reads a word with a blank, such as "--eval_rows=[midtrain, sft]", as one more config file.
+    rest += [word for word in options.config_files if word.startswith("--")]
+    options.config_files = [word for word in options.config_files if not word.startswith("--")]
+    settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
+    if options.models:
+        from recbole_gr2.config import read_yaml
+
+        models = read_yaml(options.models)  # A,B or, as in a file, [A, B]
+        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models
+    return options, settings | _settings(rest)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 2020,2021") from error
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """Settings of the command line."""
+    from recbole_gr2.config import read_yaml
+
+    settings: dict[str, Any] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        key, equals, value = word.removeprefix("--").partition("=")
+        position += 1
+        if not equals and position < len(words) and not words[position].startswith("--"):
+            value, equals = words[position], "="
+            position += 1
+        if not word.startswith("--") or not equals:
+            raise ConfigurationError(f"cannot read {word!r}", where="command line", do="write settings as --key=value")
+        settings[key] = read_yaml(value)
+    return settings
+
+
+def _run(
+    *,
+    command_line: Mapping[str, Any] | None = None,
+    config_dict: Mapping[str, Any] | None = None,
+    config_files: Sequence[str | Path] = (),
+    stages: Sequence[str] = (),
+    from_stage: str | None = None,
+    force: bool = False,
+    ablation: str | None = None,
+    seeds: Sequence[int] = (),
+    show_prompt: str | None = None,
+    dry_run: bool = False,
+    command: str = "",
+) -> Path | None:
+    """`run` without the check of the result."""
+    # Huge pages on the CPU; torch reads this variable at its first allocation. Generation takes 0.7 times as long on
+    # two cores, with the same numbers. It has no effect where the kernel does not offer huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from recbole_gr2.config import load_settings
     from recbole_gr2.console import Console
 
-    given = {"command_line": command_line, "config_dict": config_dict, "config_files": config_files}
+    given: dict[str, Any] = {"command_line": command_line, "config_dict": config_dict, "config_files": config_files}
     console = Console()
     if ablation:
         if stages or from_stage or force or seeds:
             raise ConfigurationError(
-                "an ablation chooses its own stages, for one seed",
+                "an ablation chooses its own stages and has one seed",
                 where="--stages, --from_stage, --force, --seeds",
-                do="leave them out; --checkpoint_dir DIR starts anew elsewhere",
+                do="remove these options; --checkpoint_dir DIR computes everything again in another folder",
             )
         _quiet_libraries()
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
-    if seeds:
-        if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
-            raise ConfigurationError(
-                "--seeds stands for the seed of a whole run", where="--seeds", do="leave out --seed and --show_prompt"
-            )
-        from recbole_gr2.seeds import run_seeds
+    if not seeds:
+        return _run_once(load_settings(**given), console, stages, from_stage, force, show_prompt, dry_run, command)
+    if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
+        raise ConfigurationError(
+            "--seeds replaces the seed of a run", where="--seeds", do="remove --seed and --show_prompt"
+        )
+    from recbole_gr2.seeds import run_seeds
 
-        def one(seed: int) -> Path | None:
-            return run(
-                command_line={**(command_line or {}), "seed": seed},
-                config_dict=config_dict,
-                config_files=config_files,
-                stages=stages,
-                from_stage=from_stage,
-                force=force,
-                dry_run=dry_run,
-                command=re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command),
-            )
+    def one(seed: int) -> Path | None:
+        settings = load_settings(**{**given, "command_line": {**(command_line or {}), "seed": seed}})
+        same = re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command)
+        return _run_once(settings, console, stages, from_stage, force, None, dry_run, same)
 
-        draws = load_settings(**given)["eval_draws"]
-        return run_seeds(seeds, one, draws=draws, command=command, console=console)
-    settings = load_settings(**given)
+    draws = load_settings(**given)["eval_draws"]
+    return run_seeds(seeds, one, draws=draws, command=command, console=console)
+
+
+def _run_once(
+    settings: Settings,
+    console: Console,
+    stages: Sequence[str],
+    from_stage: str | None,
+    force: bool,
+    show_prompt: str | None,
+    dry_run: bool,
+    command: str,
+) -> Path | None:
+    """Plan and run one seed; returns the path of result.json, or None if no methods were evaluated."""
+    if settings["model"] != "GR2":
+        raise ConfigurationError(
+            f"model {settings['model']!r} is not the re-ranker",
+            where="-m / --model",
+            do=f"use -m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
+        )
     _quiet_libraries()
     from recbole_gr2 import pipeline
     from recbole_gr2.bridge.data import Data
-    from recbole_gr2.processes import PLACE
+    from recbole_gr2.distributed import RANK
 
     console.say(
         f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
@@ -215,45 +290,50 @@ def run(
     if dry_run:
         return None
     done = pipeline.execute(planned, settings, data, console)
-    if planned[-1].stage.name != "evaluate" or PLACE > 0:
+    if not any("methods" in record.summary for record, _ in done) or RANK > 0:
         return None
     from recbole_gr2.report import write_run
 
     return write_run(planned, done, settings, command, console)
 
 
-def prompt_of(settings: Mapping[str, Any], data: Any, request_id: str) -> str:
-    """The prompt of a train list that holds its target, the first if `request_id` is "", as the model gets it.
+def prompt_of(settings: Settings, data: Any, request_id: str) -> str:
+    """Return the prompt of a train request that contains its target, as the language model gets it.
+
+    Args:
+        settings: settings of the run.
+        data: the data set.
+        request_id: the request; "" for the first one.
 
     Raises:
-        ConfigurationError: the stages before it have not run, or there is no such list.
+        ConfigurationError: the stages that it needs have not run, or there is no such request.
     """
     from recbole_gr2 import pipeline
+    from recbole_gr2.artifacts import load_catalog
+    from recbole_gr2.lists import training_requests
     from recbole_gr2.prompts import PromptMaker
-    from recbole_gr2.stages import Context
-    from recbole_gr2.stages.tokenizer import load_items
-    from recbole_gr2.stages.traces import training_requests
+    from recbole_gr2.types import Context
 
-    planned = pipeline.plan(settings, data, stages=("tokenizer", "evidence"))
-    missing = [entry.stage.name for entry in planned if entry.action != "cached"]
+    stages = ("tokenizer", "prior")
+    planned = pipeline.plan(settings, data, stages=stages)
+    missing = [entry.stage.name for entry in planned if not entry.finished]
     if missing:
         raise ConfigurationError(
-            f"{', '.join(missing)} have not run",
+            f"the stages {', '.join(missing)} have not run",
             where="--show_prompt",
-            why="a prompt shows candidates and semantic IDs",
-            do="run --stages tokenizer,evidence first",
+            why="a prompt contains candidates and semantic IDs",
+            do=f"run --stages {','.join(stages)} first",
         )
     folders = {entry.stage.name: entry.folder for entry in planned}
     context = Context(stage="", settings=settings, data=data, folder=Path(), inputs={}, folders=folders, say=print)
-    items = load_items(folders["tokenizer"], data.items)
-    requests = {request.request_id: request for request in training_requests(context, items, None, "")}
+    requests = {request.request_id: request for request in training_requests(context)}
     if request_id and request_id not in requests:
         raise ConfigurationError(
-            f"there is no train list {request_id!r} that holds its target",
+            f"there is no train request {request_id!r} that contains its target",
             where="--show_prompt",
             do=f"choose from {', '.join(list(requests)[:5])}, ...",
         )
-    prompt = PromptMaker.of(settings, items).render(requests[request_id or next(iter(requests))])
+    prompt = PromptMaker.of(settings, load_catalog(context)).render(requests[request_id or next(iter(requests))])
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt.messages)
 
 

@@ -1,4 +1,4 @@
-"""Seeds derived from names, so that a result does not depend on the order in which things happen."""
+"""Seeds that are derived from names, so that a result does not depend on the order of computations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import hashlib
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """A 32-bit seed for one purpose, e.g. `derive_seed(2020, "traces", request_id)`.
+    """Return the seed of one purpose, for example `derive_seed(2020, "traces", request_id)`.
+
+    Args:
+        seed: Seed of the run.
+        *names: Names of the purpose. Equal names give equal seeds.
+
+    Returns:
+        A number from 0 to 2**32 - 1.
 
     >>> derive_seed(2020, "a") == derive_seed(2020, "a"), derive_seed(2020, "a") == derive_seed(2020, "b")
     (True, False)
@@ -16,7 +23,7 @@ def derive_seed(seed: int, *names: object) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch (all devices)."""
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
     import random
 
     import numpy

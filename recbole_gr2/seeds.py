@@ -1,13 +1,12 @@
-"""Several seeds of one run in one table: `--seeds 2020,2021,2022`.
+"""A run with several seeds: `--seeds 2020,2021,2022`.
 
-Each seed is a run of its own, with its own folder, and is cached and continued as any run is. Figures are means over
-the seeds with their standard deviation (n - 1). In the tests the unit is the user: a user's differences are added up
-over the seeds, of whose lists some may hold the target and others not, and intervals and p-values are over users.
+Each seed is a run with its own folder. It is cached and continued like any other run. The report of all seeds has means
+and standard deviations (n - 1). Its tests use the user as the unit: the differences of a user are added over the seeds.
+The candidate lists of a user contain the target for some seeds and not for others; the latter count as 0.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,206 +14,155 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recbole_gr2.console import Console, render_table
+from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.ranking import METRICS, paired_comparison
-from recbole_gr2.report import (
-    COST,
-    ROWS,
-    SCOPES,
-    SHOWN,
-    curves_table,
-    latex_tables,
-    new_folder,
-    pairs_table,
-    published,
-    settings_table,
-    slices_table,
-    truth_section,
-)
+from recbole_gr2.ranking import METRICS, Comparison, adjust, paired_comparison
+from recbole_gr2.report import FinishedRun, build_result, new_folder, read_run, write_report
+from recbole_gr2.report.result import BASE
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.stages.evaluate import DIAGNOSTIC, PAIRS, adjust_pairs, read_per_user
-from recbole_gr2.store import write_json
-
-COLUMNS = ("seconds", "peak_memory_mb", "code")  # of each stage, one of each seed
 
 
 def run_seeds(
     seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
 ) -> Path | None:
-    """Run `one(seed)` for each, and put their results together; returns the path of result.json, None without results.
+    """Run each seed and write the report of all seeds.
 
     Args:
-        draws: of the bootstrap and of the randomisation test.
+        seeds: two or more different seeds.
+        one: runs a seed and returns the path of its result.json, or None if the run has no result.
+        draws: number of bootstrap resamples and of sign flips.
+        command: the command line.
+        console: where progress and tables are printed.
+
+    Returns:
+        The path of result.json, or None if a seed has no result.
 
     Raises:
-        ConfigurationError: fewer than two seeds, or one twice.
+        ConfigurationError: there are fewer than two seeds, or a seed occurs twice.
     """
     if len(set(seeds)) < max(2, len(seeds)):
         raise ConfigurationError(
-            f"--seeds {seeds} are not two or more different numbers",
+            f"--seeds {','.join(map(str, seeds))} does not name two or more different seeds",
             where="--seeds",
-            do="write --seeds 2020,2021,2022; --seed for a single one",
+            why="A standard deviation needs several runs that differ.",
+            do="write, for example, --seeds 2020,2021,2022; use --seed for a single seed",
         )
     paths = []
     for number, seed in enumerate(seeds, start=1):
         console.say(f"seed {seed}, {number} of {len(seeds)}")
         paths.append(one(seed))
-    if None in paths:
+    finished = [path for path in paths if path is not None]
+    if len(finished) < len(paths):
         return None
-    result, frames = combine(paths, command, draws)
-    folder = new_folder(paths[0].parent.parent)
-    write_json(folder / "result.json", result)
-    (folder / "report.md").write_text(render_seeds(result, frames), encoding="utf-8")
-    (folder / "table.tex").write_text(latex_tables(result), encoding="utf-8")
-    for scope in ("all", "in_list"):
-        print(f"\n{scope}\n{seeds_table(result, scope)}", flush=True, file=console.stream)
-    console.say(f"report: {folder / 'report.md'}")
-    return folder / "result.json"
+    runs = [read_run(path) for path in finished]
+    folder = new_folder(finished[0].parent.parent)
+    return write_report(folder, combine(runs, command, draws), runs, console)
 
 
-def combine(paths: Sequence[Path], command: str, draws: int) -> tuple[dict[str, Any], list[pd.DataFrame]]:
-    """What the runs with these result.json say together, and each one's per-user ranks."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    folders = [json.loads((path.parent / "run.json").read_text(encoding="utf-8"))["stages"] for path in paths]
-    frames = [read_per_user(Path(stages["evaluate"])) for stages in folders]
-    rows = []
-    for first in runs[0]["rows"]:
-        place = first["row"], first["scope"]
-        same = [next(r for r in run["rows"] if (r["row"], r["scope"]) == place) for run in runs]
-        values = {metric: [row["metrics"][metric] for row in same] for metric in first["metrics"]}
-        rows.append(
-            {
-                "row": first["row"],
-                "scope": first["scope"],
-                "n": [row["n"] for row in same],
-                "metrics": {m: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=1))} for m, v in values.items()},
-                "unchanged": None if first["unchanged"] is None else float(np.mean([row["unchanged"] for row in same])),
-            }
-        )
-    there = [name for name in frames[0].columns if name in {row["row"] for row in rows}]
-    wanted = [(row, "base") for row in there if row not in ("base", *DIAGNOSTIC)]
-    wanted += [(row, other) for row, other in PAIRS if row in there and other in there]
-    seed = derive_seed(runs[0]["seeds"][0], "seeds")
-    pairs = [
-        {"row": row, "versus": other, "metrics": compare(frames, row, other, seed, draws)} for row, other in wanted
-    ]
-    adjust_pairs(pairs)
-    kept = ("dataset", "base_model", "llm", "preset")
-    return {
-        **{name: runs[0][name] for name in kept},
-        "seeds": [run["seeds"][0] for run in runs],
-        "command": command,
-        "settings": runs[0]["settings"],
-        "runs": [str(path) for path in paths],
-        "rows": rows,
-        "pairs": pairs,
-        "truth": means([run["truth"] for run in runs]),
-        "curves": means([run["curves"] for run in runs]),
-        "stages": [
-            {"stage": same[0]["stage"], **{name: [stage[name] for stage in same] for name in COLUMNS}}
-            for same in zip(*(run["stages"] for run in runs), strict=True)
-        ],
-    }, frames
-
-
-def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Figures, or curves of them, of rows or stages: averaged over runs where all have them.
-
-    >>> means([{"sft": {"loss": [3.0, 1.0]}}, {"sft": {"loss": [2.0, 2.0], "loss/ranking": [1.0, 0.5]}}])
-    {'sft': {'loss': [2.5, 1.5]}}
-    >>> means([{"sft": {"kind": 0.5}, "rl": {"kind": 1.0}}, {"sft": {"kind": 1.0}}])
-    {'sft': {'kind': 0.75}}
-    """
-    return {
-        row: {
-            name: np.mean([run[row][name] for run in runs], axis=0).tolist()
-            for name in figures
-            if all(name in run[row] for run in runs)
-        }
-        for row, figures in runs[0].items()
-        if all(row in run for run in runs)
-    }
-
-
-def compare(frames: Sequence[pd.DataFrame], row: str, other: str, seed: int, draws: int) -> dict[str, dict[str, float]]:
-    """Paired differences between two rows per list that holds its target, users drawn with all their lists.
+def combine(runs: Sequence[FinishedRun], command: str, draws: int) -> dict[str, Any]:
+    """Return the content of result.json for several seeds of one run.
 
     Args:
-        frames: of each seed, users and the target's rank under each row.
+        runs: the finished run of each seed.
+        command: the command line.
+        draws: number of bootstrap resamples and of sign flips.
+    """
+    evaluations = [run.evaluation.summary for run in runs]
+    frames = [run.per_user() for run in runs]
+    seed = derive_seed(runs[0].seed, "seeds")
+    diagnostic = {entry["method"] for entry in evaluations[0]["methods"] if entry["diagnostic"]}
+    vs_base: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for entry in evaluations[0]["methods"]:
+        method, scope = entry["method"], entry["scope"]
+        if method == BASE:
+            continue
+        counts = [
+            next((each["n"] for each in evaluation["methods"] if _same(each, entry)), 0) for evaluation in evaluations
+        ]
+        if not all(method in frame.columns for frame in frames):
+            vs_base[method, scope] = _mean_differences([_versus_base(each, entry) for each in evaluations], counts)
+        elif scope == "hit_users":
+            vs_base[method, scope] = compare(frames, method, BASE, seed=seed, draws=draws)
+        else:
+            vs_base[method, scope] = compare(frames, method, BASE, seed=seed, draws=draws, counts=counts)
+    comparisons = [
+        {
+            "method": pair["method"],
+            "versus": pair["versus"],
+            "scope": pair["scope"],
+            "metrics": compare(frames, pair["method"], pair["versus"], seed=seed, draws=draws),
+        }
+        for pair in evaluations[0]["comparisons"]
+        if all({pair["method"], pair["versus"]} <= set(frame.columns) for frame in frames)
+    ]
+    tested = {place: found for place, found in vs_base.items() if place[0] not in diagnostic}
+    adjust(
+        [
+            *(found for (_, scope), found in tested.items() if scope == "hit_users"),
+            *(pair["metrics"] for pair in comparisons if pair["versus"] not in diagnostic),
+        ]
+    )
+    adjust([found for (_, scope), found in tested.items() if scope == "all_users"])
+    return build_result(runs, command, vs_base=vs_base, comparisons=comparisons)
+
+
+def compare(
+    frames: Sequence[pd.DataFrame],
+    method: str,
+    versus: str,
+    *,
+    seed: int,
+    draws: int,
+    counts: Sequence[int] | None = None,
+) -> dict[str, Comparison]:
+    """Compare two methods over several seeds, with the user as the unit.
+
+    Args:
+        frames: per_user.csv of each seed: `user`, and the rank of the target under each method.
+        method: the first method.
+        versus: the second method.
+        seed: seed of the random draws.
+        draws: number of bootstrap resamples and of sign flips.
+        counts: number of all users of each seed, for differences over all users. Users without a line count with a
+            difference of 0. None means that only the users of the frames count.
+
+    Returns:
+        For each metric of `ranking.METRICS`, the comparison that `paired_comparison` returns. The difference and its
+        interval are means over the candidate lists of all seeds.
     """
     compared = {}
     for metric, value in METRICS.items():
         differences = [
-            pd.Series(value(frame[row].to_numpy()) - value(frame[other].to_numpy()), frame["user"]) for frame in frames
+            pd.Series(value(frame[method].to_numpy()) - value(frame[versus].to_numpy()), frame["user"])
+            for frame in frames
         ]
         of_user = pd.concat(differences).groupby(level=0).sum().to_numpy()
-        found = paired_comparison(of_user, np.zeros(len(of_user)), seed=seed, draws=draws)
         lists = sum(map(len, frames))
+        if counts is not None:
+            of_user = np.concatenate([of_user, np.zeros(max(0, max(counts) - len(of_user)))])
+            lists = sum(counts)
+        found = paired_comparison(of_user, np.zeros(len(of_user)), seed=seed, draws=draws)
         compared[metric] = {name: v if name == "p" else v * len(of_user) / lists for name, v in found.items()}
     return compared
 
 
-def seeds_table(result: Mapping[str, Any], scope: str) -> str:
-    """One line a row: mean and standard deviation of each metric over the seeds, and how far its NDCG@5 goes from that
-    of base to that of oracle."""
-    rows = [row for row in result["rows"] if row["scope"] == scope]
-    shown = [metric for metric in SHOWN if metric in rows[0]["metrics"]]
-    ndcg = {row["row"]: row["metrics"]["ndcg@5"]["mean"] for row in rows} if "ndcg@5" in shown else {}
-    gap = ndcg["oracle"] - ndcg["base"] if ndcg else 0.0
-    lines = [
-        [
-            row["row"],
-            *(f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['sd']:.4f}" for m in shown),
-            f"{(ndcg[row['row']] - ndcg['base']) / gap:+.1%}" if gap and row["row"] != "base" else "",
-            "" if row["unchanged"] is None else f"{row['unchanged']:.1%}",
-        ]
-        for row in rows
-    ]
-    return render_table(["row", *shown, "gap closed", "unchanged"], lines)
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return (one["method"], one["scope"]) == (other["method"], other["scope"])
 
 
-def render_seeds(result: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> str:
-    """report.md: what the seeds say together."""
-    seeds = result["seeds"]
-    parts = [
-        f"# GR2 on {result['dataset']}, {len(seeds)} seeds",
-        f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, seeds "
-        f"{', '.join(map(str, seeds))}.\n\n    {result['command']}",
-    ]
-    for scope, who in SCOPES.items():
-        counts = next(row["n"] for row in result["rows"] if row["scope"] == scope)
-        said = ", ".join(f"{count:,}" for count in dict.fromkeys(counts))
-        parts.append(f"## {result['dataset']}, {who}, n = {said}\n\n```\n{seeds_table(result, scope)}\n```")
-    parts += [
-        f"Mean ± standard deviation over the seeds. {ROWS}",
-        f"## Differences\n\n```\n{pairs_table(result)}\n```\n\nPer list that holds its target, over all seeds, with "
-        "95 % bootstrap intervals and p-values of two-sided randomisation tests. The unit is the user, whose "
-        "differences are added up over the seeds; p-values are Holm-adjusted over this table and its metrics.",
-        f"## Slices\n\nNDCG@5 of all seeds' lists that hold their target.\n\n```\n{slices_table(frames)}\n```",
-        *published(result["dataset"]),
-        *truth_section(result),
-    ]
-    if result["curves"]:
-        parts.append(
-            "## Learning curves\n\nMeans over equal parts of the steps or rounds, of what was trained on, and "
-            f"over the seeds.\n\n```\n{curves_table(result['curves'])}\n```"
-        )
-    cost = [
-        [
-            stage["stage"],
-            *(f"{seconds:,.0f} s" for seconds in stage["seconds"]),
-            f"{max(stage['peak_memory_mb']):,.0f} MiB",
-            ", ".join(dict.fromkeys(stage["code"])),
-        ]
-        for stage in result["stages"]
-    ]
-    whole = ["all", *(f"{sum(stage['seconds'][n] for stage in result['stages']):,.0f} s" for n in range(len(seeds)))]
-    header = ["stage", *(f"seed {seed}" for seed in seeds), "peak memory", "code"]
-    parts += [
-        "## Settings\n\nThose that differ from their defaults; all are in the config.yaml of each run.\n\n"
-        f"```\n{settings_table(result['settings'])}\n```",
-        f"## Cost\n\n{COST}\n\n```\n{render_table(header, [*cost, [*whole, '', '']])}\n```",
-        "Runs: " + ", ".join(Path(run).parent.name for run in result["runs"]) + ".",
-    ]
-    return "\n\n".join(parts) + "\n"
+def _versus_base(evaluation: Mapping[str, Any], entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the comparisons with the base order that one seed has for a method and scope, {} without any."""
+    return next((each["vs_base"] for each in evaluation["methods"] if _same(each, entry)), {})
+
+
+def _mean_differences(found: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Comparison]:
+    """Return the mean difference of each metric over the users of all seeds, without interval and test.
+
+    A recommender that does not re-rank the candidate lists has no ranks in per_user.csv. The differences of its users
+    cannot be added over the seeds.
+    """
+    return {
+        metric: {"diff": float(np.average([each[metric]["diff"] for each in found], weights=counts))}
+        for metric in found[0]
+        if all(metric in each for each in found)
+    }

@@ -1,24 +1,39 @@
-"""The vocabulary: frozen records that stages hand to each other.
+"""Records that the modules of this package exchange.
 
-Shape letters used across the package: B requests, T history, K candidates, L levels, C codes, D dim, G group,
-V vocabulary, N items, P prompt tokens, O output tokens. Ranks start at 1, positions at 0.
+Shape letters used across the package: B requests, T history, K candidates, L levels, C codes, D dimensions, F features
+of a candidate, P features of a candidate-history pair, R recent history items, U users, V vocabulary, N items, G group,
+O output tokens. Ranks start at 1, positions at 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from recbole_gr2.bridge.data import Data
+    from recbole_gr2.config import Settings
 
 Sid = tuple[int, ...]
+RECENT = 10  # R, the number of most recent history items that features compare a candidate with. Our choice.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """One item of the catalogue.
 
-    `item_id` is RecBole's internal id (1-based, 0 is padding), `token` the id in the data files, `title` and
-    `categories` cleaned text (either may be empty), `description` the beginning of a longer one, for the text encoder
-    alone, `sid` its semantic ID or () before the tokenizer stage.
+    Attributes:
+        item_id: RecBole's internal id, at least 1; 0 is padding.
+        token: the id in the data files.
+        title: cleaned title, may be empty.
+        categories: cleaned category path such as `Beauty > Makeup`, may be empty.
+        brand: cleaned brand, may be empty.
+        description: the beginning of a longer text. Only the text encoder reads it.
+        sid: semantic ID, or () before the tokenizer stage.
     """
 
     item_id: int
@@ -32,35 +47,62 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One entry of a base model's list: its score there and its 1-based rank."""
+    """One entry of a candidate list: its base-model score and its rank by that score, from 1."""
 
     item_id: int
     score: float
     rank: int
 
 
+class CandidateFeatures(NamedTuple):
+    """Features of one candidate list.
+
+    Attributes:
+        candidates: F features of each candidate, (K, F) float32.
+        pairs: P features of each candidate with each of the last R history items, newest first, (K, R, P) float16. R is
+            smaller than `RECENT` for a shorter history.
+    """
+
+    candidates: np.ndarray
+    pairs: np.ndarray
+
+    @property
+    def padded(self) -> np.ndarray:
+        """The pair features, filled with 0 where the history is shorter than RECENT, (K, RECENT, P)."""
+        return np.pad(self.pairs, ((0, 0), (0, RECENT - self.pairs.shape[1]), (0, 0)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One list to re-rank.
+    """One candidate list to re-rank.
 
-    `history` holds item ids, oldest first. `target` is the item the user took next: it is kept for training
-    targets, rewards and metrics and never reaches a prompt, a feature or a score. So are `grades`: what each candidate
-    is worth, in base order, in train lists with several targets or graded ones; else (). `prior` holds the evidence's
-    log-probability of each candidate, in base order; () before the evidence stage, and without evidence. `facts` holds
-    what a prompt shows of the evidence: the level of each candidate, 0 to 9, by the name of the fact; in base order, or
-    () where nothing is shown.
+    The target and the grades are labels. They are used for training targets, rewards and metrics, and never reach a
+    prompt, a feature or a score. Re-rankers receive requests without them, see `without_labels`.
+
+    Attributes:
+        request_id: unique name, `<split>/<user token>`.
+        user_token: the user's id in the data files.
+        split: train, valid or test.
+        history: item ids of the user's earlier interactions, oldest first.
+        candidates: the candidate list in base order.
+        target: id of the item that the user interacted with next; 0 if it is withheld.
+        provider: name of the model that proposed the candidates.
+        prior: log-probability of each candidate under the prior, in base order, (K,); () without a prior.
+        grades: relevance grade of each candidate in base order, (K,), in train lists with several or graded targets;
+            else ().
+        features: features of the candidates, or None where the prior stage did not compute them.
     """
 
     request_id: str
     user_token: str
-    split: str  # train | valid | test
+    split: str
     history: tuple[int, ...]
     candidates: tuple[Candidate, ...]
     target: int
     provider: str
     prior: tuple[float, ...] = ()
-    facts: tuple[Mapping[str, int], ...] = ()
     grades: tuple[int, ...] = ()
+    features: CandidateFeatures | None = field(default=None, compare=False, repr=False)
 
     @property
     def items(self) -> tuple[int, ...]:
@@ -69,55 +111,88 @@ class Request:
 
     @property
     def by_prior(self) -> tuple[int, ...]:
-        """Candidate item ids in the order of the prior, ties and no prior in base order, (K,)."""
+        """Candidate item ids by descending prior, (K,). Ties, and all items without a prior, keep the base order."""
         order = sorted(range(len(self.prior)), key=lambda position: -self.prior[position])
         return tuple(self.items[position] for position in order) or self.items
 
     @property
     def target_rank(self) -> int | None:
-        """1-based rank of the target in the base order; None if the list does not hold it."""
+        """Rank of the target in the base order, from 1; None if the list does not contain it."""
         return self.items.index(self.target) + 1 if self.target in self.items else None
 
     @property
-    def gains(self) -> tuple[int, ...]:
-        """What each candidate is worth in base order, (K,): its grade, or 1 for the target and 0 for the others."""
+    def relevance(self) -> tuple[int, ...]:
+        """Relevance of each candidate in base order, (K,): its grade, or 1 for the target and 0 for the others."""
         return self.grades or tuple(int(item == self.target) for item in self.items)
 
     @property
-    def teaches(self) -> bool:
-        """Whether the list holds its target, and some candidate is worth more than another."""
-        return self.target in self.items and len(set(self.gains)) > 1
+    def has_signal(self) -> bool:
+        """Whether the list contains its target and candidates of different relevance."""
+        return self.target in self.items and len(set(self.relevance)) > 1
 
-    def by_gain(self, ranking: Sequence[int]) -> tuple[int, ...]:
-        """A ranking of the candidates with those that are worth more first, else as it is."""
-        gain = dict(zip(self.items, self.gains, strict=True))
-        return tuple(sorted(ranking, key=lambda item: -gain[item]))
+    def sorted_by_grade(self, ranking: Sequence[int]) -> tuple[int, ...]:
+        """Sort a ranking of the candidates by descending relevance. Equal candidates keep their order."""
+        relevance = dict(zip(self.items, self.relevance, strict=True))
+        return tuple(sorted(ranking, key=lambda item: -relevance[item]))
+
+    def without_labels(self) -> Request:
+        """Return a copy whose target is 0 and whose grades are ()."""
+        return replace(self, target=0, grades=())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recommendations:
+    """The first items of a recommender's ranking of the whole catalogue, for each user of a split.
+
+    Attributes:
+        users: user tokens, (U,).
+        items: the first D item ids, best first, (U, D) int32. 0 fills the places of items that the recommender did not
+            propose or that are masked.
+        target_rank: rank of the target among all unmasked items, from 1, (U,) int32; 0 if the recommender did not
+            propose it.
+        exclude_seen: whether items of the user's history are masked.
+    """
+
+    users: tuple[str, ...]
+    items: np.ndarray
+    target_rank: np.ndarray
+    exclude_seen: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A request as chat messages. `labels[i]` is the label token of the candidate at base position `order[i]`."""
+    """A request as chat messages.
+
+    Attributes:
+        messages: system and user message, each with `role` and `content`.
+        labels: label token of each shown candidate, (K,).
+        order: base position of each shown candidate, (K,): `labels[i]` belongs to the candidate at `order[i]`.
+    """
 
     request_id: str
-    messages: tuple[dict, ...]
+    messages: tuple[dict[str, str], ...]
     labels: tuple[str, ...]
     order: tuple[int, ...]
-    template: str
-    template_sha: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model said, read back.
+    """A re-ranker's answer to one request.
 
-    `ranking` is always a full permutation of the request's candidates (item ids). `status` is `ok`, `repaired`
-    (labels missing, repeated or foreign), `truncated` (the reasoning ran into its limit) or `unreadable` (no
-    usable label at all: base order).
+    Attributes:
+        ranking: item ids, best first: a permutation of the request's candidates.
+        status: `ok`; `repaired` (labels missing, repeated or foreign); `truncated` (the reasoning reached its token
+            limit); `unreadable` (no usable label; the ranking is the base order).
+        reasoning: the text before the ranking, may be empty.
+        missing: number of candidates that the answer did not rank.
+        repeated: number of labels that occurred more than once.
+        foreign: number of labels or items that are not candidates.
+        output_tokens: number of generated tokens.
     """
 
     request_id: str
     ranking: tuple[int, ...]
-    status: str
+    status: str = "ok"
     reasoning: str = ""
     missing: int = 0
     repeated: int = 0
@@ -141,11 +216,16 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbourhood:
-    """Whether items that share codes are alike, counted over pairs of items; levels drawn at random are left out.
+    """Whether items that share codes have the same category, over pairs of items. Random levels are left out.
 
-    `pairs[l]` pairs share their first l + 1 codes; `same_path[l]` of them have the same category, `same_top[l]` the
-    same first two parts of it (shares; None where there is no pair). `random_path` and `random_top` are the same shares
-    among all pairs of the `items` that have a category: what codes without meaning would reach.
+    Attributes:
+        items: number of items that have a category.
+        pairs: number of pairs of items that share their first l + 1 codes, for each level l.
+        same_path: share of these pairs with the same category, for each level. None if there is no such pair.
+        same_top: share of these pairs with the same first two parts of the category, for each level. None if there is
+            no such pair.
+        random_path: share of all pairs with the same category. Codes without meaning have this expected value.
+        random_top: share of all pairs with the same first two parts of the category.
     """
 
     items: int
@@ -158,11 +238,17 @@ class Neighbourhood:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """How well an SID table keeps items apart, and alike ones together.
+    """Quality of semantic IDs.
 
-    `uniqueness` is distinct SIDs / items, `uniqueness_without_random_level` that of the nearest codes alone.
-    `used_codes[l]` and `entropy[l]` (bits, 0..log2 C) describe level l. `reconstruction` is the mean cosine similarity
-    of decoded and original embedding before random last levels. `neighbourhood` is None without categories.
+    Attributes:
+        items: N, number of items.
+        uniqueness: number of distinct semantic IDs divided by N, 0 to 1.
+        uniqueness_without_random_level: the same for the nearest codes, before random last levels.
+        largest_collision: largest number of items with the same semantic ID.
+        used_codes: number of codes in use, for each level.
+        entropy: entropy of the code shares in bits, 0 to log2 C, for each level.
+        reconstruction: mean cosine of the embeddings and the embeddings decoded from the nearest codes.
+        neighbourhood: whether items that share codes have the same category. None without categories.
     """
 
     items: int
@@ -177,19 +263,97 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """manifest.json of a finished stage.
+    """The manifest of a finished stage.
 
-    `seconds` is the wall time of all its starts, of those that were stopped up to the last file that they left;
-    `peak_memory_mb` and `code`, as `recbole_gr2.store.code_version` writes it, are of the last start.
+    Attributes:
+        stage: name of the stage.
+        key: hash of everything that determines the result; the name of the stage's folder.
+        version: version of the stage's code.
+        needs: keys of the stages whose files the stage read, by name.
+        settings: the settings that are part of the key.
+        seconds: wall time of all starts, in seconds. An interrupted start counts up to the last file that it wrote.
+        peak_memory_mb: largest resident memory of the last start, in MiB.
+        summary: the figures that the stage reports.
+        files: paths of the files that the stage wrote, relative to its folder.
+        code: package version and commit, see `recbole_gr2.store.code_version`.
+        sources: hash of the package sources that the stage uses, see `recbole_gr2.store.source_hash`.
     """
 
     stage: str
     key: str
     version: int
     needs: dict[str, str]
-    settings: dict
+    settings: dict[str, Any]
     seconds: float
     peak_memory_mb: float
-    facts: dict = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     code: str = ""
+    sources: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a stage and a re-ranker get.
+
+    Attributes:
+        stage: name of the stage.
+        settings: settings of the run.
+        data: the data set.
+        folder: folder of the stage. It exists and contains the files of an interrupted start.
+        inputs: manifests of the stages that this stage needs, by name.
+        folders: folders of the stages that this stage needs, by name.
+        say: prints one progress line.
+        parameters: parameters of a variant of the stage.
+    """
+
+    stage: str
+    settings: Settings
+    data: Data
+    folder: Path
+    inputs: Mapping[str, StageRecord]
+    folders: Mapping[str, Path]
+    say: Callable[[str], None]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _no_values(settings: Settings) -> dict[str, Any]:
+    return {}
+
+
+def _no_check(settings: Settings) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step of a run. Its output folder is cached under a hash of everything that determines the output.
+
+    Attributes:
+        name: name in the plan, and of the folder that contains the stage's outputs.
+        version: part of the key. Increase it if a change of the code can change the output.
+        run: writes the files of the stage to `context.folder` and returns its summary, a dictionary for the manifest.
+        settings: prefixes of the settings that can change the output.
+        excluded: settings with such a prefix that cannot change it.
+        needs: names of the stages whose folders it reads.
+        key_values: returns further values of the key, such as hashes of files that settings name.
+        check: raises a ConfigurationError if the stage cannot run with the settings. It is called before any data is
+            loaded.
+        parameters: parameters of a variant; `context.parameters` contains them.
+        distributed: whether several processes may run the stage together.
+        modules: further modules whose sources the stage uses, see `recbole_gr2.store.source_hash`.
+        unused_modules: modules that the stage's module imports, but that cannot change its output.
+    """
+
+    name: str
+    version: int
+    run: Callable[[Context], dict[str, Any]]
+    settings: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    key_values: Callable[[Settings], Mapping[str, Any]] = _no_values
+    check: Callable[[Settings], None] = _no_check
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    distributed: bool = False
+    modules: tuple[str, ...] = ()
+    unused_modules: tuple[str, ...] = ()

@@ -1,1 +1,1 @@
-"""The door to RecBole: data, base models, and its evaluator. Past this package nothing knows RecBole."""
+"""The RecBole adapter: data sets, base models, and RecBole's evaluator."""

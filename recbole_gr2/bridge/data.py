@@ -1,7 +1,8 @@
-"""The data set: catalogue, user sequences in exact time order, item texts, and the rows of every split.
+"""A data set: the catalogue, the users' sequences in exact time order, and the rows of each split.
 
-Rows are those of RecBole's SequentialDataset under leave-one-out (`LS: valid_and_test`, `TO`), whatever the base
-model is: one test and one valid row per user, and as train row of a request the user's last training interaction.
+The splits are those of RecBole's `SequentialDataset` under leave-one-out (`eval_args`: `LS: valid_and_test`, order
+`TO`). They do not depend on the base model. Each user has one test row and one validation row. The training request of
+a user starts `train_targets` interactions before the end of its training interactions.
 """
 
 from __future__ import annotations
@@ -12,58 +13,85 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from recbole_gr2 import compat
+from recbole_gr2.bridge.item_text import clean_text
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, MissingFileError
-from recbole_gr2.text import clean_text
 from recbole_gr2.types import Item
 
 SPLITS = ("train", "valid", "test")
 TEXTS = ("title", "categories", "brand", "description")
-DESCRIPTION_CHARS = 1000  # the encoder reads 128 tokens, and a description comes last
+DESCRIPTION_CHARS = 1000  # The text encoder reads 128 tokens, and the description is the last part of its input.
 
 
 class Data:
-    """A RecBole data set: catalogue, user sequences in exact time order, and the rows of every split."""
+    """A RecBole data set with the catalogue, the users' sequences and the rows of each split.
+
+    Args:
+        settings: settings of the run.
+
+    Attributes:
+        config: RecBole's Config of a sequential model on this data set.
+        dataset: RecBole's data set before the split.
+        built: RecBole's data sets of training, validation and test.
+        uid: name of the user field.
+        iid: name of the item field.
+        user_tokens: token of each internal user id, (U + 1,).
+        item_tokens: token of each internal item id, (N + 1,).
+        sequences: internal user id -> item ids of all interactions, oldest first.
+        train_targets: number of targets of a training request.
+
+    Raises:
+        ConfigurationError: the settings ask for another split than leave-one-out in time order, or `train_targets` or
+            `train_grades` is invalid.
+        MissingFileError: the data set has no interactions or no item texts.
+    """
 
     def __init__(self, settings: Settings) -> None:
         compat.apply()
         self.settings = settings
-        # Any sequential model gives the same rows; SASRec's class is only asked for its type.
+        # All sequential models get the same rows. RecBole reads only the type of the model class here.
         self.config = recbole_config(settings, "SASRec", loss_type="CE")
         _check_protocol(self.config)
         _check_files(self.config)
         self.dataset = exact_time_dataset(sequential=True)(self.config)
-        self.uid, self.iid = self.dataset.uid_field, self.dataset.iid_field
+        self.uid: str = self.dataset.uid_field
+        self.iid: str = self.dataset.iid_field
         self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
         self.item_tokens = [str(token) for token in self.dataset.field2id_token[self.iid]]
         frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
-        self.sequences: dict[int, np.ndarray] = {
-            int(user): group.to_numpy() for user, group in frame.groupby(self.uid)[self.iid]
-        }
+        groups: Any = frame.groupby(self.uid)[self.iid]
+        self.sequences: dict[int, np.ndarray] = {int(user): group.to_numpy() for user, group in groups}
         self.train_targets: int = settings["train_targets"]
         if self.train_targets < 1:
-            raise ConfigurationError(f"train_targets is {self.train_targets}", do="choose 1 or more")
+            raise ConfigurationError(
+                f"train_targets is {self.train_targets}",
+                where="train_targets",
+                why="each training request needs a target",
+                do="choose 1 or more",
+            )
         self._grades = _grades(frame, self.uid, settings["train_grades"])
         self.built = self.dataset.build()
 
     @property
     def item_count(self) -> int:
-        """Items in the catalogue, padding not counted: N."""
+        """Number N of items in the catalogue, without padding."""
         return len(self.item_tokens) - 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything the rows and texts depend on: ids, sequences in order, and cleaned item texts."""
+        """Hash of the ids, the sequences in order and the item texts: all that the stages read from the data set."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.user_tokens, self.item_tokens]).encode())
         for user in sorted(self.sequences):
             digest.update(np.asarray([user, *self.sequences[user]], dtype=np.int64).tobytes())
-        digest.update(json.dumps([[getattr(i, text) for text in TEXTS] for i in self.items]).encode())
+        digest.update(json.dumps([[getattr(i, text) for text in TEXTS] for i in self.catalog]).encode())
         digest.update(str(self.dataset.max_item_list_len).encode())
         if self.train_targets > 1:
             digest.update(f"{self.train_targets} targets".encode())
@@ -72,44 +100,53 @@ class Data:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def items(self) -> tuple[Item, ...]:
-        """The catalogue in id order; `items[item_id - 1]`. Texts come from the `.item` file, read beside RecBole."""
+    def catalog(self) -> Catalog:
+        """The catalogue with the texts of the `.item` file."""
         file = Path(self.config["data_path"]) / f"{self.settings['dataset']}.item"
-        texts = read_item_texts(
+        texts: Mapping[str, Any] = read_item_texts(
             file,
             self.settings,
             item_field=self.iid,
             encoding=self.config["encoding"],
             separator=self.config["field_separator"],
         )
-        return tuple(
+        return Catalog(
             Item(item_id=number, token=token, **texts.get(token, {"title": ""}))
             for number, token in enumerate(self.item_tokens)
             if number > 0
         )
 
     @property
+    def items(self) -> Catalog:
+        """The catalogue. Use `catalog` in new code."""
+        return self.catalog
+
+    @property
     def graded(self) -> bool:
-        """Whether a train list may hold several targets, or one that is not worth 1."""
+        """Whether a training list may contain several targets, or targets of different relevance."""
         return self.train_targets > 1 or bool(self._grades)
 
-    def reach(self, count: int) -> int:
-        """How deep RecBole's evaluator looks into a row, and at least `count`."""
-        return min(max(count, *self.config["topk"]), self.item_count + 1)
+    @cached_property
+    def has_repeats(self) -> bool:
+        """Whether a user interacts with the same item more than once."""
+        return any(len(np.unique(items)) < len(items) for items in self.sequences.values())
 
     def train_sequences(self) -> dict[int, np.ndarray]:
-        """Every user's training items, oldest first: all but the valid and the test item."""
+        """Training items of each user, oldest first: all items but the last two, the targets of validation and test."""
         return {user: items[:-2] for user, items in self.sequences.items() if len(items) > 2}
 
-    def open_sequences(self) -> list[list[int]]:
-        """Every user's training items in front of the targets of its train list, oldest first."""
+    def sequences_without_train_targets(self) -> list[list[int]]:
+        """Training items of each user without the targets of its training request, oldest first."""
         return [items[: -self.train_targets].tolist() for items in self.train_sequences().values()]
 
-    def rows(self, split: str) -> tuple[object, np.ndarray]:
-        """The split's rows as RecBole Interaction, one a user, and the user ids (B,).
+    def rows(self, split: str) -> tuple[Any, np.ndarray]:
+        """Rows of a split, one per user.
 
-        For `train` that is the training row that asks for the first target of the user's train list; it needs at least
-        one item of history.
+        The row of `train` is the one whose target is the first target of the user's training request. It exists if the
+        request has at least one item of history.
+
+        Returns:
+            The rows as RecBole's Interaction, and their user ids (B,).
         """
         feat = self.built[SPLITS.index(split)].inter_feat
         if split == "train":
@@ -117,50 +154,61 @@ class Data:
         return feat, feat[self.uid].numpy()
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
-        """Items before the split's target, oldest first, never cut."""
+        """All item ids before the first target of a split, oldest first. RecBole's rows keep only the last ones."""
         items = self.sequences[user]
-        return tuple(int(item) for item in items[: max(len(items) - self._behind(split), 0)])
+        return tuple(int(item) for item in items[: max(len(items) - self._first_target(split), 0)])
 
     def targets(self, user: int, split: str) -> dict[int, int]:
-        """The items that the split's row asks for, oldest first, with their grades, 1 where none are set.
+        """Target items of a user's row with their grades, oldest first.
 
-        One item in valid and test, `train_targets` in train; none for a user with too few items to have that row.
+        Validation and test have one target of grade 1, training has `train_targets`. The result is empty if the user
+        has too few items for such a row.
         """
-        items, behind = self.sequences[user], self._behind(split)
-        if len(items) <= behind:
+        items, first = self.sequences[user], self._first_target(split)
+        if len(items) <= first:
             return {}
         count = self.train_targets if split == "train" else 1
-        asked = slice(len(items) - behind, len(items) - behind + count)
-        grades = self._grades[user][asked] if split == "train" and self._grades else np.ones(count, dtype=int)
-        return dict(zip(items[asked].tolist(), grades.tolist(), strict=True))
+        places = slice(len(items) - first, len(items) - first + count)
+        grades = self._grades[user][places] if split == "train" and self._grades else np.ones(count, dtype=int)
+        return dict(zip(items[places].tolist(), grades.tolist(), strict=True))
 
-    def _behind(self, split: str) -> int:
-        """Where a split's first target stands, counted from the end of a sequence."""
+    def _first_target(self, split: str) -> int:
+        """Position of the first target of a split, counted from the end of a sequence, from 1."""
         return {"train": 2 + self.train_targets, "valid": 2, "test": 1}[split]
 
 
-def _grades(frame: pd.DataFrame, user_field: str, by: Mapping[str, Sequence[float]] | None) -> dict[int, np.ndarray]:
-    """Grade of every interaction of each user in the order of `frame`: how many of a column's thresholds it reaches.
+def _grades(
+    frame: pd.DataFrame, user_field: str, thresholds_by_column: Mapping[str, Sequence[float]] | None
+) -> dict[int, np.ndarray]:
+    """Grades of each user's interactions in the order of `frame`: the number of thresholds that the column reaches.
 
     Raises:
         ConfigurationError: the setting is not one column with rising thresholds, or the column is not loaded.
     """
-    if by is None:
+    if thresholds_by_column is None:
         return {}
-    (column, thresholds), *more = by.items() or [("", [])]
+    (column, thresholds), *more = thresholds_by_column.items() or [("", [])]
     if more or not isinstance(thresholds, list) or not thresholds or thresholds != sorted(set(thresholds)):
-        raise ConfigurationError(f"train_grades is {by!r}", do="name a column and rising thresholds: {rating: [3, 5]}")
+        raise ConfigurationError(
+            f"train_grades is {thresholds_by_column!r}",
+            where="train_grades",
+            why="a grade is the number of thresholds that a column reaches",
+            do="name one column and its rising thresholds: {rating: [3, 5]}",
+        )
     if column not in frame:
         raise ConfigurationError(
             f"the interactions have no column {column!r}",
             where="train_grades",
+            why="the grades are computed from this column",
             do=f"load it: load_col: {{inter: [..., {column}]}}",
         )
     grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
-    return {int(user): grades[rows] for user, rows in frame.groupby(user_field).indices.items()}
+    places: Any = frame.groupby(user_field).indices
+    return {int(user): grades[rows] for user, rows in places.items()}
 
 
-def _check_protocol(config) -> None:
+def _check_protocol(config: Any) -> None:
+    """Raise a ConfigurationError for another evaluation protocol than leave-one-out in time order."""
     split, order = config["eval_args"]["split"], config["eval_args"]["order"]
     if config["benchmark_filename"] is not None:
         raise ConfigurationError(
@@ -178,31 +226,34 @@ def _check_protocol(config) -> None:
         )
 
 
-def _check_files(config) -> None:
-    """A folder without interactions; where there is no folder at all, RecBole downloads."""
+def _check_files(config: Any) -> None:
+    """Raise a MissingFileError if the folder exists without interactions. RecBole downloads if there is no folder."""
     folder, name = Path(config["data_path"]), f"{config['dataset']}.inter"
     if folder.is_dir() and not (folder / name).is_file():
         raise MissingFileError(
             f"the data set's folder has no {name}",
             where=str(folder.resolve()),
+            why="the interactions are read from this file",
             do=f"put {name} (RecBole atomic file) there, or remove the folder to download",
         )
 
 
 def exact_time_dataset(*, sequential: bool) -> type:
-    """RecBole's Dataset class with time order kept exact and a download that works outside torch.distributed."""
+    """RecBole's data set class with an exact time order and a download that works in a single process."""
     from recbole.data.dataset import Dataset, SequentialDataset
 
-    class ExactTime(SequentialDataset if sequential else Dataset):
-        def _normalize(self):
-            # RecBole stores Unix seconds as float32, which loses up to 128 s and with them the order of events
-            # (dataset.py:2207): 149 of 943 ml-100k test targets come out wrong. A per-user rank is exact.
+    base: Any = SequentialDataset if sequential else Dataset
+
+    class ExactTime(base):
+        def _normalize(self) -> None:
+            # RecBole stores Unix seconds as float32, which has steps of 128 s at today's dates. This changes the order
+            # of events (dataset.py:2207): 149 of 943 test targets of ml-100k are wrong. A rank per user is exact.
             frame = self.inter_feat
             if self.time_field not in frame:
                 raise ConfigurationError(
                     f"the interactions have no column {self.time_field!r}",
                     where="TIME_FIELD, load_col",
-                    why="histories, splits and targets are made by time",
+                    why="histories, splits and targets are defined by time",
                     do=f"choose from {list(frame.columns)}",
                 )
             exact = frame[self.time_field].to_numpy(dtype=np.float64)
@@ -214,14 +265,14 @@ def exact_time_dataset(*, sequential: bool) -> type:
             super()._normalize()
             self.inter_feat[self.time_field] = rank
 
-        def _download(self):
+        def _download(self) -> None:
             _download(self, super()._download)
 
     return ExactTime
 
 
-def _download(dataset, download: Callable[[], None]) -> None:
-    """RecBole's own download, without the barrier that a single process cannot pass (dataset.py:252)."""
+def _download(dataset: Any, download: Callable[[], None]) -> None:
+    """Run RecBole's download without the barrier that needs `torch.distributed` (dataset.py:252)."""
     import shutil
     from unittest.mock import patch
 
@@ -229,39 +280,51 @@ def _download(dataset, download: Callable[[], None]) -> None:
     try:
         with patch("torch.distributed.barrier", lambda *args, **kwargs: None):
             download()
-    except (OSError, ValueError) as error:  # URLError is an OSError; an unknown name is RecBole's ValueError
-        shutil.rmtree(folder, ignore_errors=True)  # an empty folder would stop the next try
+    except (OSError, ValueError) as error:  # URLError is an OSError. RecBole raises ValueError for an unknown name.
+        shutil.rmtree(folder, ignore_errors=True)  # RecBole would not download again into an existing folder.
         name = dataset.dataset_name
         raise MissingFileError(
             f"data set {name!r} is neither on disk nor could it be downloaded ({error})",
             where=str(folder.resolve()),
+            why="the run needs interactions and item texts",
             do=f"put {name}.inter and {name}.item (RecBole atomic files) into {folder}/, or name the folder that holds "
             f"{name}/ with --data_path DIR",
         ) from error
 
 
 def read_item_texts(
-    file: Path, settings: Settings, *, item_field: str = "item_id", encoding: str = "utf-8", separator: str = "\t"
+    file: Path,
+    settings: Mapping[str, Any],
+    *,
+    item_field: str = "item_id",
+    encoding: str = "utf-8",
+    separator: str = "\t",
 ) -> dict[str, dict[str, str]]:
-    """Title, categories, brand and description of every item of an atomic `.item` file, by item token.
+    """Title, categories, brand and description of each item of an atomic `.item` file.
 
-    RecBole would split text on blanks, add items nobody touched to the id space, and stop at a title that starts with a
-    quotation mark; so the file is read beside it, and its texts are cleaned (`text.clean_text`). Bytes that are not of
-    the encoding become U+FFFD. Of a description the beginning is kept.
+    The plugin reads this file itself for three reasons. RecBole splits text at blanks, it adds items without
+    interactions to the id space, and it stops at a title that starts with a quotation mark. The texts are cleaned by
+    `item_text.clean_text`. A description is cut to its beginning.
 
     Args:
-        item_field: column with the item id; the first one where there is none of that name.
-        encoding, separator: RecBole's words `encoding` and `field_separator`.
+        file: the `.item` file.
+        settings: `text_title`, `text_categories`, `text_brand` and `text_description` name the columns.
+        item_field: column with the item id. If there is none of that name, the first column is used.
+        encoding: RecBole's option `encoding`. Invalid bytes become U+FFFD.
+        separator: RecBole's option `field_separator`.
+
+    Returns:
+        The texts by name, by item token.
 
     Raises:
         MissingFileError: there is no such file.
-        ConfigurationError: a text field that the settings name is not in it.
+        ConfigurationError: the file lacks a column that the settings name.
     """
     if not file.is_file():
         raise MissingFileError(
             "the data set has no item texts",
             where=str(file),
-            why="semantic IDs and prompts are made of them",
+            why="semantic IDs and prompts are computed from item texts",
             do="add the .item file, tab-separated, with an item id and a title column",
         )
     import csv
@@ -282,6 +345,8 @@ def read_item_texts(
     if missing:
         raise ConfigurationError(
             f"fields that {file.name} does not have: {', '.join(missing)}",
+            where=str(file),
+            why="item texts are read from these fields",
             do=f"choose from {list(frame.columns)} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
         )
     clean = {name: _description if name == "description" else clean_text for name in TEXTS}
@@ -294,7 +359,7 @@ def read_item_texts(
 
 
 def unquote(text: str) -> str:
-    """A CSV-quoted field as plain text.
+    """A field without its CSV quotation marks.
 
     >>> unquote('"a ""b"" c"'), unquote('5" pipe')
     ('a "b" c', '5" pipe')
@@ -305,15 +370,20 @@ def unquote(text: str) -> str:
 
 
 def _description(text: str) -> str:
-    """The beginning of a description, its paragraphs joined; where most is markup, a piece of a tag may end it."""
-    if not text.startswith("["):  # a list in Python notation can only be read whole
+    """The beginning of a description with its paragraphs joined. It can end in a part of a tag if most is markup."""
+    if not text.startswith("["):  # A list in Python notation can be parsed only as a whole.
         text = text[: 4 * DESCRIPTION_CHARS]
     return clean_text(text, " ")[:DESCRIPTION_CHARS].rstrip()
 
 
 def from_end(users: np.ndarray) -> np.ndarray:
-    """Number of each row among its user's, (B,), counted from the last, 1; rows of a user are in time order."""
-    numbers, counts = np.empty(len(users), dtype=np.int64), Counter()
+    """Position of each row among the rows of its user, counted from the last, from 1, (B,).
+
+    Args:
+        users: user id of each row, (B,). The rows of a user are in time order.
+    """
+    numbers = np.empty(len(users), dtype=np.int64)
+    counts: Counter[int] = Counter()
     for row, user in reversed(list(enumerate(users.tolist()))):
         counts[user] += 1
         numbers[row] = counts[user]

@@ -1,19 +1,22 @@
-"""What of a model is trained: LoRA, so that a large one fits on one GPU, or the rows of the new tokens alone."""
+"""The trained parameters of a model: all, LoRA, or only the embeddings of new tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
-def with_lora(model, rank: int, new_tokens: Sequence[int]):
-    """`model` with LoRA of this rank on every linear layer; rank 0 gives the model itself, to be trained whole.
+def with_lora(model: Any, rank: int, new_tokens: Sequence[int]) -> Any:
+    """Return `model` with LoRA of this rank on every linear layer. Rank 0 returns the model itself.
 
     Args:
-        new_tokens: ids of tokens the pretrained model does not know; their embeddings are trained too. (To name
-            `embed_tokens` among LoRA's target modules instead gives a merged model that differs from the trained one.)
+        model: A causal language model of transformers.
+        rank: Rank of the LoRA matrices. 0 trains all parameters.
+        new_tokens: Ids of tokens that the pretrained model does not know. Their embeddings are trained, too. (If
+            `embed_tokens` were a target module of LoRA, the merged model would differ from the trained one.)
     """
     if rank == 0:
         return model
@@ -21,27 +24,27 @@ def with_lora(model, rank: int, new_tokens: Sequence[int]):
 
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
-        head.bias = None  # peft asks a tied head for it
-    rows = {"embed_tokens": list(new_tokens)}
-    if not model.config.tie_word_embeddings:  # else the head is the embedding, and peft trains both as one
-        rows["lm_head"] = list(new_tokens)
+        head.bias = None  # peft reads the bias of a tied head
+    indices = {"embed_tokens": list(new_tokens)}
+    if not model.config.tie_word_embeddings:  # otherwise the head is the embedding, and peft trains both as one
+        indices["lm_head"] = list(new_tokens)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
-        trainable_token_indices=rows,
+        trainable_token_indices=indices,
     )
     return get_peft_model(model, config)
 
 
 @contextmanager
-def new_rows_alone(model, new_tokens: Sequence[int]) -> Iterator[None]:
-    """Inside, nothing of `model` is trainable but the embedding rows of these tokens (and the head's, if untied).
+def new_rows_alone(model: Any, new_tokens: Sequence[int]) -> Iterator[None]:
+    """Within this context, train only the embeddings of `new_tokens` (and their rows of the head, if it is not tied).
 
-    Other rows get no gradient, and so stay as they are under an optimizer without weight decay. (PEFT has this, too,
-    but TRL's SFTTrainer refuses its adapter on an untied head.)
+    All other rows get no gradient, and an optimizer without weight decay does not change them. (PEFT can do the same,
+    but TRL's SFTTrainer refuses such an adapter if the head is not tied.)
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     weights = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
@@ -61,6 +64,6 @@ def new_rows_alone(model, new_tokens: Sequence[int]) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
-def merged(model):
-    """The plain model with its LoRA weights added in."""
+def merged(model: Any) -> Any:
+    """Return the plain model, with the LoRA weights added to its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from recbole_gr2.errors import ConfigurationError, DependencyError
 
+if TYPE_CHECKING:
+    from openai import OpenAI
 
-def connect(base_url: str | None, *, timeout: float, where: str) -> tuple[Any, type[Exception]]:
-    """(client, the class of its errors); it retries what passes, and reads its key from OPENAI_API_KEY.
+
+def connect(base_url: str | None, *, timeout: float, where: str) -> tuple[OpenAI, type[Exception]]:
+    """Return a client of the endpoint, and the base class of its errors.
+
+    The client repeats a request up to five times after a time-out, a lost connection, a rate limit or a server error.
+    It reads its key from the environment variable OPENAI_API_KEY.
 
     Args:
-        base_url: the endpoint, e.g. `http://localhost:8000/v1`; None for the client's default.
-        timeout: seconds until a request is tried again.
-        where: the setting that asks for it, for errors.
+        base_url: URL of the endpoint, e.g. `http://localhost:8000/v1`; None for the default of the client.
+        timeout: time limit of one request, in seconds.
+        where: the setting that uses the endpoint, for error messages.
 
     Raises:
         DependencyError: the `openai` package is missing.
-        ConfigurationError: there is no key.
+        ConfigurationError: OPENAI_API_KEY is not set.
     """
     try:
         from openai import OpenAI, OpenAIError
     except ImportError as error:
         raise DependencyError(
-            "an endpoint needs the openai package", where=where, do='pip install "recbole-gr2[teacher]"'
+            "the openai package is not installed",
+            where=where,
+            why="it is the client of the endpoint",
+            do='pip install "recbole-gr2[teacher]"',
         ) from error
     try:
         return OpenAI(base_url=base_url, max_retries=5, timeout=timeout), OpenAIError
     except OpenAIError as error:
         raise ConfigurationError(
-            str(error), where=where, do="set OPENAI_API_KEY; a server of your own takes any word"
+            f"the client cannot be created: {error}",
+            where=where,
+            why="the client needs a key, even if the server does not check it",
+            do="set OPENAI_API_KEY; a local server accepts any value",
         ) from error

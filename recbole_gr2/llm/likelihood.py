@@ -1,20 +1,22 @@
-"""Ranking candidates by the likelihood of their semantic IDs (how OneRec-Think is used as a re-ranker)."""
+"""Log-likelihoods of continuations, by which a language model ranks candidates, and perplexity."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from recbole_gr2.batching import by_length
 from recbole_gr2.console import progress
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.rollout import attention_bias, check_window, left_pad, positions
+from recbole_gr2.llm.inputs import attention_bias, check_window, left_pad, positions
 
 
 @torch.no_grad()
 def continuation_log_likelihood(
-    model,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[Sequence[int]]],
     *,
@@ -23,39 +25,47 @@ def continuation_log_likelihood(
     bf16: bool = False,
     trie: SidTrie | None = None,
 ) -> list[list[float]]:
-    """Log-likelihood of each prompt's continuations: B prompts with K continuations each -> B lists of K numbers.
+    """Return the log-likelihoods of K continuations of each of B prompts, as B lists of K numbers in nats.
 
-    Each prompt is read once, with its continuations side by side behind it, each seeing the prompt and itself alone.
+    Each prompt is read once. All its continuations are read in one sequence after it, and each attends to the prompt
+    and to itself. OneRec-Think re-ranks candidates in this way.
 
     Args:
-        prompts: token ids, none empty.
-        continuations: token ids, all of one length S within the call, K of them for every prompt of a batch.
-        trie: the continuations are the codes of semantic IDs, and each is as likely as it is among those that the trie
-            admits; None: among all tokens.
+        model: A causal language model.
+        prompts: Token ids, none empty.
+        continuations: Token ids, all of one length S. K may differ between prompts.
+        pad_id: Id of the padding token.
+        batch_size: Prompts that are read together.
+        bf16: Run the model under bfloat16 autocast.
+        trie: If given, the continuations are the codes of semantic IDs, and each code is normalized over the codes that
+            the trie admits. None: over all tokens.
 
     Raises:
-        ConfigurationError: a prompt and a continuation do not fit the model's sliding window.
+        ConfigurationError: A prompt with a continuation does not fit the sliding window of the model.
     """
     model.eval()
     check_window(model, max((len(p) + len(c[0]) for p, c in zip(prompts, continuations, strict=True)), default=0))
-    by_shape = sorted(range(len(prompts)), key=lambda i: (len(continuations[i]), -len(prompts[i]), i))
+    batches = by_length([len(ids) for ids in prompts], batch_size, groups=[len(c) for c in continuations])
     result: list[list[float]] = [[] for _ in prompts]
-    for start in progress(range(0, len(by_shape), batch_size), "likelihood"):
-        chunk = by_shape[start : start + batch_size]
-        count = len(continuations[chunk[0]])
-        chunks = [chunk] if all(len(continuations[i]) == count for i in chunk) else [[i] for i in chunk]
-        for part in chunks:
-            scores = _batch(model, [prompts[i] for i in part], [continuations[i] for i in part], pad_id, bf16, trie)
-            for i, row in zip(part, scores, strict=True):
-                result[i] = row
+    for batch in progress(batches, "likelihood"):
+        equal = len({len(continuations[i]) for i in batch}) == 1
+        for part in [batch] if equal else [[i] for i in batch]:
+            scores = _log_likelihoods(
+                model, [prompts[i] for i in part], [continuations[i] for i in part], pad_id, bf16, trie
+            )
+            for i, values in zip(part, scores, strict=True):
+                result[i] = values
     return result
 
 
 @torch.no_grad()
 def perplexity(
-    model, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, bf16: bool = False
+    model: Any, texts: Sequence[Sequence[int]], *, pad_id: int, batch_size: int = 16, bf16: bool = False
 ) -> float:
-    """exp of the mean negative log-likelihood of a token, over texts given as token ids; their first ones are given."""
+    """Return exp of the mean negative log-likelihood per token over texts, given as token ids.
+
+    The first token of each text is not scored.
+    """
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(texts), batch_size):
@@ -68,26 +78,33 @@ def perplexity(
     return math.exp(total / count)
 
 
-def _batch(model, prompts, continuations, pad_id: int, bf16: bool, trie: SidTrie | None) -> list[list[float]]:
+def _log_likelihoods(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    pad_id: int,
+    bf16: bool,
+    trie: SidTrie | None,
+) -> list[list[float]]:
     device, count, size = model.device, len(continuations[0]), len(continuations[0][0])
     ids, mask = left_pad(prompts, pad_id, device)
     following = torch.tensor(continuations, device=device)  # (B, K, S)
-    length, behind = ids.size(1), count * size
-    sees = mask.new_zeros(len(ids), length + behind, length + behind, dtype=torch.bool)
-    sees[:, :, :length] = mask.bool().unsqueeze(1)
-    sees[:, :length, :length] &= torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    sees[:, length:, length:] = torch.block_diag(*[torch.ones(size, size, device=device).tril()] * count).bool()
+    length, total = ids.size(1), count * size
+    visible = mask.new_zeros(len(ids), length + total, length + total, dtype=torch.bool)
+    visible[:, :, :length] = mask.bool().unsqueeze(1)
+    visible[:, :length, :length] &= torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    visible[:, length:, length:] = torch.block_diag(*[torch.ones(size, size, device=device).tril()] * count).bool()
     places = mask.sum(1, keepdim=True) + torch.arange(size, device=device).repeat(count)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = model(
             input_ids=torch.cat([ids, following.flatten(1)], dim=1),
-            attention_mask=attention_bias(sees, model),
+            attention_mask=attention_bias(visible, model),
             position_ids=torch.cat([positions(mask), places], dim=1),
             use_cache=False,
-            logits_to_keep=behind + 1,
+            logits_to_keep=total + 1,
         ).logits.float()
     first, rest = logits[:, :1].unsqueeze(1).expand(-1, count, -1, -1), logits[:, 1:].unflatten(1, (count, size))
-    logits = torch.cat([first, rest[:, :, :-1]], dim=2).flatten(0, 1)  # (B * K, S, V), in front of each token
+    logits = torch.cat([first, rest[:, :, :-1]], dim=2).flatten(0, 1)  # (B * K, S, V), which predict the tokens
     following = following.flatten(0, 1)
     if trie is None:
         chosen = logits.log_softmax(-1).gather(-1, following.unsqueeze(-1)).squeeze(-1)

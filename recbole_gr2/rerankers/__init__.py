@@ -1,1 +1,1 @@
-"""Re-rankers that GR2 is compared with, on the same lists and the same evidence."""
+"""Re-rankers. `base` has the interface, `registry` all built-in ones."""

@@ -1,35 +1,46 @@
-"""Text to vectors: what the semantic-ID tokenizer quantises (GR2 section 3, "item embeddings")."""
+"""Text embeddings of items: the input of the semantic-ID tokenizer (GR2, section 3, "item embeddings")."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from recbole_gr2.console import progress
 from recbole_gr2.errors import MissingFileError
+from recbole_gr2.types import Item
 
-MAX_TOKENS = 128  # a title and its categories fit; the rest of a description adds time, not neighbours
-HASHED_NGRAMS = 2**18  # before folding: wide enough that document frequencies belong to one n-gram
+MAX_TOKENS = 128  # Enough for a title and its categories. More of a description costs time without better neighbours.
+HASHED_NGRAMS = 2**18  # Hash buckets before folding. There are so many that n-grams rarely share a bucket.
+
+
+def item_text(item: Item) -> str:
+    """Return the text of an item that the encoder reads. It is empty if the item has no text.
+
+    >>> item_text(Item(item_id=1, token="B001", title="Soap", brand="Acme", categories="Bath > Soap"))
+    'Soap | Acme | Bath > Soap'
+    """
+    return " | ".join(filter(None, (item.title, item.brand, item.categories, item.description)))
 
 
 def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 64, device: str = "cpu") -> np.ndarray:
-    """Sentence embeddings of N texts by a Hugging Face encoder, (N, D) float32, each of length 1.
+    """Embed N texts with a Hugging Face encoder, (N, D) float32. Each embedding has the length 1.
 
-    Token states are averaged under the attention mask, as sentence-transformers' MiniLM and MPNet models are trained
-    to be read (Reimers and Gurevych, arXiv 1908.10084, section 3). Batches hold texts of similar length; the rows come
-    back in the order of `texts`. `batch_size` changes the padding, hence the last bits of the floats, nothing else.
+    An embedding is the mean of the token states under the attention mask. The MiniLM and MPNet models of
+    sentence-transformers are trained for this (Reimers and Gurevych, arXiv 1908.10084, section 3). Batches contain
+    texts of similar length. The result has the order of `texts`.
 
     Args:
-        texts: N texts, cut at 128 tokens; an empty text is embedded as such.
-        encoder: a folder or hub id that AutoTokenizer and AutoModel can load.
-        batch_size: texts a forward pass.
+        texts: N texts. They are truncated to 128 tokens. A text may be empty.
+        encoder: a folder or a hub id that AutoTokenizer and AutoModel can load.
+        batch_size: texts per forward pass. It changes the padding and thus only the last bits of the result.
         device: a torch device.
 
     Raises:
-        MissingFileError: there is no such encoder.
+        MissingFileError: the encoder does not exist.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
@@ -37,35 +48,40 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(device).eval()
-    except OSError as error:  # what transformers raises for a folder or hub id that it cannot load
+    except OSError as error:  # Transformers raises it for a folder or hub id that it cannot load.
         raise MissingFileError(
             f"no text encoder at {str(encoder)!r}: {error}",
             where="sid_encoder",
-            why="items get their semantic IDs from embeddings of their text",
-            do="name a packaged encoder (all-minilm-l6-v2), the folder of one, a hub id, or hash",
+            why="semantic IDs are computed from the embeddings of item texts",
+            do="set sid_encoder to a packaged encoder (all-minilm-l6-v2), a folder, a hub id, or hash",
         ) from error
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     if not len(texts):
         return vectors
     tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    longest_first = np.argsort([-len(ids) for ids in tokens], kind="stable")  # running out of memory shows at once
+    # The longest texts come first, so that an out-of-memory error occurs at once.
+    by_length = np.argsort([-len(ids) for ids in tokens], kind="stable")
     with torch.inference_mode():
         for start in progress(range(0, len(texts), batch_size), "texts"):
-            rows = longest_first[start : start + batch_size]
-            batch = tokenizer.pad({"input_ids": [tokens[row] for row in rows]}, return_tensors="pt").to(device)
+            positions = by_length[start : start + batch_size]
+            batch = tokenizer.pad({"input_ids": [tokens[i] for i in positions]}, return_tensors="pt").to(device)
             states = model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             mean = (states * mask).sum(1) / mask.sum(1)
-            vectors[rows] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
+            vectors[positions] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
     return vectors
 
 
 def hash_embeddings(texts: Sequence[str], dim: int = 256) -> np.ndarray:
-    """Embeddings without a model, (N, dim) float32, for smoke runs: they know shared spelling, not shared meaning.
+    """Embed N texts without a model, (N, dim) float32. Texts with similar spelling get similar vectors.
 
-    TF-IDF of the words' character 3- to 5-grams, folded to `dim` by signed feature hashing (Weinberger et al.,
-    arXiv 0902.2206): deterministic, with noise of about 1 / sqrt(dim) in a cosine. Rows have length 1, or 0 where the
-    text is empty.
+    It is for smoke runs. The vectors are TF-IDF weights of character 3- to 5-grams within words, folded to `dim` by
+    signed feature hashing (Weinberger et al., arXiv 0902.2206). They are deterministic. The error of a cosine is about
+    1 / sqrt(dim). A vector has the length 1, or 0 if its text is empty.
+
+    Args:
+        texts: N texts.
+        dim: dimension of the vectors.
     """
     from scipy.sparse import csr_matrix
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
@@ -78,36 +94,37 @@ def hash_embeddings(texts: Sequence[str], dim: int = 256) -> np.ndarray:
     return normalize((weights @ fold).toarray()).astype(np.float32)
 
 
-def neighbour_means(vectors: np.ndarray, rows: np.ndarray, pairs: csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings for items without text: the mean of what they are taken with, weighted by how often; ours.
+def neighbour_means(vectors: np.ndarray, textless: np.ndarray, pairs: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """Embed items without text by the mean of their co-engaged items, weighted by the counts. Our choice.
 
-    Only neighbours outside `rows` count, so that what fills one gap does not come from another.
+    Only items with text count, so that no item is embedded by another one without text.
 
     Args:
         vectors: text embeddings of all items, (N, D).
-        rows: items without text, (M,).
-        pairs: how often items were taken together, (N, N), e.g. what `co_engaged` gives.
+        textless: positions of the items without text, from 0, (M,).
+        pairs: counts of co-engaged items, (N, N), see `recbole_gr2.sid.contrastive.co_engaged`.
 
     Returns:
-        Which of `rows` have such neighbours, (M,) bool, and the means of these, of length 1, (M', D).
+        (mask, means). The mask (M,) marks the items that have a co-engaged item with text. `means` (M', D) float32 are
+        the embeddings of these items, of length 1.
     """
     with_text = np.ones(len(vectors), dtype=vectors.dtype)
-    with_text[rows] = 0
-    sums = pairs[rows] @ (vectors * with_text[:, None])
+    with_text[textless] = 0
+    sums = pairs[textless] @ (vectors * with_text[:, None])
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    found = lengths[:, 0] > 1e-6  # else no neighbour with a text, or vectors that cancel out
-    return found, (sums[found] / lengths[found]).astype(np.float32)
+    mask = lengths[:, 0] > 1e-6  # The length is 0 if there is no such item, or if the vectors cancel out.
+    return mask, (sums[mask] / lengths[mask]).astype(np.float32)
 
 
-def textless_line(facts: Mapping) -> str:
-    """What became of items without text, from the embeddings stage's facts.
+def textless_line(summary: Mapping[str, Any]) -> str:
+    """Return one line about items without text, from the summary of the embeddings stage.
 
     >>> textless_line({"items": 50, "textless": 3, "collaborative": 2, "token": 1})
-    '3 of 50 items have no text: 2 embedded by what they were taken with, 1 by their token'
+    '3 of 50 items have no text: 2 embedded by co-engaged items, 1 by their token'
     """
-    if not facts["textless"]:
+    if not summary["textless"]:
         return "every item has a text"
     return (
-        f"{facts['textless']:,} of {facts['items']:,} items have no text: {facts['collaborative']:,} embedded by "
-        f"what they were taken with, {facts['token']:,} by their token"
+        f"{summary['textless']:,} of {summary['items']:,} items have no text: {summary['collaborative']:,} embedded by "
+        f"co-engaged items, {summary['token']:,} by their token"
     )

@@ -1,100 +1,54 @@
-"""Residual-quantised autoencoder: an item's text embedding becomes a short tuple of codes, its semantic ID.
+"""Residual-quantised autoencoder (RQ-VAE): it converts the text embedding of an item to a semantic ID.
 
-GR2 (arXiv 2602.07774, section 3) after TIGER (arXiv 2305.05065, section 3.1). Every technique of GR2's tokenizer table
-is a switch of `RQVAEConfig`.
+The method is that of GR2 (arXiv 2602.07774, section 3), after TIGER (arXiv 2305.05065, section 3.1). `RQVAEConfig` has
+a setting for each technique in the tokenizer table of GR2.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_array
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from recbole_gr2.errors import ConfigurationError, GateError, MissingFileError
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.contrastive import draw_positives, info_nce, known_positives
+from recbole_gr2.sid.contrastive import info_nce, positive_mask, sample_positives
+from recbole_gr2.sid.quantizer import CHUNK, SidConfig, check_embeddings, kmeans, kmeans_sample, saved_files
 
-if TYPE_CHECKING:
-    from recbole_gr2.sid.rqkmeans import RQKMeans
-
-RANDOM_MODES = ("unused_first", "uniform")
 WEIGHTS, CONFIG = "rqvae.safetensors", "rqvae.json"
-CHUNK = 4096  # rows a forward pass outside training: fixed, so that it cannot change a result
-KMEANS_POINTS = 256  # rows a centroid that k-means looks at; more do not move the centroids
-
-
-@dataclass(frozen=True)
-class SidConfig:
-    """What a semantic ID looks like, whichever tokenizer makes it; symbols are those of GR2, section 3.
-
-    Args:
-        levels: L, codes in a semantic ID, 1..26.
-        codes: C, entries of each level's codebook, at least 2.
-        random_last: M, how many last levels `assign` draws at random, 0..levels-1.
-        random_mode: `unused_first` draws among the codes that are free under the same prefix, `uniform` among all.
-        seed: of the fit.
-
-    Raises:
-        ConfigurationError: a value outside its range; all such values are named together.
-    """
-
-    levels: int = 4
-    codes: int = 256
-    random_last: int = 1
-    random_mode: str = "unused_first"
-    seed: int = 2020
-
-    def rules(self) -> dict[str, bool]:
-        """Every rule in words, and whether it holds."""
-        return {
-            "levels must be 1..26": 1 <= self.levels <= 26,
-            "codes must be at least 2": self.codes >= 2,
-            "random_last must be 0..levels-1": 0 <= self.random_last < self.levels,
-            f"random_mode must be one of {', '.join(RANDOM_MODES)}": self.random_mode in RANDOM_MODES,
-        }
-
-    def __post_init__(self) -> None:
-        broken = [rule for rule, holds in self.rules().items() if not holds]
-        if broken:
-            raise ConfigurationError(
-                "; ".join(broken),
-                where="semantic-ID tokenizer settings",
-                why="such a tokenizer cannot be built",
-                do="correct the values named above",
-            )
 
 
 @dataclass(frozen=True)
 class RQVAEConfig(SidConfig):
     """Settings of the RQ-VAE.
 
-    The defaults are ours, chosen on MiniLM embeddings of Amazon Beauty (12,101 items): every code of every level
-    in use, 98.6 % of SIDs unique with `random_last=0` and all of them with 1. GR2 publishes L only.
+    The defaults are our choice, except `levels`, which GR2 publishes. They were selected on MiniLM embeddings of Amazon
+    Beauty (12,101 items). There all codes of all levels are in use. 98.6 % of the semantic IDs are unique with
+    `random_last=0`, and 100 % with 1.
 
     Args:
-        latent: width of the space that is quantised.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        latent: dimension of the latent space that is quantised.
+        hidden: widths of the hidden layers of the encoder. The decoder has the same widths in reverse order.
         commitment: beta, weight of |r_k - sg(q_k)|^2.
-        ema: codebooks follow a moving average of their residuals; off: they are trained by a codebook loss.
-        ema_decay: g in [0, 1).
-        kmeans_init: codebooks start at k-means centroids of the first residuals; off: at small random vectors.
-        diversity: lambda, weight of C * sum_j p_j^2 with p_j the share of the batch that code j holds.
-        reset_after: tau, batches without use after which a code is replaced by the worst-reconstructed sample; 0 never.
-        contrastive: weight of InfoNCE between the latents of items that users took one after the other; 0 off.
-        contrastive_temperature: T, its temperature.
-        epochs, batch_size, learning_rate: of the fit, by Adam.
+        ema: True: codebooks follow a moving average of their residuals. False: a codebook loss trains them.
+        ema_decay: g in [0, 1), decay of the moving average.
+        kmeans_init: True: codebooks start at k-means centroids of the first residuals. False: at small random vectors.
+        diversity: lambda, weight of C * sum_j p_j^2, where p_j is the share of the batch that has code j.
+        reset_after: tau, number of batches after which an unused code is replaced by the item with the largest
+            reconstruction error. 0 turns this off.
+        contrastive: weight of the InfoNCE loss between the latents of consecutive items of a user. 0 turns it off.
+        contrastive_temperature: T, temperature of the InfoNCE loss.
+        epochs: number of training epochs.
+        batch_size: items per training step.
+        learning_rate: learning rate of Adam.
     """
 
     latent: int = 32
@@ -112,6 +66,7 @@ class RQVAEConfig(SidConfig):
     learning_rate: float = 1e-3
 
     def rules(self) -> dict[str, bool]:
+        """Return each rule as a sentence, and whether the settings meet it."""
         return super().rules() | {
             "latent and hidden must be positive": min((self.latent, *self.hidden)) >= 1,
             "commitment, diversity and contrastive must not be negative": min(
@@ -128,7 +83,13 @@ class RQVAEConfig(SidConfig):
 
 @dataclass(frozen=True)
 class Quantised:
-    """Residual quantisation of a batch: `codes` (B, L), `residuals` r_k and chosen entries `chosen` q_k, (B, L, D)."""
+    """Residual quantisation of a batch.
+
+    Attributes:
+        codes: index of the nearest code on each level, (B, L) int64.
+        residuals: r_k, the residual on each level before quantisation, (B, L, D).
+        chosen: q_k, the codebook vector of the code on each level, (B, L, D).
+    """
 
     codes: torch.Tensor
     residuals: torch.Tensor
@@ -136,11 +97,20 @@ class Quantised:
 
 
 class RQVAE(nn.Module):
-    """Encoder, L codebooks of C codes, decoder. D is the embedding's width outside and `config.latent` inside.
+    """An encoder, L codebooks of C vectors, and a decoder.
 
-    Everything that decides a later result is in the state dict: codebooks, their running counts and sums, the batches
-    since each code was last used, and whether the codebooks were initialised from data.
+    The state dict contains all that later results depend on: the codebooks, their running counts and sums, the number
+    of batches since each code was last used, and whether k-means has initialised the codebooks.
+
+    Args:
+        dim: dimension of the item embeddings. The quantised vectors have the dimension `config.latent`.
+        config: settings of the model.
     """
+
+    ema_count: torch.Tensor
+    ema_sum: torch.Tensor
+    age: torch.Tensor
+    initted: torch.Tensor
 
     def __init__(self, dim: int, config: RQVAEConfig) -> None:
         super().__init__()
@@ -156,14 +126,21 @@ class RQVAE(nn.Module):
         self.register_buffer("initted", torch.tensor(False))
 
     def forward(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, Quantised]:
-        """Decode the quantised latents of `embeddings` (B, D); gradients pass straight through the quantiser."""
+        """Decode the quantised latents of embeddings (B, D). Gradients skip the quantiser (straight-through).
+
+        Returns:
+            (decoded embeddings (B, D), the quantised latents).
+        """
         latents = self.encoder(embeddings)
         quantised = self.quantise(latents)
         chosen = quantised.chosen.sum(1)
         return self.decoder(latents + (chosen - latents).detach()), quantised
 
     def quantise(self, latents: torch.Tensor) -> Quantised:
-        """r_1 = h, z_k = argmin_j |r_k - e_j|, r_(k+1) = r_k - e_(z_k) for latents h (B, D); ties: lowest j."""
+        """Quantise latents h (B, D): r_1 = h, z_k = argmin_j |r_k - e_j|, r_(k+1) = r_k - e_(z_k).
+
+        The lowest j wins a tie.
+        """
         codes, residuals, chosen = [], [], []
         residual = latents
         for codebook in self.codebooks:
@@ -176,7 +153,15 @@ class RQVAE(nn.Module):
         return Quantised(torch.stack(codes, 1), torch.stack(residuals, 1), torch.stack(chosen, 1))
 
     def losses(self, embeddings: torch.Tensor, decoded: torch.Tensor, quantised: Quantised) -> dict[str, torch.Tensor]:
-        """The weighted terms of the loss, to be summed; squares are summed over D and L and averaged over B."""
+        """Return the weighted terms of the loss, except the contrastive one. The loss is their sum.
+
+        Squares are summed over dimensions and levels and averaged over the batch.
+
+        Args:
+            embeddings: item embeddings, (B, D).
+            decoded: decoded embeddings as `forward` returns them, (B, D).
+            quantised: the quantised latents as `forward` returns them.
+        """
         residuals, chosen = quantised.residuals, quantised.chosen
         terms = {
             "reconstruction": _mean_square(decoded - embeddings),
@@ -188,11 +173,36 @@ class RQVAE(nn.Module):
             terms["diversity"] = self.config.diversity * self._diversity(quantised)
         return terms
 
-    def _diversity(self, quantised: Quantised) -> torch.Tensor:
-        """Sum over levels of C * sum_j p_j^2, from L (even use) to L * C (one code).
+    def contrastive_loss(
+        self,
+        quantised: Quantised,
+        embeddings: torch.Tensor,
+        positions: np.ndarray,
+        pairs: csr_array,
+        generator: np.random.Generator,
+    ) -> torch.Tensor:
+        """Return the weighted contrastive term of a batch: InfoNCE between its latents and those of drawn positives.
 
-        The value is that of the hard usage shares, the gradient that of soft ones. The softmax is over squared
-        distances in units of the mean nearest one, because residuals shrink from level to level.
+        Args:
+            quantised: the quantised latents of the batch.
+            embeddings: embeddings of all items, (N, D).
+            positions: positions of the items of the batch, from 0, (B,).
+            pairs: counts of co-engaged items, (N, N), see `recbole_gr2.sid.contrastive.co_engaged`.
+            generator: source of the drawn positives.
+        """
+        anchors, positives = sample_positives(pairs, positions, generator)
+        return self.config.contrastive * info_nce(
+            quantised.residuals[anchors, 0],
+            self.encoder(embeddings[positives]),
+            positive_mask(pairs, positions[anchors], positives),
+            self.config.contrastive_temperature,
+        )
+
+    def _diversity(self, quantised: Quantised) -> torch.Tensor:
+        """Return the sum over levels of C * sum_j p_j^2. It is L for equal use of all codes, and L * C for one code.
+
+        The value comes from the hard shares, the gradient from soft shares. The softmax is over squared distances in
+        units of the mean nearest one, because residuals shrink from level to level.
         """
         total = quantised.residuals.new_zeros(())
         for level, codebook in enumerate(self.codebooks):
@@ -206,63 +216,73 @@ class RQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, embeddings: np.ndarray) -> np.ndarray:
-        """Nearest codes (N, L) int64 of embeddings (N, D)."""
+        """Return the nearest codes of embeddings (N, D), (N, L) int64."""
         data = torch.from_numpy(np.ascontiguousarray(embeddings, dtype=np.float32))
         return torch.cat([self.quantise(self.encoder(chunk)).codes for chunk in data.split(CHUNK)]).numpy()
 
     @torch.no_grad()
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Embeddings (N, D) that codes (N, L) stand for."""
+        """Return the embeddings (N, D) that codes (N, L) represent."""
         chosen = self.codebooks[torch.arange(self.config.levels), torch.from_numpy(codes)]
         return self.decoder(chosen.sum(1)).numpy()
 
     @torch.no_grad()
     def initialise(self, embeddings: torch.Tensor) -> None:
-        """Put each codebook at k-means centroids (k-means++ seeding) of its residuals, once in a model's life."""
+        """Set each codebook to the k-means centroids of its residuals. A second call has no effect.
+
+        Args:
+            embeddings: embeddings of all items, (N, D).
+        """
         if self.initted:
             return
         config = self.config
-        rows = kmeans_rows(len(embeddings), config)
-        residual = torch.cat([self.encoder(chunk) for chunk in embeddings[rows].split(CHUNK)])
-        batch_share = min(1.0, config.batch_size / len(rows))
+        sample = kmeans_sample(len(embeddings), config)
+        residual = torch.cat([self.encoder(chunk) for chunk in embeddings[sample].split(CHUNK)])
+        batch_share = min(1.0, config.batch_size / len(sample))
         for level in range(config.levels):
-            means = kmeans(residual.cpu().numpy(), config.codes, config.seed + level)
-            sizes = np.bincount(means.labels_, minlength=config.codes)
-            self.codebooks[level] = torch.from_numpy(means.cluster_centers_).to(residual)
+            clusters = kmeans(residual.cpu().numpy(), config.codes, config.seed + level)
+            sizes = np.bincount(clusters.labels_, minlength=config.codes)
+            self.codebooks[level] = torch.from_numpy(clusters.cluster_centers_).to(residual)
             self.ema_count[level] = torch.from_numpy(sizes).to(residual) * batch_share
             self.ema_sum[level] = self.codebooks[level] * self.ema_count[level].unsqueeze(-1)
-            residual = residual - self.codebooks[level, torch.from_numpy(means.labels_).long()]
+            residual = residual - self.codebooks[level, torch.from_numpy(clusters.labels_).long()]
         self.initted.fill_(True)
 
     @torch.no_grad()
     def update_codebooks(self, quantised: Quantised, errors: torch.Tensor) -> None:
-        """After a training step: moving averages, then ages and resets. `errors` (B,) says who is reconstructed worst.
+        """Update the moving averages, the ages of the codes, and reset unused codes. Call it after a training step.
 
-        The averages run over counts and sums, so a code's step grows with the residuals it got (van den Oord et al.,
-        arXiv 1711.00937, appendix A.1); at even use this is GR2's e <- g * e + (1 - g) * mean.
+        The averages are those of counts and sums, so the step of a code grows with its number of residuals (van den
+        Oord et al., arXiv 1711.00937, appendix A.1). If all codes are used equally often, this is the update of GR2,
+        e <- g * e + (1 - g) * mean.
+
+        Args:
+            quantised: the quantised latents of the batch.
+            errors: reconstruction error of each item, (B,). Unused codes are replaced by the items with the largest
+                errors.
         """
         config, residuals = self.config, quantised.residuals
-        worst = errors.argsort(descending=True, stable=True)
+        by_error = errors.argsort(descending=True, stable=True)
         for level in range(config.levels):
-            hits = F.one_hot(quantised.codes[:, level], config.codes).to(residuals)
-            counts = hits.sum(0)
+            assigned = F.one_hot(quantised.codes[:, level], config.codes).to(residuals)
+            counts = assigned.sum(0)
             used = counts > 0
             if config.ema:
                 self.ema_count[level].lerp_(counts, 1 - config.ema_decay)
-                self.ema_sum[level].lerp_(hits.T @ residuals[:, level], 1 - config.ema_decay)
-                # An unused code keeps its place: its sum and count shrink alike, down to 0 / 0.
+                self.ema_sum[level].lerp_(assigned.T @ residuals[:, level], 1 - config.ema_decay)
+                # An unused code keeps its vector, because its sum and its count shrink alike, down to 0 / 0.
                 self.codebooks[level, used] = self.ema_sum[level, used] / self.ema_count[level, used].unsqueeze(-1)
             self.age[level] = torch.where(used, 0, self.age[level] + 1)
             if config.reset_after:
-                dead = (self.age[level] >= config.reset_after).nonzero()[: len(worst), 0]
-                fresh = residuals[worst[: len(dead)], level]
-                self.codebooks[level, dead] = fresh
-                self.ema_count[level, dead] = 1.0
-                self.ema_sum[level, dead] = fresh
-                self.age[level, dead] = 0
+                unused = (self.age[level] >= config.reset_after).nonzero()[: len(by_error), 0]
+                replacements = residuals[by_error[: len(unused)], level]
+                self.codebooks[level, unused] = replacements
+                self.ema_count[level, unused] = 1.0
+                self.ema_sum[level, unused] = replacements
+                self.age[level, unused] = 0
 
     def save(self, folder: str | Path) -> None:
-        """Write weights (safetensors) and config (JSON) to `folder`, which is made if need be."""
+        """Write the weights (safetensors) and the settings (JSON) to a folder. The folder is created if necessary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
@@ -270,10 +290,10 @@ class RQVAE(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> RQVAE:
-        """Read what `save` wrote.
+        """Read a tokenizer that `save` wrote.
 
         Raises:
-            MissingFileError: one of the two files is not there.
+            MissingFileError: one of the two files does not exist.
         """
         config, weights = saved_files(folder, CONFIG, WEIGHTS, where="sid.rqvae.RQVAE.load")
         settings = json.loads(config.read_text())
@@ -283,166 +303,89 @@ class RQVAE(nn.Module):
         return model
 
 
-def fit_rqvae(
-    embeddings: np.ndarray,
-    config: RQVAEConfig,
-    *,
-    pairs: csr_array | None = None,
-    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
-) -> RQVAE:
-    """Train a tokenizer on embeddings (N, D), best of length 1. The same seed gives the same model.
+def fit_rqvae(embeddings: np.ndarray, config: RQVAEConfig, *, pairs: csr_array | None = None) -> RQVAE:
+    """Train an RQ-VAE. The same seed gives the same model.
 
     Args:
-        embeddings: finite, N at least `config.codes` if the codebooks start from k-means.
-        config: the settings.
-        pairs: what `co_engaged` gives, (N, N); the contrastive loss needs it.
-        on_epoch: called with the 1-based epoch and its mean loss terms.
+        embeddings: finite item embeddings, (N, D), preferably of length 1. N is at least `config.codes` if the
+            codebooks start from k-means.
+        config: settings of the model and of the training.
+        pairs: counts of co-engaged items, (N, N), see `recbole_gr2.sid.contrastive.co_engaged`. The contrastive loss
+            needs them.
 
     Raises:
-        ConfigurationError: not a finite (N, D) matrix, fewer items than codes, or a contrastive loss without pairs.
-        GateError: the loss is not finite; it names the epoch.
+        ConfigurationError: the embeddings are not a finite (N, D) matrix, there are fewer items than codes, or the
+            contrastive loss has no pairs.
+        QualityCheckError: the loss is not finite. The error names the epoch.
     """
-    data = torch.from_numpy(checked(embeddings, config.codes if config.kmeans_init else 1))
+    data = torch.from_numpy(check_embeddings(embeddings, config.codes if config.kmeans_init else 1))
     if config.contrastive and (pairs is None or not pairs.nnz):
         raise ConfigurationError(
-            "the contrastive loss has no pair of items to pull together",
+            "the contrastive loss has no pair of co-engaged items",
             where="sid_contrastive",
-            why="its positives are items that a user took one after the other, in the training data",
-            do="set sid_contrastive to 0, or look at the interactions",
+            why="its positives are consecutive items of a user in the training interactions",
+            do="set sid_contrastive to 0, or check the interactions of the data set",
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = RQVAE(data.shape[1], config)
     if config.kmeans_init:
         model.initialise(data)
-    order = torch.Generator().manual_seed(config.seed)
-    draws = np.random.default_rng(derive_seed(config.seed, "positives"))
+    batches = torch.Generator().manual_seed(config.seed)
+    positives = np.random.default_rng(derive_seed(config.seed, "positives"))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     for epoch in range(1, config.epochs + 1):
-        totals: dict[str, float] = {}
-        for rows in torch.randperm(len(data), generator=order).split(config.batch_size):
-            batch = data[rows]
-            decoded, quantised = model(batch)
-            terms = model.losses(batch, decoded, quantised)
-            if config.contrastive:
-                with_one, positives = draw_positives(pairs, rows.numpy(), draws)
-                terms["contrastive"] = config.contrastive * info_nce(
-                    quantised.residuals[with_one, 0],
-                    model.encoder(data[positives]),
-                    known_positives(pairs, rows.numpy()[with_one], positives),
-                    config.contrastive_temperature,
-                )
-            loss = torch.stack(list(terms.values())).sum()
-            if not torch.isfinite(loss):
-                raise GateError(
-                    f"the tokenizer's loss is not finite in epoch {epoch}",
+        for positions in torch.randperm(len(data), generator=batches).split(config.batch_size):
+            if not _train_step(model, optimiser, data, positions, pairs, positives):
+                raise QualityCheckError(
+                    f"the loss of the tokenizer is not finite in epoch {epoch}",
                     where="tokenizer stage",
-                    why="its codes would be noise",
+                    why="the codes of such a model are random",
                     do="lower sid_learning_rate, or look for extreme values in the item embeddings",
                 )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            model.update_codebooks(quantised, (decoded - batch).square().sum(-1).detach())
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value.item() * len(rows) / len(data)
-        if on_epoch is not None:
-            on_epoch(epoch, totals)
     return model
 
 
-def saved_files(folder: str | Path, *names: str, where: str) -> list[Path]:
-    """The files of a saved tokenizer.
+def _train_step(
+    model: RQVAE,
+    optimiser: torch.optim.Optimizer,
+    data: torch.Tensor,
+    positions: torch.Tensor,
+    pairs: csr_array | None,
+    generator: np.random.Generator,
+) -> bool:
+    """Train on the items at `positions` (B,) of the embeddings `data` (N, D). Return False if the loss is not finite.
 
-    Raises:
-        MissingFileError: one of them is not there.
+    In this case the model is unchanged.
     """
-    files = [Path(folder) / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise MissingFileError(
-                f"no {file.name} in {str(file.parent)!r}",
-                where=where,
-                why="the tokenizer's codebooks are needed to turn items into semantic IDs",
-                do="run the tokenizer stage again",
-            )
-    return files
-
-
-def kmeans_rows(items: int, config: SidConfig) -> np.ndarray:
-    """The rows that k-means is fitted on: all in a drawn order, or as many as it needs."""
-    return np.random.default_rng(config.seed).permutation(items)[: KMEANS_POINTS * config.codes]
-
-
-def kmeans(points: np.ndarray, codes: int, seed: int) -> KMeans:
-    """k-means with k-means++ seeding, the same whatever the number of threads."""
-    with threadpool_limits(1):  # k-means adds its threads' sums in the order in which they finish
-        return KMeans(codes, n_init=1, random_state=seed).fit(points)
-
-
-def checked(embeddings: np.ndarray, least: int) -> np.ndarray:
-    """Embeddings (N, D) as float32.
-
-    Raises:
-        ConfigurationError: not a finite (N, D) matrix, or fewer than `least` items.
-    """
-    data = np.ascontiguousarray(embeddings, dtype=np.float32)
-    chunks = (data[start : start + CHUNK] for start in range(0, len(data), CHUNK))
-    if data.ndim != 2 or not len(data) or not all(np.isfinite(chunk).all() for chunk in chunks):
-        raise ConfigurationError(
-            f"item embeddings must be a finite (N, D) matrix, got shape {data.shape}",
-            where="tokenizer stage",
-            why="nothing can be learnt from them",
-            do="look at the texts and the encoder that made them",
-        )
-    if len(data) < least:
-        raise ConfigurationError(
-            f"{len(data)} items cannot start {least} codes a level",
-            where="sid_codes",
-            why="k-means needs an item for each code",
-            do=f"set sid_codes to at most {len(data)}",
-        )
-    return data
-
-
-def assign(tokenizer: RQVAE | RQKMeans, embeddings: np.ndarray, *, seed: int) -> np.ndarray:
-    """Semantic IDs of N items, (N, L) int64: nearest codes, but for the last `random_last` levels, which are drawn.
-
-    `unused_first` gives the items under one prefix distinct tuples while it holds at most C^M of them, and starts a
-    new round after that. The same seed gives the same table.
-    """
-    config = tokenizer.config
-    codes = tokenizer.encode(embeddings)
-    if config.random_last == 0:
-        return codes
-    generator, size = np.random.default_rng(seed), config.codes**config.random_last
-    kept = config.levels - config.random_last
-    if config.random_mode == "uniform":
-        drawn = generator.integers(size, size=len(codes))
-    else:
-        drawn = np.empty(len(codes), dtype=np.int64)
-        _, prefixes, counts = np.unique(codes[:, :kept], axis=0, return_inverse=True, return_counts=True)
-        by_prefix = np.argsort(prefixes.reshape(-1), kind="stable")
-        for items in np.split(by_prefix, np.cumsum(counts)[:-1]):
-            for start in range(0, len(items), size):
-                block = items[start : start + size]
-                drawn[block] = generator.choice(size, size=len(block), replace=False)
-    for level in reversed(range(kept, config.levels)):
-        drawn, codes[:, level] = np.divmod(drawn, config.codes)
-    return codes
+    batch = data[positions]
+    decoded, quantised = model(batch)
+    terms = model.losses(batch, decoded, quantised)
+    if model.config.contrastive and pairs is not None:
+        terms["contrastive"] = model.contrastive_loss(quantised, data, positions.numpy(), pairs, generator)
+    loss = torch.stack(list(terms.values())).sum()
+    if not torch.isfinite(loss):
+        return False
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    model.update_codebooks(quantised, (decoded - batch).square().sum(-1).detach())
+    return True
 
 
 def _offset_distances(residual: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """|r - e_j|^2 - |r|^2, (B, C): what an argmin or a softmax over j needs."""
+    """Return |r - e_j|^2 - |r|^2, (B, C). An argmin or a softmax over j does not need the last term."""
     return codebook.square().sum(-1) - 2 * residual @ codebook.T
 
 
 def _mean_square(difference: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares, divided by the size of the first dimension."""
     return difference.square().sum() / len(difference)
 
 
 def _mlp(*widths: int) -> nn.Sequential:
+    """Return linear layers of these widths with ReLU between them."""
     layers: list[nn.Module] = []
-    for wide, narrow in itertools.pairwise(widths):
-        layers += [nn.Linear(wide, narrow), nn.ReLU()]
+    for fan_in, fan_out in itertools.pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])

@@ -1,7 +1,7 @@
-"""The text form of semantic IDs, candidate labels and the ranking mark.
+"""Text form of semantic IDs, labels of candidates, and the ranking marker.
 
-GR2 section 3 and OneRec-Think write an item as `<|sid_begin|><s_a_3><s_b_17>..<|sid_end|>`. Labels and the ranking
-mark are ours: one token a candidate makes a ranking of K items K tokens long, whatever the tokenizer.
+GR2 (section 3) and OneRec-Think write an item as `<|sid_begin|><s_a_3><s_b_17>..<|sid_end|>`. The labels and the
+ranking marker are our own. A label is one token, so a ranking of K items has K tokens with every tokenizer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import string
 from recbole_gr2.types import Sid
 
 SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
-RANKING = "<|ranking|>"  # ends the reasoning; the K labels follow
+RANKING = "<|ranking|>"  # The end of the reasoning. The K labels follow it.
 CODE = re.compile(r"<s_[a-z]_\d+>")
 SID = re.compile(f"{re.escape(SID_BEGIN)}.*?{re.escape(SID_END)}")
 MAX_CANDIDATES = len(string.ascii_uppercase)
 
 
 def sid_text(sid: Sid) -> str:
-    """Text of one semantic ID.
+    """Return the text of a semantic ID.
 
     >>> sid_text((3, 17))
     '<|sid_begin|><s_a_3><s_b_17><|sid_end|>'
@@ -29,12 +29,16 @@ def sid_text(sid: Sid) -> str:
 
 
 def code_tokens(levels: int, codes: int) -> list[str]:
-    """All L * C code tokens, level by level."""
+    """Return all L * C code tokens, level by level.
+
+    >>> code_tokens(levels=2, codes=2)
+    ['<s_a_0>', '<s_a_1>', '<s_b_0>', '<s_b_1>']
+    """
     return [f"<s_{string.ascii_lowercase[level]}_{code}>" for level in range(levels) for code in range(codes)]
 
 
 def is_code(token: str) -> bool:
-    """Whether a token is a code of a semantic ID.
+    """Return whether a token is a code of a semantic ID.
 
     >>> is_code("<s_b_17>"), is_code("<s>")
     (True, False)
@@ -43,7 +47,7 @@ def is_code(token: str) -> bool:
 
 
 def label_tokens(count: int) -> list[str]:
-    """The first `count` candidate labels.
+    """Return the labels of `count` candidates, at most `MAX_CANDIDATES`.
 
     >>> label_tokens(3)
     ['<|A|>', '<|B|>', '<|C|>']
@@ -52,5 +56,11 @@ def label_tokens(count: int) -> list[str]:
 
 
 def added_tokens(levels: int, codes: int, candidates: int) -> list[str]:
-    """Every token this package adds to a language model's vocabulary, in a fixed order."""
+    """Return all tokens that this package adds to the vocabulary of a language model, in a fixed order.
+
+    Args:
+        levels: L, codes of a semantic ID.
+        codes: C, size of the codebook of each level.
+        candidates: K, number of labels.
+    """
     return [SID_BEGIN, SID_END, *code_tokens(levels, codes), RANKING, *label_tokens(candidates)]

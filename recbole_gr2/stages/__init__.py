@@ -1,34 +1,38 @@
-"""The stages, one file each. A stage is a function `run(context) -> facts`: it reads records, writes its folder, and
-never calls another stage."""
+"""The stages of a run, one module each.
+
+A stage module has `STAGE`, a `Stage`, or a function `stages(settings) -> list[Stage]` if it declares several. A new
+stage is one module and its name in `MODULES`. By default a run computes the last declared stage and all stages that it
+needs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import importlib
 
-from recbole_gr2.types import StageRecord
+from recbole_gr2.config import Settings
+from recbole_gr2.types import Stage
+
+MODULES = (
+    "embeddings",
+    "tokenizer",
+    "midtrain",
+    "base_model",
+    "candidates",
+    "prior",
+    "traces",
+    "sft",
+    "rl",
+    "onerec_think",
+    "recommender",
+    "rerank",
+    "evaluate",
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What a stage is given.
-
-    Attributes:
-        stage: its name; that of a baseline is the model's.
-        settings: the run's settings (a mapping).
-        data: the data set behind the bridge: `items`, `sequences`, `train_sequences()`, `item_count`.
-        folder: where to write; it exists, and holds what an interrupted run left.
-        inputs: stage name -> record of what it needs.
-        folders: stage name -> folder of what it needs.
-        say: prints one progress line.
-    """
-
-    stage: str
-    settings: Mapping[str, Any]
-    data: Any
-    folder: Path
-    inputs: Mapping[str, StageRecord]
-    folders: Mapping[str, Path]
-    say: Callable[[str], None]
+def all_stages(settings: Settings) -> list[Stage]:
+    """Every stage that a run with these settings can compute, in the order of `MODULES`."""
+    found: list[Stage] = []
+    for name in MODULES:
+        module = importlib.import_module(f"recbole_gr2.stages.{name}")
+        found += module.stages(settings) if hasattr(module, "stages") else [module.STAGE]
+    return found

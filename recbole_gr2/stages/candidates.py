@@ -1,150 +1,104 @@
-"""Candidates: the base model's top-K list of every row, without leakage.
+"""Stage `candidates`: the candidate list of each user in each split, and the recommendations of the test split.
 
-* Valid and test lists come from the base model, trained on train rows alone. The target is never inserted.
-* Train lists come from a hold-out base, trained without each user's last train interaction (the last `train_targets`),
-  which is their target.
-  Lists of a model that has seen the target rank it first far too often, and a re-ranker that is trained on them learns
-  to keep the order.
+The base model proposes the lists of validation and test, the hold-out base model those of training. The target is never
+inserted. With `cand_file` the lists are imported, and no base model is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from recbole_gr2.bridge.data import SPLITS
-from recbole_gr2.bridge.models import BaseModel, train_base
-from recbole_gr2.errors import ConfigurationError, GateError
-from recbole_gr2.generator import GENERATOR, Generator
-from recbole_gr2.llm.beam import UNREACHED
+from recbole_gr2.artifacts import SPLITS, read_requests, request_id, write_recommendations, write_requests
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
+from recbole_gr2.bridge.generative import GENERATOR
+from recbole_gr2.bridge.models import BaseModel
+from recbole_gr2.bridge.training import load_model
+from recbole_gr2.config import Settings
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.model import READS_SIDS
-from recbole_gr2.prompts import history_ids
-from recbole_gr2.requests import read_requests, request_id, write_requests
-from recbole_gr2.sid.tokens import MAX_CANDIDATES
-from recbole_gr2.stages import Context
-from recbole_gr2.stages.midtrain import load_stage_model, use_bf16
-from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.store import write_json
-from recbole_gr2.types import Candidate, Request
+from recbole_gr2.recommenders import load_generator, sids_for
+from recbole_gr2.store import file_hash, write_json
+from recbole_gr2.types import Candidate, Context, Request, Stage
 
 
-def run(context: Context) -> dict:
-    """Writes base/, hold_out_base/ (weights), train.jsonl, valid.jsonl, test.jsonl and stats.json.
+def run(context: Context) -> dict[str, Any]:
+    """Write train.jsonl, valid.jsonl, test.jsonl, recommendations.npz of the test split and stats.json.
 
     Raises:
-        ConfigurationError: K is below 2 or above the number of labels.
-        GateError: recall@K of a split is 0, so that there is nothing to re-rank.
+        QualityCheckError: Recall@K of a split is 0.
     """
-    data, settings = context.data, context.settings
-    if not 2 <= settings["cand_num"] <= MAX_CANDIDATES:
-        raise ConfigurationError(
-            f"cand_num is {settings['cand_num']}",
-            why="a list has something to order, and a label for every candidate",
-            do=f"choose 2 to {MAX_CANDIDATES}",
-        )
+    settings, count = context.settings, context.settings["cand_num"]
+    summary: dict[str, Any] = {}
     if settings["cand_file"]:
-        lists, facts = _imported(context), {"imported": settings["cand_file"]}
+        lists, summary["imported"] = _import(context), settings["cand_file"]
+        recommendations = from_lists(context.data, lists["test"])
     else:
-        base = recommender(context, context.folder / "base", say=context.say)
-        context.say(f"base model {base.name}: best epoch {base.facts['epochs']}, valid {base.facts.get('best_valid')}")
-        context.say(f"hold-out base: {base.facts['epochs']} epochs without the targets of the train lists")
-        hold_out = recommender(context, context.folder / "hold_out_base", hold_out=True, epochs=base.facts["epochs"])
-        providers = {"train": hold_out, "valid": base, "test": base}
-        lists = {split: top_candidates(providers[split], split, settings["cand_num"]) for split in SPLITS}
-        facts = {"base": base.facts, "hold_out_base": hold_out.facts}
-    stats = {}
-    for split, requests in lists.items():
-        write_requests(context.folder / f"{split}.jsonl", requests, data.items)
-        ranks = [r.target_rank for r in requests if r.target_rank]
-        stats[split] = {
-            "lists": len(requests),
-            "in_list": len(ranks),
-            f"recall@{settings['cand_num']}": len(ranks) / max(len(requests), 1),
-            "recall@1": ranks.count(1) / max(len(requests), 1),
-        }
-        context.say(
-            f"{split}: {len(requests)} lists, {len(ranks)} hold their target ({len(ranks) / max(len(requests), 1):.4f})"
-        )
-        if not ranks:
-            raise GateError(
-                f"no {split} list holds its target: recall@{settings['cand_num']} is 0",
-                where=f"base_model {settings['base_model']}",
-                why="there is nothing a re-ranker could do",
-                do="train the base model longer (base_epochs) or raise cand_num",
-            )
-    write_json(context.folder / "stats.json", stats)
-    return {**facts, "stats": stats}
+        base, hold_out = base_models(context)
+        lists = {"train": top_candidates(hold_out, "train", count), "valid": top_candidates(base, "valid", count)}
+        scored = list(recommend(base, "test", depth_of(context.data), break_ties=False, check=True))
+        lists["test"] = to_requests(base, "test", scored, count)
+        recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
+        if base.exclude_seen:
+            _report_masked_targets(context)
+    for split in SPLITS:
+        write_requests(context.folder / f"{split}.jsonl", lists[split], context.data.catalog)
+    write_recommendations(context.folder, recommendations)
+    summary["stats"] = {split: _stats(context, split, lists[split]) for split in SPLITS}
+    write_json(context.folder / "stats.json", summary["stats"])
+    return summary
 
 
-def recommender(
-    context: Context, folder: Path, *, model: str | None = None, hold_out: bool = False, **options
-) -> BaseModel:
-    """The base model, or another one by name, trained to `folder` or loaded from it.
-
-    The generator is the mid-trained model, which is there already. It has not seen the targets of the train lists
-    (`mid_hold_out`), so it is its own hold-out base.
+def base_models(context: Context) -> tuple[BaseModel, BaseModel]:
+    """The trained base model and hold-out base model.
 
     Raises:
-        ConfigurationError: the generator was mid-trained on the targets of the train lists.
+        ConfigurationError: the base model is GR2Generator, and mid-training has seen the targets of training requests.
     """
-    settings = context.settings
-    name = model or settings["base_model"]
-    if name in READS_SIDS:
-        items = load_items(context.folders["tokenizer"], context.data.items)
-        options["sids"] = np.array([item.sid for item in items])
-    if name != GENERATOR:
-        return train_base(context.data, folder, model=model, hold_out=hold_out, **options)
-    if hold_out and not settings["mid_hold_out"]:
-        raise ConfigurationError(
-            f"the train lists of {GENERATOR} would come from a model that has seen their targets",
-            where="mid_hold_out",
-            why="a re-ranker would learn to keep their order",
-            do="set mid_hold_out: True",
-        )
-    llm, tokenizer = load_stage_model(context, "midtrain")
-    items = load_items(context.folders["tokenizer"], context.data.items)
-    return Generator(
-        name=GENERATOR,
-        model=llm,
-        tokenizer=tokenizer,
-        data=context.data,
-        exclude_seen=settings["cand_exclude_seen"],
-        facts={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
-        items=items,
-        beams=settings["cand_beams"],
-        constrained=settings["mid_constrained"],
-        batch_size=settings["eval_batch_lists"],
-        prompts=lambda histories: [history_ids(h, items, tokenizer, settings["mid_max_length"]) for h in histories],
-        bf16=use_bf16(settings, llm.device.type),
+    name = context.settings["base_model"]
+    if name == GENERATOR:
+        return load_generator(context), load_generator(context, hold_out=True)
+    sids = sids_for(context, name)
+    folder = context.folders["base_model"]
+    return load_model(context.data, folder / "base", sids=sids), load_model(
+        context.data, folder / "hold_out", sids=sids
     )
 
 
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
-    """The base model's first `count` unmasked items of every row of a split.
+    """The requests of a split with the first `count` items of the base model as candidates, see `to_requests`."""
+    depth = min(count, base.data.item_count)
+    return to_requests(base, split, recommend(base, split, depth, break_ties=False), count)
 
-    The target of a train list with several is the best of those it holds, by grade, then by time; of a list that holds
-    none, the best of all.
-    Rows without a history, or with fewer than two unmasked items, give no request: there is nothing to order.
+
+def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: int) -> list[Request]:
+    """Requests whose candidates are the first `count` items of scored rows.
+
+    If a training list contains several targets, its target is the one with the highest grade, and of several such
+    targets the earliest. If the list contains no target, the target is chosen among all targets of the request in the
+    same way. Rows without a history, or with fewer than two proposed items, give no request.
+
+    Args:
+        base: the model that scored the rows.
+        split: train, valid or test.
+        scored: result of `recommend` for this split, with a depth of at least `count` or the whole catalogue.
+        count: largest number K of candidates.
     """
-    import torch
-
-    data, requests = base.data, []
-    for users, scores in base.scores(split):
-        # The evaluator's own reach, so that ties at the end of a list break as they break there.
-        top = torch.topk(scores, data.reach(count), dim=-1)
-        for user, items, values in zip(
-            users.tolist(), top.indices[:, :count].tolist(), top.values.tolist(), strict=True
+    data: Data = base.data
+    provider = f"{base.name}{' hold-out' if base.metadata['hold_out'] else ''}"
+    requests = []
+    for batch in scored:
+        for user, items, scores in zip(
+            batch.users.tolist(), batch.items[:, :count].tolist(), batch.scores[:, :count].tolist(), strict=True
         ):
             history = data.history(user, split)
-            real = [(i, v) for i, v in zip(items, values, strict=False) if v > UNREACHED]
-            if not history or len(real) < 2:
+            proposed = [(item, score) for item, score in zip(items, scores, strict=True) if item > 0]
+            if not history or len(proposed) < 2:
                 continue
-            wanted, grades = data.targets(user, split), ()
-            held = [item for item, _ in real if wanted.get(item)]
-            if split == "train" and data.graded:
-                grades = tuple(wanted.get(item, 0) for item, _ in real)
-            target = min(held or wanted, key=lambda item: (-wanted[item], list(wanted).index(item)))
+            targets = data.targets(user, split)
+            graded = split == "train" and data.graded
             requests.append(
                 Request(
                     request_id=request_id(split, data.user_tokens[user]),
@@ -152,44 +106,116 @@ def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
                     split=split,
                     history=history,
                     candidates=tuple(
-                        Candidate(item_id=i, score=v, rank=rank) for rank, (i, v) in enumerate(real, start=1)
+                        Candidate(item_id=item, score=score, rank=rank)
+                        for rank, (item, score) in enumerate(proposed, start=1)
                     ),
-                    target=target,
-                    grades=grades,
-                    provider=f"{base.name}{' hold-out' if base.facts['hold_out'] else ''}",
+                    target=_best_target(targets, [item for item, _ in proposed]),
+                    grades=tuple(targets.get(item, 0) for item, _ in proposed) if graded else (),
+                    provider=provider,
                 )
             )
     return requests
 
 
-def _imported(context: Context) -> dict[str, list[Request]]:
-    """Lists of a file, checked against the data set's own rows.
+def _best_target(targets: dict[int, int], items: Sequence[int]) -> int:
+    """The target with the highest grade, the earliest of these; among the listed targets if one has a grade above 0."""
+    listed = [item for item in items if targets.get(item)]
+    order = list(targets)
+    return min(listed or order, key=lambda item: (-targets[item], order.index(item)))
+
+
+def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[str, float]:
+    """Number of lists, number of hit users, and recall of a split.
 
     Raises:
-        ConfigurationError: a target or history that is not the row's.
+        QualityCheckError: no list contains its target.
     """
+    count = context.settings["cand_num"]
+    ranks = [r.target_rank for r in requests if r.target_rank]
+    recall = len(ranks) / max(len(requests), 1)
+    context.say(f"{split}: {len(requests)} lists, {len(ranks)} contain their target ({recall:.4f})")
+    if not ranks:
+        raise QualityCheckError(
+            f"no {split} list contains its target: recall@{count} is 0",
+            where=f"base_model {context.settings['base_model']}",
+            why="re-ranking cannot improve a list without its target",
+            do="train the base model longer (base_epochs) or raise cand_num; if users repeat items, set "
+            "cand_exclude_seen: False",
+        )
+    return {
+        "lists": len(requests),
+        "hit_users": len(ranks),
+        f"recall@{count}": recall,
+        "recall@1": ranks.count(1) / max(len(requests), 1),
+    }
+
+
+def _report_masked_targets(context: Context) -> None:
+    """Print the share of test targets that the mask of seen items excludes, if there are any."""
     data = context.data
+    users = data.rows("test")[1].tolist()
+    masked = sum(next(iter(data.targets(user, "test"))) in data.history(user, "test") for user in users)
+    if masked:
+        context.say(
+            f"{masked / len(users):.1%} of the test targets are in the user's history and masked: set "
+            "cand_exclude_seen: False to recommend them, or rm_dup_inter: first to remove repeated interactions"
+        )
+
+
+def _import(context: Context) -> dict[str, list[Request]]:
+    """The requests of `cand_file` by split.
+
+    Raises:
+        ConfigurationError: a history or a target is not the one of the data set, or a list has the wrong length.
+    """
+    data, count = context.data, context.settings["cand_num"]
     users = {token: user for user, token in enumerate(data.user_tokens)}
-    lists = {split: [] for split in SPLITS}
-    for request in read_requests(Path(context.settings["cand_file"]), data.items):
+    lists: dict[str, list[Request]] = {split: [] for split in SPLITS}
+    for request in read_requests(Path(context.settings["cand_file"]), data.catalog):
         user = users.get(request.user_token)
         if (
             request.split not in SPLITS
-            or user is None
+            or user not in data.sequences
             or request.history != data.history(user, request.split)
             or request.target not in data.targets(user, request.split)
         ):
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set",
                 where=request.request_id,
-                why="a longer history would leak the target",
-                do="export lists with this plugin, and keep history, target and split as they are there",
+                why="a longer history would contain the target",
+                do="export lists with this plugin, and keep history, target and split unchanged",
             )
-        if not 2 <= len(request.items) <= context.settings["cand_num"]:
+        if not 2 <= len(request.items) <= count:
             raise ConfigurationError(
                 f"an imported list has {len(request.items)} candidates",
                 where=request.request_id,
+                why=f"cand_num is {count}, and a list needs two candidates to order",
                 do="import lists of 2 to cand_num candidates",
             )
         lists[request.split].append(request)
     return lists
+
+
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return the hash of the imported file."""
+    return {"cand_file.sha": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """Declare the stage. What it needs depends on what proposes the candidates."""
+    if settings["cand_file"]:
+        needs: tuple[str, ...] = ()
+    elif settings["base_model"] == GENERATOR:
+        needs = ("tokenizer", "midtrain")
+    else:
+        needs = ("base_model", *(("tokenizer",) if settings["base_model"] in READS_SIDS else ()))
+    return [
+        Stage(
+            name="candidates",
+            version=2,
+            run=run,
+            settings=("cand_", "seed"),
+            needs=needs,
+            key_values=key_values,
+        )
+    ]

@@ -1,161 +1,202 @@
-"""RL: DAPO on train lists that hold their target (or get it, `rl_injected`), rewarded for moving it up.
+"""RL: DAPO with verifiable rewards on train requests that contain their target (GR2, section 5).
 
-`rl` starts from the sft model, or from the distill model if `rl_start` says so. `distill` stands in sft's place: from
-the mid-trained model, with the same reward, near a teacher (GR2-TR, on-policy distillation). `internalise` is a second
-run from the rl model, with the same reward and without the trace, for answers that are a ranking alone: the model that
-is quick enough to be deployed (GR2-TR, reasoning internalisation).
+Three stages share this module. `rl` starts from the sft model, or from the distilled model if `rl_start` names it.
+`distilled` starts from the mid-trained model, with the same reward and a KL term to a teacher (GR2-TR, on-policy
+distillation). `internalised` starts from the rl model and trains answers without reasoning (GR2-TR, reasoning
+internalisation), which take less time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from recbole_gr2.errors import GateError
+from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.config import Settings
+from recbole_gr2.distributed import WORLD_SIZE
+from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
-from recbole_gr2.llm.backbone import save_backbone
-from recbole_gr2.llm.finetune import ProgressLines
-from recbole_gr2.processes import PROCESSES
-from recbole_gr2.prompts import PromptMaker, encode_prompt
-from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong
+from recbole_gr2.llm.curves import FIGURES, curve
+from recbole_gr2.llm.model import save_language_model
+from recbole_gr2.llm.train import ProgressLines
+from recbole_gr2.policy import answer_grammar, load_model, new_tokens, use_bf16
+from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
+from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong, reward_names
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.stages import Context
-from recbole_gr2.stages.evidence import injected_requests
-from recbole_gr2.stages.midtrain import load_model, load_stage_model, new_tokens, use_bf16
-from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.stages.traces import answer_grammar, training_requests
-from recbole_gr2.store import write_json
+from recbole_gr2.store import file_hash, module_hash, write_json
+from recbole_gr2.types import Context, Request, Stage
 
-FIGURES = (  # of a round, in the log and in the report
-    "reward",
-    "unchanged",
-    "reward/rank_gain",
-    "reward/ndcg",
-    "truncated",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "frac_groups_kept",
-    "entropy",
-    "teacher_kl",
-)
+OVERLONG_WEIGHT = 0.1  # weight of the penalty of long reasoning. Our choice.
+WARMUP_ROUNDS = 2  # rounds in which the learning rate rises. Our choice.
+MAX_ROUNDS_WITHOUT_SIGNAL = 5  # consecutive rounds with zero-variance groups only, before training stops. Our choice.
 
 
-def run(context: Context) -> dict:
-    """Writes model/, log.json and checkpoints/rollouts.jsonl. Several processes may run it together.
+def run(context: Context) -> dict[str, Any]:
+    """Write model/, log.json and checkpoints/rollouts.jsonl. Several processes may run it together.
+
+    The parameters of the stage are `start`, the stage whose model is trained; `reasoning`, whether answers reason;
+    `distilled`, whether a teacher takes part; and `seed`, the name that the seed is derived from.
 
     Raises:
-        GateError: no list to learn from, or `rl_max_dead` rounds in a row without a usable group.
+        QualityCheckError: there are fewer requests than a round needs, or no round has a usable group.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
-    from recbole_gr2.llm.dapo import DAPOTrainer, dapo_config
+    from recbole_gr2.llm.dapo import DAPOTrainer
+    from recbole_gr2.llm.dapo_config import dapo_config
     from recbole_gr2.llm.distill import DistillTrainer
 
-    settings = context.settings
-    items = load_items(context.folders["tokenizer"], context.data.items)
-    maker = PromptMaker.of(settings, items)
-    requests = training_requests(context, items, None, "rl")
+    settings, parameters = context.settings, context.parameters
+    maker = PromptMaker.of(settings, load_catalog(context))
+    requests = training_requests(context, purpose="rl")
     if len(requests) < settings["rl_prompts_per_step"]:
-        raise GateError(
-            f"{len(requests)} lists hold their target, fewer than the {settings['rl_prompts_per_step']} of a round",
+        raise QualityCheckError(
+            f"{len(requests)} train requests contain their target, fewer than the {settings['rl_prompts_per_step']} of "
+            "a round",
             where="rl_prompts_per_step",
-            do="lower it, or train a better base model",
+            why="a round needs different requests",
+            do="lower rl_prompts_per_step, or use a better base model",
         )
-    injected = injected_requests(context, items, settings["rl_injected"])
-    requests += injected
-    distill = context.stage == "distill"
-    start = {"internalise": "rl", "distill": "midtrain"}.get(context.stage) or settings["rl_start"]
-    model, tokenizer = load_stage_model(context, start)
-    grammar = answer_grammar(tokenizer, settings, reasoning=context.stage != "internalise")
-    rows = []
-    for request in requests:
-        prompt = maker.render(request)
-        rows.append(
-            {
-                "request_id": request.request_id,
-                "prompt_ids": encode_prompt(prompt, tokenizer),
-                "label_items": maker.label_items(request, prompt),
-                "label_prior": maker.label_prior(request, prompt),
-            }
-        )
-    rewards, weights = dict(REWARDS), dict(settings["rl_rewards"])
+    model, tokenizer = load_model(context.folders[parameters["start"]])
+    grammar = answer_grammar(tokenizer, settings, reasoning=parameters["reasoning"])
+    prompts = [_prompt_record(maker, request, tokenizer) for request in requests]
+    rewards: dict[str, Any] = dict(REWARDS)
+    weights: dict[str, Any] = dict(settings["rl_rewards"])
     if settings["rl_overlong_buffer"] and grammar.max_reasoning:
         rewards["overlong"] = overlong(grammar.max_reasoning, settings["rl_overlong_buffer"])
-        weights["overlong"] = settings["rl_overlong_weight"]
-    seed = derive_seed(settings["seed"], context.stage)
+        weights["overlong"] = OVERLONG_WEIGHT
+    seed = derive_seed(settings["seed"], parameters["seed"])
     seed_everything(seed)
-    bf16 = use_bf16(settings, model.device.type)
     folder = context.folder / "checkpoints"
     config = dapo_config(
         str(folder),
-        steps=settings["distill_steps" if distill else "rl_steps"],
+        steps=settings["distilled_steps" if parameters["distilled"] else "rl_steps"],
         prompts_per_step=settings["rl_prompts_per_step"],
         num_generations=settings["rl_num_generations"],
         num_iterations=settings["rl_num_iterations"],
-        minibatches=settings["rl_minibatches"],
-        micro_batch_size=settings["rl_micro_batch_size"],
+        micro_batch_size=settings["llm_micro_batch_size"],
         learning_rate=settings["rl_learning_rate"],
-        warmup_steps=settings["rl_warmup_steps"],
+        warmup_steps=WARMUP_ROUNDS,
         temperature=settings["rl_temperature"],
         epsilon_low=settings["rl_epsilon_low"],
         epsilon_high=settings["rl_epsilon_high"],
-        bf16=bf16,
+        bf16=use_bf16(settings, model.device.type),
         seed=seed,
-        mask_truncated=not distill and settings["rl_mask_truncated"],  # distill has yet to learn where to end
+        # A model that is being distilled has not learned to end its reasoning yet.
+        mask_truncated=not parameters["distilled"] and settings["rl_mask_truncated"],
         save_steps=settings["rl_save_steps"],
         use_cpu=model.device.type == "cpu",
-        processes=PROCESSES,
+        processes=WORLD_SIZE,
     )
-    config.save_total_limit = 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
-    trainer_class, more = DAPOTrainer, {}
-    if distill:
-        trainer_class, more = DistillTrainer, {"teacher": teacher(context, tokenizer), "kl": settings["distill_kl"]}
-    trainer = trainer_class(
-        model,
-        config,
-        rows,
-        requests={r.request_id: r for r in requests},
-        rewards=WeightedRewards(weights, rewards),
-        grammar=grammar,
-        tokenizer=tokenizer,
-        max_refill=settings["rl_max_refill"],
-        max_dead=settings["rl_max_dead"],
-        callbacks=[ProgressLines(context.say, FIGURES)],
-        **more,
-    )
+    options: dict[str, Any] = {
+        "requests": {request.request_id: request for request in requests},
+        "rewards": WeightedRewards(weights, rewards),
+        "grammar": grammar,
+        "tokenizer": tokenizer,
+        "max_resample": settings["rl_max_resample"],
+        "max_empty_rounds": MAX_ROUNDS_WITHOUT_SIGNAL,
+        "callbacks": [ProgressLines(context.say, FIGURES)],
+    }
+    if parameters["distilled"]:
+        teacher = _distillation_teacher(context, tokenizer)
+        trainer: DAPOTrainer = DistillTrainer(
+            model, config, prompts, teacher=teacher, kl=settings["distilled_kl"], **options
+        )
+    else:
+        trainer = DAPOTrainer(model, config, prompts, **options)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     log = [line for line in trainer.state.log_history if "reward" in line]
     if trainer.accelerator.is_main_process:
-        save_backbone(merged(model), tokenizer, context.folder / "model")
+        save_language_model(merged(model), tokenizer, context.folder / "model")
         write_json(context.folder / "log.json", log)
-    return {"requests": len(requests), "injected": len(injected), "rounds": len(log), "curve": curve(log)}
+    return {"requests": len(requests), "rounds": len(log), "curve": curve(log)}
 
 
-def teacher(context: Context, tokenizer):
-    """The teacher of distill: the sft model of this run, one in a folder, or one behind an endpoint."""
+def _prompt_record(maker: PromptMaker, request: Request, tokenizer: Any) -> dict[str, Any]:
+    """A request as the trainer reads it."""
+    prompt = maker.render(request)
+    return {
+        "request_id": request.request_id,
+        "prompt_ids": encode_prompt(prompt, tokenizer),
+        "label_items": maker.label_items(request, prompt),
+        "label_prior": maker.label_prior(request, prompt),
+    }
+
+
+def _distillation_teacher(context: Context, tokenizer: Any) -> Any:
+    """The teacher of on-policy distillation: a stage of this run, the folder of a stage, or an endpoint."""
     from recbole_gr2.llm.distill import EndpointTeacher, LocalTeacher
 
-    settings, name = context.settings, context.settings["distill_teacher"]
+    settings, name = context.settings, context.settings["distilled_teacher"]
     if name.startswith(("http://", "https://")):
-        return EndpointTeacher(name, settings["distill_endpoint_model"], concurrency=settings["trace_concurrency"])
-    model, known = load_model(context.folders["sft"] if name == "sft" else Path(name))
-    return LocalTeacher(model, known, tokenizer)
+        return EndpointTeacher(name, settings["distilled_endpoint_model"], concurrency=settings["trace_concurrency"])
+    model, teacher_tokenizer = load_model(context.folders.get(name, Path(name)))
+    return LocalTeacher(model, teacher_tokenizer, tokenizer)
 
 
-def curve(log: Sequence[Mapping[str, float]], names: Iterable[str] = FIGURES, parts: int = 5) -> dict[str, list[float]]:
-    """Means of what was logged over so many equal parts of the lines, or each line's where there are fewer.
+def check_settings(settings: Settings) -> None:
+    """Check the names and weights of the rewards."""
+    WeightedRewards(settings["rl_rewards"])
 
-    Names that a line lacks are left out.
 
-    >>> curve([{"reward": 1.0, "loss": 2.0}, {"reward": 3.0, "loss": 2.0}, {"reward": 5.0, "loss": 0.0}], parts=2)
-    {'reward': [2.0, 5.0]}
-    """
-    places = np.array_split(np.arange(len(log)), min(parts, len(log)))
-    return {
-        name: [float(np.mean([log[place][name] for place in part])) for part in places]
-        for name in names
-        if all(name in line for line in log)
-    }
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return the hashes of the prompt template and of the modules of the user's own rewards."""
+    values = {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
+    for name in reward_names(settings["rl_rewards"]):
+        if ":" in name:
+            values[f"{name}.sha"] = module_hash(name.partition(":")[0], where="rl_rewards")
+    return values
+
+
+def _teacher_values(settings: Settings) -> dict[str, Any]:
+    """The hashes of `key_values`, and that of a distillation teacher in a folder."""
+    values, name = key_values(settings), settings["distilled_teacher"]
+    if name != "sft" and "://" not in name:
+        weights = Path(name) / "model" / "model.safetensors"
+        values["distilled_teacher.sha"] = file_hash(weights, where="distilled_teacher")
+    return values
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """Declare rl, distilled and internalised."""
+
+    def variant(
+        name: str,
+        start: str,
+        needs: Iterable[str] = (),
+        *,
+        own: tuple[str, ...] = (),
+        excluded: tuple[str, ...] = (),
+        values: Callable[[Settings], dict[str, Any]] = key_values,
+        **parameters: Any,
+    ) -> Stage:
+        return Stage(
+            name=name,
+            version=8,
+            run=run,
+            settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed", *own),
+            excluded=("rl_start", *excluded),
+            needs=("tokenizer", "prior", start, *needs),
+            check=check_settings,
+            key_values=values,
+            parameters={"start": start, "reasoning": True, "distilled": False, **parameters},
+            distributed=True,
+        )
+
+    return [
+        variant(
+            "distilled",
+            "midtrain",
+            ("sft",) if settings["distilled_teacher"] == "sft" else (),
+            own=("distilled_",),
+            excluded=("rl_steps", "rl_mask_truncated"),
+            values=_teacher_values,
+            distilled=True,
+            seed="distill",  # the former name of the stage, kept so that its random numbers stay the same
+        ),
+        variant("rl", settings["rl_start"], seed="rl"),
+        variant("internalised", "rl", reasoning=False, seed="internalise"),
+    ]

@@ -1,4 +1,4 @@
-"""SFT: the mid-trained model learns to answer a prompt with a trace and then the ranking."""
+"""SFT: the mid-trained model learns to answer a prompt with a trace and then the ranking (GR2, section 4)."""
 
 from __future__ import annotations
 
@@ -7,225 +7,220 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from recbole_gr2.errors import GateError
+from recbole_gr2.artifacts import load_catalog, load_requests, read_traces
+from recbole_gr2.config import Settings
+from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
-from recbole_gr2.llm.backbone import save_backbone
-from recbole_gr2.llm.constraint import FREE, Grammar
-from recbole_gr2.llm.finetune import Row, finetune
-from recbole_gr2.llm.rollout import generate_rankings, prior_tensor, read_answer
-from recbole_gr2.prompts import PromptMaker, encode_prompt
+from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
+from recbole_gr2.llm.model import save_language_model
+from recbole_gr2.llm.train import Example, finetune
+from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, use_bf16
+from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID, sid_text
-from recbole_gr2.stages import Context
-from recbole_gr2.stages.evidence import load_requests
-from recbole_gr2.stages.midtrain import load_stage_model, new_tokens, use_bf16
-from recbole_gr2.stages.tokenizer import load_items
-from recbole_gr2.stages.traces import accepted_traces, answer_grammar, training_requests
 from recbole_gr2.store import write_json
-from recbole_gr2.types import Prompt, Request, Trace
+from recbole_gr2.types import Context, Prompt, Request, Stage, Trace
 
-REASONING, ANSWER = 1, 2
+REASONING, RANKING = 1, 2  # parts of an example
+WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our choice.
 
 
-def run(context: Context) -> dict:
-    """Writes model/, log.json and samples.json.
+def run(context: Context) -> dict[str, Any]:
+    """Write model/, log.json and samples.json.
 
     Raises:
-        GateError: fewer than `sft_min_ok` of the validation answers are well formed by themselves.
+        QualityCheckError: fewer than `sft_min_ok` of the validation answers are well formed.
     """
-    settings = context.settings
-    items = load_items(context.folders["tokenizer"], context.data.items)
-    maker = PromptMaker.of(settings, items)
-    traces = accepted_traces(context, items)
-    requests = [r for r in training_requests(context, items, None, "sft") if r.request_id in traces]
-    model, tokenizer = load_stage_model(context, "midtrain")
+    settings, catalog = context.settings, load_catalog(context)
+    maker = PromptMaker.of(settings, catalog)
+    traces = read_traces(context.folders["traces"] / "accepted.jsonl", catalog)
+    model, tokenizer = load_model(context.folders["midtrain"])
     grammar = answer_grammar(tokenizer, settings)
     seed = derive_seed(settings["seed"], "sft")
-    rows = []
-    for request in requests:
-        trace, drawn = traces[request.request_id], settings["sft_others"] == "prior" and request.prior != ()
-        trace = replace(trace, ranking=taught_ranking(request, trace.ranking, settings["sft_others"], seed))
-        rows.append(training_row(maker, request, maker.render(request), trace, tokenizer, grammar, drawn=drawn))
-    lengths = [len(row.input_ids) for row in rows]
-    context.say(f"{len(rows):,} texts, {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most")
+    examples = []
+    for request in training_requests(context, purpose="sft"):
+        if request.request_id in traces:
+            trace = traces[request.request_id]
+            trace = replace(trace, ranking=target_ranking(request, trace.ranking, seed))
+            examples.append(training_example(maker, request, maker.render(request), trace, tokenizer, grammar))
+    lengths = [len(example.input_ids) for example in examples]
+    context.say(
+        f"{len(examples):,} texts with {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
+    )
     seed_everything(seed)
     bf16 = use_bf16(settings, model.device.type)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
+    batch_size = settings["sft_batch_size"]
     log = finetune(
         model,
         tokenizer,
-        rows,
+        examples,
         context.folder / "checkpoints",
-        part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": settings["sft_ranking_weight"]},
+        part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": 1.0},
         llm_weight=grammar.llm_weight,
-        steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(rows) / settings["sft_batch_size"])),
-        batch_size=settings["sft_batch_size"],
-        micro_batch_size=settings["sft_micro_batch_size"],
+        steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
+        batch_size=batch_size,
+        micro_batch_size=settings["llm_micro_batch_size"],
         learning_rate=settings["sft_learning_rate"],
-        warmup_share=settings["sft_warmup_share"],
+        warmup_share=WARMUP_SHARE,
         max_length=settings["sft_max_length"],
         seed=seed,
         bf16=bf16,
-        save_steps=settings["sft_save_steps"],
+        save_steps=settings["llm_save_steps"],
         say=context.say,
     )
     model = merged(model)
-    save_backbone(model, tokenizer, context.folder / "model")
+    save_language_model(model, tokenizer, context.folder / "model")
     write_json(context.folder / "log.json", log)
-
-    checked = load_requests(context, "valid", items)
-    checked = random.Random(seed).sample(checked, min(settings["sft_check_lists"], len(checked)))
-    answers, completions = answer_requests(model, tokenizer, maker, grammar, checked, bf16=bf16)
-    statuses = Counter(answer.status for answer in answers)
-    share = statuses["ok"] / len(answers)
-    write_json(
-        context.folder / "samples.json",
-        [
-            {
-                "request_id": r.request_id,
-                "prompt": maker.render(r).messages[-1]["content"],
-                "completion": tokenizer.decode(c),
-                "status": a.status,
-            }
-            for r, a, c in zip(checked[:5], answers[:5], completions[:5], strict=True)
-        ],
-    )
-    context.say(f"validation answers: {dict(statuses)}; e.g. {answers[0].reasoning[:160]!r}")
-    if share < settings["sft_min_ok"]:
-        raise GateError(
-            f"{share:.0%} of {len(answers)} validation answers end their reasoning by themselves",
-            where="sft",
-            why="RL cannot rescue a policy that has not learnt the form of an answer",
-            do="train longer (sft_steps), raise prompt_max_reasoning, or lower sft_min_ok",
-        )
+    policy = Policy(model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=bf16)
     return {
-        "texts": len(rows),
+        "texts": len(examples),
         "tokens_mean": sum(lengths) / len(lengths),
         "tokens_max": max(lengths),
         "loss_first": {k: v for k, v in log[0].items() if k.startswith("loss")},
         "loss_last": {k: v for k, v in log[-1].items() if k.startswith("loss")},
-        "checked": dict(statuses),
+        "checked": _check_answers(context, policy, seed),
     }
 
 
-def taught_ranking(request: Request, ranking: Sequence[int], others: str, seed: int) -> tuple[int, ...]:
-    """The ranking that a text teaches: what a teacher's puts first, and the others behind it by `others`.
+def _check_answers(context: Context, policy: Policy, seed: int) -> dict[str, int]:
+    """Answer a sample of validation requests, write samples.json, and return the number of answers by status."""
+    settings = context.settings
+    requests = load_requests(context, "valid")
+    requests = random.Random(seed).sample(requests, min(settings["sft_check_lists"], len(requests)))
+    answers, completions = policy.answer(requests)
+    statuses = Counter(answer.status for answer in answers)
+    write_json(
+        context.folder / "samples.json",
+        [
+            {
+                "request_id": request.request_id,
+                "prompt": policy.maker.render(request).messages[-1]["content"],
+                "completion": policy.tokenizer.decode(completion),
+                "status": answer.status,
+            }
+            for request, answer, completion in zip(requests[:5], answers[:5], completions[:5], strict=True)
+        ],
+    )
+    context.say(f"validation answers: {dict(statuses)}; for example {answers[0].reasoning[:160]!r}")
+    share = statuses["ok"] / len(answers)
+    if share < settings["sft_min_ok"]:
+        raise QualityCheckError(
+            f"{share:.0%} of {len(answers)} validation answers end their reasoning within the token limit",
+            where="sft",
+            why="reinforcement learning cannot repair a model that has not learned the form of an answer",
+            do="train longer (sft_steps), raise prompt_max_reasoning, or lower sft_min_ok",
+        )
+    return dict(statuses)
 
-    `prior` draws them from the prior, one after another without putting back (Plackett-Luce). The best that a model can
-    learn of them is then nothing, as the prior is added to what it says; from the prior's own order it would learn to
-    say the prior once more, as well as it can.
+
+def target_ranking(request: Request, ranking: Sequence[int], seed: int) -> tuple[int, ...]:
+    """Return the ranking that an example teaches: the first item of the trace, then the others.
+
+    With a prior the others are sampled from it without replacement (Plackett-Luce). The prior is added to the scores of
+    the language model, so that the language model learns nothing from these samples. From the prior's own order it
+    would learn to repeat the prior. Without a prior the others keep the order of the trace.
     """
-    if others == "teacher" or (others == "prior" and not request.prior):
+    if not request.prior:
         return tuple(ranking)
-    if others == "base":
-        return promote(request.items, ranking[0])
     noise = np.random.default_rng(derive_seed(seed, request.request_id)).gumbel(size=len(request.items))
-    drawn = [request.items[n] for n in np.argsort(-(np.array(request.prior) + noise))]
-    return promote(drawn, ranking[0])
+    sampled = [request.items[position] for position in np.argsort(-(np.array(request.prior) + noise))]
+    return promote(sampled, ranking[0])
 
 
-def training_row(
+def training_example(
     maker: PromptMaker,
     request: Request,
     prompt: Prompt,
     trace: Trace,
-    tokenizer,
+    tokenizer: Any,
     grammar: Grammar,
-    *,
-    drawn: bool = False,
-) -> Row:
-    """Prompt and answer as tokens: no loss on the prompt, part 1 on the trace, part 2 on the mark and the labels.
+) -> Example:
+    """Return prompt and answer as token ids with the part of each token.
 
-    A label is a choice among the open ones, under the prior, as it is in generation, and a cited semantic ID one among
-    those that the prompt shows, with the label that stands behind it there; what is forced, or cannot be said, carries
-    no loss. A trace longer than the grammar allows ends at its limit, or in front of the citation that stands across
-    it. Without reasoning (`max_reasoning` 0) the trace is left out.
+    Prompt tokens have no loss. Part 1 is the reasoning, part 2 the ranking mark and the labels. As in generation, a
+    label is a choice among the labels that are left, under the prior, and the first tokens of a cited semantic ID are a
+    choice among the IDs in the prompt. Tokens that the grammar determines have no loss. Reasoning that is longer than
+    the grammar allows is cut at the limit, or before a citation that crosses the limit. Without reasoning
+    (`max_reasoning` 0) the example has none.
 
-    Args:
-        drawn: candidates that are worth the same stand in the ranking as the prior drew them.
+    If the request has a prior, candidates of equal relevance were sampled from it, and the loss of their labels is the
+    cross-entropy to the prior. It has the same expectation as the loss of the samples and less variance.
     """
     head = encode_prompt(prompt, tokenizer)
     text = with_labels(trace, maker, request, prompt) if grammar.sid_ids else trace.reasoning
     whole, longest = tokenizer(text, add_special_tokens=False)["input_ids"], max(grammar.max_reasoning - 1, 0)
-    reasoning, behind = whole[:longest], whole[longest : longest + 1]
+    reasoning, next_token = whole[:longest], whole[longest : longest + 1]
     begin, end = grammar.sid_ids or (None, None)
     if begin in reasoning:
         last = len(reasoning) - 1 - reasoning[::-1].index(begin)
-        if end not in reasoning[last:] or set(behind) & set(grammar.label_ids):
+        if end not in reasoning[last:] or set(next_token) & set(grammar.label_ids):
             reasoning = reasoning[:last]
     label_of = {request.items[position]: grammar.label_ids[n] for n, position in enumerate(prompt.order)}
-    labels = [label_of[item] for item in request.by_gain(trace.ranking)]
+    labels = [label_of[item] for item in request.sorted_by_grade(trace.ranking)]
     prior = prior_tensor([maker.label_prior(request, prompt)], grammar, torch.device("cpu"))
-    said = grammar.phases(
+    phases = grammar.phases(
         torch.tensor([[*reasoning, grammar.ranking_id]]),
         torch.tensor([len(labels)]),
         grammar.cited(torch.tensor([head]), prior),
     )
-    parts, choices = [REASONING] * len(reasoning), {}
+    parts: list[int] = [REASONING] * len(reasoning)
+    choices: dict[int, dict[int, float]] = {}
     for place, token in enumerate(reasoning):
-        found = zip(said.copies[0, place].tolist(), said.copy_prior[0, place].tolist(), strict=True)
-        shown = {one: own for one, own in found if one != FREE}
-        if said.only[0, place] != FREE or (shown and token not in shown):
+        copies = zip(phases.copies[0, place].tolist(), phases.copy_prior[0, place].tolist(), strict=True)
+        allowed = {one: log_prior for one, log_prior in copies if one != FREE}
+        if phases.only[0, place] != FREE or (allowed and token not in allowed):
             parts[place] = 0
-        elif shown:
-            choices[len(head) + place] = shown
+        elif allowed:
+            choices[len(head) + place] = allowed
     prior_of, first = dict(zip(grammar.label_ids, prior[0].tolist(), strict=True)), len(head) + len(reasoning) + 1
-    for place in range(len(labels) - 1):  # the last one is forced
+    for place in range(len(labels) - 1):  # the last label is determined
         choices[first + place] = {label: prior_of[label] for label in labels[place:]}
-    others = first + len(labels) - request.gains.count(min(request.gains))  # from here on all are worth the same
-    return Row(
+    equal = first + len(labels) - request.relevance.count(min(request.relevance))  # from here all are equally relevant
+    return Example(
         input_ids=[*head, *reasoning, grammar.ranking_id, *labels, grammar.eos_id],
-        parts=[*[0] * len(head), *parts, ANSWER if grammar.max_reasoning else 0, *[ANSWER] * (len(labels) - 1), 0, 0],
+        parts=[
+            *[0] * len(head),
+            *parts,
+            RANKING if grammar.max_reasoning else 0,
+            *[RANKING] * (len(labels) - 1),
+            0,
+            0,
+        ],
         choices=choices,
-        drawn=frozenset(place for place in choices if drawn and place >= others),
+        from_prior=frozenset(place for place in choices if request.prior and place >= equal),
     )
 
 
 def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prompt) -> str:
-    """A trace whose cited candidates have the labels behind them that stand behind their IDs in the prompt."""
-    shown = "".join(message["content"] for message in prompt.messages)
+    """Return the reasoning with the label of each cited candidate after its semantic ID, as in the prompt."""
+    content = "".join(message["content"] for message in prompt.messages)
     label_of = dict(zip(maker.label_items(request, prompt), prompt.labels, strict=True))
-    behind: dict[str, str] = {}
-    for item in trace.ranking:  # best first: of two candidates with one ID that one is meant
-        sid = sid_text(maker.items[item - 1].sid)
-        if sid + label_of[item] in shown:
-            behind.setdefault(sid, label_of[item])
-    return SID.sub(lambda cited: cited[0] + behind.get(cited[0], ""), trace.reasoning)
+    label_after: dict[str, str] = {}
+    for item in trace.ranking:  # of two candidates with the same semantic ID the better one is meant
+        sid = sid_text(maker.catalog.item(item).sid)
+        if sid + label_of[item] in content:
+            label_after.setdefault(sid, label_of[item])
+    return SID.sub(lambda match: match[0] + label_after.get(match[0], ""), trace.reasoning)
 
 
-def answer_requests(
-    model,
-    tokenizer,
-    maker: PromptMaker,
-    grammar: Grammar,
-    requests: list[Request],
-    *,
-    bf16: bool,
-    orders: dict[str, tuple[int, ...]] | None = None,
-    batch_size: int = 64,
-):
-    """Greedy answers to requests: (answers, completions), both in the order of the requests.
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return the hash of the prompt template."""
+    return {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
 
-    Args:
-        orders: base positions in the order shown, by request id; by default the maker's own.
-    """
-    prompts = [maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
-    completions = generate_rankings(
-        model,
-        [encode_prompt(p, tokenizer) for p in prompts],
-        [maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
-        grammar=grammar,
-        temperature=0.0,
-        batch_size=batch_size,
-        bf16=bf16,
-    )
-    answers = [
-        read_answer(request, completion, maker.label_items(request, prompt), grammar, tokenizer)
-        for request, prompt, completion in zip(requests, prompts, completions, strict=True)
-    ]
-    return answers, completions
+
+STAGE = Stage(
+    name="sft",
+    version=7,
+    run=run,
+    settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
+    needs=("tokenizer", "prior", "midtrain", "traces"),
+    key_values=key_values,
+)

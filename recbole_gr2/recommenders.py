@@ -1,0 +1,121 @@
+"""Recommenders from the whole catalogue by name: RecBole models, GR2Generator and OneRec-Think."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK, Generator
+from recbole_gr2.bridge.models import BaseModel, find_model
+from recbole_gr2.bridge.training import train_or_load
+from recbole_gr2.config import Settings, base_model_properties
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.model import READS_SIDS
+from recbole_gr2.onerec_think import onerec_think_recommender
+from recbole_gr2.policy import load_model, use_bf16
+from recbole_gr2.prompts import history_ids
+from recbole_gr2.types import Context
+
+EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
+
+
+def stages_of(model: str) -> tuple[str, ...]:
+    """Return the names of the stages that a recommender reads."""
+    if model == GENERATOR:
+        return ("tokenizer", "midtrain")
+    if model in ONEREC_THINK:
+        return ("tokenizer", ONEREC_THINK[model])
+    return ("tokenizer",) if model in READS_SIDS else ()
+
+
+def training_options(settings: Settings, model: str, *, base: bool) -> dict[str, object]:
+    """Return RecBole's options and the defaults of a model, as values of a stage's key.
+
+    Args:
+        settings: settings of the run.
+        model: name of the RecBole model.
+        base: whether it is the base model, whose own options are `base_<option>`.
+    """
+    options = settings.recbole_results(base=base)
+    values: dict[str, object] = {f"recbole.{k}": v for k, v in options.items() if k not in EVALUATION}
+    return {**values, f"{model}.defaults": base_model_properties(model)}
+
+
+def check_model(name: str, *, base: bool) -> None:
+    """Check that a recommender exists.
+
+    Args:
+        name: name of the recommender.
+        base: whether it is to be the base model.
+
+    Raises:
+        ConfigurationError: there is no such model, or it cannot be the base model.
+    """
+    if base and name in ONEREC_THINK:
+        raise ConfigurationError(
+            f"{name} cannot be the base model",
+            where="base_model",
+            why="it is a baseline and proposes no candidates of train requests",
+            do="name it in models",
+        )
+    if name != GENERATOR and name not in ONEREC_THINK:
+        find_model(name)
+
+
+def sids_for(context: Context, model: str) -> np.ndarray | None:
+    """Return the codes of all items, (N, L), for a model that reads semantic IDs, else None."""
+    return load_catalog(context).sids if model in READS_SIDS else None
+
+
+def load_generator(context: Context, *, hold_out: bool = False) -> Generator:
+    """Return the mid-trained model as a recommender (GR2, section 4).
+
+    With `mid_hold_out` mid-training has not seen the targets of the train requests. The same model then proposes the
+    candidates of all splits.
+
+    Args:
+        context: a context whose stage needs the tokenizer and the midtrain stages.
+        hold_out: whether the recommender proposes candidates of train requests.
+
+    Raises:
+        ConfigurationError: such a recommender is required, but mid-training has seen the targets.
+    """
+    settings, catalog = context.settings, load_catalog(context)
+    if hold_out and not settings["mid_hold_out"]:
+        raise ConfigurationError(
+            f"{GENERATOR} was mid-trained on the targets of the train requests",
+            where="mid_hold_out",
+            why="a re-ranker that is trained on such lists would learn to keep their order",
+            do="set mid_hold_out: True",
+        )
+    model, tokenizer = load_model(context.folders["midtrain"])
+    longest = settings["mid_max_length"]
+    return Generator(
+        name=GENERATOR,
+        model=model,
+        tokenizer=tokenizer,
+        data=context.data,
+        exclude_seen=settings["cand_exclude_seen"],
+        metadata={"model": GENERATOR, "hold_out": hold_out, "epochs": 0},
+        catalog=catalog,
+        beams=settings["cand_beams"],
+        constrained=settings["mid_constrained"],
+        batch_size=settings["eval_batch_lists"],
+        prompts=lambda histories: [history_ids(history, catalog, tokenizer, longest) for history in histories],
+        bf16=use_bf16(settings, model.device.type),
+    )
+
+
+def load_recommender(context: Context, name: str) -> BaseModel:
+    """Return a recommender of the result table. A RecBole model is trained unless it is finished in `model/`.
+
+    Args:
+        context: a context whose stage needs the stages of `stages_of(name)`.
+        name: name of the recommender.
+    """
+    if name == GENERATOR:
+        return load_generator(context)
+    if name in ONEREC_THINK:
+        return onerec_think_recommender(context, name)
+    sids = sids_for(context, name)
+    return train_or_load(context.data, context.folder / "model", model=name, sids=sids, say=context.say)

@@ -1,0 +1,451 @@
+"""report.md: a list of sections. Each section is a function of result.json and of the summaries of the stages.
+
+A section about a stage shows every stage whose summary has the fields of the section. No section knows the name of a
+stage or a method, so a stage or a method of the user needs no change here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recbole_gr2.console import render_table
+from recbole_gr2.report.result import BASE, SCOPES, FinishedRun, in_scope, unchanged_methods
+from recbole_gr2.report.tables import (
+    GAP,
+    comparisons_table,
+    cost_table,
+    curves_table,
+    metrics_of,
+    metrics_table,
+    published_tables,
+    scope_title,
+    settings_table,
+    slices_table,
+    truth_table,
+)
+from recbole_gr2.sid.embed import textless_line
+from recbole_gr2.sid.quality import neighbourhood_line
+
+FEW_USERS = 1000  # The report warns of fewer hit users.
+REAL = (int, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the sections are made from.
+
+    Attributes:
+        result: content of result.json.
+        runs: the finished run of each seed.
+    """
+
+    result: Mapping[str, Any]
+    runs: Sequence[FinishedRun]
+
+    @property
+    def several(self) -> bool:
+        """Whether the run has several seeds."""
+        return len(self.runs) > 1
+
+    def summaries(self, **fields: type | tuple[type, ...]) -> Iterator[tuple[list[str], str, Mapping[str, Any]]]:
+        """Yield the summaries that have all these fields.
+
+        Args:
+            fields: name -> type of each field.
+
+        Yields:
+            The seed as a list of one cell ([] for a run of one seed), the name of the stage, and its summary.
+        """
+        for run in self.runs:
+            for record in run.records:
+                if all(isinstance(record.summary.get(field), kind) for field, kind in fields.items()):
+                    yield ([str(run.seed)] if self.several else []), record.stage, record.summary
+
+    def table(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+        """Return a table in a code block. With several seeds the first column is the seed."""
+        return _block(render_table([*(["seed"] if self.several else []), *header], lines))
+
+
+def render_report(result: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
+    """Return report.md.
+
+    Args:
+        result: content of result.json.
+        runs: the finished run of each seed.
+    """
+    page = Page(result=result, runs=runs)
+    return "\n\n".join(filter(None, (section(page) for section in SECTIONS))) + "\n"
+
+
+def title_section(page: Page) -> str:
+    """Return the title, the models, the seeds and the command."""
+    result = page.result
+    seeds = f"seed{'s' if page.several else ''} {', '.join(map(str, result['seeds']))}"
+    return (
+        f"# GR2 on {result['dataset']}\n\nBase model {result['base_model']}, language model {result['llm']}, preset "
+        f"{result['preset']}, {seeds}.\n\n    {result['command']}"
+    )
+
+
+def metrics_section(page: Page) -> str:
+    """Return the table of each scope."""
+    parts = []
+    for scope in SCOPES:
+        if not in_scope(page.result, scope):
+            continue
+        parts.append(f"## {scope_title(page.result, scope)}\n\n{_block(metrics_table(page.result, scope))}")
+        _, equal = metrics_of(page.result, scope)
+        if equal:
+            names = ", ".join(f"{metric} = {same}" for metric, same in equal.items())
+            parts.append(f"Columns are left out if they equal another one for every method: {names}.")
+    return "\n\n".join(parts)
+
+
+def reading_section(page: Page) -> str:
+    """Return how to read the tables of metrics, the methods and the cautions."""
+    notes = [
+        "Hit users are the users whose candidate list contains their target. "
+        "Ranking metrics of re-rankers depend on these users alone."
+    ]
+    if page.several:
+        notes.append("Metrics are means over the seeds ± their standard deviation (n - 1).")
+    notes.append(
+        f"`gap closed` is the share of the difference between base and oracle in {GAP}. `unchanged` is the share of "
+        "candidate lists in the base order. Intervals are 95 % bootstrap intervals over users. P-values are those of "
+        f"two-sided paired randomization tests. {_family(page)}"
+    )
+    descriptions = {entry["method"]: entry["description"] for entry in page.result["methods"]}
+    methods = "\n".join(f"- `{method}`: {text}" for method, text in descriptions.items())
+    warnings = "\n".join(f"- {text}" for text in cautions(page.result))
+    return f"{' '.join(notes)}\n\nMethods:\n\n{methods}" + (f"\n\nCaution:\n\n{warnings}" if warnings else "")
+
+
+def cautions(result: Mapping[str, Any]) -> list[str]:
+    """Return the sentences about what limits the results."""
+    hit = in_scope(result, "hit_users")
+    sentences = ["These are results of one seed."] if len(result["seeds"]) == 1 else []
+    fewest = min((n for entry in hit for n in entry["n"]), default=0)
+    if fewest < FEW_USERS:
+        sentences.append(f"There are only {fewest:,} hit users.")
+    unchanged = unchanged_methods(result)
+    if unchanged:
+        sentences.append(f"These methods returned every candidate list unchanged: {', '.join(unchanged)}.")
+    unclear = [
+        entry["method"]
+        for entry in hit
+        if not entry["diagnostic"]
+        and "low" in (versus := entry["vs_base"].get(GAP, {}))
+        and versus["low"] < 0 < versus["high"]
+    ]
+    if unclear:
+        sentences.append(f"The interval of the {GAP} difference to base contains 0 for: {', '.join(unclear)}.")
+    return sentences
+
+
+def comparisons_section(page: Page) -> str:
+    """Return the paired differences between methods."""
+    compared = [entry for entry in in_scope(page.result, "hit_users") if entry["vs_base"] and not entry["diagnostic"]]
+    if not compared and not page.result["comparisons"]:
+        return ""
+    unit = (
+        "The unit of the intervals and tests is the user. The differences of a user are added over the seeds. A "
+        "difference is the mean over the candidate lists of all seeds that contain their target."
+        if page.several
+        else "Differences are means over hit users."
+    )
+    return f"## Differences between methods\n\n{_block(comparisons_table(page.result))}\n\n{unit} {_family(page)}"
+
+
+def slices_section(page: Page) -> str:
+    """Return NDCG@5 over parts of the hit users."""
+    methods = [entry["method"] for entry in in_scope(page.result, "hit_users") if not entry["diagnostic"]]
+    table = slices_table([run.per_user() for run in page.runs], methods)
+    seeds = ", of all seeds" if page.several else ""
+    return f"## Slices\n\nNDCG@5 over parts of the hit users{seeds}.\n\n{_block(table)}"
+
+
+def published_section(page: Page) -> str:
+    """Return the figures of papers for this data set."""
+    tables = published_tables(page.result["dataset"])
+    if not tables:
+        return ""
+    parts = [
+        "## Published figures, for reference\n\nThese are figures of papers. Their candidate lists, splits and budgets "
+        "differ from those of this run."
+    ]
+    return "\n\n".join(
+        [*parts, *(f"{SCOPES.get(scope, scope)}:\n\n{_block(table)}" for scope, table in tables.items())]
+    )
+
+
+def answers_section(page: Page) -> str:
+    """Return the form of the answers of language models."""
+    lines = [
+        [
+            *seed,
+            str(summary.get("method", stage)),
+            _share(summary["readable"]),
+            ", ".join(f"{status} {count}" for status, count in summary["statuses"].items()),
+            str(summary["output_tokens"]),
+            _share(summary["unchanged"]),
+            _share(summary.get("as_prior")),
+            _share(summary.get("first_as_prior")),
+            _share(summary.get("cited_in_prompt")),
+            _share(summary.get("grounded") if summary.get("cited") else None),
+            str(summary["requests_per_second"]),
+            *(
+                " ".join(f"{place}:{count}" for place, count in summary.get(f"promoted_from_{what}", {}).items())
+                for what in ("rank", "slot")
+            ),
+        ]
+        for seed, stage, summary in page.summaries(
+            readable=REAL, statuses=Mapping, output_tokens=REAL, unchanged=REAL, requests_per_second=REAL
+        )
+    ]
+    if not lines:
+        return ""
+    header = [
+        "method",
+        "readable",
+        "statuses",
+        "tokens",
+        "unchanged",
+        "as prior",
+        "first as prior",
+        "cited in prompt",
+        "cites its first",
+        "requests/s",
+        "base rank of the first item",
+        "prompt slot of the first item",
+    ]
+    return (
+        f"## Answers\n\n{page.table(header, lines)}\n\n"
+        "`as prior` is the share of candidate lists in the order of the prior. `first as prior` is the share whose "
+        "first item is that of the prior. `cited in prompt` is the share of the semantic IDs in the reasoning that the "
+        "prompt contains. `cites its first` is the share of answers whose reasoning cites their first item. A policy "
+        "has a position bias if it selects the first item from one slot of the prompt much more often than from others."
+    )
+
+
+def truth_section(page: Page) -> str:
+    """Return how many statements of the answers are true."""
+    if not page.result["truth"]:
+        return ""
+    return (
+        f"## Truth of the reasoning\n\n{_block(truth_table(page.result))}\n\n"
+        "Share of the answers whose statements are true. Only statements in the form of the rules teacher can be "
+        "checked; those of the rules teacher are always true. `habit`: the user interacts with such kinds of items. "
+        "`kind`: the cited candidate is of the stated kind. `why`: the stated reason holds (brand, kind, "
+        "co-occurrence). `all`: all of these are true."
+    )
+
+
+def examples_section(page: Page) -> str:
+    """Return the examples that the evaluation of the first seed wrote."""
+    run = page.runs[0]
+    file = run.folders[run.evaluation.stage] / "examples.md"
+    if not file.is_file():
+        return ""
+    seed = f" of seed {run.seed}" if page.several else ""
+    return (
+        f"## Examples\n\nThe candidate lists{seed} in which the target moved furthest up, and those in which it moved "
+        "furthest down. Each example has the history items of the prompt, the candidates with their ranks, and the "
+        "reasoning of the answer, with titles in place of semantic IDs.\n\n"
+        f"{file.read_text(encoding='utf-8').strip()}"
+    )
+
+
+def candidates_section(page: Page) -> str:
+    """Return the figures of the candidate lists of each split."""
+    lines: list[list[str]] = []
+    header: list[str] = []
+    for seed, _, summary in page.summaries(stats=Mapping):
+        for split, figures in _maps(summary["stats"]):
+            header = header or ["split", *figures]
+            lines.append([*seed, split, *(_number(figures.get(name)) for name in header[1:])])
+    return f"## Candidates\n\n{page.table(header, lines)}" if lines else ""
+
+
+def semantic_ids_section(page: Page) -> str:
+    """Return the quality of the semantic IDs, and of the embeddings that they come from."""
+    paragraphs = [
+        f"{_seed(seed)}Uniqueness {summary['uniqueness']:.4%} ({summary['uniqueness_without_random_level']:.2%} by "
+        f"nearest codes alone), largest collision {summary['largest_collision']}, codes in use "
+        f"{summary['used_codes']}, entropy {[round(entropy, 2) for entropy in summary['entropy']]} bits, "
+        f"reconstruction (cosine) {summary['reconstruction']:.3f}. "
+        f"Neighbourhood: {neighbourhood_line(summary.get('neighbourhood'))}."
+        for seed, _, summary in page.summaries(
+            uniqueness=REAL,
+            uniqueness_without_random_level=REAL,
+            largest_collision=int,
+            used_codes=list,
+            entropy=list,
+            reconstruction=REAL,
+        )
+    ]
+    texts = {
+        textless_line(summary)
+        for _, _, summary in page.summaries(items=int, textless=int, collaborative=int, token=int)
+    }  # The embeddings do not depend on the seed.
+    paragraphs += [f"Embeddings: {text}." for text in sorted(texts)] if paragraphs else []
+    return "\n\n".join(["## Semantic IDs", *paragraphs]) if paragraphs else ""
+
+
+def prior_section(page: Page) -> str:
+    """Return the features and the quality of the prior."""
+    lines: list[list[str]] = []
+    header: list[str] = []
+    features: list[str] = []
+    steps = []
+    for seed, _, summary in page.summaries(features=list, steps=list, quality=Mapping):
+        features = list(summary["features"])
+        steps.append(
+            f"{_seed(seed)}Steps of the fits, chosen on validation lists: {', '.join(map(str, summary['steps']))}."
+        )
+        for split, figures in _maps(summary["quality"]):
+            header = header or ["split", *figures]
+            lines.append([*seed, split, *(_number(figures.get(name)) for name in header[1:])])
+    if not lines:
+        return ""
+    return (
+        f"## Prior\n\n{len(features)} features of each candidate: {', '.join(features)}. {' '.join(steps)} "
+        f"The prior of a train list comes from fits that did not see the list.\n\n{page.table(header, lines)}"
+    )
+
+
+def traces_section(page: Page) -> str:
+    """Return how many reasoning traces were accepted, and why others were rejected."""
+    paragraphs = []
+    for seed, _, summary in page.summaries(
+        accepted=int, requests=int, accepted_share=REAL, tries_mean=REAL, rejected_for=Mapping
+    ):
+        sentences = [
+            f"{_seed(seed)}{summary['accepted']:,} of {summary['requests']:,} train lists have an accepted trace "
+            f"({summary['accepted_share']:.1%}), after {summary['tries_mean']:.1f} tries on average."
+        ]
+        if "grounded" in summary:
+            sentences.append(f"{summary['grounded']:.1%} cite their first item.")
+        if summary.get("cited"):
+            sentences.append(f"The prompt contains {summary['cited_in_prompt']:.1%} of {summary['cited']:,} cited IDs.")
+        if summary["rejected_for"]:
+            reasons = ", ".join(f"{reason} ({_number(count)})" for reason, count in summary["rejected_for"].items())
+            sentences.append(f"Reasons of rejection: {reasons}.")
+        if summary.get("usage"):
+            sentences.append("Endpoint: " + ", ".join(f"{k} {v}" for k, v in summary["usage"].items()) + ".")
+        if summary.get("cost") is not None:
+            sentences.append(f"Cost: {summary['cost']:,.2f}.")
+        paragraphs.append(" ".join(sentences))
+    return "\n\n".join(["## Traces", *paragraphs]) if paragraphs else ""
+
+
+def rounds_section(page: Page) -> str:
+    """Return the stages that train in rounds of generated answers."""
+    lines = [
+        [*seed, stage, f"{summary['rounds']:,}", f"{summary['requests']:,}", _number(summary.get("injected") or None)]
+        for seed, stage, summary in page.summaries(rounds=int, requests=int)
+    ]
+    if not lines:
+        return ""
+    header = ["stage", "rounds", "candidate lists", "with inserted target"]
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return f"## Reinforcement learning\n\n{page.table(header, lines)}"
+
+
+def curves_section(page: Page) -> str:
+    """Return the learning curves."""
+    if not page.result["curves"]:
+        return ""
+    seeds = " and over the seeds" if page.several else ""
+    return (
+        f"## Learning curves\n\nMeans over equal parts of the training steps or rounds{seeds}, on training data.\n\n"
+        f"{_block(curves_table(page.result['curves']))}"
+    )
+
+
+def settings_section(page: Page) -> str:
+    """Return the settings that differ from their defaults."""
+    return (
+        "## Settings\n\nThese settings differ from their defaults. config.yaml has all settings.\n\n"
+        f"{_block(settings_table(page.result['settings']))}"
+    )
+
+
+def cost_section(page: Page) -> str:
+    """Return the cost of each stage."""
+    return (
+        f"## Cost\n\n{_block(cost_table(page.result))}\n\n"
+        "Wall time includes interrupted starts, up to the last file that each wrote. Peak memory and code version are "
+        "those of the last start. A cached stage has the cost of the run that computed it."
+    )
+
+
+def runs_section(page: Page) -> str:
+    """Return the folders of the runs of several seeds."""
+    if not page.several:
+        return ""
+    return "Runs: " + ", ".join(run.path.parent.name for run in page.runs) + "."
+
+
+SECTIONS: tuple[Callable[[Page], str], ...] = (
+    title_section,
+    metrics_section,
+    reading_section,
+    comparisons_section,
+    slices_section,
+    published_section,
+    answers_section,
+    truth_section,
+    examples_section,
+    candidates_section,
+    semantic_ids_section,
+    prior_section,
+    traces_section,
+    rounds_section,
+    curves_section,
+    settings_section,
+    cost_section,
+    runs_section,
+)
+
+
+def _family(page: Page) -> str:
+    """Return which tests the Holm adjustment covers."""
+    separate = (
+        f"all differences between methods over hit users, and separately all differences to {BASE} over all users"
+        if page.several
+        else f"all differences to {BASE} of a scope, and separately all other pairs of methods"
+    )
+    return (
+        f"The Holm adjustment covers {separate}, with all compared metrics. It leaves out diagnostic methods, which "
+        "have no adjusted p-value."
+    )
+
+
+def _maps(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the entries of a map whose values are maps; [] for anything else."""
+    if not isinstance(value, Mapping) or not all(isinstance(entry, Mapping) for entry in value.values()):
+        return []
+    return [(str(name), entry) for name, entry in value.items()]
+
+
+def _block(table: str) -> str:
+    return f"```\n{table}\n```"
+
+
+def _seed(cells: Sequence[str]) -> str:
+    return f"Seed {cells[0]}: " if cells else ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

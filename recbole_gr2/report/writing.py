@@ -1,0 +1,74 @@
+"""Writes the folder of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recbole_gr2.console import Console
+from recbole_gr2.report.page import render_report
+from recbole_gr2.report.result import SCOPES, FinishedRun, build_result, finished_run, in_scope, new_folder
+from recbole_gr2.report.tables import latex_tables, metrics_table, scope_title
+from recbole_gr2.store import write_json
+from recbole_gr2.types import StageRecord
+
+if TYPE_CHECKING:
+    from recbole_gr2.config import Settings
+    from recbole_gr2.pipeline import Planned
+
+
+def write_run(
+    planned: Sequence[Planned],
+    done: Sequence[tuple[StageRecord, bool]],
+    settings: Settings,
+    command: str,
+    console: Console,
+) -> Path:
+    """Write `runs/<time>/` for a run of one seed and print its tables.
+
+    Args:
+        planned: the plan of the run.
+        done: what `pipeline.execute` returned for it.
+        settings: settings of the run.
+        command: the command line.
+        console: where the tables are printed.
+
+    Returns:
+        The path of result.json.
+    """
+    folder = new_folder(settings.results_folder / "runs")
+    run = finished_run(planned, done, settings, command, folder / "result.json")
+    return write_report(folder, build_result([run], command), [run], console)
+
+
+def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[FinishedRun], console: Console) -> Path:
+    """Write config.yaml, run.json, result.json, report.md and table.tex, and print the tables of metrics.
+
+    run.json names the folders of the stages of a run of one seed, and the runs of a run of several seeds. config.yaml
+    has the first seed.
+
+    Args:
+        folder: where to write. The folder exists.
+        result: content of result.json.
+        runs: the finished run of each seed.
+        console: where the tables are printed.
+
+    Returns:
+        The path of result.json.
+    """
+    sources: dict[str, Any] = {"stages": {stage: str(path) for stage, path in runs[0].folders.items()}}
+    config = runs[0].config
+    if len(runs) > 1:
+        sources = {"runs": [str(run.path) for run in runs]}
+        config = f"# Run with --seeds {','.join(str(run.seed) for run in runs)}.\n{config}"
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    write_json(folder / "run.json", {"command": result["command"], **sources})
+    write_json(folder / "result.json", result)
+    (folder / "report.md").write_text(render_report(result, runs), encoding="utf-8")
+    (folder / "table.tex").write_text(latex_tables(result), encoding="utf-8")
+    for scope in SCOPES:
+        if in_scope(result, scope):
+            console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}")
+    console.say(f"report: {folder / 'report.md'}")
+    return folder / "result.json"

@@ -1,0 +1,157 @@
+"""The interface of a re-ranker.
+
+A re-ranker is one method of the result tables. `recbole_gr2.rerankers.registry` lists the built-in ones; users name
+their own in the setting `eval_rows`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.config import Settings
+from recbole_gr2.errors import GR2Error
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.types import Answer, Context, Request
+
+ALL = "all"  # in `compare_with`: every other method of the run
+
+
+class Reranker:
+    """Base class of re-rankers.
+
+    Subclasses implement `rank`, and `fit` if they learn from train requests. The class attributes describe the method.
+
+    Args:
+        context: context of the stage that runs the re-ranker. Its `folders` are those of the stages in `needs`, of the
+            tokenizer and of the prior stage.
+
+    >>> class ByPopularity(Reranker):
+    ...     name = "by_popularity"
+    ...     def rank(self, requests):
+    ...         counts = self.item_counts()
+    ...         return [sorted(request.items, key=lambda item: -counts[item]) for request in requests]
+    """
+
+    name: ClassVar[str] = ""
+    """Name in the tables and in `eval_rows`."""
+
+    description: ClassVar[str] = ""
+    """One sentence for the report."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Names of further stages whose folders the re-ranker reads."""
+
+    trained: ClassVar[bool] = False
+    """Whether the method learns from training data."""
+
+    compare_with: ClassVar[tuple[str, ...]] = ()
+    """Names of the methods that a paired test compares it with, besides the base order; ("all",) for every method."""
+
+    diagnostic: ClassVar[bool] = False
+    """Whether the method makes no claim, such as an upper bound. Its tests are left out of the Holm correction."""
+
+    needs_features: ClassVar[bool] = False
+    """Whether it needs candidate features. Without feature providers the method is left out."""
+
+    settings_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the settings that can change its rankings."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.summary: dict[str, Any] = {}
+        """Figures for the manifest and the report."""
+
+    @property
+    def settings(self) -> Settings:
+        """Settings of the run."""
+        return self.context.settings
+
+    @property
+    def catalog(self) -> Catalog:
+        """The catalogue with titles and semantic IDs."""
+        return load_catalog(self.context)
+
+    @property
+    def seed(self) -> int:
+        """A seed for this method, derived from the seed of the run."""
+        return derive_seed(self.settings["seed"], self.name)
+
+    def item_counts(self) -> np.ndarray:
+        """Number of training interactions of each item by internal id, (N + 1,)."""
+        interactions = np.concatenate(list(self.context.data.train_sequences().values()))
+        return np.bincount(interactions, minlength=len(self.catalog) + 1)
+
+    def fit(self, train: Sequence[Request], valid: Sequence[Request]) -> None:
+        """Learn from requests with labels. It is called once before `rank`.
+
+        Args:
+            train: train requests that contain their target.
+            valid: validation requests that contain their target, for example for early stopping.
+        """
+
+    def rank(self, requests: Sequence[Request]) -> Sequence[Answer | Sequence[int]]:
+        """Rank the candidates of test requests.
+
+        Args:
+            requests: requests without labels: `target` is 0 and `grades` is ().
+
+        Returns:
+            For each request, in the same order, its candidates as item ids, best first, or an `Answer`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method rank")
+
+
+def as_answers(requests: Sequence[Request], rankings: Sequence[Answer | Sequence[int]], *, method: str) -> list[Answer]:
+    """Return the output of `Reranker.rank` as answers.
+
+    Raises:
+        GR2Error: the number of rankings is wrong, or a ranking is not a permutation of the candidates.
+    """
+    if len(rankings) != len(requests):
+        raise GR2Error(
+            f"{len(rankings)} rankings for {len(requests)} requests",
+            where=f"method {method}",
+            why="each request needs one ranking",
+            do="return one ranking for each request, in the order of the requests",
+        )
+    answers = []
+    for request, ranking in zip(requests, rankings, strict=True):
+        answer = (
+            ranking
+            if isinstance(ranking, Answer)
+            else Answer(request_id=request.request_id, ranking=tuple(int(item) for item in ranking))
+        )
+        if sorted(answer.ranking) != sorted(request.items) or answer.request_id != request.request_id:
+            raise GR2Error(
+                f"the ranking {answer.ranking} is not a permutation of the candidates {request.items}",
+                where=f"method {method}, request {request.request_id}",
+                why="re-ranking must neither add nor drop items",
+                do="return every item of request.items once, best first",
+            )
+        answers.append(answer)
+    return answers
+
+
+def by_score(request: Request, scores: Sequence[float] | np.ndarray) -> tuple[int, ...]:
+    """Return the candidates by descending score. Equal scores keep the base order.
+
+    Args:
+        request: the request.
+        scores: a score of each candidate in base order, (K,).
+    """
+    return tuple(item for _, item in sorted(zip(scores, request.items, strict=True), key=lambda pair: -pair[0]))
+
+
+def stage_name(method: str) -> str:
+    """Return the name of the stage that runs a method. It is also the name of a folder.
+
+    >>> stage_name("mymodule:rank")
+    'rerank_mymodule.rank'
+    """
+    return "rerank_" + re.sub(r"[^\w.-]", ".", method)

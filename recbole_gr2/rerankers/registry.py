@@ -1,0 +1,108 @@
+"""All re-rankers by name: the built-in ones, and those that the setting `eval_rows` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+from recbole_gr2.bridge.generative import ONEREC_THINK
+from recbole_gr2.config import Settings
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.plugins import find
+from recbole_gr2.rerankers.answers import Distilled, Internalised, Rl, Sft, Shuffled
+from recbole_gr2.rerankers.base import Reranker
+from recbole_gr2.rerankers.external import from_file, from_function
+from recbole_gr2.rerankers.lambdamart import LambdaMART
+from recbole_gr2.rerankers.likelihood import Midtrain, OneRecThink, OneRecThinkWithoutTraces
+from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
+from recbole_gr2.store import file_hash, module_hash
+
+ORDERS: tuple[type[Reranker], ...] = (BaseOrder, Oracle, PriorOrder)  # part of every run, computed by evaluate
+RERANKERS: Mapping[str, type[Reranker]] = {
+    reranker.name: reranker
+    for reranker in (
+        LambdaMART,
+        Midtrain,
+        Sft,
+        Rl,
+        Shuffled,
+        Distilled,
+        Internalised,
+        OneRecThink,
+        OneRecThinkWithoutTraces,
+    )
+}
+FILE = "file:"
+
+
+def orders(settings: Settings) -> list[type[Reranker]]:
+    """Return the methods that are part of every run."""
+    return [order for order in ORDERS if settings["prior_features"] or not order.needs_features]
+
+
+def chosen(settings: Settings) -> list[type[Reranker]]:
+    """Return the re-rankers of a run: those of `eval_rows`, and those of recommenders in `models`.
+
+    Re-rankers that need candidate features are left out if there are no feature providers.
+
+    Raises:
+        ConfigurationError: there is no such re-ranker, or two of them have the same name.
+    """
+    named = [find_reranker(name) for name in dict.fromkeys(settings["eval_rows"])]
+    named += [RERANKERS[ONEREC_THINK[model]] for model in settings["models"] if model in ONEREC_THINK]
+    by_name: dict[str, type[Reranker]] = {}
+    for reranker in named:
+        taken = by_name.setdefault(reranker.name, reranker)
+        if taken is not reranker or reranker.name in {order.name for order in ORDERS} | set(settings["models"]):
+            raise ConfigurationError(
+                f"two methods have the name {reranker.name!r}", where="eval_rows, models", do="rename one of them"
+            )
+    return [r for r in by_name.values() if settings["prior_features"] or not r.needs_features]
+
+
+def find_reranker(name: str) -> type[Reranker]:
+    """Return a re-ranker by name: a built-in one, `module:attribute`, or `file:path`.
+
+    Raises:
+        ConfigurationError: there is no such re-ranker.
+    """
+    if name.startswith(FILE):
+        file = Path(name.removeprefix(FILE))
+        return from_file(file.stem, file)
+    if ":" not in name and name not in RERANKERS:
+        if name in {order.name for order in ORDERS}:
+            raise ConfigurationError(
+                f"{name} is part of every run", where="eval_rows", do=f"remove {name} from eval_rows"
+            )
+        near = get_close_matches(name, RERANKERS, n=3, cutoff=0.4)
+        raise ConfigurationError(
+            f"there is no re-ranker {name!r}",
+            where="eval_rows",
+            do=(f"did you mean {' or '.join(near)}? " if near else "")
+            + f"Choose from {', '.join(RERANKERS)}; your own is module:attribute or file:rankings.jsonl",
+        )
+    attribute = find(name, RERANKERS, where="eval_rows")
+    if isinstance(attribute, type) and issubclass(attribute, Reranker):
+        if not attribute.name:
+            attribute.name = name
+        return attribute
+    if isinstance(attribute, type) or not callable(attribute):
+        raise ConfigurationError(
+            f"{name!r} is neither a subclass of recbole_gr2.rerankers.base.Reranker nor a function",
+            where="eval_rows",
+            do="name a class that inherits from Reranker, or a function rank(request, items) -> order",
+        )
+    return from_function(name, attribute)
+
+
+def source_values(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return for the name of each of the user's re-rankers the hash of its module or file."""
+    values = {}
+    for name in dict.fromkeys(settings["eval_rows"]):
+        if name.startswith(FILE):
+            file = name.removeprefix(FILE)
+            values[find_reranker(name).name] = {f"{name}.sha": file_hash(file, where="eval_rows")}
+        elif ":" in name:
+            values[find_reranker(name).name] = {f"{name}.sha": module_hash(name.partition(":")[0], where="eval_rows")}
+    return values

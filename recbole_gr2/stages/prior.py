@@ -1,0 +1,142 @@
+"""Prior: features of the candidates, and a small model that turns them into a probability of each candidate.
+
+The language model starts from this prior. Features of train requests are computed from training interactions without
+the targets of the train requests, like their candidate lists; those of validation and test requests from all training
+interactions. The prior is fitted to train requests that contain their target. Validation requests decide when to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from recbole_gr2.artifacts import (
+    SPLITS,
+    read_embeddings,
+    read_requests,
+    write_feature_names,
+    write_features,
+    write_requests,
+)
+from recbole_gr2.config import Settings
+from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
+from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
+from recbole_gr2.lists import training_histories
+from recbole_gr2.ranking import ndcg_at
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.store import module_hash
+from recbole_gr2.types import CandidateFeatures, Context, Request, Stage
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write <split>.jsonl, the requests with their prior, features.json and the feature arrays, prior.safetensors.
+
+    Train requests without a training signal get no prior, because nothing is learned from them. Without feature
+    providers no request gets one.
+    """
+    settings, data = context.settings, context.data
+    requests = {
+        split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.catalog) for split in SPLITS
+    }
+    if not settings["prior_features"]:
+        for split in SPLITS:
+            write_requests(context.folder / f"{split}.jsonl", requests[split], data.catalog)
+        context.say("no feature providers, so there is no prior")
+        return {"features": []}
+    used = {**requests, "train": [request for request in requests["train"] if request.has_signal]}
+    names, features = _features(context, used)
+    seed = derive_seed(settings["seed"], "evidence")
+    relevance = [request.relevance for request in used["train"]]
+    hits = [position for position, request in enumerate(used["valid"]) if request.target_rank]
+    valid = [features["valid"][n] for n in hits], [used["valid"][n].relevance for n in hits]
+    prior, steps, error = fit_priors(
+        features["train"],
+        relevance,
+        valid=valid,
+        steps=[settings["prior_steps"]] * settings["prior_fits"],
+        seed=seed,
+    )
+    priors = {split: log_prior(prior, features[split]) for split in ("valid", "test")}
+    priors["train"] = cross_fit(features["train"], relevance, steps=steps, seed=seed)
+    save_file(prior.state_dict(), context.folder / "prior.safetensors")
+    write_feature_names(context.folder, names)
+    quality = {}
+    for split in SPLITS:
+        write_features(context.folder, split, features[split])
+        with_prior = {
+            request.request_id: replace(request, prior=tuple(row))
+            for request, row in zip(used[split], priors[split], strict=True)
+        }
+        joined = [with_prior.get(request.request_id, request) for request in requests[split]]
+        write_requests(context.folder / f"{split}.jsonl", joined, data.catalog)
+        if split != "test":
+            quality[split] = _quality([r for r in with_prior.values() if r.target_rank])
+            context.say(
+                f"{split}: target first {quality[split]['recall@1']:.4f} (base {quality[split]['base recall@1']:.4f}), "
+                f"ndcg@5 {quality[split]['ndcg@5']:.4f} (base {quality[split]['base ndcg@5']:.4f}), "
+                f"{quality[split]['requests']:,} requests"
+            )
+    return {"features": names, "steps": steps, "valid_cross_entropy": error, "quality": quality}
+
+
+def _features(
+    context: Context, requests: dict[str, list[Request]]
+) -> tuple[list[str], dict[str, list[CandidateFeatures]]]:
+    """Names of the candidate features, and the features of every request by split."""
+    settings, data = context.settings, context.data
+    embeddings = read_embeddings(context.folders["embeddings"])
+    names: list[str] = []
+    features: dict[str, list[CandidateFeatures]] = {}
+    for splits, hold_out in ((("train",), True), (("valid", "test"), False)):
+        training = TrainingData(
+            catalog=data.catalog, sequences=training_histories(data, hold_out), embeddings=embeddings
+        )
+        together = [request for split in splits for request in requests[split]]
+        names, rows = extract_features(together, settings["prior_features"], training)
+        for split in splits:
+            features[split], rows = rows[: len(requests[split])], rows[len(requests[split]) :]
+    for split in SPLITS:
+        context.say(
+            f"{split}: {len(names)} candidate features and {features[split][0].pairs.shape[2]} pair features of "
+            f"{len(features[split]):,} requests"
+        )
+    return names, features
+
+
+def _quality(requests: Sequence[Request]) -> dict[str, Any]:
+    """Metrics of the prior's order and of the base order, over requests that contain their target."""
+    base = np.array([request.target_rank for request in requests])
+    prior = np.array([request.by_prior.index(request.target) + 1 for request in requests])
+    return {
+        "requests": len(requests),
+        "recall@1": float((prior == 1).mean()),
+        "base recall@1": float((base == 1).mean()),
+        "ndcg@5": float(ndcg_at(prior, 5).mean()),
+        "base ndcg@5": float(ndcg_at(base, 5).mean()),
+    }
+
+
+def check_settings(settings: Settings) -> None:
+    """Check that the feature providers exist."""
+    find_providers(settings["prior_features"])
+
+
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return the hashes of the modules of the user's own feature providers."""
+    own = [name for name in settings["prior_features"] if ":" in name]
+    return {f"{name}.sha": module_hash(name.partition(":")[0], where="prior_features") for name in own}
+
+
+STAGE = Stage(
+    name="prior",
+    version=5,
+    run=run,
+    settings=("prior_", "seed"),
+    needs=("candidates", "embeddings"),
+    check=check_settings,
+    key_values=key_values,
+)

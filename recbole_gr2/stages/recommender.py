@@ -1,0 +1,82 @@
+"""Stages of `models`: other recommenders for the whole catalogue, compared with the base model in the result table.
+
+The stage trains a RecBole model. Other stages train the language models GR2Generator and OneRec-Think. The stage
+`evaluate` computes the metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recbole_gr2.artifacts import write_recommendations
+from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
+from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
+from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_options, recbole_options
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.recommenders import check_model, load_recommender, stages_of, training_options
+from recbole_gr2.types import Context, Stage
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write recommendations.npz of the test split, and model/ (weights, metadata) of a RecBole model.
+
+    The stage has the name of the model. Ties are broken by the rule of the model, see `bridge.models.break_ties`.
+    """
+    model = load_recommender(context, context.stage)
+    scored = recommend(model, "test", depth_of(context.data), break_ties=True, check=True)
+    recommendations = collect(context.data, scored, exclude_seen=model.exclude_seen)
+    write_recommendations(context.folder, recommendations)
+    ranks = recommendations.target_rank
+    hits = int(((ranks > 0) & (ranks <= 10)).sum())
+    context.say(f"{context.stage}: {hits:,} of {len(ranks):,} targets are among the first 10 items")
+    return dict(model.metadata)
+
+
+def check_settings(settings: Settings) -> None:
+    """Check that the recommenders and their options exist."""
+    models = settings["models"]
+    for model in models:
+        check_model(model, base=False)
+    unknown = set(settings["models_options"]) - (recbole_options() | RECBOLE_TRAINING).union(
+        *map(base_model_options, models)
+    )
+    if unknown:
+        raise ConfigurationError(
+            f"no model of {models} has the options {sorted(unknown)}",
+            where="models_options",
+            why="RecBole would ignore them without a message",
+            do="use options of properties/model/ or of RecBole",
+        )
+
+
+def stages(settings: Settings) -> list[Stage]:
+    """Declare a stage for each recommender."""
+    return [_stage(model) for model in dict.fromkeys(settings["models"])]
+
+
+def _stage(model: str) -> Stage:
+    common = ("cand_exclude_seen", "seed")
+    if model in ONEREC_THINK:
+        return Stage(name=model, version=4, run=run, settings=common, needs=stages_of(model), check=check_settings)
+    if model == GENERATOR:
+        return Stage(
+            name=model,
+            version=2,
+            run=run,
+            settings=(*common, "cand_beams"),
+            needs=stages_of(model),
+            check=check_settings,
+        )
+
+    def key_values(settings: Settings) -> dict[str, Any]:
+        return training_options(settings, model, base=False)
+
+    return Stage(
+        name=model,
+        version=2,
+        run=run,
+        settings=(*common, "models_options", "cand_beams"),
+        needs=stages_of(model),
+        key_values=key_values,
+        check=check_settings,
+    )

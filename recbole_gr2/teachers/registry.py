@@ -1,0 +1,55 @@
+"""Build a teacher by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.plugins import find
+from recbole_gr2.teachers.base import Teacher
+from recbole_gr2.teachers.local_llm import LocalLLM
+
+# The built-in teachers as module:attribute. A teacher is imported only when a run uses it.
+TEACHERS: Mapping[str, str] = {
+    "rules": "recbole_gr2.teachers.rules:RulesTeacher",
+    "local_llm": "recbole_gr2.teachers.local_llm:LocalLLMTeacher",
+    "openai_api": "recbole_gr2.teachers.openai_api:OpenAITeacher",
+    "recorded": "recbole_gr2.teachers.recorded:RecordedTeacher",
+}
+
+
+def build_teacher(
+    name: str,
+    *,
+    catalog: Catalog,
+    settings: Mapping[str, Any],
+    seed: int,
+    language_model: Callable[[], LocalLLM] | None = None,
+    replies: Path | None = None,
+) -> Teacher:
+    """Build a teacher.
+
+    Args:
+        name: a key of `TEACHERS`, or `module:attribute`, a class or a function that is called with the keyword
+            arguments `catalog`, `settings` and `seed`.
+        catalog: the items, with their semantic IDs.
+        settings: settings of the run.
+        seed: seed of the teacher.
+        language_model: loads the language model of the `local_llm` teacher. No other teacher uses it.
+        replies: the file in which the `openai_api` teacher stores responses. No other teacher uses it.
+
+    Raises:
+        ConfigurationError: the teacher does not exist, or one of its settings is wrong.
+    """
+    build = find(name, TEACHERS, where="trace_teacher")
+    given: dict[str, Any] = {"catalog": catalog, "settings": settings, "seed": seed}
+    if name in TEACHERS:
+        build = find(TEACHERS[name], {}, where="trace_teacher")
+    if name == "local_llm":
+        assert language_model is not None, "the local_llm teacher needs a language model"
+        given["language_model"] = language_model()
+    if name == "openai_api":
+        given["replies"] = replies
+    return build(**given)
