@@ -1,15 +1,17 @@
-"""What the test files share: one thread, no network, a working folder of its own, and things that are built once."""
+"""Fixtures of the test files. Tests run in one thread, without network, and in a temporary working folder."""
 
-import contextlib
-import io
-import json
 import os
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy a core
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ class Trained:
 def ml100k(tmp_path_factory):
     """ml100k(name): ml-100k and a base model trained for one epoch, once a session."""
     from recbole_gr2.bridge.data import Data
-    from recbole_gr2.bridge.models import train_base
+    from recbole_gr2.bridge.training import train_or_load
     from recbole_gr2.config import load_settings
 
     built = {}
@@ -66,42 +68,138 @@ def ml100k(tmp_path_factory):
         if name not in built:
             settings = load_settings(config_dict={**EXACT, "base_model": name, "cand_exclude_seen": False})
             data = Data(settings)
-            base = train_base(data, tmp_path_factory.mktemp(name) / "base", hold_out=False)
+            base = train_or_load(data, tmp_path_factory.mktemp(name) / "base")
             built[name] = Trained(settings, data, base, replace(base, exclude_seen=True))
         return built[name]
 
     return build
 
 
-@dataclass(frozen=True)
-class SmokeRun:
-    """A finished smoke run."""
+# --- a small synthetic data set ---------------------------------------------------------------------------------------
 
-    argv: list[str]
-    root: Path  # its --checkpoint_dir
-    path: Path  # of result.json
-    stdout: str
-    result: dict
-
-    @property
-    def stages(self) -> dict[str, Path]:
-        """Stage name -> its folder."""
-        run = json.loads((self.path.parent / "run.json").read_text())
-        return {name: Path(folder) for name, folder in run["stages"].items()}
+USERS, KINDS, PER_KIND = 150, 6, 10
+TINY = {
+    "dataset": "tiny",
+    "preset": "smoke",
+    "text_categories": "categories",
+    "text_brand": "brand",
+    "base_epochs": 3,
+    "base_learning_rate": 0.01,
+    "cand_num": 5,
+    "sid_codes": 8,
+    "sid_levels": 3,
+    "sid_hidden": [32],
+    "sid_epochs": 20,
+    "sid_batch_size": 16,
+    "sid_min_unique": 0.5,
+    "prior_steps": 30,
+    "mid_tokens": 4000,
+    "mid_embedding_tokens": 1000,
+    "mid_batch_size": 8,
+    "llm_random": {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    "prompt_max_reasoning": 16,
+    "sft_steps": 4,
+    "sft_check_lists": 4,
+    "rl_steps": 2,
+    "rl_prompts_per_step": 2,
+    "rl_overlong_buffer": 4,
+    "distilled_steps": 2,
+    "onerec_think_steps": 4,
+    "onerec_think_samples": 1,
+    "onerec_think_beams": 4,
+    "eval_draws": 200,
+}
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory) -> SmokeRun:
-    """The command with `--preset smoke`, once a session. Do not write to its folders: copy `root` first."""
-    from recbole_gr2.quick_start import main
+def tiny_data(tmp_path_factory) -> Path:
+    """The folder of the data set `tiny`: 150 users, 60 items of 6 kinds, 2 brands.
 
-    root = tmp_path_factory.mktemp("smoke")
-    argv, stdout = ["--preset", "smoke", "--checkpoint_dir", str(root)], io.StringIO()
-    with contextlib.redirect_stdout(stdout):
-        code = main(argv)
-    assert code == 0
-    path = Path(stdout.getvalue().splitlines()[-1])
-    return SmokeRun(argv, root, path, stdout.getvalue(), json.loads(path.read_text()))
+    The next item of a user is mostly the successor of the last one in a circle of its kind, so that every split has
+    lists that contain their target. No user has an item twice.
+    """
+    rng, folder = random.Random(7), tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(USERS):
+        kind = rng.randrange(KINDS)
+        item, seen = rng.randrange(PER_KIND), []
+        for time in range(rng.randint(6, 12)):
+            while (kind, item) in seen:
+                item = (item + 1) % PER_KIND
+                if all((kind, other) in seen for other in range(PER_KIND)):
+                    kind = (kind + 1) % KINDS
+            seen.append((kind, item))
+            lines.append(f"u{user}\ti{kind}{item}\t{1000 * user + time}")
+            if rng.random() < 0.15:
+                kind = rng.randrange(KINDS)
+            item = (item + 1) % PER_KIND
+    (folder / "tiny.inter").write_text("\n".join(lines) + "\n")
+    names = ["lamp", "chair", "brush", "novel", "kettle", "racket"]
+    lines = ["item_id:token\ttitle:token_seq\tcategories:token_seq\tbrand:token"]
+    for kind in range(KINDS):
+        for item in range(PER_KIND):
+            title = f"{names[kind].title()} number {item}"
+            lines.append(f"i{kind}{item}\t{title}\tThings > {names[kind].title()}s\t{('Acme', 'Bolt')[item % 2]}")
+    (folder / "tiny.item").write_text("\n".join(lines) + "\n")
+    return folder.parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of some stages."""
+
+    settings: Any
+    data: Any
+    folders: dict[str, Path]  # stage -> its folder
+    records: dict[str, Any]  # stage -> its manifest
+
+    def context(self, stage: str = "", folder: Path = Path("nowhere"), **changes: Any) -> Any:
+        """The context of a stage of the same run, with other settings and another folder."""
+        from recbole_gr2.types import Context
+
+        return Context(
+            stage=stage,
+            settings={**self.settings, **changes} if changes else self.settings,
+            data=self.data,
+            folder=folder,
+            inputs=self.records,
+            folders=self.folders,
+            say=lambda text: None,
+        )
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_data) -> Callable[..., Any]:
+    """tiny_settings(root, key=value, ...): settings of a run of a few seconds on the data set `tiny`."""
+    from recbole_gr2.config import load_settings
+
+    def settings(root: Path | str, **changes: Any) -> Any:
+        return load_settings(config_dict={**TINY, "data_path": str(tiny_data), "checkpoint_dir": str(root), **changes})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_settings) -> Callable[..., Run]:
+    """tiny_run(root, stages, key=value, ...): run stages on the data set `tiny`, in the folder `root`."""
+    from recbole_gr2 import pipeline
+    from recbole_gr2.bridge.data import Data
+    from recbole_gr2.console import Console
+
+    def run(root: Path | str, stages: Sequence[str] = (), *, data: Any = None, **changes: Any) -> Run:
+        settings = tiny_settings(root, **changes)
+        data = data or Data(settings)
+        planned = pipeline.plan(settings, data, stages=stages)
+        done = pipeline.execute(planned, settings, data, Console())
+        return Run(
+            settings,
+            data,
+            {entry.stage.name: entry.folder for entry in planned},
+            {entry.stage.name: record for entry, (record, _) in zip(planned, done, strict=True)},
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,36 @@
-"""A local HTTP server that answers JSON, as often as asked badly."""
+"""A local HTTP server with JSON responses and faults on demand."""
 
 import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 @contextlib.contextmanager
-def serve(answer):
-    """A server for POST requests of JSON, as an object with its `url`.
+def serve(answer: Callable[[dict, Any], dict]) -> Iterator[Any]:
+    """Run a server for POST requests with JSON bodies in a thread of this process.
 
-    `faults` are what it does first, in order: a status, dropped, slow, broken, or what `answer(asked, fault)` makes of
-    it; None is no fault. `seen` holds what it was asked, `answered` how often it answered without a fault.
+    Args:
+        answer: `answer(body, fault)` returns the JSON response to a request.
+
+    Yields:
+        An object with these attributes. `url`: address of the server. `faults`: faults of the next requests, in order:
+        an HTTP status, "dropped" (the connection ends), "slow" (the response takes 1.5 s), "broken" (the response is
+        cut), any value that `answer` understands, or None for no fault. `seen`: bodies of all requests. `answered`:
+        number of requests without a fault. `reply`: a text that `answer` may use.
     """
 
     class Handler(BaseHTTPRequestHandler):
         faults, reply, seen, answered = [], "", [], 0
 
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.seen.append(asked)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            Handler.seen.append(body)
             fault = Handler.faults.pop(0) if Handler.faults else None
-            body = json.dumps(answer(asked, fault)).encode()
+            content = json.dumps(answer(body, fault)).encode()
             if fault == "dropped":
                 self.close_connection = True
                 self.connection.shutdown(2)
@@ -30,14 +38,15 @@ def serve(answer):
             if fault == "slow":
                 time.sleep(1.5)
             if fault == "broken":
-                body = body[:30]
+                content = content[:30]
             Handler.answered += fault is None
             self.send_response(fault if isinstance(fault, int) else 200)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(content)))
             self.send_header("Retry-After", "0")
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(BrokenPipeError):  # the client no longer waits for a slow response
+                self.wfile.write(content)
 
         def log_message(self, *args):
             pass

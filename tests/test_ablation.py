@@ -1,21 +1,26 @@
-"""Ablations: what is refused before anything runs, what is cached, and what the table says."""
+"""Ablations: what is refused before anything runs, what is cached, and what the table contains."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_gr2.ablation import data_for, figure, figures_table, load_variant, read_ablation, render_ablation
+from recbole_gr2 import ablation, pipeline
+from recbole_gr2.ablation import data_for, figure, load_variant, read_ablation, render_ablation
 from recbole_gr2.config import load_settings, properties_folder
-from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.errors import ConfigurationError, MissingFileError, QualityCheckError
 from recbole_gr2.quick_start import main
-from recbole_gr2.stages import tokenizer
-from recbole_gr2.store import read_manifest
+from recbole_gr2.report.tables import figures_table
+from recbole_gr2.store import read_manifest, write_manifest
+from recbole_gr2.types import StageRecord
 
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "result.schema.json").read_text())
 TWO = {
     "stages": ["tokenizer"],
     "settings": {"sid_epochs": 1, "sid_min_unique": 0.0},
@@ -27,22 +32,85 @@ TWO = {
     },
     "variants": [
         {"name": "nearest", "settings": {"sid_random_last": 0}},
-        {"name": "drawn", "published": {"unique": 0.83}},
+        {"name": "random", "published": {"unique": 0.83}},
     ],
     "note": "What a reader has to know.",
 }
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    """Data sets that are loaded, by the settings that they depend on."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _load_once(loaded, monkeypatch):
+    """Load a data set once for all tests. Its settings are those of each test."""
+
+    def load(settings, load=ablation.Data):
+        recbole = {key: value for key, value in settings.recbole.items() if key != "checkpoint_dir"}
+        key = repr((settings["dataset"], recbole, settings.results(["text_"])))
+        if key not in loaded:
+            loaded[key] = load(settings)
+        data = copy.copy(loaded[key])
+        data.settings = settings
+        return data
+
+    monkeypatch.setattr(ablation, "Data", load)
+
+
 @pytest.fixture
 def command(tmp_path):
-    """command(file's values, further words): the argv of such an ablation, in a folder of its own."""
+    """command(values of the file, further arguments): the argv of an ablation in an empty folder."""
 
-    def build(values=TWO, *words):
+    def build(values=TWO, *arguments):
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump(values, sort_keys=False))
-        return ["--ablation", str(file), "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", *words]
+        return ["--ablation", str(file), "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", *arguments]
 
     return build
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Names of the executed stages. Stages are finished at once, with summaries that are made by hand."""
+    names = []
+
+    def summary(stage, settings):
+        if stage != "tokenizer":
+            return {"items": 1682}
+        nearest = not settings["sid_random_last"]
+        if nearest and settings["sid_min_unique"] > 0.9:
+            raise QualityCheckError("uniqueness 90.00% is below 99.00%", where="tokenizer", why="x", do="y")
+        return {
+            "uniqueness": 0.9 if nearest else 1.0,
+            "used_codes": [8, 8],
+            "entropy": [3.0, 3.0, 2.5, 1.5],
+            "neighbourhood": {"same_path": [0.5, 0.5, 0.5, 0.25]} if nearest else None,
+        }
+
+    def execute(planned, settings, data, console):
+        for entry in planned:
+            if read_manifest(entry.folder) is None:
+                names.append(entry.stage.name)
+                entry.folder.mkdir(parents=True, exist_ok=True)
+                record = StageRecord(
+                    stage=entry.stage.name,
+                    key=entry.key,
+                    version=entry.stage.version,
+                    needs=entry.needs,
+                    settings=entry.settings,
+                    seconds=5.0,
+                    peak_memory_mb=100,
+                    summary=summary(entry.stage.name, settings),
+                    code="1.0",
+                    sources=entry.sources,
+                )
+                write_manifest(entry.folder, record)
+
+    monkeypatch.setattr(pipeline, "execute", execute)
+    return names
 
 
 def changed(**fields):
@@ -55,113 +123,144 @@ def manifests(tmp_path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in stage.glob("*/manifest.json")}
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+def result_of(argv, capsys) -> tuple[Path, dict, str]:
+    """Run a command: the path of its result.json, the result and what it printed on stderr."""
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    path = Path(captured.out.splitlines()[-1])
+    return path, json.loads(path.read_text()), captured.err
 
 
-def test_two_variants_in_one_table_and_the_second_run_is_all_cached(command, tmp_path, capsys):
-    assert main(command()) == 0
-    path = Path(capsys.readouterr().out.splitlines()[-1])
+def keys_of(variant) -> dict[str, str]:
+    return {stage["stage"]: stage["key"][0] for stage in variant["stages"]}
+
+
+def check_two_variants(path: Path, result: dict, tmp_path: Path) -> None:
+    """Check what an ablation of the two variants of TWO wrote."""
     assert path.name == "result.json" and path.parent.parent == tmp_path / "saved" / "gr2" / "ml-100k" / "ablations"
-    result, before = json.loads(path.read_text()), manifests(tmp_path)
-    assert len(before) == 2
-    records = {file.parent.name: read_manifest(file.parent) for file in before}
-    nearest, drawn = result["variants"]
-    for row, random_last in ((nearest, 0), (drawn, 1)):
-        record = records[row["keys"]["tokenizer"]]
-        facts = record.facts
+    jsonschema.validate(result, SCHEMA, cls=jsonschema.Draft202012Validator)
+    records = {file.parent.name: read_manifest(file.parent) for file in manifests(tmp_path)}
+    assert len(records) == 2 and (result["schema"], result["seeds"]) == (2, [2020])
+    nearest, random = result["variants"]
+    for variant, random_last in ((nearest, 0), (random, 1)):
+        record = records[keys_of(variant)["tokenizer"]]
+        summary = record.summary
         assert record.settings["sid_random_last"] == random_last and record.settings["sid_epochs"] == 1
-        assert row["figures"] == {
-            "unique": facts["uniqueness"],
-            "codes": facts["used_codes"],
-            "last": facts["entropy"][3],
-            "none": None if random_last else facts["neighbourhood"]["same_path"][3],
+        assert variant["figures"] == {
+            "unique": summary["uniqueness"],
+            "codes": summary["used_codes"],
+            "last": summary["entropy"][3],
+            "none": None if random_last else summary["neighbourhood"]["same_path"][3],
         }
-        assert list(row["seconds"]) == ["embeddings", "tokenizer"] and row["failed"] == ""
-        assert row["seconds"]["tokenizer"] == record.seconds
-    assert nearest["keys"]["embeddings"] == drawn["keys"]["embeddings"]
-    assert nearest["figures"]["unique"] < drawn["figures"]["unique"] == 1.0
+        assert list(keys_of(variant)) == ["embeddings", "tokenizer"] and variant["failed"] == ""
+        assert variant["stages"][1]["seconds"] == [record.seconds]
+    assert [stage["cached"] for stage in (*nearest["stages"], *random["stages"])] == [[False], [False], [True], [False]]
+    assert keys_of(nearest)["embeddings"] == keys_of(random)["embeddings"]
+    assert nearest["figures"]["unique"] < random["figures"]["unique"] == 1.0
 
     header, _rule, *lines = figures_table(result).splitlines()
     assert header.split() == ["variant", "unique", "codes", "last", "none", "published:", "unique"]
-    assert [line.split()[0] for line in lines] == ["nearest", "drawn"]
+    assert [line.split()[0] for line in lines] == ["nearest", "random"]
     assert lines[0].split()[1] == f"{nearest['figures']['unique']:.4f}" and lines[0].split()[-1] != "0.8300"
     assert lines[1].split()[1] == "1.0000" and lines[1].split()[-1] == "0.8300"
     report = (path.parent / "report.md").read_text()
     assert report == render_ablation(result)  # a function of result.json
     for text in (figures_table(result), result["command"], TWO["note"], "Preset smoke, seed 2020", "random_last: 0"):
         assert text in report
-    assert "Failed" not in report and f"{nearest['seconds']['tokenizer']:.0f} s" in report
-
-    assert main(command()) == 0
-    captured = capsys.readouterr()
-    again = Path(captured.out.splitlines()[-1])
-    assert again != path and json.loads(again.read_text()) == result
-    assert manifests(tmp_path) == before and captured.err.count("tokenizer cached") == 2
+    assert "Failed" not in report and f"{nearest['stages'][1]['seconds'][0]:.0f} s" in report
 
 
-def test_a_stopped_ablation_goes_on(command, tmp_path, capsys, monkeypatch):
-    calls = []
+# --- what is run -----------------------------------------------------------------------------------------------------
 
-    def stop_at_the_second(*given, fit=tokenizer.fit):
-        calls.append(given)
+
+def test_two_variants_in_one_table_and_the_second_run_is_all_cached(command, tmp_path, capsys, executed):
+    path, result, _ = result_of(command(), capsys)
+    check_two_variants(path, result, tmp_path)
+    before = manifests(tmp_path)
+    assert executed == ["embeddings", "tokenizer", "tokenizer"]
+    again, repeated, _ = result_of(command(), capsys)
+    assert again != path and manifests(tmp_path) == before and len(executed) == 3
+    for variant in (*result["variants"], *repeated["variants"]):
+        for stage in variant["stages"]:
+            stage["cached"] = None
+    assert repeated == result
+
+
+@pytest.mark.slow
+def test_two_variants_of_a_real_tokenizer(command, tmp_path, capsys):
+    path, result, _ = result_of(command(), capsys)
+    check_two_variants(path, result, tmp_path)
+    before = manifests(tmp_path)
+    _, _, printed = result_of(command(), capsys)
+    assert manifests(tmp_path) == before and printed.count("tokenizer cached") == 2
+
+
+def test_a_stopped_ablation_continues(command, tmp_path, capsys, monkeypatch, executed):
+    execute, calls = pipeline.execute, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return fit(*given)
+        return execute(*arguments)
 
-    monkeypatch.setattr(tokenizer, "fit", stop_at_the_second)
+    monkeypatch.setattr(pipeline, "execute", stop_at_the_second)
     assert main(command()) == 130
-    assert "the same command continues" in capsys.readouterr().err and len(manifests(tmp_path)) == 1
-    assert main(command()) == 0
-    captured = capsys.readouterr()
-    assert len(calls) == 3 and "stopped before it was finished" in captured.err
-    rows = json.loads(Path(captured.out.splitlines()[-1]).read_text())["variants"]
-    assert [row["figures"]["unique"] is None for row in rows] == [False, False]
+    assert capsys.readouterr().out == "" and len(manifests(tmp_path)) == 1
+    _, result, printed = result_of(command(), capsys)
+    assert executed == ["embeddings", "tokenizer", "tokenizer"]  # finished stages did not run again
+    assert [variant["figures"]["unique"] is None for variant in result["variants"]] == [False, False]
+    plan = [line.split() for line in printed.splitlines() if line.startswith(("nearest", "random"))][:4]
+    assert [line[3] for line in plan] == ["cached", "cached", "cached", "run"]
 
 
-def test_what_two_variants_share_runs_once(command, tmp_path, capsys):
+def test_what_two_variants_share_runs_once(command, tmp_path, capsys, executed):
     values = changed(variants=[{"name": "one"}, {"name": "two"}])
     assert main(command(values, "--dry_run")) == 0
     captured = capsys.readouterr()
     plan = [line.split() for line in captured.err.splitlines() if line.startswith(("one", "two"))]
-    assert [[*row[:2], *row[3:]] for row in plan] == [
+    assert [[*line[:2], *line[3:]] for line in plan] == [
         ["one", "embeddings", "run", "first", "time"],
         ["one", "tokenizer", "run", "first", "time"],
         ["two", "embeddings", "shared", "one"],
         ["two", "tokenizer", "shared", "one"],
     ]
-    assert [row[2] for row in plan[:2]] == [row[2] for row in plan[2:]]
+    assert [line[2] for line in plan[:2]] == [line[2] for line in plan[2:]]
     assert captured.out == "" and not (tmp_path / "saved").exists()
     assert main(command(values)) == 0
-    captured = capsys.readouterr()
-    assert captured.err.count("texts embedded") == 1 and len(manifests(tmp_path)) == 1
+    assert executed == ["embeddings", "tokenizer"] and len(manifests(tmp_path)) == 1
 
 
-def test_a_variant_that_fails_its_gate_keeps_its_row_and_the_others_stand(command, tmp_path, capsys):
-    values = changed(settings={"sid_epochs": 1, "sid_min_unique": 0.99})
-    assert main(command(values)) == 0
-    captured = capsys.readouterr()
-    path = Path(captured.out.splitlines()[-1])
-    result, report = json.loads(path.read_text()), (path.parent / "report.md").read_text()
-    nearest, drawn = result["variants"]
-    assert "below 99.00%" in nearest["failed"] and drawn["failed"] == ""
-    assert set(nearest["figures"].values()) == {None} and nearest["seconds"]["tokenizer"] is None
-    assert drawn["figures"]["unique"] == 1.0
-    assert "nearest (failed)" in figures_table(result) and "drawn (failed)" not in figures_table(result)
-    assert "`nearest` failed" in report and "below 99.00%" in report and "variant 'nearest' failed" in captured.err
+def test_a_variant_whose_quality_check_fails_keeps_its_line(command, tmp_path, capsys, executed):
+    path, result, printed = result_of(command(changed(settings={"sid_epochs": 1, "sid_min_unique": 0.99})), capsys)
+    jsonschema.validate(result, SCHEMA, cls=jsonschema.Draft202012Validator)
+    report = (path.parent / "report.md").read_text()
+    nearest, random = result["variants"]
+    assert "below 99.00%" in nearest["failed"] and random["failed"] == ""
+    assert set(nearest["figures"].values()) == {None} and list(keys_of(nearest)) == ["embeddings"]
+    assert random["figures"]["unique"] == 1.0
+    assert "nearest (failed)" in figures_table(result) and "random (failed)" not in figures_table(result)
+    assert "`nearest` failed" in report and "below 99.00%" in report and "variant 'nearest' failed" in printed
+
+
+def test_an_empty_column_is_named(command, capsys, executed):
+    columns = {"x": "tokenizer.entropy.9", "unique": "tokenizer.uniqueness"}
+    _, _, printed = result_of(command(changed(columns=columns)), capsys)
+    assert "column 'x' is empty: no variant has tokenizer.entropy.9" in printed and "column 'unique'" not in printed
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refused(argv, tmp_path, capsys) -> str:
-    """What the command says; it leaves nothing behind."""
+    """Return the error message of a command that runs nothing."""
     assert main(argv) == 2
     assert not (tmp_path / "saved").exists()
     return capsys.readouterr().err
 
 
 def test_all_variants_are_checked_before_any_runs(command, tmp_path, capsys):
-    said = refused(
+    text = refused(
         command(
             changed(
                 variants=[
@@ -176,34 +275,34 @@ def test_all_variants_are_checked_before_any_runs(command, tmp_path, capsys):
         tmp_path,
         capsys,
     )
-    for text in (
+    for part in (
         "'misspelt'",
         "unknown key 'sid_epoch'; nearest: sid_epochs",
         "'out of range'",
-        "random_last must be",
+        "sid_random_last is 9",
         "'no loss'",
         "rqkmeans is not trained by a loss",
         "'no model'",
         "Nonsense",
     ):
-        assert text in said
-    assert "'fine'" not in said
+        assert part in text
+    assert "'fine'" not in text
 
 
 def test_a_common_setting_that_is_wrong_is_told_once(command, tmp_path, capsys):
-    said = refused(command(changed(settings={"sid_epoch": 2})), tmp_path, capsys)
-    assert said.count("unknown key 'sid_epoch'") == 1 and "ablation mine: unknown key" in said
-    said = refused(command(changed(stages=["tokeniser"])), tmp_path, capsys)
-    assert said.count("no stage named 'tokeniser'") == 1 and "'nearest', 'drawn'" in said
+    text = refused(command(changed(settings={"sid_epoch": 2})), tmp_path, capsys)
+    assert text.count("unknown key 'sid_epoch'") == 1 and "ablation mine: unknown key" in text
+    text = refused(command(changed(stages=["tokeniser"])), tmp_path, capsys)
+    assert text.count("there is no stage 'tokeniser'") == 1 and "'nearest', 'random'" in text
 
 
 def test_the_user_cannot_give_what_a_variant_varies(command, tmp_path, capsys):
-    said = refused(command(TWO, "--sid_random_last=2"), tmp_path, capsys)
-    assert "'nearest': the variant sets sid_random_last to 0, the command line to 2" in said and "'drawn'" not in said
+    text = refused(command(TWO, "--sid_random_last=2"), tmp_path, capsys)
+    assert "'nearest': the variant sets sid_random_last to 0, the command line to 2" in text and "'random'" not in text
     file = tmp_path / "user.yaml"
     file.write_text("sid_random_last: 2")
-    said = refused(command(TWO, f"--config_files={file}"), tmp_path, capsys)
-    assert f"the variant sets sid_random_last to 0, the {file} to 2" in said
+    text = refused(command(TWO, f"--config_files={file}"), tmp_path, capsys)
+    assert f"the variant sets sid_random_last to 0, the {file} to 2" in text
     assert main(command(TWO, "--sid_random_last=0", "--dry_run")) == 0
 
 
@@ -212,37 +311,41 @@ def test_an_ablation_chooses_its_stages(command, tmp_path, capsys):
         assert "an ablation chooses its own stages" in refused(command(TWO, word), tmp_path, capsys)
 
 
-def test_columns_are_of_stages_that_run_and_of_facts_that_are_there(command, tmp_path, capsys):
+def test_columns_are_of_stages_that_run_and_of_fields_of_their_summaries(command, tmp_path, capsys, executed):
     one = [{"name": "only"}]
-    said = refused(command(changed(variants=one, columns={"x": "sft.loss"})), tmp_path, capsys)
-    assert "no variant runs: {'x': 'sft.loss'}" in said
+    text = refused(command(changed(variants=one, columns={"x": "sft.loss"})), tmp_path, capsys)
+    assert "no variant runs: {'x': 'sft.loss'}" in text
     assert main(command(changed(variants=one, columns={"x": "tokenizer.unique"}))) == 2
-    said = capsys.readouterr().err
-    assert "'unique' is not in what the tokenizer stage says" in said and "'uniqueness'" in said
+    text = capsys.readouterr().err
+    assert "the summary of the tokenizer stage has no 'unique'" in text and "'uniqueness'" in text
+    assert executed == ["embeddings", "tokenizer"]
+    more = [*one, {"name": "other", "settings": {"sid_random_last": 0}}]
+    assert main(command(changed(variants=more, columns={"x": "tokenizer.unique"}))) == 2
+    assert executed == ["embeddings", "tokenizer"]  # cached stages show that the field is missing before others run
 
 
 @pytest.mark.parametrize(
-    "broken, said",
+    "broken, message",
     [
         ({"stage": []}, "unexpected keyword argument 'stage'"),
         ({"stages": "tokenizer"}, "stages must be a list"),
         ({"settings": ["sid_epochs"]}, "must be maps"),
-        ({"variants": []}, "name of its own"),
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
+        ({"variants": []}, "variants with different names"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "variants with different names"),
         ({"variants": [{"settings": {}}]}, "missing 1 required keyword-only argument: 'name'"),
         ({"variants": [{"name": "a", "settings": None}]}, "must be maps"),
-        ({"variants": [{"name": "a", "published": {"b": 1}}]}, "published figures must be of columns"),
+        ({"variants": [{"name": "a", "published": {"b": 1}}]}, "published figure must have the heading"),
         ({"variants": None}, "cannot read the ablation"),
     ],
 )
-def test_a_file_that_is_not_an_ablation(tmp_path, broken, said):
+def test_a_file_that_is_not_an_ablation(tmp_path, broken, message):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({**changed(variants=[{"name": "a"}]), **broken}))
-    with pytest.raises(ConfigurationError, match=said):
+    with pytest.raises(ConfigurationError, match=message):
         read_ablation(str(file))
 
 
-def test_an_ablation_that_is_not_there():
+def test_an_ablation_that_does_not_exist():
     with pytest.raises(ConfigurationError, match="no ablation named 'everything'") as error:
         read_ablation("everything")
     assert "tokenizer" in error.value.do
@@ -257,10 +360,10 @@ def test_precedence(command, tmp_path):
     """Preset, common settings, variant, --config_files, config_dict, command line: each wins over those before it."""
     command(changed(settings={"sid_epochs": 1}))
     mine, user = read_ablation(str(tmp_path / "mine.yaml")), tmp_path / "user.yaml"
-    nearest, drawn = mine.variants
+    nearest, random = mine.variants
 
-    def epochs(variant=drawn, words="", **given):
-        user.write_text(words)
+    def epochs(variant=random, text="", **given):
+        user.write_text(text)
         given["config_dict"] = {"preset": "smoke", **given.get("config_dict", {})}
         return load_variant(mine, variant, {**given, "config_files": [user]})["sid_epochs"]
 
@@ -268,12 +371,13 @@ def test_precedence(command, tmp_path):
     assert epochs() == 1
     nearest.settings["sid_epochs"] = 2
     assert epochs(nearest) == 2
-    assert epochs(words="sid_epochs: 3") == 3
-    assert epochs(words="sid_epochs: 3", config_dict={"sid_epochs": 4}) == 4
+    assert epochs(text="sid_epochs: 3") == 3
+    assert epochs(text="sid_epochs: 3", config_dict={"sid_epochs": 4}) == 4
     assert epochs(config_dict={"sid_epochs": 4}, command_line={"sid_epochs": 5}) == 5
 
 
-def test_data_is_loaded_again_only_where_it_differs():
+@pytest.mark.slow
+def test_data_is_loaded_again_only_if_it_differs():
     def chosen(**changes):
         return load_settings(config_dict={"preset": "smoke", **changes})
 
@@ -281,12 +385,12 @@ def test_data_is_loaded_again_only_where_it_differs():
     same = data_for(chosen(sid_epochs=1, cand_num=5), data)
     assert same.dataset is data.dataset and same.settings["cand_num"] == 5 and data.settings["cand_num"] == 10
     assert same.fingerprint == data.fingerprint
-    assert data_for(chosen(topk=[2]), data).config["topk"] == [2]
+    assert data_for(chosen(topk=[2], valid_metric="NDCG@2"), data).config["topk"] == [2]
     assert data_for(chosen(text_categories=None), data).fingerprint != data.fingerprint
 
 
 NAMES = st.text("abc@1", min_size=1, max_size=3)
-FACTS = st.recursive(
+SUMMARIES = st.recursive(
     st.integers() | st.floats(allow_nan=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
@@ -300,27 +404,28 @@ def paths(value, before):
             yield from paths(inner, f"{before}.{key}")
 
 
-@given(FACTS)
-def test_every_path_leads_to_its_fact(facts):
-    for path, value in paths(facts, "stage"):
-        assert figure({"stage": facts, "other": {}}, path) == value
+@given(SUMMARIES)
+def test_every_path_leads_to_its_value(summary):
+    for path, value in paths(summary, "stage"):
+        assert figure({"stage": summary, "other": {}}, path) == value
 
 
 def test_where_nothing_was_measured():
-    facts = {"TIGER": {"metrics": {"recall@10": 0.06}, "valid": None, "rows": [1], "table": [{"row": "a"}]}}
-    assert figure(facts, "TIGER.metrics.recall@10") == 0.06
+    table = [{"method": "a"}]
+    summaries = {"TIGER": {"metrics": {"recall@10": 0.06}, "valid": None, "list": [1], "table": table}}
+    assert figure(summaries, "TIGER.metrics.recall@10") == 0.06
     for path in (
         "sft.loss",
         "TIGER.valid",
         "TIGER.valid.loss",
-        "TIGER.rows.1",
-        "TIGER.table.row=b.n",
-        "TIGER.table.row=a&scope=all",
+        "TIGER.list.1",
+        "TIGER.table.method=b.n",
+        "TIGER.table.method=a&scope=all_users",
     ):
-        assert figure(facts, path) is None
-    for path in ("TIGER.loss", "TIGER.metrics.recall@5", "TIGER.rows.first", "TIGER.metrics.recall@10.x"):
-        with pytest.raises(ConfigurationError, match="no fact"):
-            figure(facts, path)
+        assert figure(summaries, path) is None
+    for path in ("TIGER.loss", "TIGER.metrics.recall@5", "TIGER.list.first", "TIGER.metrics.recall@10.x"):
+        with pytest.raises(ConfigurationError, match="there is no figure"):
+            figure(summaries, path)
 
 
 # --- packaged ablations ----------------------------------------------------------------------------------------------
@@ -336,18 +441,24 @@ def test_there_are_packaged_ablations():
 def test_packaged_ablations_can_be_planned(name, tmp_path, capsys):
     """Settings, stages and the stages of columns are checked by the plan; no two variants are the same run."""
     assert main(["--ablation", name, "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", "--dry_run"]) == 0
-    said = capsys.readouterr().err
-    shared = [line for line in said.splitlines() if " shared " in line]
+    text = capsys.readouterr().err
+    shared = [line for line in text.splitlines() if " shared " in line]
     mine = read_ablation(name)
-    assert " run " in said and mine.note and not any(f" {mine.stages[-1]} " in line for line in shared)
+    assert " run " in text and mine.note and not any(f" {mine.stages[-1]} " in line for line in shared)
+
+
+@pytest.fixture(scope="module")
+def summaries(tiny_run, tmp_path_factory):
+    """The summaries of all stages of a run on the data set `tiny`."""
+    run = tiny_run(tmp_path_factory.mktemp("columns"), rl_steps=3)
+    return {stage: record.summary for stage, record in run.records.items()}
 
 
 @pytest.mark.parametrize("name", ["rerank", "reward"])
-def test_the_columns_of_packaged_ablations_are_facts_of_a_run(smoke_run, name):
-    facts = {stage: read_manifest(folder).facts for stage, folder in smoke_run.stages.items()}
-    found = {heading: figure(facts, path) for heading, path in read_ablation(name).columns.items()}
-    assert len(found) > 10 and None not in found.values()
-    curves = [value for value in found.values() if isinstance(value, list)]
+def test_the_columns_of_packaged_ablations_are_figures_of_a_run(summaries, name):
+    figures = {heading: figure(summaries, path) for heading, path in read_ablation(name).columns.items()}
+    assert len(figures) > 10 and None not in figures.values()
+    curves = [value for value in figures.values() if isinstance(value, list)]
     assert len(curves) == (4 if name == "reward" else 0) and all(len(curve) == 3 for curve in curves)  # three rounds
 
 

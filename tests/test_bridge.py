@@ -1,4 +1,4 @@
-"""The door to RecBole: rows in exact time order, base models, and RecBole's evaluator with the last word."""
+"""The RecBole adapter: rows in exact time order, base models, recommendations and RecBole's metrics."""
 
 import copy
 import random
@@ -17,15 +17,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import compat
-from recbole_gr2.bridge.data import Data, exact_time_dataset, read_item_texts, unquote
-from recbole_gr2.bridge.evaluator import base_order, evaluate_rows, tie_free
-from recbole_gr2.bridge.models import ByLength, ListedBase, find_model, mask_seen, train_base
+from recbole_gr2.artifacts import read_recommendations, read_requests, write_recommendations, write_requests
+from recbole_gr2.bridge.data import SPLITS, Data, exact_time_dataset, read_item_texts, unquote
+from recbole_gr2.bridge.evaluator import (
+    RecboleCheck,
+    check_invariants,
+    collect,
+    depth_of,
+    evaluate_methods,
+    from_lists,
+    full_rows,
+    rank_items,
+    recommend,
+)
+from recbole_gr2.bridge.item_text import clean_text
+from recbole_gr2.bridge.models import UNREACHED, find_model, mask_seen
+from recbole_gr2.bridge.training import BucketedLoss, load_model, train_model, train_or_load
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main
 from recbole_gr2.ranking import promote
+from recbole_gr2.stages import base_model, candidates, recommender
 from recbole_gr2.stages.candidates import top_candidates
-from recbole_gr2.text import clean_text
+from recbole_gr2.types import Context, Recommendations
 
 K = 10
 BASES = ("CausalSASRec", "BPR")
@@ -90,8 +105,11 @@ def test_stock_recbole_has_the_trap_that_exact_time_avoids(ml100k, raw):
     assert sum(ours[user] != items[-1] for user, items in raw.items()) == 0
 
 
-def test_general_models_get_the_same_rows(ml100k):
-    assert ml100k("BPR").data.fingerprint == ml100k("CausalSASRec").data.fingerprint
+def test_general_models_get_the_same_rows(planted):
+    one, other = (Data(toy_settings(planted, "planted", base_model=name)) for name in BASES)
+    assert one.fingerprint == other.fingerprint
+    for split in SPLITS:
+        assert one.rows(split)[0][one.iid].tolist() == other.rows(split)[0][other.iid].tolist()
 
 
 def test_train_sequences_hold_no_valid_or_test_item(ml100k):
@@ -119,6 +137,20 @@ def toy_settings(folder: Path, name: str, **more):
     return load_settings(config_dict={"preset": "smoke", "dataset": name, "data_path": str(folder), **more})
 
 
+def planted_sequences(users: int = 60, length: int = 9, items: int = 40) -> dict[str, list[str]]:
+    """Item n is followed by n + 1."""
+    rng = random.Random(0)
+    starts = {f"u{user}": rng.randrange(items) for user in range(users)}
+    return {user: [f"i{(start + step) % items}" for step in range(length)] for user, start in starts.items()}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    write_atomic(folder, "planted", planted_sequences())
+    return folder
+
+
 def test_timestamps_that_float32_cannot_tell_apart(tmp_path):
     # 2014-07-18 and the seconds after it: float32 has steps of 128 s there.
     rng, second = random.Random(0), 1_405_641_600
@@ -135,7 +167,7 @@ def test_users_with_few_items(tmp_path):
     sequences = {f"u{u}": [f"i{i}" for i in rng.sample(range(30), (1, 2, 3, 4, 7)[u % 5])] for u in range(60)}
     write_atomic(tmp_path, "short", sequences)
     data = Data(toy_settings(tmp_path, "short"))
-    base = train_base(data, tmp_path / "base", hold_out=False, epochs=1)
+    base = train_or_load(data, tmp_path / "base", epochs=1)
     # A list needs a target and an item before it.
     for split, least in (("test", 2), ("valid", 3), ("train", 4)):
         requests = top_candidates(base, split, K)
@@ -153,11 +185,11 @@ def test_users_with_few_items(tmp_path):
         assert data.history(user, "train") == tuple(data.sequences[user][:-3])
 
 
-# --- the three invariants --------------------------------------------------------------------------------------------
+# --- the invariants of the evaluation --------------------------------------------------------------------------------
 
 
-def stock_metrics(data: Data, base, mask: str | None = None) -> dict[str, float]:
-    """RecBole's Trainer.evaluate on its own test loader; with `mask`, seen items at -inf by a plain loop."""
+def stock_metrics(data: Data, base, mask: bool = False) -> dict[str, float]:
+    """RecBole's Trainer.evaluate on its test loader. With `mask`, a plain loop sets seen items to -inf."""
     from recbole.data.utils import get_dataloader
     from recbole.trainer import Trainer
 
@@ -174,30 +206,70 @@ def stock_metrics(data: Data, base, mask: str | None = None) -> dict[str, float]
     return {name: float(value) for name, value in trainer.evaluate(loader, load_best_model=False).items()}
 
 
-def evaluated(data: Data, base, rankings, users=None) -> dict[str, float]:
-    return evaluate_rows(data, base, {"row": rankings}, split="test", users=users)["row"]
+def score(base) -> Recommendations:
+    """Score the test users once."""
+    scored = recommend(base, "test", depth_of(base.data), break_ties=False, check=True)
+    return collect(base.data, scored, exclude_seen=base.exclude_seen)
 
 
-def lists_of(data: Data, base) -> dict[int, tuple[int, ...]]:
-    users = {token: user for user, token in enumerate(data.user_tokens)}
-    return {users[request.user_token]: request.items for request in top_candidates(base, "test", K)}
+@pytest.fixture(scope="module")
+def recommendations_of():
+    """recommendations_of(base): the result of `score`, computed once per model of this module."""
+    results = {}
+
+    def stored(base) -> Recommendations:
+        if id(base) not in results:
+            results[id(base)] = base, score(base)  # The reference keeps the id in use.
+        return results[id(base)][1]
+
+    return stored
+
+
+@pytest.fixture(scope="module")
+def evaluated(recommendations_of):
+    """evaluated(base, rankings, users): RecBole's metrics of one method for one group of users."""
+
+    def evaluate(base, rankings=None, users=None) -> dict[str, float]:
+        return evaluate_methods(base.data, recommendations_of(base), {"m": rankings}, {"s": users})["m"]["s"]
+
+    return evaluate
+
+
+def lists_of(base) -> dict[str, tuple[int, ...]]:
+    return {request.user_token: request.items for request in top_candidates(base, "test", K)}
+
+
+def test_targets(data: Data) -> dict[str, int]:
+    return {data.user_tokens[user]: target_of(data, user, "test") for user in data.sequences}
+
+
+test_targets.__test__ = False
+
+
+def base_of(trained, mask: bool):
+    return trained.masked if mask else trained.open
+
+
+def at_most_10(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics that depend on the first ten items alone."""
+    return {name: value for name, value in metrics.items() if name != "gauc" and not name.endswith("@20")}
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
-def test_identity_is_recboles_own_evaluation(ml100k, name, mask):
-    trained = ml100k(name)
-    base = trained.masked if mask else trained.open
-    stock = stock_metrics(trained.data, base, mask)
-    assert len(stock) > 40 and "gauc" in stock
-    assert evaluated(trained.data, base, None) == stock
-    lists = lists_of(trained.data, base)
+def test_identity_is_recboles_own_evaluation(ml100k, name, mask, evaluated):
+    """On all 12 metric families and cut-offs up to 20, although a list has ten candidates."""
+    base = base_of(ml100k(name), mask)
+    stock = stock_metrics(base.data, base, mask)
+    assert len(stock) > 40 and "gauc" in stock and "tailpercentage@20" in stock
+    assert evaluated(base) == stock
+    lists = lists_of(base)
     assert len(lists) == 943
-    assert evaluated(trained.data, base, lists) == stock
+    assert evaluated(base, lists) == stock
 
 
-def test_the_mask_is_that_of_recboles_general_protocol(ml100k):
-    """For general models RecBole masks the history itself; with the mask on our rows give its numbers."""
+def test_the_mask_is_that_of_recboles_general_protocol(ml100k, evaluated):
+    """RecBole masks the history for general models. The mask of the plugin gives the same metrics."""
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.trainer import Trainer
 
@@ -210,95 +282,221 @@ def test_the_mask_is_that_of_recboles_general_protocol(ml100k):
     trainer = Trainer(config, trained.open.model)
     trainer.eval_collector.data_collect(SimpleNamespace(dataset=trained.data.built[0]))
     stock = {k: float(v) for k, v in trainer.evaluate(loader, load_best_model=False).items()}
-    ours = evaluated(trained.data, trained.masked, None)
-    for metric in stock:  # GAUC and means sum the users in another order
-        assert ours[metric] == pytest.approx(stock[metric], abs=1e-6), metric
-    assert stock != evaluated(trained.data, trained.open, None)
+    metrics = evaluated(trained.masked)
+    for metric in stock:  # RecBole sums the users in another order.
+        assert metrics[metric] == pytest.approx(stock[metric], abs=1e-6), metric
+    assert stock != evaluated(trained.open)
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_recall_at_k_does_not_change_and_recall_at_1_does(ml100k, name):
-    trained = ml100k(name)
-    own = evaluated(trained.data, trained.masked, None)
+def test_recall_at_k_does_not_change_and_recall_at_1_does(ml100k, name, recommendations_of):
+    base = ml100k(name).masked
+    lists = lists_of(base)
+    shuffled = {}
     for seed in range(3):
         rng = random.Random(seed)
-        shuffled = {u: tuple(rng.sample(items, K)) for u, items in lists_of(trained.data, trained.masked).items()}
-        metrics = evaluated(trained.data, trained.masked, shuffled)
+        shuffled[str(seed)] = {user: tuple(rng.sample(items, K)) for user, items in lists.items()}
+    rankings = {"base": None, **shuffled}
+    metrics = evaluate_methods(base.data, recommendations_of(base), rankings, {"all_users": None})
+    check_invariants(metrics, K)
+    before = metrics["base"]["all_users"]
+    for seed in shuffled:
+        after = metrics[seed]["all_users"]
         for metric in (f"recall@{K}", "recall@20", f"hit@{K}", f"precision@{K}", f"itemcoverage@{K}", "giniindex@20"):
-            assert metrics[metric] == own[metric], metric
-        assert metrics["ndcg@5"] != own["ndcg@5"] and metrics["gauc"] != own["gauc"]
+            assert after[metric] == before[metric], metric
+        assert after["ndcg@5"] != before["ndcg@5"] and after["gauc"] != before["gauc"]
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
-def test_oracle_ndcg_is_the_base_models_recall(ml100k, name, mask):
-    trained = ml100k(name)
-    data, base = trained.data, trained.masked if mask else trained.open
-    own = evaluated(data, base, None)
-    lists = {
-        u: promote(items, target_of(data, u, "test")) if target_of(data, u, "test") in items else items
-        for u, items in lists_of(data, base).items()
-    }
-    oracle = evaluated(data, base, lists)
+def test_oracle_ndcg_is_the_base_models_recall(ml100k, name, mask, recommendations_of):
+    base = base_of(ml100k(name), mask)
+    targets = test_targets(base.data)
+    oracle = {user: promote(items, targets[user]) for user, items in lists_of(base).items() if targets[user] in items}
+    scopes = {"all_users": None, "hit_users": set(oracle)}
+    metrics = evaluate_methods(base.data, recommendations_of(base), {"base": None, "oracle": oracle}, scopes)
+    check_invariants(metrics, K)
+    recall = metrics["base"]["all_users"][f"recall@{K}"]
+    values = metrics["oracle"]["all_users"]
     for k in (1, 5, K):
-        assert oracle[f"ndcg@{k}"] == oracle[f"recall@{k}"] == oracle[f"mrr@{k}"] == own[f"recall@{K}"] > 0
-    assert oracle["recall@20"] == own["recall@20"]
+        assert values[f"ndcg@{k}"] == values[f"recall@{k}"] == values[f"mrr@{k}"] == recall > 0
+    assert values["recall@20"] == metrics["base"]["all_users"]["recall@20"]
+    assert metrics["oracle"]["hit_users"]["ndcg@1"] == metrics["base"]["hit_users"][f"recall@{K}"] == 1.0
 
 
-def test_recall_against_a_count_by_hand(ml100k):
+def test_broken_invariants_are_errors():
+    base = {"recall@5": 0.4, "recall@10": 0.5, "recall@20": 0.6, "ndcg@10": 0.3}
+    check_invariants({"base": {"all_users": base}, "oracle": {"all_users": {**base, "ndcg@10": 0.5}}}, 10)
+    with pytest.raises(GR2Error, match="changed recall@20 from 0.6 to 0.7"):
+        check_invariants({"base": {"all_users": base}, "rl": {"all_users": {**base, "recall@20": 0.7}}}, 10)
+    with pytest.raises(GR2Error, match="the oracle's ndcg@10 is 0.3"):
+        check_invariants({"base": {"all_users": base}, "oracle": {"all_users": base}}, 10)
+
+
+def test_recall_against_a_count_by_hand(ml100k, recommendations_of):
+    base = ml100k("BPR").masked
+    targets = test_targets(base.data)
+    hits = {user for user, items in lists_of(base).items() if targets[user] in items}
+    scopes = {"all_users": None, "hit_users": hits, "others": set(targets) - hits}
+    metrics = evaluate_methods(base.data, recommendations_of(base), {"base": None}, scopes)["base"]
+    assert metrics["all_users"][f"recall@{K}"] == pytest.approx(len(hits) / 943, abs=1e-12)
+    assert metrics["hit_users"][f"recall@{K}"] == 1.0 and metrics["others"][f"recall@{K}"] == 0.0
+
+
+def test_a_scope_without_users_is_an_error(ml100k, evaluated):
+    base = ml100k("BPR").masked
+    with pytest.raises(GR2Error, match="group of users") as error:
+        evaluated(base, users=set())
+    assert error.value.do
+
+
+def test_a_ranking_of_other_items_is_an_error(ml100k, evaluated):
     trained = ml100k("BPR")
-    data = trained.data
-    lists = lists_of(data, trained.masked)
-    hits = [target_of(data, user, "test") in items for user, items in lists.items()]
-    metrics = evaluated(data, trained.masked, None)
-    assert metrics[f"recall@{K}"] == pytest.approx(np.mean(hits), abs=1e-12)
-    inside = [user for user, hit in zip(lists, hits, strict=True) if hit]
-    assert evaluated(data, trained.masked, None, users=inside)[f"recall@{K}"] == 1.0
-
-
-def test_a_ranking_of_other_items_is_an_error(ml100k):
-    trained = ml100k("BPR")
-    user, items = next(iter(lists_of(trained.data, trained.masked).items()))
+    user, items = next(iter(lists_of(trained.masked).items()))
+    for wrong in ((*items[:-1], items[0]), (*items[:-1], 0)):
+        with pytest.raises(GR2Error, match="no permutation"):
+            evaluated(trained.masked, {user: wrong})
     with pytest.raises(GR2Error, match="no permutation"):
-        evaluated(trained.data, trained.masked, {user: (*items[:-1], items[0])})
-    with pytest.raises(GR2Error, match="no permutation"):
-        evaluated(trained.data, trained.open, {user: items})
+        evaluated(trained.open, {user: items})
 
 
 @pytest.mark.parametrize("name", ["Pop", "ItemKNN"])
-def test_base_models_with_tied_scores_keep_their_order(ml100k, name):
-    trained = ml100k(name)
-    for base in (trained.open, trained.masked):
-        stock = evaluated(trained.data, base, None)
-        again = evaluated(trained.data, base, lists_of(trained.data, base))
-        # RecBole's GAUC gives tied items their mean rank, and a re-ranked row has no ties.
-        assert {m: v for m, v in again.items() if m != "gauc"} == {m: v for m, v in stock.items() if m != "gauc"}
+@pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
+def test_base_models_with_tied_scores_keep_their_order(ml100k, name, mask, evaluated):
+    """RecBole's metrics up to its default cut-off 10 are equal, although `torch.topk` breaks ties as it likes.
+
+    RecBole's GAUC gives tied items their mean rank, and the rebuilt rows have no ties.
+    """
+    base = base_of(ml100k(name), mask)
+    config = copy.copy(base.data.config)
+    config.final_config_dict = {**config.final_config_dict, "topk": [1, 5, 10]}
+    direct = SimpleNamespace(config=config, built=base.data.built, uid=base.data.uid, sequences=base.data.sequences)
+    stock = at_most_10(stock_metrics(direct, base, mask))
+    assert len(stock) == 11 * 3
+    assert at_most_10(evaluated(base)) == at_most_10(evaluated(base, lists_of(base))) == stock
 
 
-rows_of_scores = st.integers(4, 12).flatmap(
-    lambda width: st.lists(
-        st.lists(st.sampled_from([-torch.inf, 0.0, 0.5, 1.0, 2.0, 3.0]), min_size=width, max_size=width),
-        min_size=1,
-        max_size=4,
-    )
-)
+def test_ties_behind_the_tenth_place_are_in_order_of_ids(ml100k):
+    base = ml100k("Pop").masked
+    ties = 0
+    for batch in recommend(base, "test", depth_of(base.data), break_ties=False):
+        for items, scores in zip(batch.items[:, K:], batch.scores[:, K:], strict=True):
+            pairs = list(zip((-scores).tolist(), items.tolist(), strict=True))
+            assert pairs == sorted(pairs)
+            ties += len(pairs) - len(set(scores.tolist()))
+    assert ties > 10_000
 
 
-@settings(deadline=None)
-@given(rows_of_scores, st.integers(2, 4), st.randoms())
-def test_tie_free_rows(rows, reach, rng):
-    scores = torch.tensor(rows)
+def test_the_first_items_do_not_depend_on_the_depth(ml100k):
+    base = ml100k("Pop").masked
+    (deep,) = recommend(base, "test", depth_of(base.data), break_ties=False)
+    for depth in (1, 5, K, 11, 50):
+        (batch,) = recommend(base, "test", depth, break_ties=False)
+        assert np.array_equal(batch.items, deep.items[:, :depth])
+        assert np.array_equal(batch.scores, deep.scores[:, :depth])
+
+
+def test_a_wrong_order_is_not_stored(ml100k):
+    """The check of the scoring pass notices a wrong rank, and items in a wrong order."""
+    base = ml100k("BPR").masked
+    ((rows, scores),) = base.batches("test")
+    targets = rows[base.data.iid]
+    (batch,) = recommend(base, "test", depth_of(base.data), break_ties=False)
+    check = RecboleCheck(base)
+    check.add(batch, scores, targets)
+    check.finish()
+    for wrong in (batch.target_rank + 1, batch.target_rank - 1):
+        with pytest.raises(GR2Error, match="rank of a target") as error:
+            RecboleCheck(base).add(batch._replace(target_rank=wrong), scores, targets)
+        assert "BPR" in error.value.where
+    check = RecboleCheck(base)
+    check.add(batch._replace(items=np.roll(batch.items, 1, axis=1)), scores, targets)
+    with pytest.raises(GR2Error, match="RecBole's metrics"):
+        check.finish()
+
+
+values_of_scores = st.sampled_from([-torch.inf, UNREACHED, 0.0, 0.5, 1.0, 2.0, 3.0])
+
+
+@st.composite
+def scored_rows(draw):
+    """Scores (B, N + 1) with ties, masked and unreached items, and targets."""
+    width, count = draw(st.integers(4, 30)), draw(st.integers(1, 4))
+    row = st.lists(values_of_scores, min_size=width, max_size=width)
+    scores = torch.tensor([draw(row) for _ in range(count)], dtype=torch.float64)
     scores[:, 0] = -torch.inf
-    order = base_order(scores, reach)
-    first = order[:, :reach]
-    assert torch.equal(first, torch.topk(scores, reach).indices)
-    heads = [None if rng.random() < 0.3 else tuple(rng.sample(row, len(row))) for row in first.tolist()]
-    free = tie_free(order, heads)
-    assert sorted(free[0].tolist()) == list(range(-scores.size(1), 0))
-    for row, (before, after) in enumerate(zip(scores.tolist(), free.tolist(), strict=True)):
-        ranked = sorted(range(len(after)), key=lambda item: -after[item])
-        assert ranked[:reach] == list(heads[row] or first[row].tolist())
-        assert [before[i] for i in ranked[reach:]] == sorted((before[i] for i in ranked[reach:]), reverse=True)
+    targets = torch.tensor([draw(st.integers(1, width - 1)) for _ in range(count)])
+    return scores, targets, draw(st.integers(2, width - 1))
+
+
+@settings(deadline=None, max_examples=100)
+@given(scored_rows())
+def test_full_rows(drawn):
+    """The rebuilt row is the complete ranking: listed items, then ids in order, and the target at its exact rank."""
+    scores, targets, depth = drawn
+    items, values, ranks = rank_items(scores, targets, depth)
+    rows = full_rows(items, targets, ranks, scores == -torch.inf)
+    first = torch.topk(scores, min(10, scores.size(1))).indices
+    for number, row in enumerate(scores.tolist()):
+        target, proposed = int(targets[number]), [item for item, score in enumerate(row) if score > UNREACHED]
+        head = [item for item in first[number].tolist() if item in proposed]
+        expected = head + sorted(set(proposed) - set(head), key=lambda item: (-row[item], item))
+        listed = [item for item in items[number].tolist() if item]
+        assert listed == expected[:depth]
+        assert [row[item] for item in listed] == values[number].tolist()[: len(listed)]
+        assert int(ranks[number]) == (expected.index(target) + 1 if target in proposed else 0)
+        free = [item for item, score in enumerate(row) if score > -torch.inf]
+        rest = [item for item in free if item not in listed and item != target]
+        if target in free and target not in listed:
+            rest.insert((int(ranks[number]) or len(free)) - 1 - len(listed), target)
+        assert rows[number].argsort(descending=True).tolist()[: len(free)] == listed + rest
+        assert sorted(rows[number].tolist(), reverse=True)[: len(free)] == [-1.0 - i for i in range(len(free))]
+        assert (rows[number] > -torch.inf).sum() == len(free)
+
+
+@settings(deadline=None, max_examples=100)
+@given(scored_rows(), st.integers(1, 29))
+def test_a_target_outside_the_list_is_never_a_hit(drawn, cutoff):
+    """However short the list is, and however few items are not masked."""
+    scores, targets, depth = drawn
+    cutoff = min(cutoff, scores.size(1) - 1)
+    items, _, ranks = rank_items(scores, targets, depth)
+    listed = (items == targets.unsqueeze(1)).any(1)
+    ranks = torch.where(listed, ranks, 0)
+    rows = full_rows(items, targets, ranks, scores == -torch.inf, cutoff)
+    hits = (torch.topk(rows, cutoff).indices == targets.unsqueeze(1)).any(1)
+    assert torch.equal(hits, listed & (ranks <= cutoff))
+
+
+def test_batches_do_not_change_anything(ml100k, monkeypatch, recommendations_of, evaluated):
+    base = ml100k("CausalSASRec").masked
+    lists = {user: items[::-1] for user, items in lists_of(base).items()}
+    whole, metrics = recommendations_of(base), evaluated(base, lists)
+    monkeypatch.setitem(base.data.config.final_config_dict, "eval_batch_size", 100)
+    assert len(list(base.scores("test"))) == 10
+    parts = score(base)
+    assert parts.users == whole.users and np.array_equal(parts.target_rank, whole.target_rank)
+    assert np.array_equal(parts.items, whole.items) and evaluated(base, lists) == metrics
+
+
+def test_cut_offs_above_the_stored_depth(ml100k, recommendations_of):
+    base = ml100k("BPR").masked
+    recommendations, config = recommendations_of(base), copy.copy(base.data.config)
+    assert recommendations.items.shape == (943, 200)
+    config.final_config_dict = {**config.final_config_dict, "topk": [200], "metrics": ["Recall"]}
+    (recall,) = evaluate_methods(base.data, recommendations, {"m": None}, {"s": None}, config)["m"]["s"].values()
+    ranks = recommendations.target_rank
+    assert recall == pytest.approx(np.mean((ranks > 0) & (ranks <= 200))) and ranks.max() > 1000
+    config.final_config_dict["topk"] = [10, 201]
+    with pytest.raises(ConfigurationError, match="topk contains 201, but 200 items") as error:
+        evaluate_methods(base.data, recommendations, {"m": None}, {"s": None}, config)
+    assert error.value.where == "topk" and "at most 200" in error.value.do
+
+
+def test_unreached_is_the_score_of_the_beam_search():
+    from recbole_gr2.llm import beam
+
+    assert beam.UNREACHED == UNREACHED == float(np.float32(UNREACHED))
 
 
 # --- seen items ------------------------------------------------------------------------------------------------------
@@ -324,20 +522,6 @@ def test_mask_seen_touches_nothing_else():
     scores = torch.zeros(2, 5)
     mask_seen(scores, [1, 2], SimpleNamespace(history=lambda user, split: histories[user]), "test")
     assert scores.tolist() == [[0, 0, -torch.inf, -torch.inf, 0], [0, 0, 0, 0, 0]]
-
-
-def test_scores_of_some_users_and_in_batches(ml100k):
-    trained = ml100k("CausalSASRec")
-    some = [5, 900, 33]
-    ((users, few),) = trained.masked.scores("test", users=some)
-    assert sorted(users.tolist()) == sorted(some)
-    every = {
-        user: row
-        for ids, scores in trained.masked.scores("test")
-        for user, row in zip(ids.tolist(), scores, strict=False)
-    }
-    for user, row in zip(users.tolist(), few, strict=True):
-        assert torch.allclose(row, every[user], atol=1e-5)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -366,14 +550,14 @@ def capture_training(monkeypatch) -> list:
 @pytest.mark.parametrize("name", [*BASES, "SASRec"])
 def test_what_each_base_is_trained_on(ml100k, name, monkeypatch, tmp_path):
     data = ml100k(name if name in BASES else "CausalSASRec").data
-    if name == "SASRec":  # RecBole's rows, one a prefix; stop before the training, which takes long
-        more = {**dict(data.settings), "base_model": "SASRec"}
-        data = Data(load_settings(config_dict={k: v for k, v in more.items() if k != "preset"} | {"preset": "smoke"}))
+    if name == "SASRec":  # RecBole's rows, one per prefix
+        data = copy.copy(data)
+        data.settings = load_settings(config_dict={"preset": "smoke", "base_model": name})
     captured = capture_training(monkeypatch)
     monkeypatch.setattr("recbole.trainer.Trainer.fit", stop_training)
     for hold_out, last in ((False, 2), (True, 3)):
         with pytest.raises(StopTraining):
-            train_base(data, tmp_path / str(hold_out), hold_out=hold_out, epochs=1)
+            train_model(data, tmp_path / str(hold_out), hold_out=hold_out, epochs=1)
         feat = captured[-1].inter_feat
         seen: dict[int, set] = {user: set() for user in data.sequences}
         lists = feat["item_id_list"].tolist() if "item_id_list" in feat else [[]] * len(feat)
@@ -392,21 +576,35 @@ def stop_training(*args, **kwargs):
     raise StopTraining
 
 
-def test_a_finished_base_is_loaded_and_scores_the_same(ml100k, tmp_path, monkeypatch):
-    data = ml100k("BPR").data
-    first = train_base(data, tmp_path / "base", hold_out=True, epochs=1)
+@pytest.mark.parametrize("name", ["BPR", "LightGCN", "SASRec", "ItemKNN"])
+def test_a_finished_base_is_loaded_and_scores_the_same(planted, tmp_path, monkeypatch, name):
+    data = Data(toy_settings(planted, "planted", base_model=name, cand_exclude_seen=False))
+    first = train_or_load(data, tmp_path / "base", hold_out=True, epochs=1)
     monkeypatch.setattr("recbole.trainer.Trainer.fit", stop_training)
-    again = train_base(data, tmp_path / "base", hold_out=True, epochs=1)
-    assert again.facts == first.facts and first.facts["hold_out"] is True
+    monkeypatch.setattr("recbole.data.utils.create_samplers", stop_training)
+    monkeypatch.setattr("recbole.data.utils.get_dataloader", stop_training)
+    again = train_or_load(data, tmp_path / "base", hold_out=True, epochs=1)
+    assert again.metadata == first.metadata and first.metadata["hold_out"] is True
+    assert first.exclude_seen is data.settings["cand_exclude_seen"] is False
+    assert load_model(data, tmp_path / "base", exclude_seen=True).exclude_seen is True
     ((_, one),) = first.scores("valid")
     ((_, other),) = again.scores("valid")
     assert torch.equal(one, other)
 
 
+def test_a_model_without_metadata_is_not_finished(planted, tmp_path):
+    data = Data(toy_settings(planted, "planted"))
+    train_model(data, tmp_path, model="Pop", epochs=1)
+    (tmp_path / "metadata.json").unlink()
+    with pytest.raises(MissingFileError, match="not been trained"):
+        load_model(data, tmp_path, model="Pop")
+    assert train_or_load(data, tmp_path, model="Pop", epochs=1).metadata["model"] == "Pop"
+
+
 def test_the_hold_out_base_differs_from_the_base(ml100k, tmp_path):
     trained = ml100k("BPR")
-    held = train_base(trained.data, tmp_path / "base", hold_out=True, epochs=1)
-    assert held.facts["training_rows"] == trained.open.facts["training_rows"] - 943
+    hold_out = train_model(trained.data, tmp_path / "base", hold_out=True, epochs=1)
+    assert hold_out["training_rows"] == trained.open.metadata["training_rows"] - 943
 
 
 def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_path, monkeypatch):
@@ -419,7 +617,7 @@ def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_p
 
     monkeypatch.setattr("recbole.trainer.Trainer.fit", look)
     with pytest.raises(StopTraining):
-        train_base(data, tmp_path, hold_out=False, epochs=1)
+        train_model(data, tmp_path, epochs=1)
     trained = {user: set(items.tolist()) for user, items in data.train_sequences().items()}
     assert len(drawn) == sum(map(len, trained.values()))
     assert not [pair for pair in drawn if pair[1] in trained[pair[0]]]
@@ -427,12 +625,10 @@ def test_negatives_of_a_general_base_are_never_the_users_own_items(ml100k, tmp_p
 
 @pytest.mark.parametrize(("name", "text"), [("Nobody", "no model named 'Nobody'"), ("FM", "FM is a context model")])
 def test_models_that_cannot_be_a_base(ml100k, name, text, tmp_path):
-    data = ml100k("BPR").data
-    wrong = SimpleNamespace(settings={**dict(data.settings), "base_model": name})
-    if name == "FM":
-        wrong.settings = load_settings(config_dict={"preset": "smoke", "base_model": name})
+    data = copy.copy(ml100k("BPR").data)
+    data.settings = load_settings(config_dict={"preset": "smoke", "base_model": name})
     with pytest.raises(ConfigurationError, match=text):
-        train_base(wrong, tmp_path, hold_out=False)
+        train_model(data, tmp_path)
 
 
 # --- SASRec on whole sequences ---------------------------------------------------------------------------------------
@@ -589,7 +785,7 @@ def test_every_text_is_in_the_fingerprint(ml100k, text):
     data, other = (copy.copy(ml100k("BPR").data) for _ in range(2))
     data.__dict__.pop("fingerprint", None)
     other.__dict__.pop("fingerprint", None)
-    other.__dict__["items"] = (*data.items[:-1], replace(data.items[-1], **{text: "another"}))
+    other.__dict__["catalog"] = Catalog((*data.catalog[:-1], replace(data.catalog[-1], **{text: "another"})))
     assert data.fingerprint == ml100k("BPR").data.fingerprint != other.fingerprint
 
 
@@ -677,15 +873,164 @@ def test_importing_the_package_leaves_torch_load_safe():
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-# --- candidate lists as a base ---------------------------------------------------------------------------------------
+# --- imported lists --------------------------------------------------------------------------------------------------
 
 
-def test_listed_base_ranks_as_the_model_does(ml100k):
-    trained = ml100k("BPR")
-    listed = ListedBase(data=trained.data, requests=top_candidates(trained.masked, "test", 20))
-    ours = evaluated(trained.data, listed, None)
-    own = evaluated(trained.data, trained.masked, None)
-    assert {m: v for m, v in ours.items() if m != "gauc"} == {m: v for m, v in own.items() if m != "gauc"}
+def test_imported_lists_rank_as_the_model_does(ml100k, evaluated):
+    base = ml100k("BPR").masked
+    recommendations = from_lists(base.data, top_candidates(base, "test", 20))
+    imported = evaluate_methods(base.data, recommendations, {"m": None}, {"s": None})["m"]["s"]
+    metrics = evaluated(base)
+    assert {m: v for m, v in imported.items() if m != "gauc"} == {m: v for m, v in metrics.items() if m != "gauc"}
+
+
+@pytest.mark.parametrize("length", [2, 6])
+def test_short_lists_contain_all_hits(ml100k, length):
+    """Metrics at 10 and 20 count the targets in the lists, not items that fill the places behind them."""
+    base = ml100k("BPR").masked
+    requests = top_candidates(base, "test", length)
+    hits = [request.target in request.items for request in requests]
+    recommendations = from_lists(base.data, requests)
+    rankings = {
+        "base": None,
+        "oracle": {r.user_token: promote(r.items, r.target) for r in requests if r.target in r.items},
+    }
+    metrics = evaluate_methods(base.data, recommendations, rankings, {"all_users": None})
+    check_invariants(metrics, 10)
+    for k in (10, 20):
+        assert metrics["base"]["all_users"][f"recall@{k}"] == pytest.approx(np.mean(hits), abs=1e-12) and any(hits)
+    assert metrics["oracle"]["all_users"]["ndcg@1"] == pytest.approx(np.mean(hits), abs=1e-12)
+
+
+def test_recommendations_are_read_as_they_were_written(ml100k, tmp_path, recommendations_of):
+    recommendations = recommendations_of(ml100k("BPR").masked)
+    write_recommendations(tmp_path, recommendations)
+    again = read_recommendations(tmp_path)
+    assert again.users == recommendations.users and again.exclude_seen is True
+    assert np.array_equal(again.items, recommendations.items) and again.items.dtype == np.int32
+    assert np.array_equal(again.target_rank, recommendations.target_rank)
+    assert [file.name for file in tmp_path.iterdir()] == ["recommendations.npz"]
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def stage_context(name: str, data: Data, folder: Path, **folders: Path) -> Context:
+    (folder / name).mkdir()
+    return Context(
+        stage=name, settings=data.settings, data=data, folder=folder / name, inputs={}, folders=folders, say=print
+    )
+
+
+def run_stages(root: Path, folder: Path, **options) -> tuple[Data, dict, dict]:
+    data = Data(toy_settings(folder, "planted", base_model="BPR", base_epochs=2, **options))
+    base = base_model.run(stage_context("base_model", data, root))
+    summary = candidates.run(stage_context("candidates", data, root, base_model=root / "base_model"))
+    return data, base, summary
+
+
+def test_stages_base_model_and_candidates(planted, tmp_path, monkeypatch):
+    data, base, summary = run_stages(tmp_path, planted)
+    assert base["base"]["training_rows"] == 60 * 7 and base["hold_out"]["training_rows"] == 60 * 6
+    assert base["hold_out"]["epochs"] == base["base"]["epochs"] and "best_valid" not in base["hold_out"]
+    folder = tmp_path / "candidates"
+    assert {file.name for file in folder.iterdir()} == {
+        *(f"{split}.jsonl" for split in SPLITS),
+        "recommendations.npz",
+        "stats.json",
+    }
+    lists = {split: read_requests(folder / f"{split}.jsonl", data.catalog) for split in SPLITS}
+    for split, requests in lists.items():
+        assert {r.user_token for r in requests} == set(planted_sequences())
+        assert {r.provider for r in requests} == {"BPR hold-out" if split == "train" else "BPR"}
+        assert summary["stats"][split]["hit_users"] == sum(r.target in r.items for r in requests) > 0
+    recommendations = read_recommendations(folder)
+    users = dict(zip(recommendations.users, recommendations.items.tolist(), strict=True))
+    assert all(users[r.user_token][:K] == list(r.items) for r in lists["test"])
+    assert recommendations.items.shape == (60, 40) and recommendations.exclude_seen
+    assert set(map(len, map(set, users.values()))) == {40 - 8 + 1}  # 0 fills the places of seen items
+    monkeypatch.setattr("recbole.trainer.Trainer.fit", stop_training)
+    again = base_model.run(replace(stage_context("again", data, tmp_path), folder=tmp_path / "base_model"))
+    assert again == base  # An interrupted stage does not train a finished model again.
+
+
+def test_stage_candidates_imports_lists_without_a_base_model(planted, tmp_path):
+    data, _, summary = run_stages(tmp_path, planted)
+    file = tmp_path / "lists.jsonl"
+    requests = [r for split in SPLITS for r in read_requests(tmp_path / "candidates" / f"{split}.jsonl", data.catalog)]
+    write_requests(file, requests, data.catalog)
+    other = Data(toy_settings(planted, "planted", base_model="BPR", cand_file=str(file)))
+    (tmp_path / "import").mkdir()
+    imported = candidates.run(stage_context("candidates", other, tmp_path / "import"))
+    assert imported == {"imported": str(file), "stats": summary["stats"]}
+    for split in SPLITS:
+        texts = [(root / "candidates" / f"{split}.jsonl").read_text() for root in (tmp_path, tmp_path / "import")]
+        assert texts[0] == texts[1]
+    lists = read_recommendations(tmp_path / "import" / "candidates")
+    own = read_recommendations(tmp_path / "candidates")
+    assert (
+        not lists.exclude_seen and np.array_equal(lists.items[:, :K], own.items[:, :K]) and not lists.items[:, K:].any()
+    )
+    assert np.array_equal(lists.target_rank, np.where(own.target_rank <= K, own.target_rank, 0))
+
+
+def test_stage_of_another_recommender(planted, tmp_path, recommendations_of):
+    data = Data(toy_settings(planted, "planted", models=["ItemKNN"], models_options={"k": 5}))
+    summary = recommender.run(stage_context("ItemKNN", data, tmp_path))
+    assert summary["model"] == "ItemKNN" and summary["hold_out"] is False
+    folder = tmp_path / "ItemKNN"
+    metrics = evaluate_methods(data, read_recommendations(folder), {"m": None}, {"s": None})["m"]["s"]
+    model = load_model(data, tmp_path / "ItemKNN" / "model", model="ItemKNN")
+    assert metrics == evaluate_methods(data, recommendations_of(model), {"m": None}, {"s": None})["m"]["s"]
+
+
+@pytest.mark.parametrize("name", ["BPR", "SASRec"])
+def test_training_reads_no_setting_of_lists_and_no_reported_metric(planted, tmp_path, name):
+    trained = []
+    for number, options in enumerate(
+        (
+            {},
+            {"metrics": ["GAUC", "Precision"], "topk": [3, 20]},
+            {"cand_num": 4, "cand_exclude_seen": False},
+        )
+    ):
+        data = Data(toy_settings(planted, "planted", base_model=name, base_epochs=3, **options))
+        metadata = train_model(data, tmp_path / str(number))
+        trained.append((metadata, (tmp_path / str(number) / "model.safetensors").read_bytes()))
+    assert trained[0] == trained[1] == trained[2] and list(trained[0][0]["best_valid"]) == ["NDCG@10"]
+
+
+def test_validation_masks_seen_items_only_without_repeats(tmp_path):
+    """Every target is in the user's history: a mask would make all validation scores 0."""
+    sequences = {f"u{user}": ["a", "b", "a", "b", f"c{user}", "a", "b", "a"] for user in range(30)}
+    write_atomic(tmp_path, "repeats", sequences)
+    # Pop counts an item at most once in a batch.
+    data = Data(toy_settings(tmp_path, "repeats", base_model="Pop", base_train_batch_size=1))
+    assert data.has_repeats
+    assert train_model(data, tmp_path / "base")["best_valid"]["NDCG@10"] > 0.5
+
+
+def test_ml100k_has_no_repeats(ml100k):
+    assert not ml100k("BPR").data.has_repeats
+
+
+def test_masked_targets_are_reported(tmp_path, capsys):
+    sequences = planted_sequences()
+    for user in list(sequences)[:6]:
+        sequences[user][-1] = sequences[user][0]
+    write_atomic(tmp_path, "planted", sequences)
+    run_stages(tmp_path, tmp_path)
+    shown = capsys.readouterr().out
+    assert "10.0% of the test targets are in the user's history" in shown and "rm_dup_inter" in shown
+
+
+def test_training_writes_nothing_to_the_current_folder(planted, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    data = Data(toy_settings(planted, "planted", base_model="BPR", base_epochs=2))
+    train_model(data, tmp_path / "model")
+    assert not list(Path.cwd().iterdir())
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"metadata.json", "model.safetensors"}
 
 
 # --- Beauty ----------------------------------------------------------------------------------------------------------
@@ -726,11 +1071,11 @@ def test_a_loss_by_length_is_the_whole_loss(ml100k, name, exact):
     network = find_model(name)(config, data.built[0])
     lengths = batch[network.ITEM_SEQ_LEN]
     assert lengths.min() <= 4 and lengths.max() == 50
-    said = []
-    loss = ByLength(network, said.append)
+    lines = []
+    loss = BucketedLoss(network, lines.append)
     network.train()
     loss(batch)
-    assert loss.exact is exact and network.training and len(said) == (not exact)
+    assert loss.exact is exact and network.training and len(lines) == (not exact)
     if not exact:
         return
     network.eval()  # without dropout

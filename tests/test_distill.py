@@ -1,14 +1,16 @@
-"""On-policy distillation on a tiny random Llama: what a token is paid, and that the student nears its teacher."""
+"""On-policy distillation with a tiny random Llama: advantages of tokens, gradients, and training."""
 
 import itertools
+import json
 
 import pytest
 import torch
 from local_server import serve
-from test_dapo import RewardOf, build, first_label, one_round, tiny_model, word_tokenizer
+from test_dapo import RewardOf, build, first_label, first_round, log_of, tiny_model, word_tokenizer
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.llm.distill import DistillTrainer, EndpointTeacher, LocalTeacher
+from recbole_gr2.llm.losses import completion_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def tokenizer():
 
 
 def other_model(tokenizer, scale: float = 3.0):
-    """A model that is sure of other tokens."""
+    """A model that prefers other tokens."""
     torch.manual_seed(1)
     model = tiny_model(tokenizer)
     with torch.no_grad():
@@ -37,32 +39,45 @@ def distill(tokenizer, folder, *, kl=1.0, rewards=None, teacher=None, **changes)
     )
 
 
-def same_worth(request_id, ranking):
+def equal_reward(request_id, ranking):
     return 1.0
 
 
-def test_a_token_is_paid_its_answer_and_its_teacher(tokenizer, tmp_path):
+def test_the_advantage_of_a_token_has_two_parts(tokenizer, tmp_path):
     trainer = distill(tokenizer, tmp_path, kl=0.3)
-    trainer.model.eval()
-    batch = trainer._generate_and_score_completions(one_round(trainer))
+    sampled = first_round(trainer).batch
+    batch = trainer.loss_inputs(sampled)
     teacher, student = (trainer.log_probs_under(model, batch) for model in (trainer.teacher.model, trainer.model))
-    alone = build(tokenizer, tmp_path / "alone", rewards=RewardOf(first_label))
-    alone.model.eval()
-    plain = alone._generate_and_score_completions(one_round(alone))
-    assert torch.equal(plain["completion_ids"], batch["completion_ids"])
     chosen = batch["tool_mask"].bool()
-    by_hand = plain["advantages"].unsqueeze(1) - 0.3 * (student - teacher)
-    assert torch.allclose(batch["advantages"][chosen], by_hand[chosen], atol=1e-5)
+    of_answer = torch.tensor([advantage for group in sampled for advantage in group.advantages]).unsqueeze(1)
+    expected = of_answer - 0.3 * (student - teacher)
+    assert torch.allclose(batch["advantages"][chosen], expected[chosen], atol=1e-5) and of_answer.abs().max() > 0.5
     assert (student - teacher)[chosen].abs().max() > 0.5
-    gap = (student - teacher)[chosen].mean().item()
-    assert trainer._metrics["train"]["teacher_kl"] == [pytest.approx(gap, abs=1e-5)]
+
+
+def test_the_samples_are_those_of_dapo(tokenizer, tmp_path):
+    plain = build(tokenizer, tmp_path / "plain", rewards=RewardOf(first_label), trainer={"max_resample": 0})
+    groups, plain_groups = (first_round(t).batch for t in (distill(tokenizer, tmp_path), plain))
+    assert [g.completions for g in groups] == [g.completions for g in plain_groups]
+    assert [g.advantages for g in groups] == [g.advantages for g in plain_groups]
+
+
+def test_the_log_has_the_mean_divergence(tokenizer, tmp_path):
+    trainer = distill(tokenizer, tmp_path / "run", rewards=RewardOf(equal_reward), steps=1)
+    trainer.train()
+    names = [json.loads(line)["request_id"] for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    other = distill(tokenizer, tmp_path / "other", rewards=RewardOf(equal_reward))
+    other.model.train()
+    batch = other.loss_inputs(other.sample_round(list(dict.fromkeys(names))).batch)
+    teacher, student = (other.log_probs_under(model, batch) for model in (other.teacher.model, other.model))
+    gap = (student - teacher)[batch["tool_mask"].bool()].mean().item()
+    assert log_of(trainer)[0]["teacher_kl"] == pytest.approx(gap, abs=1e-5)
 
 
 def test_the_gradient_is_that_of_the_divergence(tokenizer, tmp_path):
-    """Over all completions of one prompt, weighted by their probability, against KL(student || teacher) itself."""
-    trainer = distill(tokenizer, tmp_path, rewards=RewardOf(same_worth), max_reasoning=0)
-    trainer.model.eval()
-    batch = trainer._generate_and_score_completions(one_round(trainer))
+    """The sum over all completions of one prompt, weighted by their probability, against KL(student || teacher)."""
+    trainer = distill(tokenizer, tmp_path, rewards=RewardOf(equal_reward), max_reasoning=0)
+    batch = trainer.loss_inputs(first_round(trainer).batch)
     row = {name: value[:1] for name, value in batch.items() if value.dim()}
     labels = list(trainer.grammar.label_ids)
     mark = torch.tensor([trainer.grammar.ranking_id])
@@ -74,53 +89,58 @@ def test_the_gradient_is_that_of_the_divergence(tokenizer, tmp_path):
     student, teacher = (trainer.log_probs_under(m, tensors) for m in (trainer.model, trainer.teacher.model))
     probability = student.sum(-1, keepdim=True).exp()
     assert probability.sum() == pytest.approx(1.0, abs=1e-4)
-    trainer._label_prior = tensors["label_prior"]
-    live = trainer._get_per_token_logps_and_entropies(
+    live, _ = completion_log_probs(
         trainer.model,
         torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], 1),
         torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], 1),
         tensors["completion_ids"].size(1),
-    )[0]
+        tensors["label_prior"],
+        trainer.grammar,
+        trainer.temperature,
+    )
     weight = trainer.model.lm_head.weight
     ours = torch.autograd.grad((probability * (student - teacher) * live).sum(), weight, retain_graph=True)[0]
-    # The divergence of each token given what stands before it; how often that stands there is not differentiated.
+    # The divergence of each token given the tokens before it. The probability of these has no gradient.
     before, divergence = (student.cumsum(-1) - student).exp(), 0.0
     for place in range(1, len(labels) + 1):
-        choices: dict[tuple, dict[int, int]] = {}  # what stands before -> next token -> a completion that goes on so
+        choices: dict[tuple, dict[int, int]] = {}  # prefix -> next token -> a completion
         for number, ids in enumerate(every):
             choices.setdefault(tuple(ids[:place].tolist()), {})[ids[place].item()] = number
         for rows in (list(next_tokens.values()) for next_tokens in choices.values()):
-            own = live[rows, place]
-            divergence = divergence + before[rows[0], place] * (own.exp() * (own - teacher[rows, place])).sum()
+            log_p = live[rows, place]
+            divergence = divergence + before[rows[0], place] * (log_p.exp() * (log_p - teacher[rows, place])).sum()
     exact = torch.autograd.grad(divergence, weight)[0]
     assert torch.allclose(ours, exact, atol=1e-4) and exact.abs().max() > 1e-2
 
 
-def test_groups_of_one_worth_stay_and_count(tokenizer, tmp_path):
-    trainer = distill(tokenizer, tmp_path, rewards=RewardOf(same_worth))
-    batch = trainer._generate_and_score_completions(one_round(trainer))
+def test_zero_variance_groups_take_part_in_the_loss(tokenizer, tmp_path):
+    trainer = distill(tokenizer, tmp_path, rewards=RewardOf(equal_reward))
+    sampled = first_round(trainer)
+    batch = trainer.loss_inputs(sampled.batch)
     assert batch["num_items_in_batch"] == batch["tool_mask"].sum() > 0
-    assert trainer._metrics["train"]["refill_rounds"] == [0] and trainer._metrics["train"]["frac_groups_kept"] == [1.0]
+    metrics = sampled.metrics(trainer.requests)
+    assert metrics["refill_rounds"] == 0 and metrics["frac_groups_kept"] == 1.0
 
 
-def test_the_student_comes_nearer_to_its_teacher(tokenizer, tmp_path):
+@pytest.mark.slow
+def test_the_student_approaches_its_teacher(tokenizer, tmp_path):
     soft = LocalTeacher(other_model(tokenizer, scale=0.7), tokenizer, tokenizer)
     trainer = distill(
         tokenizer,
         tmp_path,
         teacher=soft,
-        rewards=RewardOf(same_worth),
+        rewards=RewardOf(equal_reward),
         steps=25,
         save_steps=25,
         learning_rate=5e-3,
         num_generations=8,
     )
     trainer.train()
-    gaps = [line["teacher_kl"] for line in trainer.state.log_history if "teacher_kl" in line]
+    gaps = [line["teacher_kl"] for line in log_of(trainer)]
     assert len(gaps) == 25 and sum(gaps[-5:]) < 0.75 * sum(gaps[:5])
 
 
-def test_a_teacher_of_other_tokens_is_refused(tokenizer):
+def test_a_teacher_with_another_vocabulary_is_an_error(tokenizer):
     other = word_tokenizer()
     other.add_tokens(["one_more"])
     with pytest.raises(ConfigurationError, match="they differ"):
@@ -129,26 +149,26 @@ def test_a_teacher_of_other_tokens_is_refused(tokenizer):
 
 @pytest.fixture
 def endpoint(tokenizer, monkeypatch):
-    """A server that answers as vLLM does, with `echo`; `faults` are what it does first."""
+    """A server that answers like vLLM with `echo`. `faults` are its first answers."""
     pytest.importorskip("openai", reason="the extra recbole-gr2[teacher] is not installed")
     monkeypatch.setenv("OPENAI_API_KEY", "test")
     model = other_model(tokenizer).eval()
 
-    def answer(asked, fault):
-        ids = torch.tensor([asked["prompt"]])
+    def answer(body, fault):
+        ids = torch.tensor([body["prompt"]])
         with torch.no_grad():
-            found = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        given = (
+            values = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        logprobs = (
             None
             if fault == "none"
-            else {"token_logprobs": [None, *found, -1.0], "tokens": [], "text_offset": [], "top_logprobs": None}
+            else {"token_logprobs": [None, *values, -1.0], "tokens": [], "text_offset": [], "top_logprobs": None}
         )
         return {
             "id": "1",
             "object": "text_completion",
             "created": 1,
-            "model": asked["model"],
-            "choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": given}],
+            "model": body["model"],
+            "choices": [{"index": 0, "finish_reason": "length", "text": "", "logprobs": logprobs}],
         }
 
     with serve(answer) as server:
@@ -157,27 +177,29 @@ def endpoint(tokenizer, monkeypatch):
 
 def test_a_teacher_behind_an_endpoint(tokenizer, tmp_path, endpoint):
     teacher = EndpointTeacher(endpoint.url, "big", concurrency=3)
-    trainer = distill(tokenizer, tmp_path, teacher=teacher, rewards=RewardOf(same_worth), max_reasoning=4)
-    trainer.model.eval()
+    trainer = distill(tokenizer, tmp_path, teacher=teacher, rewards=RewardOf(equal_reward), max_reasoning=4)
     endpoint.faults += [429, 500]
-    batch = trainer._generate_and_score_completions(one_round(trainer))
-    assert len(endpoint.seen) == 16 + 2 and all(asked["echo"] and asked["model"] == "big" for asked in endpoint.seen)
+    batch = trainer.loss_inputs(first_round(trainer).batch)
+    assert len(endpoint.seen) == 16 + 2 and all(body["echo"] and body["model"] == "big" for body in endpoint.seen)
     traces = trainer.grammar.phases(batch["completion_ids"], torch.full((16,), 4)).reasoning
     model = other_model(tokenizer).eval()
     for row in range(16):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()]
         ids = torch.cat([prompt, batch["completion_ids"][row]])
         with torch.no_grad():
-            said = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
-        paid = -(batch["old_per_token_logps"][row] - said)  # all answers are worth the same
-        assert torch.allclose(batch["advantages"][row][traces[row]], paid[traces[row]], atol=1e-4)
+            teacher_log_probs = (
+                model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
+            )
+        expected = -(batch["old_per_token_logps"][row] - teacher_log_probs)  # all answers have the same reward
+        assert torch.allclose(batch["advantages"][row][traces[row]], expected[traces[row]], atol=1e-4)
         assert (batch["advantages"][row][~traces[row]] == 0).all()
     assert traces.any()
 
 
 @pytest.mark.parametrize(("fault", "message"), [("none", "0 log-probabilities"), (400, "the endpoint failed")])
-def test_an_endpoint_that_cannot_teach(tokenizer, tmp_path, endpoint, fault, message):
+def test_an_endpoint_without_log_probabilities_is_an_error(tokenizer, tmp_path, endpoint, fault, message):
     trainer = distill(tokenizer, tmp_path, teacher=EndpointTeacher(endpoint.url, "big", concurrency=1))
     endpoint.faults += [fault]
+    sampled = first_round(trainer).batch
     with pytest.raises(GR2Error, match=message):
-        trainer._generate_and_score_completions(one_round(trainer))
+        trainer.loss_inputs(sampled)

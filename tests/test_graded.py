@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
+from recbole_gr2.artifacts import read_requests, write_requests
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.models import train_base
+from recbole_gr2.bridge.training import train_model
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.quick_start import main
-from recbole_gr2.requests import read_requests, write_requests
 
 RATED = {
     "preset": "smoke",
@@ -49,7 +49,7 @@ def test_the_last_three_train_items_are_targets(plain, rated):
             assert rated.history(user, split) == plain.history(user, split)
         seen |= set(rated.targets(user, "train").values())
     assert seen == {0, 1, 2} and rated.fingerprint != plain.fingerprint
-    assert rated.open_sequences() == [items[:-5].tolist() for items in rated.sequences.values()]
+    assert rated.sequences_without_train_targets() == [items[:-5].tolist() for items in rated.sequences.values()]
     rows, users = rated.rows("train")
     assert len(set(users.tolist())) == len(users) == 943
     assert rows["item_id"].tolist() == [next(iter(rated.targets(user, "train"))) for user in users.tolist()]
@@ -59,16 +59,16 @@ def test_the_last_three_train_items_are_targets(plain, rated):
 
 
 def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
-    held = [
-        train_base(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop").facts["training_rows"]
+    rows = [
+        train_model(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop")["training_rows"]
         for number, data in enumerate((plain, rated))
     ]
-    assert held[0] - held[1] == 2 * 943
+    assert rows[0] - rows[1] == 2 * 943
 
 
 def test_settings_that_cannot_be(rated):
     for change, message in (
-        ({"train_targets": 0}, "train_targets is 0"),
+        ({"train_targets": 0}, "train_targets"),
         ({"train_grades": {"stars": [1]}}, "no column 'stars'"),
         ({"train_grades": {"rating": [5, 3]}}, "rising thresholds"),
         ({"train_grades": {}}, "rising thresholds"),
@@ -77,6 +77,7 @@ def test_settings_that_cannot_be(rated):
             Data(load_settings(config_dict={**RATED, **change}))
 
 
+@pytest.mark.slow
 def test_a_run_on_graded_lists(rated, tmp_path, capsys):
     """The targets of the lists are graded, traces argue for a best one, and RL is paid by graded NDCG."""
     argv = [
@@ -92,23 +93,23 @@ def test_a_run_on_graded_lists(rated, tmp_path, capsys):
     assert main(argv) == 0, capsys.readouterr().err[-3000:]
     stages = tmp_path / "gr2" / "ml-100k" / "stages"
     (folder,) = (stages / "candidates").iterdir()
-    requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", rated.items)}
-    usable = [r for r in requests.values() if r.target_rank and r.teaches]
-    several = [r for r in usable if sum(gain > 0 for gain in r.gains) > 1]
-    assert several and len(usable) > 100 and {gain for r in usable for gain in r.gains} == {0, 1, 2}
+    requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", rated.catalog)}
+    usable = [r for r in requests.values() if r.target_rank and r.has_signal]
+    several = [r for r in usable if sum(gain > 0 for gain in r.relevance) > 1]
+    assert several and len(usable) > 100 and {gain for r in usable for gain in r.relevance} == {0, 1, 2}
     users = {token: user for user, token in enumerate(rated.user_tokens)}
     for request in requests.values():
         wanted = rated.targets(users[request.user_token], "train")
         assert request.grades == tuple(wanted.get(item, 0) for item in request.items)
-        if request.target_rank and request.teaches:
-            assert request.gains[request.target_rank - 1] == max(request.gains)
-    write_requests(tmp_path / "again.jsonl", requests.values(), rated.items)
+        if request.target_rank and request.has_signal:
+            assert request.relevance[request.target_rank - 1] == max(request.relevance)
+    write_requests(tmp_path / "again.jsonl", requests.values(), rated.catalog)
     assert (tmp_path / "again.jsonl").read_text() == (folder / "train.jsonl").read_text()
     (file,) = (stages / "traces").glob("*/accepted.jsonl")
-    ids = {item.token: item.item_id for item in rated.items}
+    ids = {item.token: item.item_id for item in rated.catalog}
     for line in map(json.loads, file.read_text().splitlines()):
         request = requests[line["request_id"]]
-        assert request.gains[request.items.index(ids[line["ranking"][0]])] == max(request.gains)
+        assert request.relevance[request.items.index(ids[line["ranking"][0]])] == max(request.relevance)
     (file,) = (stages / "rl").glob("*/checkpoints/rollouts.jsonl")
     ndcg = {line["terms"]["ndcg"] for line in map(json.loads, file.read_text().splitlines())}
     assert len(ndcg) > 3 and all(0 < value <= 1 for value in ndcg)
@@ -116,7 +117,7 @@ def test_a_run_on_graded_lists(rated, tmp_path, capsys):
 
 @pytest.mark.parametrize("grades", [[1], [1, -1], [1, 0.5], "ab"])
 def test_grades_of_an_imported_list(rated, tmp_path, grades):
-    tokens = [item.token for item in rated.items[:3]]
+    tokens = [item.token for item in rated.catalog[:3]]
     line = {
         "user_id": "1",
         "split": "train",
@@ -126,5 +127,5 @@ def test_grades_of_an_imported_list(rated, tmp_path, grades):
         "grades": grades,
     }
     (tmp_path / "lists.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ConfigurationError, match="grades are whole numbers"):
-        read_requests(tmp_path / "lists.jsonl", rated.items)
+    with pytest.raises(ConfigurationError, match="grades have to be integers"):
+        read_requests(tmp_path / "lists.jsonl", rated.catalog)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,50 +13,50 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
-from recbole_gr2.bridge.data import Data
+from recbole_gr2.artifacts import load_requests
+from recbole_gr2.bridge.generative import ONEREC_THINK
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings
-from recbole_gr2.console import Console
-from recbole_gr2.generator import ONEREC_THINK
-from recbole_gr2.llm.backbone import add_tokens, load_backbone, save_backbone
+from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.beam import SidTrie, beam_items
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
-from recbole_gr2.llm.rollout_beam import RolloutBeamTrainer, rollout_beam
-from recbole_gr2.prompts import PromptMaker
-from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import added_tokens, sid_text
-from recbole_gr2.stages import Context, onerec_think
-from recbole_gr2.stages.midtrain import code_choices, describe, learnt_histories, load_stage_model
-from recbole_gr2.stages.onerec_think import (
+from recbole_gr2.llm.model import load_language_model, save_language_model
+from recbole_gr2.llm.onerec_trainer import RolloutBeamTrainer, rollout_beam
+from recbole_gr2.llm.vocabulary import add_tokens
+from recbole_gr2.onerec_think import (
     candidate_scores,
-    most_similar,
+    onerec_think_recommender,
     prompt_ids,
     prompt_maker,
-    prompts,
-    recommender,
-    run,
-    sentence,
-    thinks,
-    training_positions,
-    training_row,
+    prompts_with_traces,
+    reasons,
 )
+from recbole_gr2.policy import load_model, sid_trie
+from recbole_gr2.prompts import PromptMaker
+from recbole_gr2.recommenders import load_generator
+from recbole_gr2.seeding import derive_seed
+from recbole_gr2.sid.tokens import added_tokens, sid_text
+from recbole_gr2.stages import all_stages, onerec_think
+from recbole_gr2.stages.onerec_think import most_similar, run, sentence, training_example, training_positions
 from recbole_gr2.store import read_manifest, write_lines
-from recbole_gr2.types import Candidate, Item, Request
+from recbole_gr2.tasks import describe
+from recbole_gr2.types import Candidate, Context, Item, Request
 
 COUNT, LEVELS, CODES = 12, 2, 4
 THINK, NO_THINK = ONEREC_THINK.values()  # the two stages
 QUICK = "OneRecThink-no-think"  # a recommender that writes no traces
 KINDS = ("Soap", "Brush", "Comb")
 PLANTED = {
-    "ort_steps": 300,
-    "ort_batch_size": 16,
-    "ort_micro_batch_size": 16,
-    "ort_learning_rate": 5e-3,
-    "ort_passes": 99.0,
-    "ort_max_trace": 8,
-    "ort_samples": 3,
-    "ort_beams": COUNT,
-    "ort_texts": 2,
-    "ort_save_steps": 1000,
+    "onerec_think_steps": 300,
+    "onerec_think_batch_size": 16,
+    "llm_micro_batch_size": 16,
+    "onerec_think_learning_rate": 5e-3,
+    "onerec_think_passes": 99.0,
+    "onerec_think_max_trace": 8,
+    "onerec_think_samples": 3,
+    "onerec_think_beams": COUNT,
+    "onerec_think_texts": 2,
+    "llm_save_steps": 1000,
 }
 
 
@@ -84,14 +83,14 @@ class ToyData:
 
     def __post_init__(self):
         rng = random.Random(0)
-        self.items, self.item_count = toy_items(), COUNT
+        self.catalog, self.item_count = Catalog(toy_items()), COUNT
         starts = [rng.randrange(COUNT) for _ in range(self.users)]
         self.sequences = {u: np.array([(s + n) % COUNT + 1 for n in range(7)]) for u, s in enumerate(starts)}
 
     def train_sequences(self):
         return {user: items[:-2] for user, items in self.sequences.items()}
 
-    def open_sequences(self):
+    def sequences_without_train_targets(self):
         return [items[:-3].tolist() for items in self.sequences.values()]
 
     def history(self, user, split):
@@ -102,9 +101,9 @@ class ToyData:
 def world(tmp_path_factory) -> Context:
     """A toy catalogue with a random language model in the place of the mid-trained one; nothing is trained yet."""
     root, data = tmp_path_factory.mktemp("toy"), ToyData()
-    corpus = [describe(PromptMaker.of(SETTINGS, data.items).shown(item.item_id)) for item in data.items]
-    corpus += [sentence(item) for item in data.items] + ["A shopper took", "Taken in order: "]
-    model, tokenizer = load_backbone(
+    corpus = [describe(PromptMaker.of(SETTINGS, data.catalog).fields(item.item_id)) for item in data.catalog]
+    corpus += [sentence(item) for item in data.catalog] + ["A shopper took", "Taken in order: "]
+    model, tokenizer = load_language_model(
         "random",
         corpus=corpus,
         extra_tokens=added_tokens(LEVELS, CODES + 1, 2),
@@ -114,8 +113,8 @@ def world(tmp_path_factory) -> Context:
     folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", THINK, NO_THINK)}
     for folder in folders.values():
         folder.mkdir()
-    save_backbone(model, tokenizer, folders["midtrain"] / "model")
-    write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.items))
+    save_language_model(model, tokenizer, folders["midtrain"] / "model")
+    write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.catalog))
     return Context(
         stage=THINK,
         settings=SETTINGS,
@@ -153,9 +152,9 @@ def trained(world):
 @pytest.fixture(scope="module")
 def untrained(world):
     """(model, tokenizer, maker) with the marks of a trace."""
-    model, tokenizer = load_stage_model(world, "midtrain")
+    model, tokenizer = load_model(world.folders["midtrain"])
     add_tokens(model, tokenizer, ["<think>", "</think>"])
-    return model, tokenizer, prompt_maker(SETTINGS, world.data.items)
+    return model, tokenizer, prompt_maker(SETTINGS, world.data.catalog)
 
 
 def changed(context: Context, **changes) -> Context:
@@ -181,29 +180,29 @@ NEXT = "<|sid_begin|><s_a_1><s_b_1><|sid_end|>"
 def test_a_prompt_is_the_texts_of_the_last_items_and_all_semantic_ids(untrained):
     _, tokenizer, maker = untrained
     assert tokenizer.decode(prompt_ids(maker, tokenizer, (2, 3))) == SHOWN
-    longer = tokenizer.decode(prompt_ids(maker, tokenizer, (5, 2, 3)))  # ort_texts is 2
-    assert longer == SHOWN.replace("order: ", f"order: {sid_text(maker.items[4].sid)}")
+    longer = tokenizer.decode(prompt_ids(maker, tokenizer, (5, 2, 3)))  # onerec_think_texts is 2
+    assert longer == SHOWN.replace("order: ", f"order: {sid_text(maker.catalog.item(5).sid)}")
     assert prompt_ids(maker, tokenizer, (7, *[1] * 28, 2, 3)) == prompt_ids(maker, tokenizer, (*[1] * 28, 2, 3))
 
 
 def test_rows_by_hand(untrained):
     _, tokenizer, maker = untrained
-    target, length = maker.items[3], len(prompt_ids(maker, tokenizer, (2, 3)))
-    plain = training_row(maker, tokenizer, (2, 3), target, "", 8)
+    target, length = maker.catalog.item(4), len(prompt_ids(maker, tokenizer, (2, 3)))
+    plain = training_example(maker, tokenizer, (2, 3), target, "", 8)
     assert tokenizer.decode(plain.input_ids) == SHOWN + NEXT
     assert plain.parts == [0] * length + [0, 2, 2, 0]
 
     trace = sentence(target)
     assert trace == " Next is Brush. "
     said = tokenizer(trace, add_special_tokens=False)["input_ids"]
-    row = training_row(maker, tokenizer, (2, 3), target, trace, 20)
+    row = training_example(maker, tokenizer, (2, 3), target, trace, 20)
     assert tokenizer.decode(row.input_ids) == f"{SHOWN}<think> Next is Brush. </think>{NEXT}"
     assert row.parts == [0] * length + [0] + [1] * (len(said) + 1) + [0, 2, 2, 0]
     assert row.input_ids[:length] == plain.input_ids[:length]
 
-    cut = training_row(maker, tokenizer, (2, 3), target, trace, 3)
+    cut = training_example(maker, tokenizer, (2, 3), target, trace, 3)
     assert cut.input_ids[length:] == [*row.input_ids[length : length + 3], *row.input_ids[-5:]]
-    assert training_row(maker, tokenizer, (2, 3), target, trace, 0) == plain
+    assert training_example(maker, tokenizer, (2, 3), target, trace, 0) == plain
 
 
 def test_a_sentence_without_category_or_title():
@@ -214,7 +213,7 @@ def test_a_sentence_without_category_or_title():
 @pytest.mark.parametrize("hold_out", [True, False])
 def test_training_positions(hold_out):
     data = ToyData()
-    learnt = learnt_histories(data, {"mid_hold_out": hold_out})
+    learnt = training_histories(data, hold_out)
     found = training_positions(learnt, seed=3)
     assert len(found) == data.users * (4 - hold_out)
     assert len({history for history, _ in found}) <= len(found) and found != sorted(found)
@@ -226,7 +225,15 @@ def test_training_positions(hold_out):
 
 
 def test_steps_end_with_the_passes(world, tmp_path):
-    once = at(world, NO_THINK, tmp_path, ort_passes=1.0, ort_steps=50, ort_batch_size=40, ort_micro_batch_size=40)
+    once = at(
+        world,
+        NO_THINK,
+        tmp_path,
+        onerec_think_passes=1.0,
+        onerec_think_steps=50,
+        onerec_think_batch_size=40,
+        llm_micro_batch_size=40,
+    )
     facts = run(once)
     assert facts["texts"] == 120 and facts["steps"] == 3  # 40 users with 3 positions each
 
@@ -240,7 +247,7 @@ def test_traces_end_and_depend_on_their_history_alone(untrained):
     model, tokenizer, maker = untrained
     heads = [prompt_ids(maker, tokenizer, history) for history in HISTORIES]
     think, end = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    found = prompts(model, tokenizer, maker, SETTINGS, True, HISTORIES)
+    found = prompts_with_traces(model, tokenizer, maker, SETTINGS, True, HISTORIES)
     traces = []
     for number, ids in enumerate(found):
         head = heads[number // 3]
@@ -250,21 +257,26 @@ def test_traces_end_and_depend_on_their_history_alone(untrained):
     assert len(set(traces)) > 8  # sampled, not the same words again
     for size in (1, 2, 64):
         chosen = {**SETTINGS, "eval_batch_lists": size}
-        assert prompts(model, tokenizer, maker, chosen, True, HISTORIES[::-1])[:3] == found[-3:]
-    likeliest = prompts(model, tokenizer, maker, {**SETTINGS, "ort_temperature": 0.0}, True, HISTORIES)
+        assert prompts_with_traces(model, tokenizer, maker, chosen, True, HISTORIES[::-1])[:3] == found[-3:]
+    likeliest = prompts_with_traces(
+        model, tokenizer, maker, {**SETTINGS, "onerec_think_temperature": 0.0}, True, HISTORIES
+    )
     assert likeliest[0] == likeliest[1] == likeliest[2] and likeliest[0] != likeliest[3]
 
 
 def test_a_trace_of_no_tokens_is_no_trace(untrained):
     model, tokenizer, maker = untrained
-    plain = prompts(model, tokenizer, maker, SETTINGS, False, HISTORIES)
-    assert prompts(model, tokenizer, maker, {**SETTINGS, "ort_max_trace": 0}, True, HISTORIES) == plain
+    plain = prompts_with_traces(model, tokenizer, maker, SETTINGS, False, HISTORIES)
+    assert (
+        prompts_with_traces(model, tokenizer, maker, {**SETTINGS, "onerec_think_max_trace": 0}, True, HISTORIES)
+        == plain
+    )
 
 
 def brute_force(context: Context, name: str, histories) -> np.ndarray:
     """(B, N): every item's log-likelihood behind every prompt of a stage, the best of each history's prompts."""
-    model, tokenizer = load_stage_model(context, name)
-    items, rows = context.data.items, []
+    model, tokenizer = load_model(context.folders[name])
+    items, rows = context.data.catalog, []
     maker = prompt_maker(context.settings, items)
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
@@ -275,9 +287,9 @@ def brute_force(context: Context, name: str, histories) -> np.ndarray:
                 [[*ids, begin]],
                 [codes],
                 pad_id=tokenizer.pad_token_id,
-                trie=code_choices(context.settings, tokenizer, items),
+                trie=sid_trie(context.settings, tokenizer, items),
             )[0]
-            for ids in prompts(model, tokenizer, maker, context.settings, thinks(name), [history])
+            for ids in prompts_with_traces(model, tokenizer, maker, context.settings, reasons(name), [history])
         ]
         rows.append(np.max(found, axis=0))
     return np.array(rows)
@@ -289,21 +301,21 @@ def score_rows(generator, users, split="test") -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ONEREC_THINK)
 def test_scores_are_those_of_a_brute_force(trained, name):
-    context, row = replace(changed(trained, cand_exclude_seen=False), stage=name), ONEREC_THINK[name]
+    context, row = changed(trained, cand_exclude_seen=False), ONEREC_THINK[name]
     users = list(range(12))
     histories = [context.data.history(user, "test") for user in users]
     expected = brute_force(context, row, histories)
-    found = score_rows(recommender(context, context.data.items), users)
+    found = score_rows(onerec_think_recommender(context, name), users)
     assert found.dtype == torch.float64 and found.shape == (12, COUNT + 1) and torch.isneginf(found[:, 0]).all()
     np.testing.assert_allclose(found[:, 1:].numpy(), expected, atol=2e-4)
 
     lists = [request(user, history) for user, history in zip(users, histories, strict=True)]
-    listed = candidate_scores(context, context.data.items, lists, row)
+    listed = candidate_scores(context, row, lists)
     np.testing.assert_allclose(
         listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)], atol=2e-4
     )
     false = [request(user, history, target=1) for user, history in zip(users, histories, strict=True)]
-    assert candidate_scores(context, context.data.items, false, row) == listed
+    assert candidate_scores(context, row, false) == listed
 
 
 def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> Request:
@@ -323,9 +335,9 @@ def test_several_traces_find_more_than_one(trained):
     """What the best of several adds is not nothing, or the comparison above would say little."""
     users = list(range(12))
     histories = [trained.data.history(user, "test") for user in users]
-    hot = changed(trained, ort_temperature=3.0)  # what it learnt leaves one trace to a history
+    hot = changed(trained, onerec_think_temperature=3.0)  # what it learnt leaves one trace to a history
     three = brute_force(hot, THINK, histories)
-    one = brute_force(changed(hot, ort_samples=1), THINK, histories)
+    one = brute_force(changed(hot, onerec_think_samples=1), THINK, histories)
     assert (three >= one - 1e-5).all() and (three > one + 1e-3).any()
 
 
@@ -341,31 +353,30 @@ def test_it_learns_a_planted_pattern(trained):
     users, trained = list(range(40)), replace(trained, data=ToyRecent())
     targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
     for name in ONEREC_THINK:
-        scores = score_rows(recommender(replace(trained, stage=name), trained.data.items), users)
+        scores = score_rows(onerec_think_recommender(trained, name), users)
         seen = torch.tensor([list(trained.data.history(user, "test")) for user in users])
         assert torch.isneginf(scores.gather(1, seen)).all(), name
         assert (scores.argmax(1) == targets).float().mean() > 0.9, name
-    model, tokenizer = load_stage_model(trained, THINK)
-    maker = prompt_maker(trained.settings, trained.data.items)
-    greedy = {**trained.settings, "ort_temperature": 0.0, "ort_samples": 1}
-    (ids,) = prompts(model, tokenizer, maker, greedy, True, [(2, 3)])
+    model, tokenizer = load_model(trained.folders[THINK])
+    maker = prompt_maker(trained.settings, trained.data.catalog)
+    greedy = {**trained.settings, "onerec_think_temperature": 0.0, "onerec_think_samples": 1}
+    (ids,) = prompts_with_traces(model, tokenizer, maker, greedy, True, [(2, 3)])
     assert tokenizer.decode(ids) == f"{SHOWN}<think> Next is Brush. </think>"
 
 
 # --- the paper's variant ---------------------------------------------------------------------------------------------
 
 PAPER = {
-    "ort_variant": "paper",
-    "ort_steps": 10,
-    "ort_similar": 2,
-    "ort_rl_steps": 4,
-    "ort_rl_prompts_per_step": 4,
-    "ort_rl_num_generations": 4,
-    "ort_rl_micro_batch_size": 16,
-    "ort_rl_beams": 1,
-    "ort_rl_save_steps": 1,
-    "ort_rl_learning_rate": 1e-2,
-    "ort_rl_kl": 0.1,
+    "onerec_think_variant": "paper",
+    "onerec_think_steps": 10,
+    "onerec_think_similar": 2,
+    "onerec_think_rl_steps": 4,
+    "onerec_think_rl_prompts_per_step": 4,
+    "onerec_think_rl_num_generations": 4,
+    "onerec_think_rl_beams": 1,
+    "rl_save_steps": 1,
+    "onerec_think_rl_learning_rate": 1e-2,
+    "onerec_think_rl_kl": 0.1,
 }
 
 
@@ -420,12 +431,14 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     asked = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
     assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in asked
     written = lines(context.folder / "rationales.jsonl")
-    drawn = training_positions(context.data.open_sequences(), seed=derive_seed(SETTINGS["seed"], "onerec_think"))
+    drawn = training_positions(
+        context.data.sequences_without_train_targets(), seed=derive_seed(SETTINGS["seed"], "onerec_think")
+    )
     asked = [(tuple(line["history"]), line["target"]) for line in written]
     assert asked == drawn[: len(asked)] and len(asked) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
-    named = sid_text(maker.items[drawn[0][1] - 1].sid)
+    named = sid_text(maker.catalog.item(drawn[0][1]).sid)
     assert sample.startswith(f"{head}<think> ") and sample.endswith(f"</think>{named}")
 
 
@@ -445,13 +458,19 @@ def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
         world,
         THINK,
         tmp_path,
-        **{**PAPER, "ort_variant": "public", "ort_steps": 70, "ort_learning_rate": 2e-3, "ort_max_trace": 12},
+        **{
+            **PAPER,
+            "onerec_think_variant": "public",
+            "onerec_think_steps": 70,
+            "onerec_think_learning_rate": 2e-3,
+            "onerec_think_max_trace": 12,
+        },
     )
     run(half)
-    model, tokenizer = load_stage_model(half, THINK)
+    model, tokenizer = load_model(half.folders[THINK])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    drawn = training_positions(half.data.open_sequences(), seed=1)
-    maker = prompt_maker(half.settings, half.data.items)
+    drawn = training_positions(half.data.sequences_without_train_targets(), seed=1)
+    maker = prompt_maker(half.settings, half.data.catalog)
     after, log = onerec_think.reinforce(half, model, tokenizer, maker, drawn)
     assert any(line["frac_groups_kept"] > 0 for line in log)
     assert log[0]["kl"] == pytest.approx(0.0, abs=1e-6) and log[-1]["kl"] > 1e-4
@@ -460,7 +479,7 @@ def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
 
 def test_a_reward_is_that_of_the_own_search(untrained):
     model, tokenizer, maker = untrained
-    codes = torch.tensor([item.sid for item in maker.items])
+    codes = torch.tensor([item.sid for item in maker.catalog])
     trie = SidTrie.of(tokenizer, codes.numpy())
     trainer = SimpleNamespace(
         model=model,
@@ -470,19 +489,19 @@ def test_a_reward_is_that_of_the_own_search(untrained):
         codes=codes,
         leaf_codes=codes[trie.items[trie.starts[-1][:-1]] - 1],
         grammar=SimpleNamespace(pad_id=tokenizer.pad_token_id),
-        args=SimpleNamespace(bf16=False),
+        settings=SimpleNamespace(bf16=False),
         requests={"r": request(0, (2, 3), target=4)},
     )
     begin = tokenizer.convert_tokens_to_ids("<|sid_begin|>")
-    heads = prompts(model, tokenizer, maker, {**SETTINGS, "ort_samples": 8}, True, [(2, 3)])
+    heads = prompts_with_traces(model, tokenizer, maker, {**SETTINGS, "onerec_think_samples": 8}, True, [(2, 3)])
     size = len(prompt_ids(maker, tokenizer, (2, 3))) + 1  # with <think>
     row = {"request_id": "r", "prompt_ids": heads[0][:size]}
     said = [[*ids[size:], begin, tokenizer.eos_token_id] for ids in heads]
-    found = [terms["rollout_beam"] for terms in RolloutBeamTrainer._terms(trainer, row, said, [])]
+    found = [terms["rollout_beam"] for terms in RolloutBeamTrainer.reward_terms(trainer, row, said, [])]
     expected = []
     for ids in heads:
         (leaves,) = beam_items(model, [ids], trie, beams=3, batch_size=1, pad_id=tokenizer.pad_token_id).leaves
-        sids = [maker.items[int(trie.items_of(leaf)[0]) - 1].sid for leaf in leaves]
+        sids = [maker.catalog.item(int(trie.items[trie.starts[-1][leaf]])).sid for leaf in leaves]
         expected.append(max(sum(a == b for a, b in zip(sid, (1, 1), strict=True)) for sid in sids))
     assert found == expected
 
@@ -510,7 +529,7 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
 
 def test_without_traces_the_variants_are_one(world, tmp_path):
     models = [
-        at(world, NO_THINK, tmp_path / name, **{**PAPER, "ort_variant": name, "ort_steps": 2})
+        at(world, NO_THINK, tmp_path / name, **{**PAPER, "onerec_think_variant": name, "onerec_think_steps": 2})
         for name in ("public", "paper")
     ]
     for context in models:
@@ -527,7 +546,7 @@ class Killed(Exception):
 
 
 def assert_same_model(one: Context, two: Context) -> None:
-    left, right = (load_stage_model(context, context.stage)[0].state_dict() for context in (one, two))
+    left, right = (load_model(context.folders[context.stage])[0].state_dict() for context in (one, two))
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -537,7 +556,9 @@ def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
         if line.startswith("step 9/12"):
             raise Killed
 
-    whole, again = (at(world, name, tmp_path / folder, ort_steps=12, ort_save_steps=5) for folder in ("whole", "again"))
+    whole, again = (
+        at(world, name, tmp_path / folder, onerec_think_steps=12, llm_save_steps=5) for folder in ("whole", "again")
+    )
     said = []
     run(whole)
     with pytest.raises(Killed):
@@ -567,9 +588,9 @@ def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
     assert lists[THINK].key == with_it[THINK].key == both[THINK].key != both[NO_THINK].key
     assert with_it["evaluate"].needs[rank] == with_it[rank].key == lists[rank].key == both[rank].key
     assert with_it["evaluate"].needs[name] == with_it[name].key == both[name].key != both[other].key
-    changed_keys = plan(models=[name], ort_samples=1)
+    changed_keys = plan(models=[name], onerec_think_samples=1)
     assert all(changed_keys[stage].key != with_it[stage].key for stage in (THINK, rank, name, "evaluate"))
-    assert plan(models=[name], ort_save_steps=1)["evaluate"].key == with_it["evaluate"].key
+    assert plan(models=[name], llm_save_steps=1)["evaluate"].key == with_it["evaluate"].key
 
 
 @pytest.mark.parametrize("name", ONEREC_THINK)
@@ -577,71 +598,58 @@ def test_it_is_no_base_model(capsys, tmp_path, name):
     from recbole_gr2.quick_start import main
 
     assert main(["--preset=smoke", f"--base_model={name}", f"--checkpoint_dir={tmp_path}"]) == 2
-    assert f"{name} is no base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+    assert f"{name} cannot be the base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
 
 
 @pytest.fixture(scope="module")
-def tabled(smoke_run, tmp_path_factory):
-    """(settings, those read by OneRec-Think's stages, stage -> folder) of a smoke run with both as re-rankers, and with
-    the faster one as a recommender."""
-    root = shutil.copytree(smoke_run.root, tmp_path_factory.mktemp("tabled") / "saved")
-    chosen = load_settings(
-        config_dict={
-            "preset": "smoke",
-            "checkpoint_dir": str(root),
-            "models": [QUICK],
-            "eval_rows": [THINK],
-            "eval_draws": 100,
-        }
-    )
-    data, recorded = Data(chosen), Recorded(chosen)
-    pipeline.execute(pipeline.plan(chosen, data, stages=[QUICK, THINK]), recorded, data, Console())
-    planned = pipeline.plan(chosen, data)
-    pipeline.execute(planned, chosen, data, Console())
-    return chosen, recorded.read, {entry.stage.name: entry.folder for entry in planned}
+def tabled(tiny_run, tmp_path_factory):
+    """A run on the data set `tiny` with both as re-rankers, and with the faster one as a recommender."""
+    options = {"models": [QUICK], "eval_rows": [THINK]}
+    return tiny_run(tmp_path_factory.mktemp("tabled"), **options)
 
 
-def test_rows_of_the_table(tabled):
-    _, _, folders = tabled
-    rows = {(row["row"], row["scope"]): row for row in json.loads((folders["evaluate"] / "rows.json").read_text())}
-    lists = ("base", "oracle", "evidence", *ONEREC_THINK.values())
-    assert rows.keys() == {(row, scope) for row in lists for scope in ("all", "in_list")} | {(QUICK, "all")}
-    assert rows[QUICK, "all"]["unchanged"] is None and rows[QUICK, "all"]["n"] == 943
-    assert rows[QUICK, "all"]["metrics"] == read_manifest(folders[QUICK]).facts["metrics"]
-    for row in ONEREC_THINK.values():
-        assert 0 <= rows[row, "in_list"]["unchanged"] < 1 and rows[row, "all"]["n"] == 943
-        record = read_manifest(folders[row])
-        assert record.facts["steps"] == 20
+def test_methods_of_the_table(tabled):
+    entries = tabled.records["evaluate"].summary["methods"]
+    methods = {(entry["method"], entry["scope"]): entry for entry in entries}
+    lists = ("base", "oracle", "prior", *ONEREC_THINK.values())
+    expected = {(method, scope) for method in lists for scope in ("all_users", "hit_users")} | {(QUICK, "all_users")}
+    assert methods.keys() == expected
+    assert methods[QUICK, "all_users"]["unchanged"] is None and methods[QUICK, "all_users"]["n"] == 150
+    for method in ONEREC_THINK.values():
+        assert 0 <= methods[method, "hit_users"]["unchanged"] < 1 and methods[method, "all_users"]["n"] == 150
+        record = read_manifest(tabled.folders[method])
+        assert record.summary["steps"] == 4
         assert {"model/model.safetensors", "log.json", "sample.txt"} < set(record.files)
 
 
 def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
-    """Else a changed setting would be answered from the cache."""
-    chosen, read, _ = tabled
+    """Otherwise a changed setting would be answered from the cache."""
     context, _ = papered
-    candidate_scores(context, context.data.items, [request(0, (2, 3))], THINK)
-    read = read | context.settings.read
-    stages = {stage.name: stage for stage in pipeline.stage_table(chosen)}
-    speed = {key for key, entry in chosen._known.items() if entry.speed}
-    assert {key for key in chosen if key.startswith("ort_")} | {"mid_hold_out", "eval_batch_lists"} <= read
-    needs = (QUICK, *stages[QUICK].needs, *stages[NO_THINK].needs)
+    reading = replace(tabled.context(THINK), settings=Recorded(tabled.settings))
+    candidate_scores(reading, THINK, load_requests(tabled.context(), "test")[:2])
+    onerec_think_recommender(replace(reading, folders=tabled.folders), QUICK)
+    read = context.settings.read | reading.settings.read
+    stages = {stage.name: stage for stage in all_stages(tabled.settings)}
+    speed = {key for key, entry in tabled.settings.declared.items() if entry.speed}
+    own = {key for key in tabled.settings if key.startswith("onerec_think_")}
+    assert own <= read
+    needs = (QUICK, *stages[QUICK].needs, *stages[THINK].needs, "tokenizer", "embeddings")
     prefixes = [prefix for need in needs for prefix in stages[need].settings]
-    assert read - speed <= chosen.results(prefixes).keys()
+    assert read - speed <= tabled.settings.results(prefixes).keys()
 
 
 def test_the_mid_trained_generator_has_one_prompt_a_history(world):
     """GR2Generator shares its class: SIDs alone, one prompt a history, all items scored by their own likelihood."""
     from recbole_gr2.prompts import history_ids
-    from recbole_gr2.stages.candidates import recommender
 
     context = changed(world, cand_beams=COUNT, cand_exclude_seen=False, mid_max_length=64)
-    generator = recommender(context, Path("nowhere"), model="GR2Generator")
-    model, tokenizer = load_stage_model(world, "midtrain")
-    begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.items
+    generator = load_generator(context)
+    model, tokenizer = load_model(world.folders["midtrain"])
+    begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.catalog
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
     heads = [[*history_ids(world.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
     expected = continuation_log_likelihood(
-        model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id, trie=code_choices(world.settings, tokenizer, items)
+        model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id, trie=sid_trie(world.settings, tokenizer, items)
     )
     np.testing.assert_allclose(score_rows(generator, range(4))[:, 1:].numpy(), expected, atol=2e-4)
 
@@ -650,7 +658,6 @@ def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
     """Behind n comes n + 1, learnt by mid-training itself; nobody's last three items were. Prompts are no longer than
     what was learnt: a model of this size knows no other position."""
     from recbole_gr2.stages import midtrain
-    from recbole_gr2.stages.candidates import recommender
 
     context = at(
         world,
@@ -671,5 +678,5 @@ def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
     users = list(range(40))
     targets = torch.tensor([int(world.data.sequences[user][-1]) for user in users])
     for mask in (False, True):
-        generator = recommender(changed(context, cand_exclude_seen=mask), Path("nowhere"), model="GR2Generator")
+        generator = load_generator(changed(context, cand_exclude_seen=mask))
         assert (score_rows(generator, users).argmax(1) == targets).float().mean() > 0.9

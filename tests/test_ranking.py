@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from recbole_gr2.ranking import complete, holm, ndcg_at, paired_comparison, promote, recall_at
+from recbole_gr2.ranking import (
+    METRICS,
+    adjust,
+    compare_ranks,
+    complete,
+    holm,
+    ndcg_at,
+    paired_comparison,
+    promote,
+    recall_at,
+)
 
 items = st.lists(st.integers(0, 50), min_size=1, max_size=12, unique=True)
 
@@ -25,13 +35,13 @@ def test_promote_refuses_a_foreign_item():
 
 
 @given(st.lists(st.integers(0, 60), max_size=15), items)
-def test_complete_gives_a_permutation_that_starts_with_what_was_named(partial, given_items):
+def test_complete_gives_a_permutation_that_starts_with_the_given_items(partial, given_items):
     full = complete(partial, given_items)
     assert sorted(full) == sorted(given_items)
-    named = [item for item in dict.fromkeys(partial) if item in given_items]
-    assert list(full[: len(named)]) == named
-    rest = [item for item in given_items if item not in named]
-    assert list(full[len(named) :]) == rest
+    start = [item for item in dict.fromkeys(partial) if item in given_items]
+    assert list(full[: len(start)]) == start
+    rest = [item for item in given_items if item not in start]
+    assert list(full[len(start) :]) == rest
 
 
 def test_complete_by_hand():
@@ -59,7 +69,7 @@ def test_ndcg_lies_between_zero_and_recall(rank, k):
 def test_paired_comparison_agrees_with_scipy():
     rng = np.random.default_rng(0)
     base = rng.random(200)
-    ours = base + np.where(rng.random(200) < 0.3, rng.normal(0.05, 0.3, 200), 0.0)  # 7 of 10 users do not move
+    ours = base + np.where(rng.random(200) < 0.3, rng.normal(0.05, 0.3, 200), 0.0)  # 7 of 10 differences are 0
     compared = paired_comparison(ours, base, seed=0)
     assert compared["diff"] == pytest.approx(float((ours - base).mean()), abs=1e-12)
     bootstrap = stats.bootstrap(
@@ -76,17 +86,17 @@ def test_paired_comparison_agrees_with_scipy():
         vectorized=True,
         rng=np.random.default_rng(2),
     )
-    assert 0.01 < test.pvalue < 0.9  # a value that tells
+    assert 0.01 < test.pvalue < 0.9  # neither certain nor impossible
     assert compared["p"] == pytest.approx(test.pvalue, abs=0.02)
 
 
 def test_p_value_is_exact_on_a_case_that_can_be_counted():
-    # Four users move by the same amount: 2 of the 16 sign patterns are as extreme.
+    # Four differences are equal and the others are 0: 2 of the 16 sign patterns are as extreme.
     compared = paired_comparison(np.array([1.0, 1, 1, 1, 0, 0]), np.zeros(6), seed=3)
     assert compared["p"] == pytest.approx(2 / 16, abs=0.01)
 
 
-def test_a_clear_shift_is_found_and_a_missing_one_is_not():
+def test_a_clear_shift_is_significant_and_noise_is_not():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 1, 500)
     shifted = paired_comparison(noise + 0.5, noise * 0, seed=0)
@@ -108,8 +118,52 @@ def test_paired_comparison_is_symmetric(differences, seed):
     assert 0 < one["p"] <= 1
 
 
-def test_nobody_moved():
+def test_no_difference():
     assert paired_comparison(np.ones(3), np.ones(3), seed=0) == {"diff": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+@pytest.mark.parametrize("draws", [1, 40, 100, 150, 1030])
+def test_there_are_exactly_as_many_flips_as_requested(draws):
+    """One user's difference is as extreme under each flip, so p counts the flips."""
+    compared = paired_comparison(np.array([1.0]), np.zeros(1), seed=0, draws=draws)
+    assert compared["p"] == 1.0
+    rng = np.random.default_rng(0)
+    clear = paired_comparison(rng.normal(5, 1, 50), np.zeros(50), seed=0, draws=draws)
+    assert clear["p"] == 1 / (draws + 1) and clear["low"] <= clear["diff"] + 1
+
+
+def test_results_are_the_same_to_the_last_digit():
+    """Figures of earlier versions stay comparable: the order of the random draws must not change."""
+    difference = np.array([0.5, -0.25, 0, 0, 1.0, 0.125, 0, -0.5])
+    assert paired_comparison(difference, np.zeros(8), seed=5, draws=1000) == {
+        "diff": 0.109375,
+        "low": -0.15625,
+        "high": 0.40625,
+        "p": 0.6333666333666333,
+    }
+
+
+def test_compare_ranks():
+    ours, base = np.array([1, 2, 7, 1]), np.array([2, 2, 3, 12])
+    compared = compare_ranks(ours, base, seed=4, draws=300)
+    assert set(compared) == set(METRICS)
+    for metric, value in METRICS.items():
+        assert compared[metric] == paired_comparison(value(ours), value(base), seed=4, draws=300)
+    everyone = compare_ranks(ours, base, seed=4, draws=300, users=10)
+    beyond = np.full(6, 10**9)
+    for metric, value in METRICS.items():
+        padded = [value(np.concatenate([ranks, beyond])) for ranks in (ours, base)]
+        assert everyone[metric] == paired_comparison(*padded, seed=4, draws=300)
+    assert everyone["recall@1"]["diff"] == pytest.approx(compared["recall@1"]["diff"] * 4 / 10)
+
+
+def test_adjust_covers_all_comparisons_and_metrics_of_a_family():
+    family = [{"a": {"p": 0.01}, "b": {"p": 0.04, "diff": 1.0}}, {"a": {"p": 0.03}, "c": {"diff": 0.5}}]
+    adjust(family)
+    assert [family[0]["a"]["p_holm"], family[0]["b"]["p_holm"], family[1]["a"]["p_holm"]] == pytest.approx(
+        [0.03, 0.06, 0.06]
+    )
+    assert family[1]["c"] == {"diff": 0.5}
 
 
 def test_holm_by_hand():

@@ -1,118 +1,608 @@
-"""What a person sees: reference figures stand apart, copies are named, and a log goes on."""
+"""The folder of a run: schema of result.json, tables, the page, LaTeX, and progress in a log."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import numpy as np
+import pytest
+from handmade import DESCRIPTIONS, DIAGNOSTIC, RANKS, STAGES, finished, recommender
 
 from recbole_gr2 import console
-from recbole_gr2.config import properties_folder, read_yaml
-from recbole_gr2.report import SHOWN, copies, latex_tables, metrics_table, pairs_table, published
+from recbole_gr2.config import load_settings, properties_folder, read_yaml
+from recbole_gr2.errors import MissingFileError
+from recbole_gr2.ranking import ndcg_at
+from recbole_gr2.report import (
+    build_result,
+    latex_tables,
+    learning_curves,
+    metrics_table,
+    new_folder,
+    read_run,
+    render_report,
+    unchanged_methods,
+    write_report,
+    write_run,
+)
+from recbole_gr2.report.page import cautions
+from recbole_gr2.report.tables import (
+    comparisons_table,
+    cost_table,
+    curves_table,
+    gap_closed,
+    metrics_of,
+    published_tables,
+    scope_title,
+    slices_table,
+    truth_table,
+)
+from recbole_gr2.seeds import combine
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "result.schema.json").read_text())
+FILES = {"config.yaml", "run.json", "result.json", "report.md", "table.tex"}
 
 
-def row(name: str, scope: str = "in_list", unchanged: float | None = 0.5, ndcg: float = 0.5) -> dict:
-    versus = {"ndcg@5": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
-    return {
-        "row": name,
-        "scope": scope,
-        "n": 10,
-        "metrics": {"recall@1": 0.25, "ndcg@5": ndcg},
-        "unchanged": unchanged,
-        "vs_base": {} if name == "base" else versus,
+def valid(result) -> bool:
+    return jsonschema.Draft202012Validator(SCHEMA).is_valid(result)
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """First cell of each line of a table -> the other cells."""
+    lines = [re.split(r" {2,}", line.strip()) for line in table.strip("\n").splitlines()[2:]]
+    return {line[0]: line[1:] for line in lines}
+
+
+def tabled(entries) -> dict:
+    """A result of one seed with these (method, scope, NDCG@5, unchanged)."""
+    methods = []
+    for method, scope, ndcg, unchanged in entries:
+        versus = {"ndcg@5": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
+        methods.append(
+            {
+                "method": method,
+                "description": method,
+                "diagnostic": method in DIAGNOSTIC,
+                "scope": scope,
+                "n": [10],
+                "metrics": {
+                    "recall@1": {"mean": 0.25, "sd": None, "values": [0.25]},
+                    "ndcg@5": {"mean": ndcg, "sd": None, "values": [ndcg]},
+                },
+                "unchanged": unchanged,
+                "vs_base": {} if method == "base" else versus,
+            }
+        )
+    return {"dataset": "x", "seeds": [1], "methods": methods, "comparisons": []}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run of one seed, and its result."""
+    run = finished(tmp_path_factory.mktemp("one"), entries=[recommender(-0.05, 60)])
+    return run, build_result([run], run.command)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without a language model, and its result."""
+    run = finished(tmp_path_factory.mktemp("plain"), llm=False)
+    return run, build_result([run], run.command)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Runs of three seeds, and their result."""
+    folder = tmp_path_factory.mktemp("three")
+    other = {**RANKS, "sft": [1, 1, 2, 2, 2, 9]}
+    runs = [
+        finished(folder / str(seed), seed=seed, ranks=ranks, users=users, entries=[recommender(diff, 60)])
+        for seed, ranks, users, diff in (
+            (1, RANKS, "abcdef", -0.05),
+            (2, other, "bcdefg", -0.03),
+            (3, other, "cdefgh", -0.01),
+        )
+    ]
+    return runs, combine(runs, "the command", 500)
+
+
+# --- result.json -----------------------------------------------------------------------------------------------------
+
+
+def test_results_have_the_documented_schema(one, plain, three):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for result in (one[1], plain[1], three[1]):
+        jsonschema.validate(json.loads(json.dumps(result)), SCHEMA, cls=jsonschema.Draft202012Validator)
+        assert result["schema"] == 2
+        for entry in (*result["methods"], *result["stages"]):
+            counts = {len(value) for value in entry.values() if isinstance(value, list)}
+            assert counts == {len(result["seeds"])}
+            assert {len(figure["values"]) for figure in entry.get("metrics", {}).values()} <= counts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 1},
+        {"rows": []},
+        {"seeds": []},
+        {"seeds": 2020},
+        {"tokenizer": {"uniqueness": 1.0}},
+        {"stages": []},
+        {"settings": {"seed": 5}},
+        {"methods": [{"method": "base"}]},
+    ],
+)
+def test_the_schema_refuses_other_results(one, change):
+    assert valid(one[1]) and not valid({**one[1], **change})
+
+
+def test_the_schema_refuses_other_entries(one):
+    first = one[1]["methods"][1]
+    for change in (
+        {"scope": "in_list"},
+        {"n": 10},
+        {"unchanged": 1.5},
+        {"metrics": {"recall@1": 0.5}},
+        {"vs_base": {"recall@1": {"low": 0.0}}},
+        {"vs_base": {"recall@1": {"diff": 0.0, "low": 0.0}}},
+        {"vs_base": {"recall@1": {"diff": 0.0, "low": 0.0, "high": 0.0, "p": 0}}},
+        {"row": "x"},
+    ):
+        assert valid({**one[1], "methods": [first]}) and not valid({**one[1], "methods": [{**first, **change}]})
+
+
+def test_every_field_of_the_schema_is_described():
+    described = set()
+
+    def walk(node):
+        if isinstance(node, dict):
+            for name, field in node.get("properties", {}).items():
+                definition = SCHEMA["$defs"][field["$ref"].rpartition("/")[2]] if "$ref" in field else {}
+                if name != "variants":
+                    assert "description" in field or "description" in definition, name
+                described.add(name)
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(SCHEMA)
+    assert {"methods", "vs_base", "p_holm", "figures"} <= described
+
+
+def test_result_of_one_seed(one):
+    run, result = one
+    assert (result["dataset"], result["base_model"], result["llm"]) == ("ml-100k", "SASRec", "random")
+    assert (result["preset"], result["seeds"], result["command"]) == ("smoke", [2020], run.command)
+    assert result["runs"] == [str(run.path)] and result["settings"] == run.settings
+    assert result["tokenizer"] == {"uniqueness": [1.0]}
+    entries = run.evaluation.summary["methods"]
+    assert [(e["method"], e["scope"]) for e in result["methods"]] == [(e["method"], e["scope"]) for e in entries]
+    for ours, theirs in zip(result["methods"], entries, strict=True):
+        assert ours["n"] == [theirs["n"]] and ours["vs_base"] == theirs["vs_base"]
+        assert ours["unchanged"] == theirs["unchanged"] and ours["description"] == theirs["description"]
+        for metric, value in theirs["metrics"].items():
+            assert ours["metrics"][metric] == {"mean": value, "sd": None, "values": [value]}
+    assert result["comparisons"] == run.evaluation.summary["comparisons"]
+    assert result["truth"] == run.evaluation.summary["truth"]
+    assert result["curves"] == learning_curves(run.folders)
+    assert [stage["stage"] for stage in result["stages"]] == list(run.folders)
+    assert result["stages"][1] == {
+        "stage": "tokenizer",
+        "key": ["tokenizer-2020"],
+        "seconds": [2030.0],
+        "peak_memory_mb": [101],
+        "cached": [False],
+        "code": ["1.0 abc"],
     }
 
 
-def test_published_figures_have_known_metrics_and_ranges():
-    figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
-    assert set(figures) == {"amazon-beauty", "amazon-sports"}
-    values = [
-        (metric, value)
-        for scopes in figures.values()
-        for rows in scopes.values()
-        for row in rows.values()
-        for metric, value in row.items()
-    ]
-    assert len(values) > 60 and {metric for metric, _ in values} <= set(SHOWN)
-    assert all(0 < value < 1 for _, value in values)
-    assert all(value > 0.2 for rows in figures.values() for r in rows["in_list"].values() for value in r.values())
+def test_several_runs_need_comparisons_of_their_own(three):
+    with pytest.raises(ValueError, match="several runs"):
+        build_result(three[0], "")
 
 
-def test_published_figures_are_shown_for_their_data_set_alone():
-    text = "\n".join(published("amazon-beauty"))
-    assert "RL, rejection, KP (GR2)" in text and "0.5234" in text and "for reference" in text
-    assert published("ml-100k") == []
+def test_settings_that_differ_between_seeds_are_left_out(one):
+    run, _ = one
+    other = replace(run, seed=1, settings={**run.settings, "sid_epochs": {"value": 1, "from": "x"}})
+    assert build_result([other, run], "", vs_base={}, comparisons=[])["settings"] == run.settings
 
 
-def test_pairs_table():
-    found = {
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_and_several_write_the_same_files(one, three, tmp_path, capsys):
+    for name, runs, result in (("one", [one[0]], one[1]), ("three", *three)):
+        (tmp_path / name).mkdir()
+        path = write_report(tmp_path / name, result, runs, console.Console())
+        assert {file.name for file in path.parent.iterdir()} == FILES
+        assert json.loads(path.read_text()) == result
+        assert (path.parent / "report.md").read_text() == render_report(result, runs)
+        assert (path.parent / "table.tex").read_text() == latex_tables(result)
+        printed = capsys.readouterr()
+        for scope in ("all_users", "hit_users"):
+            assert f"{scope_title(result, scope)}\n{metrics_table(result, scope)}\n" in printed.err
+        assert "report.md" in printed.err and printed.out == ""
+    run = json.loads((tmp_path / "three" / "run.json").read_text())
+    assert run == {"command": "the command", "runs": [str(each.path) for each in three[0]]}
+    assert read_yaml((tmp_path / "three" / "config.yaml").read_text()) == {"seed": 1}
+    assert "--seeds 1,2,3" in (tmp_path / "three" / "config.yaml").read_text()
+
+
+def test_a_run_is_read_from_its_files(one, three, tmp_path):
+    """The report is a function of what the stages wrote."""
+    run, result = one
+    write_report(run.path.parent, result, [run], console.Console())
+    again = read_run(run.path)
+    assert again == run and build_result([again], run.command) == result
+    assert render_report(result, [again]) == (run.path.parent / "report.md").read_text()
+    (run.folders["prior"] / "manifest.json").rename(tmp_path / "manifest.json")
+    with pytest.raises(MissingFileError, match="no finished prior stage"):
+        read_run(run.path)
+    (tmp_path / "manifest.json").rename(run.folders["prior"] / "manifest.json")
+
+
+def test_the_run_of_a_plan(one, tmp_path, capsys):
+    run, _ = one
+    settings = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path), "seed": 2020})
+    planned = [SimpleNamespace(stage=SimpleNamespace(name=name), folder=path) for name, path in run.folders.items()]
+    done = list(zip(run.records, run.cached, strict=True))
+    path = write_run(planned, done, settings, "the command", console.Console())
+    assert path.parent.parent == tmp_path / "gr2" / settings["dataset"] / "runs"
+    result = json.loads(path.read_text())
+    assert valid(result) and result["seeds"] == [2020] and result["runs"] == [str(path)]
+    assert load_settings(config_files=[path.parent / "config.yaml"])["checkpoint_dir"] == str(tmp_path)
+    assert {
+        stage: Path(folder) for stage, folder in json.loads((path.parent / "run.json").read_text())["stages"].items()
+    } == (run.folders)
+    assert read_run(path).path == path
+
+
+def test_folders_of_the_same_second_have_different_names(tmp_path):
+    folders = {new_folder(tmp_path / "runs") for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_gap_closed_comes_from_exact_differences(one, three):
+    """RecBole rounds its metrics. Over many users little is left of the difference of two rounded ones."""
+    for runs, result in (([one[0]], one[1]), three):
+        for scope in ("all_users", "hit_users"):
+            ranks = {m: np.concatenate([run.per_user()[m].to_numpy() for run in runs]) for m in ("base", "sft")}
+            base, sft = (ndcg_at(each, 5).sum() for each in ranks.values())
+            shares = gap_closed(result, scope)
+            assert shares["oracle"] == 1.0
+            assert shares["sft"] == pytest.approx((sft - base) / (len(ranks["base"]) - base), abs=1e-12)
+            oracle = cells(metrics_table(result, scope))["oracle"]
+            assert oracle[-2] == "+100.0%"
+
+
+def test_gap_closed_of_a_small_gap(tmp_path):
+    """The rounded metrics of base and oracle are equal, the shares are exact nevertheless."""
+    run = finished(tmp_path, everyone=1_000_000)
+    result = build_result([run], "")
+    base, oracle = (entry["metrics"]["ndcg@5"]["mean"] for entry in result["methods"][:2])
+    assert base == oracle and gap_closed(result, "all_users") == pytest.approx(gap_closed(result, "hit_users"))
+
+
+def test_gap_closed_without_a_gap(tmp_path):
+    ranks = {method: [1] * 6 for method in ("base", "oracle", "sft")}
+    result = build_result([finished(tmp_path, ranks=ranks)], "")
+    assert gap_closed(result, "hit_users") == {}
+    assert unchanged_methods(result) == ["sft"]
+    assert "These methods returned every candidate list unchanged: sft." in cautions(result)
+
+
+def test_metrics_table_of_one_seed(one):
+    _, result = one
+    lines = cells(metrics_table(result, "all_users"))
+    assert list(lines) == [*RANKS, "SASRec"]
+    header = metrics_table(result, "all_users").splitlines()[0]
+    assert re.split(r" {2,}", header.strip())[1:5] == ["recall@1", "recall@5", "ndcg@5", "ndcg@10"]
+    assert lines["SASRec"][:4] == ["0.1000"] * 4
+    assert lines["SASRec"][4:6] == ["-0.0500 [-0.1500, +0.0500]", "1.0000"]
+    assert (
+        lines["SASRec"][-1].endswith("%") and len(lines["SASRec"]) == 7
+    )  # a share of the gap, none of unchanged lists
+    assert len(lines["base"]) == 5 and lines["base"][-1] == "100.0%"
+    assert "SASRec" not in cells(metrics_table(result, "hit_users"))
+    assert scope_title(result, "all_users") == "ml-100k, all users, n = 60"
+
+
+def test_metrics_table_of_several_seeds(three):
+    runs, result = three
+    lines = cells(metrics_table(result, "hit_users"))
+    values = [(run.per_user()["sft"] == 1).mean() for run in runs]
+    mean, sd = np.mean(np.round(values, 4)), np.std(np.round(values, 4), ddof=1)
+    assert lines["sft"][0] == f"{mean:.4f} ± {sd:.4f}"
+    everyone = cells(metrics_table(result, "all_users"))
+    assert everyone["SASRec"][4] == "-0.0300" and everyone["SASRec"][5].endswith("%")  # no interval, no p-value
+    assert scope_title(result, "hit_users") == "ml-100k, hit users, n = 6"
+
+
+def test_tables_have_the_metrics_of_the_run():
+    result = tabled(
+        [("base", "hit_users", 0.5, 1.0), ("oracle", "hit_users", 1.0, 0.1), ("sft", "hit_users", 0.6, 0.2)]
+    )
+    for entry in result["methods"]:
+        hit, map_ = entry["metrics"]["recall@1"], entry["metrics"]["ndcg@5"]
+        entry["metrics"] = {"hit@5": map_, "hit@2": hit, "precision@2": hit, "map@2": map_}
+    shown, equal = metrics_of(result, "hit_users")
+    assert shown == ["hit@5", "hit@2"] and equal == {"precision@2": "hit@2", "map@2": "hit@5"}
+    header = metrics_table(result, "hit_users").splitlines()[0].split()
+    assert header[1:3] == ["hit@5", "hit@2"] and "recall@1" not in header
+    assert "& hit@5" in latex_tables(result)
+
+
+def test_unchanged_methods_and_methods_without_lists():
+    result = tabled(
+        [
+            ("base", "hit_users", 0.5, 1.0),
+            ("oracle", "hit_users", 1.0, 1.0),
+            ("sft", "hit_users", 0.5, 1.0),
+            ("rl", "hit_users", 0.5, 0.5),
+            ("SASRec", "hit_users", 0.5, None),
+        ]
+    )
+    assert unchanged_methods(result) == ["sft"]
+    lines = cells(metrics_table(result, "hit_users"))
+    assert lines["SASRec"][-1] == "+0.0%" and lines["sft"][-1] == "100.0%"
+
+
+def test_comparisons_table(one):
+    compared = {
         "recall@1": {"diff": 0.0125, "low": -0.001, "high": 0.0234, "p": 0.04, "p_holm": 0.08},
         "ndcg@5": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002},
     }
-    table = pairs_table({"pairs": [{"row": "sft", "versus": "evidence", "metrics": found}]}).splitlines()
-    assert table[0].split("  ")[0] == "rows"
-    assert table[-1].split() == [
-        "sft",
-        "-",
-        "evidence",
-        "+0.0125",
-        "[-0.0010,",
-        "+0.0234]",
+    pair = {"method": "sft", "versus": "prior", "scope": "hit_users", "metrics": compared}
+    table = comparisons_table({"methods": [], "comparisons": [pair]})
+    assert table.split("  ")[0] == "methods"
+    assert cells(table)["sft - prior"] == [
+        "+0.0125 [-0.0010, +0.0234]",
         "0.0800",
-        "-0.5000",
-        "[-0.6000,",
-        "-0.4000]",
+        "-0.5000 [-0.6000, -0.4000]",
         "0.0002",
     ]
+    names = list(cells(comparisons_table(one[1])))
+    assert names == ["prior - base", "sft - base", "sft - prior", "sft - shuffled"]
+    assert (
+        len(cells(comparisons_table(one[1]))["sft - shuffled"]) == 2
+    )  # no adjusted p-value against a diagnostic method
 
 
-def test_copies_and_rows_without_lists():
-    result = {
-        "rows": [
-            row("base", unchanged=1.0),
-            row("oracle", unchanged=1.0, ndcg=1.0),
-            row("sft", unchanged=1.0),
-            row("rl"),
-            row("SASRec", unchanged=None),
-        ]
-    }
-    assert copies(result) == ["sft"]
-    table = metrics_table(result, "in_list").splitlines()
-    assert next(line for line in table if line.startswith("SASRec")).rstrip().endswith("%") is True
-    assert next(line for line in table if line.startswith("sft")).rstrip().endswith("100.0%")
+def test_slices_by_hand(one):
+    run, _ = one
+    frame = run.per_user().assign(base=[1, 2, 3, 4, 6, 9], sft=[1, 1, 4, 6, 2, 5])
+    lines = cells(slices_table([frame], ["base", "sft", "SASRec"]))
+    assert lines["base rank 1"] == ["1", "1.0000", "1.0000"]
+    assert lines["base rank 2 to 3"] == ["2", f"{(1 / np.log2(3) + 0.5) / 2:.4f}", f"{(1 + 1 / np.log2(5)) / 2:.4f}"]
+    assert lines["base rank 4"] == ["1", f"{1 / np.log2(5):.4f}", "0.0000"]
+    assert lines["base rank 6 to 9"][:2] == ["2", "0.0000"]
+    assert lines["history items 2"][0] == "2"
+    assert not any(name.startswith("target interactions") for name in lines)  # equal for all users: no parts
+    twice = cells(slices_table([frame, frame], ["base", "sft"]))
+    assert twice["base rank 1"] == ["2", "1.0000", "1.0000"]
 
 
 def test_latex_tables():
-    """The best figure as printed is bold, ties as well; oracle and shuffled make no claim; constants are left out."""
-    ndcg = {"base": 0.5, "oracle": 1.0, "one_row": 0.61234, "rl": 0.61233, "shuffled": 0.7}
-    rows = [row(name, scope, ndcg=value) for scope in ("all", "in_list") for name, value in ndcg.items()]
-    lines = latex_tables({"dataset": "x", "seeds": [1], "rows": rows}).splitlines()
-    assert lines[0] == "% x, all users" and lines[3].split() == ["&", "ndcg@5", r"\\"] and len(lines) == 25
-    told = [line.split()[0::2] for line in lines[5:10]]
-    assert told == [
+    """The best value as printed is bold, also if several methods have it. Diagnostic methods do not compete."""
+    ndcg = {"base": 0.5, "oracle": 1.0, "one_name": 0.61234, "rl": 0.61233, "shuffled": 0.7}
+    result = tabled([(m, scope, v, 0.5) for scope in ("all_users", "hit_users") for m, v in ndcg.items()])
+    lines = latex_tables(result).splitlines()
+    assert lines[0] == "% x, all users" and len(lines) == 25
+    assert lines[3].split() == ["&", "ndcg@5", r"\\"]  # recall@1 is the same for all methods
+    assert [line.split()[0::2] for line in lines[5:10]] == [
         ["base", "0.5000"],
         ["oracle", "1.0000"],
-        [r"one\_row", r"\textbf{0.6123}"],
+        [r"one\_name", r"\textbf{0.6123}"],
         ["rl", r"\textbf{0.6123}"],
         ["shuffled", "0.7000"],
     ]
 
 
 def test_latex_tables_of_several_seeds():
-    ndcg = {"base": (0.5, 0.01), "oracle": (1.0, 0.0), "sft": (0.6, 0.0234)}
-    rows = [
-        {"row": name, "scope": scope, "metrics": {"ndcg@5": {"mean": mean, "sd": sd}}}
-        for scope in ("all", "in_list")
-        for name, (mean, sd) in ndcg.items()
-    ]
-    text = latex_tables({"dataset": "x", "seeds": [1, 2], "rows": rows})
+    result = tabled(
+        [(m, s, v, 0.5) for s in ("all_users", "hit_users") for m, v in (("base", 0.5), ("oracle", 1.0), ("sft", 0.6))]
+    )
+    for entry in result["methods"]:
+        entry["metrics"]["ndcg@5"]["sd"] = 0.0234 if entry["method"] == "sft" else 0.01
+    text = latex_tables(result)
     assert text.count(r"sft & \textbf{0.6000 $\pm$ 0.0234} \\") == 2 and text.count("textbf") == 2
 
 
+def test_cost_table(three, one):
+    lines = cells(cost_table(three[1]))
+    assert lines["tokenizer"] == ["11 s", "12 s", "13 s", "101 MiB", "1.0 abc"]
+    assert lines["embeddings"] == ["1 s", "2 s", "3 s", "100 MiB", "yes", "1.0 abc"]
+    totals = [sum(stage["seconds"][n] for stage in three[1]["stages"]) for n in range(3)]
+    assert lines["all"] == [f"{total:,.0f} s" for total in totals]
+    mixed = {**three[1], "stages": [{**three[1]["stages"][0], "cached": [True, False, True]}]}
+    assert cells(cost_table(mixed))["embeddings"][4] == "2 of 3"
+    assert cost_table(one[1]).splitlines()[0].split()[:3] == ["stage", "wall", "time"]
+
+
+def test_published_figures_have_known_metrics_and_ranges():
+    figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
+    assert set(figures) == {"amazon-beauty", "amazon-sports"}
+    assert {scope for scopes in figures.values() for scope in scopes} == {"all_users", "hit_users"}
+    values = [
+        (metric, value)
+        for scopes in figures.values()
+        for methods in scopes.values()
+        for method in methods.values()
+        for metric, value in method.items()
+    ]
+    known = {"recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10"}
+    assert len(values) > 60 and {metric for metric, _ in values} <= known
+    assert all(0 < value < 1 for _, value in values)
+    assert all(v > 0.2 for scopes in figures.values() for m in scopes["hit_users"].values() for v in m.values())
+
+
+def test_published_figures_are_shown_for_their_data_set_alone(one):
+    run, result = one
+    tables = published_tables("amazon-beauty")
+    assert "RL, rejection, KP (GR2)" in tables["hit_users"] and "0.5234" in tables["hit_users"]
+    assert tables["hit_users"].splitlines()[0].split()[1:] == ["recall@1", "recall@3", "recall@5", "ndcg@5"]
+    assert published_tables("ml-100k") == {} and "for reference" not in render_report(result, [run])
+    assert "for reference" in render_report({**result, "dataset": "amazon-beauty"}, [run])
+
+
+# --- report.md -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_one_seed(one):
+    run, result = one
+    page = render_report(result, [run])
+    for text in (
+        "# GR2 on ml-100k",
+        "preset smoke, seed 2020.",
+        f"    {run.command}",
+        metrics_table(result, "all_users"),
+        metrics_table(result, "hit_users"),
+        comparisons_table(result),
+        slices_table([run.per_user()], ["base", "prior", "sft"]),
+        truth_table(result),
+        curves_table(result["curves"]),
+        cost_table(result),
+        "valid/u7, target from 2 to 1.",
+        "- These are results of one seed.",
+        "- There are only 6 hit users.",
+        "sft_steps 5 command line",
+        "Uniqueness 100.0000% (75.00% by nearest codes alone), largest collision 2, codes in use [8, 7]",
+        "2 of 90 items have no text",
+        "2 features of each candidate: score, popularity. Steps of the fits, chosen on validation lists: 20, 30.",
+        "900 of 1,200 train lists have an accepted trace (75.0%), after 1.5 tries on average. 50.0% cite their first",
+        "The prompt contains 25.0% of 2,000 cited IDs. Reasons of rejection: no reasoning (30). Cost: 1,234.50.",
+    ):
+        assert " ".join(text.split()) in " ".join(page.split()), text
+    for method, description in DESCRIPTIONS.items():
+        assert page.count(f"- `{method}`: {description}") == 1
+    answers = cells(page.split("## Answers")[1].split("```")[1])
+    assert answers["sft"] == [
+        *("87.5%", "ok 5, repaired 1", "40.5", "25.0%", "35.0%", "45.0%", "30.0%", "70.0%", "2.5"),
+        *("1:4 3:2", "2:6"),
+    ]
+    lists = cells(page.split("## Candidates")[1].split("```")[1])
+    assert lists == {"train": ["1,200", "0.2500"], "test": ["60", "0.1250"]}
+    assert cells(page.split("## Reinforcement learning")[1].split("```")[1]) == {"rl": ["12", "300"]}
+    assert cells(page.split("## Prior")[1].split("```")[1]) == {"valid": ["12", "0.5000", "0.2500"]}
+
+
+def test_the_page_without_a_language_model(plain):
+    page = render_report(plain[1], [plain[0]])
+    titles = re.findall(r"^## (.*)", page, re.MULTILINE)
+    assert titles[2:] == [
+        "Differences between methods",
+        "Slices",
+        "Candidates",
+        "Semantic IDs",
+        "Prior",
+        "Settings",
+        "Cost",
+    ]
+
+
+def test_the_page_of_several_seeds(three):
+    runs, result = three
+    page = render_report(result, runs)
+    for text in (
+        "seeds 1, 2, 3.",
+        "Metrics are means over the seeds",
+        metrics_table(result, "hit_users"),
+        comparisons_table(result),
+        curves_table(result["curves"]),
+        cost_table(result),
+        "Seed 2: 900 of 1,200 train lists",
+        "Runs: seed-1, seed-2, seed-3.",
+    ):
+        assert text in page
+    assert "one seed" not in page and "of all seeds" in page
+    lines = [line.split() for line in page.split("## Candidates")[1].split("```")[1].splitlines()]
+    assert ["3", "test", "60", "0.1250"] in lines and ["seed", "split", "lists", "recall@1"] in lines
+    lines = [line.split()[:3] for line in page.split("## Answers")[1].split("```")[1].splitlines()]
+    assert lines[3:] == [["1", "sft", "87.5%"], ["2", "sft", "87.5%"], ["3", "sft", "87.5%"]]
+
+
+def test_sections_do_not_depend_on_names_of_stages(one, tmp_path):
+    """Sections about stages follow the fields of their summaries. Other stages do not matter."""
+    run, result = one
+    names = {record.stage: f"my_{record.stage}" for record in run.records}
+    renamed = replace(
+        run,
+        records=tuple(replace(record, stage=names[record.stage]) for record in run.records),
+        folders={names[stage]: folder for stage, folder in run.folders.items()},
+    )
+    page, again = render_report(result, [run]), render_report(build_result([renamed], run.command), [renamed])
+    assert re.findall(r"^## (.*)", again, re.MULTILINE) == re.findall(r"^## (.*)", page, re.MULTILINE)
+    extra = {"mine": {"stats": 5, "quality": "good", "requests": [], "uniqueness": "high", "rounds": 3}, "empty": {}}
+    other = finished(tmp_path, stages=extra)
+    other_page = render_report(build_result([other], run.command), [other])
+    assert re.findall(r"^## (.*)", other_page, re.MULTILINE) == re.findall(r"^## (.*)", page, re.MULTILINE)
+    assert STAGES.keys() < other.folders.keys()
+
+
+def test_cautions_name_unclear_methods():
+    result = tabled(
+        [("base", "hit_users", 0.5, 1.0), ("oracle", "hit_users", 1.0, 0.1), ("sft", "hit_users", 0.55, 0.2)]
+    )
+    assert cautions(result)[-1] == "The interval of the ndcg@5 difference to base contains 0 for: sft."
+    for entry in result["methods"]:
+        entry["n"] = [5000, 4000]
+    clear = {**result, "seeds": [1, 2], "methods": result["methods"][:2]}
+    assert cautions(clear) == []
+
+
+def test_learning_curves(one, tmp_path):
+    curves = one[1]["curves"]
+    assert curves["sft"] == {"loss": [3.0, 1.0]}
+    assert curves["rl"] == {"reward": [1.0, 2.0, 3.0], "unchanged": [0.5] * 3, "reward/ndcg": [0.25] * 3}
+    assert cells(curves_table(curves))["sft"] == ["loss", "3.0000", "1.0000"]
+    logs = {
+        "two": [{"step": step, "loss": loss} for step, loss in ((1, 9.0), (2, 9.0), (1, 3.0), (2, 1.0))],
+        "parts": {"first": [{"step": 1, "loss/a": 2.0}], "second": [{"step": 1, "loss": 1.0}]},
+        "other": [["not", "a", "training", "log"]],
+        "number": 5,
+        "none": [],
+    }
+    for name, log in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.json").write_text(json.dumps(log))
+    assert learning_curves({name: tmp_path / name for name in (*logs, "missing")}) == {
+        "two": {"loss": [3.0, 1.0]},  # the last training of the stage
+        "parts first": {"loss/a": [2.0]},
+        "parts second": {"loss": [1.0]},
+    }
+
+
+# --- console ---------------------------------------------------------------------------------------------------------
+
+
 def test_progress_in_a_log(monkeypatch, capsys):
-    """A line a minute, none where it goes fast, and every thing comes once."""
+    """A long loop prints a line a minute and a short one none. Each element is yielded once."""
     now = iter(range(0, 1000, 32))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     assert list(console.progress("abcdefgh", "answers")) == list("abcdefgh")
     assert capsys.readouterr().err.splitlines() == [
-        "        answers: 1 of 8 batches, 01:04 gone, 07:28 to go",
-        "        answers: 3 of 8 batches, 02:08 gone, 03:33 to go",
-        "        answers: 5 of 8 batches, 03:12 gone, 01:55 to go",
-        "        answers: 7 of 8 batches, 04:16 gone, 00:36 to go",
+        "        answers: 1 of 8 batches, 01:04 elapsed, 07:28 remaining",
+        "        answers: 3 of 8 batches, 02:08 elapsed, 03:33 remaining",
+        "        answers: 5 of 8 batches, 03:12 elapsed, 01:55 remaining",
+        "        answers: 7 of 8 batches, 04:16 elapsed, 00:36 remaining",
     ]
     monkeypatch.setattr(console.time, "monotonic", lambda: 0.0)
     assert list(console.progress(range(3), "answers")) == [0, 1, 2] and not capsys.readouterr().err
+
+
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    monkeypatch.setattr(console, "RANK", 1)
+    other = console.Console()
+    other.say("text")
+    other.table(["a"], [["b"]])
+    assert list(console.progress("ab", "x")) == ["a", "b"]
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")

@@ -1,54 +1,107 @@
-"""LambdaMART: it finds a planted pattern, stops by validation, and gives the same scores again. Position bias: a policy
-that promotes a fixed slot of the prompt is seen, whatever the order of the candidates in it."""
+"""The built-in re-rankers: LambdaMART finds a planted pattern, and a position bias is detected."""
 
 import numpy as np
 import pytest
 
-from recbole_gr2.evidence import RECENT, Described
 from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.ranking import promote
-from recbole_gr2.rerankers.lambdamart import columns, lambdamart
-from recbole_gr2.stages.rerank import promoted
-from recbole_gr2.types import Answer, Candidate, Request
+from recbole_gr2.rerankers.answers import first_places
+from recbole_gr2.rerankers.base import Reranker, by_score
+from recbole_gr2.rerankers.lambdamart import LambdaMART, columns
+from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
+from recbole_gr2.rerankers.registry import ORDERS, RERANKERS
+from recbole_gr2.testing import synthetic_context
+from recbole_gr2.types import RECENT, Answer, Candidate, CandidateFeatures, Request
 
 
-def planted(count: int, seed: int):
-    """Lists of 4 to 6 in which the target is the candidate with the largest second fact, eight times out of ten."""
+def planted(count: int, seed: int) -> list[Request]:
+    """Requests with 4 to 6 candidates. The target has the largest second feature, eight times out of ten."""
     rng = np.random.default_rng(seed)
-    tables = [rng.normal(size=(rng.integers(4, 7), 3)).astype(np.float32) for _ in range(count)]
-    targets = [int(t[:, 1].argmax()) if rng.random() < 0.8 else int(rng.integers(len(t))) for t in tables]
-    known = [Described(t, np.zeros((len(t), 1, 0), np.float16)) for t in tables]
-    return known, [np.arange(len(t)) == target for t, target in zip(tables, targets, strict=True)]
+    requests = []
+    for number in range(count):
+        table = rng.normal(size=(rng.integers(4, 7), 3)).astype(np.float32)
+        target = int(table[:, 1].argmax()) if rng.random() < 0.8 else int(rng.integers(len(table)))
+        requests.append(
+            Request(
+                request_id=f"train/{number}",
+                user_token=str(number),
+                split="train",
+                history=(9,),
+                candidates=tuple(Candidate(item_id=n + 1, score=-n, rank=n + 1) for n in range(len(table))),
+                target=target + 1,
+                provider="p",
+                features=CandidateFeatures(table, np.zeros((len(table), 1, 0), np.float16)),
+            )
+        )
+    return requests
 
 
-def test_it_sees_what_the_prior_sees():
-    pairs = np.array([[[1, 2], [3, 5]], [[-1, 0], [-2, 0]]], np.float16)  # two candidates, two items, two facts
-    table = columns(Described(np.array([[7.0], [8.0]], np.float32), pairs))
+def fitted(train: int = 400, valid: int = 200) -> LambdaMART:
+    reranker = LambdaMART(synthetic_context())
+    reranker.fit(planted(train, 0), planted(valid, 1))
+    return reranker
+
+
+def test_every_method_describes_itself():
+    methods = {method.name: method for method in (*ORDERS, *RERANKERS.values())}
+    assert set(methods) == {
+        "base",
+        "oracle",
+        "prior",
+        "lambdamart",
+        "midtrain",
+        "sft",
+        "rl",
+        "shuffled",
+        "distilled",
+        "internalised",
+        "onerec_think",
+        "onerec_think-no-think",
+    }
+    for name, method in methods.items():
+        assert issubclass(method, Reranker) and method.name == name and method.description
+        assert set(method.compare_with) <= set(methods) - {name}
+        assert method.trained == (name not in ("base", "oracle", "shuffled")) or name == "shuffled"
+    assert {name for name, method in methods.items() if method.diagnostic} == {"oracle", "shuffled"}
+
+
+def test_orders():
+    (request,) = planted(1, 3)
+    context = synthetic_context()
+    assert BaseOrder(context).rank([request]) == [request.items]
+    assert Oracle(context).rank([request])[0][0] == request.target
+    assert Oracle(context).rank([request.without_labels()]) == [request.items]
+    assert PriorOrder(context).rank([request]) == [request.items]  # there is no prior
+    assert by_score(request, [1.0] * len(request.items)) == request.items
+    assert by_score(request, range(len(request.items))) == request.items[::-1]
+
+
+def test_lambdamart_gets_what_the_prior_gets():
+    pairs = np.array([[[1, 2], [3, 5]], [[-1, 0], [-2, 0]]], np.float16)  # two candidates, two items, two features
+    table = columns(CandidateFeatures(np.array([[7.0], [8.0]], np.float32), pairs))
     assert table.shape == (2, 1 + 2 * (RECENT + 2))
     assert table[:, :5].tolist() == [[7, 1, 2, 3, 5], [8, -1, 0, -2, 0]] and not table[:, 5:-4].any()
-    assert table[:, -4:].tolist() == [[3, 5, 4, 7], [-1, 0, -3, 0]]  # largest, sum
+    assert table[:, -4:].tolist() == [[3, 5, 4, 7], [-1, 0, -3, 0]]  # maximum, sum
 
 
-def test_it_finds_a_planted_pattern():
-    asked, truth = planted(300, 2)
-    scores, trees = lambdamart(planted(400, 0), planted(200, 1), asked, seed=5)
-    assert [len(row) for row in scores] == [len(each.facts) for each in asked] and 1 <= trees <= 500
-    first = np.mean([gains[row.argmax()] for row, gains in zip(scores, truth, strict=True)])
-    assert first > 0.7  # 0.84 is the most there is, 0.2 is chance
-    again, _ = lambdamart(planted(400, 0), planted(200, 1), asked, seed=5)
-    assert all(np.array_equal(one, two) for one, two in zip(scores, again, strict=True))
+def test_lambdamart_finds_a_planted_pattern():
+    requests, reranker = planted(300, 2), fitted()
+    rankings = reranker.rank([request.without_labels() for request in requests])
+    assert 1 <= reranker.summary["trees"] <= 500
+    assert all(sorted(order) == sorted(r.items) for order, r in zip(rankings, requests, strict=True))
+    first = np.mean([order[0] == request.target for order, request in zip(rankings, requests, strict=True)])
+    assert first > 0.7  # 0.84 is the maximum, 0.2 is chance
+    assert fitted().rank(requests) == rankings
 
 
-def test_a_list_is_scored_whatever_stands_beside_it():
-    asked, _ = planted(20, 2)
-    together, _ = lambdamart(planted(100, 0), planted(50, 1), asked, seed=5)
-    alone, _ = lambdamart(planted(100, 0), planted(50, 1), asked[7:8], seed=5)
-    assert np.array_equal(together[7], alone[0])
+def test_lambdamart_ranks_a_list_independently_of_the_others():
+    requests, reranker = planted(20, 2), fitted(100, 50)
+    assert reranker.rank(requests)[7:8] == reranker.rank(requests[7:8])
 
 
 @pytest.mark.parametrize("shuffled", [True, False])
-def test_a_fixed_slot_is_seen(shuffled):
-    """Scripted policies over 400 lists of 5, whose target is the item that stands in base rank 1 to 5 in turn."""
+def test_a_fixed_slot_is_detected(shuffled):
+    """Scripted policies over 400 lists of 5. The target has the base ranks 1 to 5 in turn."""
     candidates = tuple(Candidate(item_id=item, score=-item, rank=item) for item in range(1, 6))
     requests = [
         Request(
@@ -74,7 +127,7 @@ def test_a_fixed_slot_is_seen(shuffled):
             Answer(request_id=r.request_id, ranking=promote(r.items, policies[policy](r)), status="ok")
             for r in requests
         ]
-        return promoted(requests, answers, orders)
+        return first_places(requests, answers, orders)
 
     assert places("third slot")["promoted_from_slot"] == {"3": 400}
     assert places("copy-cat")["promoted_from_rank"] == {"1": 400}

@@ -1,4 +1,4 @@
-"""Rewards: every one against ten kinds of answers, by hand, and the hack that the conditional reward closes."""
+"""Rewards: each one by hand for ten kinds of answers, and copying under the plain and the conditional form."""
 
 import math
 from dataclasses import replace
@@ -49,11 +49,11 @@ CONDITIONAL = {"rank_gain": 1.0, "format": {"weight": 0.2, "only_if": "promoted"
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_each_reward_by_hand(kind):
-    said, *expected = ANSWERS[kind]
-    assert {name: REWARDS[name](request(), said) for name in NAMES} == dict(zip(NAMES, expected, strict=False))
+    given, *expected = ANSWERS[kind]
+    assert {name: REWARDS[name](request(), given) for name in NAMES} == dict(zip(NAMES, expected, strict=False))
 
 
-def test_the_table_covers_every_reward():
+def test_the_table_contains_every_reward():
     assert set(NAMES) == set(REWARDS) and len(ANSWERS) == 10
 
 
@@ -64,7 +64,7 @@ def graded(*grades: int) -> Request:
 @pytest.mark.parametrize(
     ("ranking", "auc", "ndcg", "moved"),
     [
-        # grades of 10, 20, 30, 40: 0, 1, 2, 0. Five pairs have two grades; gains are 2^grade - 1: 0, 1, 3, 0.
+        # grades of 10, 20, 30, 40: 0, 1, 2, 0. Five pairs differ in grade; 2^grade - 1 is 0, 1, 3, 0.
         ((30, 20, 10, 40), 1.0, 1.0, 1),
         ((20, 30, 10, 40), 4 / 5, (1 + 3 / math.log2(3)) / (3 + 1 / math.log2(3)), 1),
         ((10, 20, 30, 40), 2 / 5, (1 / math.log2(3) + 3 / 2) / (3 + 1 / math.log2(3)), 0),
@@ -72,29 +72,29 @@ def graded(*grades: int) -> Request:
     ],
 )
 def test_graded_lists_by_hand(ranking, auc, ndcg, moved):
-    found = {name: REWARDS[name](graded(0, 1, 2, 0), answer(*ranking)) for name in ("auc", "ndcg", "moved")}
-    assert found == pytest.approx({"auc": auc, "ndcg": ndcg, "moved": moved})
+    rewards = {name: REWARDS[name](graded(0, 1, 2, 0), answer(*ranking)) for name in ("auc", "ndcg", "moved")}
+    assert rewards == pytest.approx({"auc": auc, "ndcg": ndcg, "moved": moved})
 
 
-def test_lists_without_a_better_candidate_have_no_graded_reward():
+def test_graded_rewards_do_not_apply_to_lists_of_equal_relevance():
     for grades in ((0, 0, 0, 0), (1, 1, 1, 1)):
         rewards = WeightedRewards({"ndcg": 1.0, "auc": 1.0})
         assert rewards.total(rewards.terms(graded(*grades), answer(*ITEMS))) is None
-        assert not graded(*grades).teaches
-    assert REWARDS["moved"](graded(2, 1, 1, 0), answer(*ITEMS)) == 1.0  # nothing could be better
-    assert graded(0, 1, 2, 0).by_gain((40, 20, 10, 30)) == (30, 20, 40, 10)
-    assert request().gains == (0, 0, 1, 0) and request().by_gain((40, 20, 10, 30)) == (30, 40, 20, 10)
+        assert not graded(*grades).has_signal
+    assert REWARDS["moved"](graded(2, 1, 1, 0), answer(*ITEMS)) == 1.0  # the base order is optimal
+    assert graded(0, 1, 2, 0).sorted_by_grade((40, 20, 10, 30)) == (30, 20, 40, 10)
+    assert request().relevance == (0, 0, 1, 0) and request().sorted_by_grade((40, 20, 10, 30)) == (30, 40, 20, 10)
 
 
-def test_a_target_already_first_earns_the_format_by_staying_first():
+def test_a_target_in_first_place_gets_the_format_reward_if_it_stays_there():
     rewards = WeightedRewards(CONDITIONAL)
-    said = [answer(10, 20, 30, 40), answer(20, 10, 30, 40), answer(10, 20, 30, 40, status="repaired", missing=1)]
-    paid = [rewards.total(rewards.terms(request(10), each)) for each in said]
-    assert paid == pytest.approx([0.2, -0.25, 0.0])
-    assert REWARDS["moved"](request(10), said[0]) == 1  # nothing could be better
+    answers = [answer(10, 20, 30, 40), answer(20, 10, 30, 40), answer(10, 20, 30, 40, status="repaired", missing=1)]
+    totals = [rewards.total(rewards.terms(request(10), each)) for each in answers]
+    assert totals == pytest.approx([0.2, -0.25, 0.0])
+    assert REWARDS["moved"](request(10), answers[0]) == 1  # the base order is optimal
 
 
-def test_without_its_target_a_request_has_no_reward():
+def test_rank_rewards_do_not_apply_to_a_list_without_its_target():
     rewards = WeightedRewards(CONDITIONAL)
     terms = rewards.terms(request(99), answer(10, 20, 30, 40))
     assert terms == {**dict.fromkeys(NAMES), "format": 1, "unchanged": 1}
@@ -103,10 +103,10 @@ def test_without_its_target_a_request_has_no_reward():
 
 
 def test_conditions_by_hand():
-    """GR2-TR, de-hacked: a valid answer is paid its NDCG and its form, a copy its form alone."""
+    """GR2-TR, de-hacked: a valid answer gets NDCG and format, a copy of the base order only format."""
     rewards = WeightedRewards({"ndcg": {"weight": 2.0, "only_if": ["format", "moved"]}, "format": 0.2})
-    paid = {kind: rewards.total(rewards.terms(request(), said)) for kind, (said, *_) in ANSWERS.items()}
-    assert paid == pytest.approx(
+    totals = {kind: rewards.total(rewards.terms(request(), given)) for kind, (given, *_) in ANSWERS.items()}
+    assert totals == pytest.approx(
         {
             "empty": 0,
             "junk": 0,
@@ -123,7 +123,7 @@ def test_conditions_by_hand():
 
 
 @pytest.mark.parametrize(
-    "paid",
+    "weights",
     [
         {"format": {"only_if": "promoted"}},
         {"format": {"weight": 1, "if": "promoted"}},
@@ -133,20 +133,20 @@ def test_conditions_by_hand():
         {"format": None},
     ],
 )
-def test_another_form_of_payment_is_refused(paid):
-    with pytest.raises(ConfigurationError, match="format is paid"):
-        WeightedRewards(paid)
+def test_an_entry_of_another_form_is_refused(weights):
+    with pytest.raises(ConfigurationError, match="the reward format has the entry"):
+        WeightedRewards(weights)
 
 
-def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
+def test_a_custom_reward(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def brief(request, answer):\n    return 1.0 - answer.output_tokens / 10\n\n"
         "def last_changed(request, answer):\n    return float(answer.ranking[-1] != request.items[-1])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rewards = WeightedRewards({"my_rewards:brief": {"weight": 2, "only_if": "my_rewards:last_changed"}})
-    said = [answer(10, 20, 30, 40, output_tokens=5), answer(40, 20, 30, 10, output_tokens=5)]
-    assert [rewards.total(rewards.terms(request(), each)) for each in said] == [0.0, 1.0]
+    answers = [answer(10, 20, 30, 40, output_tokens=5), answer(40, 20, 30, 10, output_tokens=5)]
+    assert [rewards.total(rewards.terms(request(), each)) for each in answers] == [0.0, 1.0]
     for name, message in (("my_rewards:long", "cannot import"), ("no_such_module:x", "cannot import")):
         with pytest.raises(ConfigurationError, match=message):
             WeightedRewards({"rank_gain": {"weight": 1, "only_if": name}})
@@ -154,8 +154,8 @@ def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("reasoning", "expected"), [(0, 0), (12, 0), (13, -0.25), (14, -0.5), (16, -1), (20, -1)])
 def test_overlong_is_linear_over_the_buffer(reasoning, expected):
-    said = answer(10, 20, 30, 40, output_tokens=reasoning + 1 + 4 + 1)  # mark, labels, eos
-    assert overlong(max_reasoning=16, buffer=4)(request(), said) == expected
+    given = answer(10, 20, 30, 40, output_tokens=reasoning + 1 + 4 + 1)  # ranking mark, labels, eos
+    assert overlong(max_reasoning=16, buffer=4)(request(), given) == expected
 
 
 def test_overlong_refuses_a_buffer_that_does_not_fit():
@@ -163,38 +163,40 @@ def test_overlong_refuses_a_buffer_that_does_not_fit():
         overlong(max_reasoning=16, buffer=17)
 
 
-# Policies, asked about three requests whose target is at ranks 1, 3 and 4.
+# Policies, for three requests whose target is at ranks 1, 3 and 4.
 POLICIES = {
     "oracle": lambda r: answer(r.target, *(item for item in ITEMS if item != r.target)),
-    "honest": lambda r: answer(30, 10, 20, 40),  # finds one of the three
+    "honest": lambda r: answer(30, 10, 20, 40),  # right for one of the three
     "copy-cat": lambda r: answer(*ITEMS),
     "junk": lambda r: answer(*ITEMS, status="unreadable", missing=4),
 }
 
 
-def earned(rewards: WeightedRewards, policy: str) -> float:
+def total_reward(rewards: WeightedRewards, policy: str) -> float:
     return sum(rewards.total(rewards.terms(r, POLICIES[policy](r))) for r in map(request, (10, 30, 40)))
 
 
 def test_the_conditional_reward_orders_the_policies():
     rewards = WeightedRewards(CONDITIONAL)
-    scores = {name: earned(rewards, name) for name in POLICIES}
+    scores = {name: total_reward(rewards, name) for name in POLICIES}
     # honest: demotes 10 by one (-1/4), promotes 30 by two (1/2 + 0.2), leaves 40 last (0)
     assert scores == pytest.approx({"oracle": 1.25 + 0.6, "honest": 0.45, "copy-cat": 0.2, "junk": 0.0})
     assert scores["oracle"] > scores["honest"] > scores["copy-cat"] >= scores["junk"]
 
 
-def test_the_plain_reward_is_hacked_by_copying():
+def test_the_plain_form_rewards_copying():
     plain, conditional = WeightedRewards(PLAIN), WeightedRewards(CONDITIONAL)
     r, copy = request(30), answer(*ITEMS)
-    assert plain.total(plain.terms(r, copy)) == 0.2  # alpha, for nothing
+    assert plain.total(plain.terms(r, copy)) == 0.2  # the weight of format
     assert conditional.total(conditional.terms(r, copy)) == 0.0
-    assert earned(plain, "copy-cat") == pytest.approx(0.6)  # more than twice the honest policy's gain in rank (0.25)
+    assert total_reward(plain, "copy-cat") == pytest.approx(
+        0.6
+    )  # more than twice the rank gain of the honest policy, 0.25
 
 
 @pytest.mark.parametrize("form", [PLAIN, CONDITIONAL])
-def test_promoting_a_fixed_slot_earns_no_more_than_copying(form):
-    """Targets stand where those of a base model do, more of them at the top: 10, 10, 20 and 40."""
+def test_promoting_a_fixed_position_is_not_better_than_copying(form):
+    """As in lists of a base model, more targets are at the top: 10, 10, 20 and 40."""
     rewards = WeightedRewards(form)
     policies = {
         "oracle": POLICIES["oracle"],
@@ -206,16 +208,16 @@ def test_promoting_a_fixed_slot_earns_no_more_than_copying(form):
     terms = {
         name: [rewards.terms(r, policy(r)) for r in map(request, (10, 10, 20, 40))] for name, policy in policies.items()
     }
-    gains = {name: sum(each["rank_gain"] for each in found) for name, found in terms.items()}
+    rank_gains = {name: sum(each["rank_gain"] for each in each_terms) for name, each_terms in terms.items()}
     # second: -1/4 twice, +1/4; last: -1/4 three times, +3/4
-    assert gains == {"oracle": 1.0, "honest": 0.25, "copy-cat": 0.0, "second slot": -0.25, "last slot": 0.0}
-    scores = {name: sum(map(rewards.total, found)) for name, found in terms.items()}
+    assert rank_gains == {"oracle": 1.0, "honest": 0.25, "copy-cat": 0.0, "second slot": -0.25, "last slot": 0.0}
+    scores = {name: sum(map(rewards.total, each_terms)) for name, each_terms in terms.items()}
     if form is CONDITIONAL:
         assert scores == pytest.approx(
             {"oracle": 1.8, "honest": 0.85, "copy-cat": 0.4, "second slot": -0.05, "last slot": 0.2}
         )
         assert scores["oracle"] > scores["honest"] > scores["copy-cat"] > scores["last slot"] > scores["second slot"]
-    else:  # paid for its form alone a slot is worth as much as a copy: rank gain alone tells them apart
+    else:  # a fixed position and a copy both get the format reward
         assert scores["last slot"] == scores["copy-cat"] == pytest.approx(0.8)
 
 
@@ -228,7 +230,7 @@ def test_weights():
         WeightedRewards({"ndcg": 0})
 
 
-def test_a_failing_reward_stops_everything():
+def test_an_exception_or_an_infinite_value_of_a_reward_is_not_hidden():
     def broken(request, answer):
         raise KeyError("no such column")
 

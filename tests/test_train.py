@@ -1,4 +1,4 @@
-"""Supervised training: the weighted loss by hand, exact resume, LoRA that merges to what was trained."""
+"""Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.finetune import Collator, Row, finetune
+from recbole_gr2.llm.train import Collator, Example, ProgressLines, finetune
 
 
 @pytest.fixture
 def tokenizer():
-    """A real fast tokenizer of single letters: TRL reads more of it than a stand-in could promise."""
+    """A fast tokenizer of single letters. TRL reads many attributes of a tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -40,13 +40,13 @@ def tiny(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
     )
 
 
-ROWS = [Row(input_ids=[2 + n % 5, 3, 4 + n % 3, 5, 6, 1], parts=[0, 0, 1, 1, 2, 2]) for n in range(12)] + [
-    Row(input_ids=[7, 8 + n % 2, 9, 1], parts=[0, 1, 2, 2]) for n in range(4)
+EXAMPLES = [Example(input_ids=[2 + n % 5, 3, 4 + n % 3, 5, 6, 1], parts=[0, 0, 1, 1, 2, 2]) for n in range(12)] + [
+    Example(input_ids=[7, 8 + n % 2, 9, 1], parts=[0, 1, 2, 2]) for n in range(4)
 ]
 WEIGHTS = {"reasoning": 0.5, "ranking": 1.0}
 
 
-def train(model, tokenizer, folder, **changes):
+def train(model, tokenizer, folder, examples=EXAMPLES, **changes):
     options = dict(
         part_weights=WEIGHTS,
         steps=6,
@@ -59,15 +59,15 @@ def train(model, tokenizer, folder, **changes):
         bf16=False,
         save_steps=2,
     )
-    return finetune(model, tokenizer, ROWS, folder, **{**options, **changes})
+    return finetune(model, tokenizer, examples, folder, **{**options, **changes})
 
 
 def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
-    rows = ROWS[:2]
+    rows = EXAMPLES[:2]
     model = tiny()
     batch = Collator(0)(
         [
-            vars(row) | {"labels": [t if p else -100 for t, p in zip(row.input_ids, row.parts, strict=False)]}
+            vars(row) | {"labels": [t if p else -100 for t, p in zip(row.input_ids, row.parts, strict=True)]}
             for row in rows
         ]
     )
@@ -102,14 +102,14 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
 def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path):
     """Codes 10, 11 and then 20, 21, 22; the catalogue lacks (11, 20) and (11, 22)."""
     trie = SidTrie.build([(0, 0), (0, 1), (0, 2), (1, 1)], [(10, 11, 12), (20, 21, 22)], begin_id=9)
-    row = Row(input_ids=[3, 10, 21, 4, 11, 21, 1], parts=[0, 1, 1, 1, 1, 1, 1])
+    row = Example(input_ids=[3, 10, 21, 4, 11, 21, 1], parts=[0, 1, 1, 1, 1, 1, 1])
     logits = tiny()(input_ids=torch.tensor([row.input_ids])).logits[0]
     among = {1: [10, 11], 2: [20, 21, 22], 4: [10, 11], 5: [21]}
     expected = []
     for place in range(1, 7):
         step = logits[place - 1] - logits[place - 1][among.get(place, range(28))].logsumexp(0)
         expected.append(-step[row.input_ids[place]].item())
-    assert expected[4] == pytest.approx(0, abs=1e-6)  # a single way on
+    assert expected[4] == pytest.approx(0, abs=1e-6)  # only one code is possible
     log = finetune(
         tiny(),
         tokenizer,
@@ -133,8 +133,8 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
 def test_a_choice_by_hand(tokenizer, tmp_path):
     choices = {2: {12: 0.5, 11: -1.0}, 3: {10: 0.0, 5: 2.0, 7: -3.0}}
     rows = [
-        Row(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], choices=choices, drawn=frozenset([3])),
-        Row(input_ids=[4, 5, 6], parts=[0, 1, 1]),
+        Example(input_ids=[2, 3, 11, 10, 1], parts=[0, 0, 1, 1, 1], choices=choices, from_prior=frozenset([3])),
+        Example(input_ids=[4, 5, 6], parts=[0, 1, 1]),
     ]
     expected = []
     for text in rows:
@@ -144,7 +144,7 @@ def test_a_choice_by_hand(tokenizer, tmp_path):
             weight = 0.2 if t in text.choices else 1.0
             scores = weight * logits[t - 1, list(among)] + torch.tensor(list(among.values()))
             goal = torch.eye(len(among))[list(among).index(text.input_ids[t])]
-            if t in text.drawn:
+            if t in text.from_prior:
                 goal = torch.tensor(list(among.values())).softmax(-1)
             expected.append(-(goal * scores.log_softmax(-1)).sum().item())
     log = finetune(
@@ -177,9 +177,9 @@ def test_a_killed_run_ends_with_the_same_weights(tokenizer, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tiny(), tokenizer, tmp_path / "killed", say=kill)
-    resumed, seen = tiny(seed=99), []  # other weights: what counts is in the checkpoint
+    resumed, seen = tiny(seed=99), []  # other weights: those of the checkpoint replace them
     train(resumed, tokenizer, tmp_path / "killed", say=seen.append)
-    assert seen and not seen[0].startswith("step 1/"), "the run must go on, not start again"
+    assert seen and not seen[0].startswith("step 1/"), "the run must continue, not start again"
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -190,19 +190,43 @@ def test_training_lowers_every_part(tokenizer, tmp_path):
         assert log[-1][part] < 0.7 * log[0][part]
 
 
-@pytest.mark.parametrize("change", [{"max_length": 5}, {"micro_batch_size": 3}])
-def test_what_does_not_fit_is_an_error(tokenizer, tmp_path, change):
+@pytest.mark.parametrize(("examples", "change"), [(EXAMPLES, {"max_length": 5}), ([], {"steps": 1})])
+def test_texts_that_do_not_fit_are_an_error(tokenizer, tmp_path, examples, change):
     with pytest.raises(ConfigurationError, match="do not fit"):
-        train(tiny(), tokenizer, tmp_path, **change)
+        train(tiny(), tokenizer, tmp_path, examples=examples, **change)
+
+
+@pytest.mark.parametrize(("at_most", "passes"), [(8, 1), (5, 2), (100, 1), (1, 8)])
+def test_the_micro_batch_is_a_divisor_of_the_batch(tokenizer, tmp_path, at_most, passes):
+    """Of 8 texts, at most 5 at once: 4 and 4."""
+    model = tiny()
+    sizes = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    train(model, tokenizer, tmp_path, steps=1, micro_batch_size=at_most, learning_rate=0.0)
+    assert sizes == [8 // passes] * passes
+
+
+def test_progress_lines_print_the_named_values():
+    class State:
+        global_step, max_steps = 3, 10
+
+    lines = []
+    progress = ProgressLines(lines.append, ("reward",))
+    progress.on_log(None, State, None, {"reward": 0.5, "loss": 1.25, "loss/trace": 2.0, "grad_norm": 9.0})
+    progress.on_log(None, State, None, {"train_runtime": 9.0, "loss": 1.0})
+    progress.on_log(None, State, None, {"grad_norm": 9.0})
+    assert lines == ["step 3/10  reward 0.5000  loss 1.2500  loss/trace 2.0000"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_lora_merges_to_what_was_trained(tokenizer, tmp_path, tied):
+def test_lora_merges_to_the_trained_model(tokenizer, tmp_path, tied):
     new = [24, 25, 26, 27]
     model = tiny(tied=tied)
     before = model.get_input_embeddings().weight.detach().clone()
     adapted = with_lora(model, 2, new)
-    rows = [Row(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
+    rows = [Example(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
     log = finetune(
         adapted,
         tokenizer,
@@ -228,7 +252,7 @@ def test_lora_merges_to_what_was_trained(tokenizer, tmp_path, tied):
         assert torch.allclose(plain(tokens).logits, trained, atol=1e-5)
     after = plain.get_input_embeddings().weight
     assert not torch.allclose(after[new], before[new]), "new tokens must train"
-    assert torch.equal(after[2:24], before[2:24]), "known tokens must not"
+    assert torch.equal(after[2:24], before[2:24]), "all other tokens must not"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -236,7 +260,7 @@ def test_token_rows_train_alone(tokenizer, tmp_path, tied):
     new = [24, 25, 26, 27]
     model = tiny(tied=tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = [Row(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
+    rows = [Example(input_ids=[2, 24, 25, 26, 27, 1], parts=[1] * 6)] * 4
     with new_rows_alone(model, new):
         log = finetune(
             model,
@@ -262,7 +286,7 @@ def test_token_rows_train_alone(tokenizer, tmp_path, tied):
             assert not torch.equal(after[name][24:], before[name][24:])
         else:
             assert torch.equal(after[name], before[name]), name
-    model(torch.tensor([[2, 3]])).logits.sum().backward()  # the masks are gone
+    model(torch.tensor([[2, 3]])).logits.sum().backward()  # the masks are removed
     assert model.get_input_embeddings().weight.grad[2].abs().sum() > 0
 
 
@@ -272,7 +296,7 @@ def test_rank_zero_trains_the_model_itself():
 
 
 def test_collator_masks_padding_that_looks_like_a_token():
-    plain = {"choice_at": [], "choices": [], "choice_prior": [], "drawn": []}
+    plain = {"choice_at": [], "choices": [], "choice_prior": [], "from_prior": []}
     batch = Collator(1)(
         [
             {"input_ids": [5, 1], "parts": [0, 1], "labels": [-100, 1], **plain},

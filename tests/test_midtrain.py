@@ -1,0 +1,194 @@
+"""Mid-training: its texts, what they leave out, and likelihoods against a plain forward pass."""
+
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_gr2.artifacts import (
+    load_catalog,
+)
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.policy import load_model
+from recbole_gr2.stages import midtrain
+from recbole_gr2.tasks import HELD_OUT, examples_of, general_texts, split_text, task_texts, vocabulary_texts
+from recbole_gr2.types import Context
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
+    return tiny_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def smoke(finished) -> Context:
+    """The folders of the run as a stage sees them."""
+    return finished.context()
+
+
+@pytest.fixture(scope="module")
+def catalog(smoke):
+    return load_catalog(smoke)
+
+
+@pytest.fixture(scope="module")
+def student(smoke):
+    """(model, tokenizer) of the sft stage."""
+    return load_model(smoke.folders["sft"])
+
+
+def other(context: Context, folder: Path, **changes) -> Context:
+    """The same run with other settings, writing to `folder`."""
+    return replace(context, folder=folder, settings={**dict(context.settings), **changes})
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class Letters:
+    """A tokenizer whose tokens are letters; 0 ends a text."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("abcdef", min_size=1, max_size=9), max_size=12), st.integers(3, 4), st.integers(12, 30))
+def test_fitting_loses_no_piece_and_is_never_too_long(pieces, head, longest):
+    texts = list(split_text(["H" * head, *pieces], Letters(), longest))
+    whole = []
+    for ids in texts:
+        assert len(ids) <= longest
+        assert ids[:head] == [ord("H")] * head and ids[-1] == 0
+        whole += ids[head:-1]
+    room = longest - head - 1
+    assert whole == [ord(letter) for piece in pieces for letter in piece[:room]]
+    cuts, borders = [0], {sum(len(piece[:room]) for piece in pieces[:n]) for n in range(len(pieces) + 1)}
+    for ids in texts:
+        cuts.append(cuts[-1] + len(ids) - head - 1)
+    assert set(cuts) <= borders  # texts end between pieces
+    assert len(texts) <= max(1, len(pieces))
+
+
+def captured_histories(smoke, tmp_path, monkeypatch, **changes) -> dict:
+    caught = {}
+
+    def stop(items, histories, *args):
+        caught["histories"] = histories
+        raise StopIteration
+
+    monkeypatch.setattr(midtrain, "task_texts", stop)
+    with pytest.raises(StopIteration):
+        midtrain.run(other(smoke, tmp_path, **changes))
+    return dict(zip(smoke.data.train_sequences(), caught["histories"], strict=True))
+
+
+def test_midtrain_leaves_the_targets_of_the_train_lists_out(smoke, tmp_path, monkeypatch):
+    held = captured_histories(smoke, tmp_path, monkeypatch)
+    whole = captured_histories(smoke, tmp_path, monkeypatch, mid_hold_out=False)
+    for user, sequence in smoke.data.sequences.items():
+        assert held[user] == sequence[:-3].tolist() and whole[user] == sequence[:-2].tolist()
+        assert not set(smoke.data.targets(user, "train")) & set(held[user])
+
+
+def test_mixture_fills_each_share(smoke, catalog):
+    _, tokenizer = load_model(smoke.folders["midtrain"])
+    histories = [tuple(s[:-3]) for s in smoke.data.train_sequences().values()]
+    learnt, _ = general_texts(None, 2000, seed=1)
+    texts, mix = task_texts(catalog, histories, learnt, smoke.settings), smoke.settings["mid_mix"]
+    rows, longest = examples_of(texts, tokenizer, mix, 6000, 256, seed=1), 256
+    assert list(rows) == ["caption", "general", "persona", "sequential"]  # whatever the order of the setting
+    assert rows == examples_of(texts, tokenizer, dict(reversed(mix.items())), 6000, 256, seed=1)
+    for part, (task, share) in enumerate(sorted(mix.items()), start=1):
+        count = sum(len(row.input_ids) for row in rows[task])
+        assert share * 6000 <= count < share * 6000 + 40 * longest, task
+        assert all(len(row.input_ids) <= longest and set(row.parts) == {part} for row in rows[task])
+    assert rows == examples_of(texts, tokenizer, mix, 6000, 256, seed=1)
+    assert rows != examples_of(texts, tokenizer, mix, 6000, 256, seed=2)
+    assert examples_of(texts, tokenizer, {"persona": 1.0}, 0, 256, seed=1) == {"persona": []}
+    few = examples_of({"caption": texts["caption"][:3]}, tokenizer, {"caption": 1.0}, 500, 256, seed=1)["caption"]
+    times = Counter(tuple(row.input_ids) for row in few)  # in passes: each text once before any comes again
+    assert len(times) == 3 and max(times.values()) - min(times.values()) <= 1 < min(times.values())
+
+
+def test_general_texts(tmp_path):
+    learnt, held = general_texts(None, 500, seed=1)
+    assert len(held) == HELD_OUT and not set(held) & set(learnt) and 2000 <= sum(map(len, learnt)) < 12000
+    assert general_texts(None, 500, seed=1) == (learnt, held) != general_texts(None, 500, seed=2)
+    assert general_texts(None, 0, seed=1) == ([], held)
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"Paragraph {letter} is " + "long " * 40 for letter in "ABC") + "\n\nshort\n\n")
+    learnt, held = general_texts(str(file), 1000, seed=1)
+    assert len(learnt) == 1 and len(held) == 2 and all(part.startswith("Paragraph ") for part in learnt + held)
+    file.write_text("short\n")
+    with pytest.raises(ConfigurationError, match="no paragraph"):
+        general_texts(str(file), 1000, seed=1)
+    with pytest.raises(MissingFileError, match="there is no text file"):
+        general_texts(str(tmp_path / "absent.txt"), 1000, seed=1)
+
+
+def test_midtrain_trains_the_embeddings_first(smoke, finished):
+    """Two logs in one: the first phase knows one task, the second logs each task's loss by itself."""
+    folder, summary = finished.folders["midtrain"], finished.records["midtrain"].summary
+    log = json.loads((folder / "log.json").read_text())
+    assert "loss/persona" in log[0] and not {"loss/sequential", "loss/general"} & set(log[0])
+    assert {f"loss/{task}" for task in ("sequential", "persona", "caption", "general")} <= set().union(*log)
+    assert summary["embedding_tokens"] >= 1000 and summary["tokens"]["general"] > 0
+    assert summary["perplexity"]["after"] > 1 and 1 < summary["perplexity"]["before"] < 1e6
+    assert not list((folder / "checkpoints").rglob("checkpoint-*"))
+
+
+def test_the_corpus_depends_on_nothing_outside_midtrains_key(smoke):
+    texts = [
+        vocabulary_texts(Catalog(smoke.data.catalog[:30]), {**dict(smoke.settings), "prompt_history": n})
+        for n in (2, 9)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
+    from recbole_gr2.llm.likelihood import continuation_log_likelihood
+
+    model, tokenizer = student
+    rng = random.Random(0)
+    prompts = [[rng.randrange(5, 400) for _ in range(length)] for length in (7, 1, 30, 7, 12)]
+    continuations = [[[rng.randrange(5, 400) for _ in range(6)] for _ in range(count)] for count in (3, 3, 3, 2, 5)]
+    for batch_size in (1, 2, 16):
+        scores = continuation_log_likelihood(
+            model, prompts, continuations, pad_id=tokenizer.pad_token_id, batch_size=batch_size
+        )
+        for prompt, options, row in zip(prompts, continuations, scores, strict=True):
+            assert len(row) == len(options)
+            for option, score in zip(options, row, strict=True):
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt + option])).logits[0].log_softmax(-1)
+                plain = sum(logits[len(prompt) - 1 + n, token].item() for n, token in enumerate(option))
+                assert score == pytest.approx(plain, abs=1e-3)
+
+
+def test_perplexity_is_that_of_a_plain_forward(student):
+    from recbole_gr2.llm.likelihood import perplexity
+
+    model, tokenizer = student
+    texts = [[5, 9, 30, 31], [7, 8], [40, 41, 42, 43, 44, 45, 46]]
+    total, count = 0.0, 0
+    for ids in texts:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logits[n - 1, ids[n]].item() for n in range(1, len(ids)))
+        count += len(ids) - 1
+    for batch_size in (1, 2, 8):
+        found = perplexity(model, texts, pad_id=tokenizer.pad_token_id, batch_size=batch_size)
+        assert found == pytest.approx(math.exp(total / count), rel=1e-4)

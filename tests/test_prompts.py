@@ -1,0 +1,162 @@
+"""Prompts: a prompt does not depend on labels, shows what it should, and an unsuitable template is refused."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recbole_gr2.catalog import Catalog
+from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.prompts import (
+    PromptMaker,
+    built_in,
+    kind,
+    load_template,
+    recent,
+    shorten,
+    shuffled_order,
+    templates_for,
+)
+from recbole_gr2.types import Candidate, Item, Request
+
+CATALOG = Catalog(
+    Item(
+        item_id=n,
+        token=f"t{n}",
+        title=f"Title{n}x",
+        categories=f"Root > Kind{n % 3}",
+        brand=f"Brand{n % 2}",
+        sid=(n, n + 1),
+    )
+    for n in range(1, 31)
+)
+
+
+def request_of(target: int = 11, history=(1, 2, 3), candidates=(10, 11, 12)) -> Request:
+    return Request(
+        request_id="train/u",
+        user_token="u",
+        split="train",
+        history=tuple(history),
+        candidates=tuple(Candidate(item_id=i, score=-float(r), rank=r) for r, i in enumerate(candidates, start=1)),
+        target=target,
+        provider="p",
+    )
+
+
+def maker_of(template: str = "rerank", history: int = 8, **options) -> PromptMaker:
+    return PromptMaker(template=load_template(template), catalog=CATALOG, history=history, title_chars=60, **options)
+
+
+@pytest.mark.parametrize("template", built_in())
+def test_a_prompt_does_not_depend_on_the_labels(template):
+    maker = maker_of(template)
+    requests = [request_of(target) for target in (10, 12, 25)]
+    prompts = [
+        maker.render(r) for r in [*requests, requests[0].without_labels(), replace(requests[0], grades=(0, 1, 2))]
+    ]
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert "Title25x" not in str(prompts[2]) and "Title12x" in str(prompts[2])
+
+
+def test_the_whole_prompt():
+    """The text is part of what the language model learns. A change invalidates published results."""
+    prompt = maker_of(history=1).render(request_of(candidates=(10, 11)))
+    assert prompt.messages == (
+        {
+            "role": "system",
+            "content": "You are a recommendation expert. Items follow on each other: find what the history is about, "
+            "what goes with it, and which of the 2 candidates fits. Cite items by ID, then rank every label once.",
+        },
+        {
+            "role": "user",
+            "content": "History:\n"
+            "<|sid_begin|><s_a_3><s_b_4><|sid_end|> Title3x (Kind0)\n"
+            "Candidates:\n"
+            "<|sid_begin|><s_a_10><s_b_11><|sid_end|><|A|> Title10x (Kind1)\n"
+            "<|sid_begin|><s_a_11><s_b_12><|sid_end|><|B|> Title11x (Kind2)",
+        },
+    )
+
+
+def test_history_and_candidates_of_a_prompt():
+    maker = maker_of(history=2)
+    prompt = maker.render(request_of(11), order=(2, 0, 1))
+    user = prompt.messages[1]["content"]
+    assert "Title1x" not in user and user.index("Title2x") < user.index("Title3x")  # the last two, oldest first
+    places = [
+        user.index(f"<s_a_{n}><s_b_{n + 1}><|sid_end|><|{label}|> Title{n}x (Kind{n % 3})")
+        for label, n in zip("ABC", (12, 10, 11), strict=True)
+    ]
+    assert places == sorted(places)
+    assert prompt.labels == ("<|A|>", "<|B|>", "<|C|>") and prompt.order == (2, 0, 1)
+    assert maker.label_items(request_of(11), prompt) == (12, 10, 11)
+
+
+def test_candidates_are_shuffled_by_request():
+    plain, maker = maker_of(), maker_of(shuffle_seed=3)
+    requests = [replace(request_of(11), request_id=f"train/{n}", prior=(-1.0, -2.0, -3.0)) for n in range(30)]
+    orders = {maker.render(r).order for r in requests}
+    assert len(orders) == 6 and {plain.render(r).order for r in requests} == {(0, 1, 2)}
+    for r in requests:
+        prompt = maker.render(r)
+        assert prompt == maker.render(replace(r, target=12)) and prompt.order == shuffled_order(r, 3)
+        assert maker.label_items(r, prompt) == tuple((10, 11, 12)[p] for p in prompt.order)
+        assert maker.label_prior(r, prompt) == [-1.0 - p for p in prompt.order]
+    assert maker.render(requests[0], order=(2, 1, 0)).order == (2, 1, 0)
+    assert [shuffled_order(r, 3) for r in requests] != [shuffled_order(r, 3, "shuffled") for r in requests]
+
+
+def test_a_custom_template(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "system: Rank.\nuser: '{% for c in candidates %}{{ c.label }} {{ c.title }} {{ c.brand }};{% endfor %}'\n"
+    )
+    prompt = maker_of(str(file)).render(request_of(candidates=(10, 11)))
+    assert [m["content"] for m in prompt.messages] == ["Rank.", "<|A|> Title10x Brand0;<|B|> Title11x Brand1;"]
+    assert [template.name for template in templates_for(str(file))] == [*built_in(), "mine"]
+    sha = load_template(str(file)).sha
+    file.write_text(file.read_text() + "# changed\n")
+    assert load_template(str(file)).sha != sha
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("system: a\nuser: '{% for c in candidates %}{{ c.facts }}{% endfor %}'\n", "prompt_evidence"),
+        ("system: '{% if candidates[0].facts %}x{% endif %}'\nuser: b\n", "prompt_evidence"),
+        ("system: a\nuser: '{{ target }}'\n", "'target' is undefined"),
+        ("system: a\nuser: '{% for %}'\n", "cannot be rendered"),
+        ("system: a\n", "needs the keys `system` and `user`"),
+        ("just a text\n", "needs the keys `system` and `user`"),
+    ],
+)
+def test_an_unsuitable_template_is_refused_when_it_is_loaded(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        load_template(str(tmp_path / "mine.yaml"))
+
+
+def test_a_template_that_does_not_exist():
+    with pytest.raises(MissingFileError, match="rerank-nokp"):
+        load_template("no-such-template")
+
+
+def test_recent_items():
+    assert [recent((1, 2, 3), count) for count in (0, 2, 5)] == [(), (2, 3), (1, 2, 3)]
+
+
+@given(st.text(alphabet="ab ,-", max_size=40), st.integers(1, 20))
+def test_shorten(text, chars):
+    short = shorten(text, chars)
+    assert len(short) <= chars and text.startswith(short)
+    assert short == text or len(text) > chars
+
+
+def test_shorten_and_kind_by_hand():
+    assert shorten("OPI Nail Lacquer, Red", 17) == "OPI Nail Lacquer"
+    assert shorten("OPI Nail Lacquer", 16) == "OPI Nail Lacquer"
+    assert shorten("Lacquer", 3) == "Lac"
+    assert kind(CATALOG[0]) == "Kind1"
+    assert kind(Item(item_id=1, token="t", title="x")) == ""
