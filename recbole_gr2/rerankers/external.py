@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def read_rankings(file: Path) -> dict[str, list[str]]:
 def _json_rankings(file: Path) -> dict[str, list[str]]:
     rankings: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(file), start=1):
-        name, ranking = line.get("request_id", line.get("user_id")), line.get("ranking")
+        values = line if isinstance(line, dict) else {}
+        name, ranking = values.get("request_id", values.get("user_id")), values.get("ranking")
         if name is None or not isinstance(ranking, list) or str(name) in rankings:
             raise ConfigurationError(
                 f"record {number} has no ranking of a new request: {json.dumps(line)[:80]}",
@@ -117,10 +119,14 @@ def _trec_rankings(file: Path) -> dict[str, list[str]]:
             continue
         try:
             user, _, item, _, score, _ = fields
+            if math.isnan(float(score)):
+                raise ValueError("a score has to be a number, so that items can be sorted by it")
+            if item in scores.get(user, {}):
+                raise ValueError("an item occurs twice for a user")
             scores.setdefault(user, {})[item] = float(score)
         except ValueError as error:
             raise ConfigurationError(
-                f"the line is not of the form `user Q0 item rank score tag`: {line[:80]!r}",
+                f"the line {line[:80]!r} is not of the form `user Q0 item rank score tag`, or it repeats an item",
                 where=f"{file}:{number}",
                 do="correct the line, or use JSON lines with user_id and ranking",
             ) from error
