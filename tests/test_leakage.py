@@ -16,9 +16,11 @@ from recbole_gr2.artifacts import (
 from recbole_gr2.lists import training_requests
 from recbole_gr2.policy import Policy, citations, load_model
 from recbole_gr2.prompts import shuffled_order
+from recbole_gr2.rerankers.base import Reranker
 from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.likelihood import Midtrain
 from recbole_gr2.sid.tokens import is_code
+from recbole_gr2.stages import rerank
 from recbole_gr2.types import Context
 
 
@@ -109,3 +111,22 @@ def test_candidates_hold_no_seen_item_and_no_inserted_target(smoke, catalog):
         assert all(row == sorted(row, reverse=True) for row in scores)
         assert 0 < sum(r.target_rank is not None for r in requests) < 150
         assert all(r.provider == ("CausalSASRec hold-out" if split == "train" else "CausalSASRec") for r in requests)
+
+
+def test_the_rerank_stage_withholds_the_labels(smoke, tmp_path):
+    """`fit` gets requests with labels, `rank` gets them without."""
+    seen = {}
+
+    class Spy(Reranker):
+        name = "spy"
+
+        def fit(self, train, valid):
+            seen["fit"] = [request.has_signal for request in (*train, *valid)]
+
+        def rank(self, requests):
+            seen["rank"] = {(request.target, request.grades) for request in requests}
+            return [request.items for request in requests]
+
+    rerank.run(replace(smoke, folder=tmp_path, parameters={"reranker": Spy}))
+    assert all(seen["fit"]) and len(seen["fit"]) > 50
+    assert seen["rank"] == {(0, ())}
