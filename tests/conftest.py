@@ -55,18 +55,42 @@ class Trained:
     masked: object  # the same weights, seen items at -inf
 
 
+MOVIE_USERS = 150
+
+
 @pytest.fixture(scope="session")
-def ml100k(tmp_path_factory):
-    """ml100k(name): ml-100k and a base model trained for one epoch, once a session."""
+def movies_folder(tmp_path_factory) -> Path:
+    """The folder of the data set `movies`: the first 150 users of ml-100k, all movies, and the ratings."""
+    import pandas as pd
+    import recbole
+
+    source = Path(recbole.__file__).parent / "dataset_example" / "ml-100k"
+    folder = tmp_path_factory.mktemp("data") / "movies"
+    folder.mkdir()
+    frame = pd.read_csv(source / "ml-100k.inter", sep="\t", dtype=str)
+    users = frame["user_id:token"].drop_duplicates()[:MOVIE_USERS]
+    frame[frame["user_id:token"].isin(users)].to_csv(folder / "movies.inter", sep="\t", index=False)
+    (folder / "movies.item").write_text((source / "ml-100k.item").read_text())
+    return folder.parent
+
+
+MOVIES = {"dataset": "movies", "text_title": "movie_title", "text_categories": "class"}
+
+
+@pytest.fixture(scope="session")
+def movies(tmp_path_factory, movies_folder):
+    """movies(name): the data set `movies` and a base model, trained once a session."""
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.bridge.training import train_or_load
     from recbole_gr2.config import load_settings
 
     built = {}
+    options = {**EXACT, **MOVIES, "data_path": str(movies_folder), "cand_exclude_seen": False}
+    options |= {"base_epochs": 5, "base_learning_rate": 0.01}
 
     def build(name: str) -> Trained:
         if name not in built:
-            settings = load_settings(config_dict={**EXACT, "base_model": name, "cand_exclude_seen": False})
+            settings = load_settings(config_dict={**options, "base_model": name})
             data = Data(settings)
             base = train_or_load(data, tmp_path_factory.mktemp(name) / "base")
             built[name] = Trained(settings, data, base, replace(base, exclude_seen=True))
@@ -120,7 +144,7 @@ def tiny_data(tmp_path_factory) -> Path:
     """
     rng, folder = random.Random(7), tmp_path_factory.mktemp("data") / "tiny"
     folder.mkdir()
-    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     for user in range(USERS):
         kind = rng.randrange(KINDS)
         item, seen = rng.randrange(PER_KIND), []
@@ -130,7 +154,7 @@ def tiny_data(tmp_path_factory) -> Path:
                 if all((kind, other) in seen for other in range(PER_KIND)):
                     kind = (kind + 1) % KINDS
             seen.append((kind, item))
-            lines.append(f"u{user}\ti{kind}{item}\t{1000 * user + time}")
+            lines.append(f"u{user}\ti{kind}{item}\t{1 + (user + 2 * time) % 5}\t{1000 * user + time}")
             if rng.random() < 0.15:
                 kind = rng.randrange(KINDS)
             item = (item + 1) % PER_KIND
@@ -200,6 +224,26 @@ def tiny_run(tiny_settings) -> Callable[..., Run]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run, tmp_path_factory) -> Run:
+    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
+    return tiny_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def context(finished) -> Any:
+    """The folders of the run `finished`, as a stage sees them."""
+    return finished.context()
+
+
+@pytest.fixture(scope="session")
+def catalog(context) -> Any:
+    """The catalogue of the run `finished`, with semantic IDs."""
+    from recbole_gr2.artifacts import load_catalog
+
+    return load_catalog(context)
 
 
 @pytest.fixture(scope="session")

@@ -7,41 +7,16 @@ from pathlib import Path
 import pytest
 
 from recbole_gr2.artifacts import (
-    load_catalog,
     read_requests,
     write_requests,
 )
 from recbole_gr2.bridge.evaluator import evaluate_methods, from_lists
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
-from recbole_gr2.policy import load_model
 from recbole_gr2.stages import candidates
 from recbole_gr2.types import Context
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture(scope="module")
-def smoke(finished) -> Context:
-    """The folders of the run as a stage sees them."""
-    return finished.context()
-
-
-@pytest.fixture(scope="module")
-def catalog(smoke):
-    return load_catalog(smoke)
-
-
-@pytest.fixture(scope="module")
-def student(smoke):
-    """(model, tokenizer) of the sft stage."""
-    return load_model(smoke.folders["sft"])
-
-
-def other(context: Context, folder: Path, **changes) -> Context:
+def changed(context: Context, folder: Path, **changes) -> Context:
     """The same run with other settings, writing to `folder`."""
     return replace(context, folder=folder, settings={**dict(context.settings), **changes})
 
@@ -51,40 +26,40 @@ def lines(file: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def exported(smoke, tmp_path_factory) -> Path:
-    """All three splits of the smoke run in one file, as `--cand_file` takes them."""
+def exported(context, tmp_path_factory) -> Path:
+    """All three splits of the finished run in one file, as `--cand_file` accepts them."""
     file = tmp_path_factory.mktemp("export") / "lists.jsonl"
-    parts = [(smoke.folders["candidates"] / f"{split}.jsonl").read_text() for split in ("train", "valid", "test")]
+    parts = [(context.folders["candidates"] / f"{split}.jsonl").read_text() for split in ("train", "valid", "test")]
     file.write_text("".join(parts))
     return file
 
 
-def test_exported_lists_come_back_with_the_same_metrics(smoke, exported, catalog, tmp_path, finished, tiny_run):
+def test_exported_lists_come_back_with_the_same_metrics(context, exported, catalog, tmp_path, finished, tiny_run):
     imported = tiny_run(tmp_path, ["candidates"], data=finished.data, cand_file=str(exported))
     assert list(imported.folders) == ["candidates"]
     folder = imported.folders["candidates"]
     for split in ("train", "valid", "test"):
-        assert (folder / f"{split}.jsonl").read_text() == (smoke.folders["candidates"] / f"{split}.jsonl").read_text()
+        assert (folder / f"{split}.jsonl").read_text() == (context.folders["candidates"] / f"{split}.jsonl").read_text()
     stats = json.loads((folder / "stats.json").read_text())
-    assert stats == json.loads((smoke.folders["candidates"] / "stats.json").read_text())
-    listed = from_lists(smoke.data, read_requests(folder / "test.jsonl", catalog))
+    assert stats == json.loads((context.folders["candidates"] / "stats.json").read_text())
+    listed = from_lists(context.data, read_requests(folder / "test.jsonl", catalog))
     entry = finished.records["evaluate"].summary["methods"][0]
-    metrics = evaluate_methods(smoke.data, listed, {"base": None}, {"all": None})["base"]["all"]
+    metrics = evaluate_methods(context.data, listed, {"base": None}, {"all": None})["base"]["all"]
     assert (entry["method"], entry["scope"]) == ("base", "all_users")
     for name, value in metrics.items():  # no item outside of an imported list is a hit
         assert value == entry["metrics"][name] if int(name.split("@")[1]) <= 5 else value <= entry["metrics"][name]
 
 
-def test_requests_are_read_as_they_were_written(smoke, catalog, tmp_path):
-    requests = read_requests(smoke.folders["candidates"] / "valid.jsonl", catalog)
+def test_requests_are_read_as_they_were_written(context, catalog, tmp_path):
+    requests = read_requests(context.folders["candidates"] / "valid.jsonl", catalog)
     assert write_requests(tmp_path / "again.jsonl", requests, catalog) == len(requests) == 150
     assert read_requests(tmp_path / "again.jsonl", catalog) == requests
-    users = smoke.data.user_tokens
-    assert all(r.history == smoke.data.history(users.index(r.user_token), "valid") for r in requests[:50])
+    users = context.data.user_tokens
+    assert all(r.history == context.data.history(users.index(r.user_token), "valid") for r in requests[:50])
 
 
-def test_lists_of_other_tools(smoke, catalog, tmp_path):
-    line = lines(smoke.folders["candidates"] / "test.jsonl")[0]
+def test_lists_of_other_tools(context, catalog, tmp_path):
+    line = lines(context.folders["candidates"] / "test.jsonl")[0]
     short = {k: line[k] for k in ("user_id", "split", "history", "target")} | {"candidate_item_ids": line["candidates"]}
     (tmp_path / "x.jsonl").write_text(json.dumps(short) + "\n")
     (request,) = read_requests(tmp_path / "x.jsonl", catalog)
@@ -107,17 +82,17 @@ def test_lists_of_other_tools(smoke, catalog, tmp_path):
         (lambda line: line.pop("history"), "history"),
     ],
 )
-def test_wrong_lines_of_a_candidate_file(smoke, exported, tmp_path, change, text):
+def test_wrong_lines_of_a_candidate_file(context, exported, tmp_path, change, text):
     wrong, *rest = lines(exported)
     change(wrong)
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [wrong, *rest[:5]]))
-    context = other(smoke, tmp_path, cand_file=str(tmp_path / "lists.jsonl"))
+    imported = changed(context, tmp_path, cand_file=str(tmp_path / "lists.jsonl"))
     with pytest.raises(ConfigurationError, match=text):
-        candidates.run(context)
+        candidates.run(imported)
 
 
-def test_a_file_without_train_lists(smoke, exported, tmp_path):
+def test_a_file_without_train_lists(context, exported, tmp_path):
     test = [line for line in lines(exported) if line["split"] == "test"]
     (tmp_path / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in test))
     with pytest.raises(QualityCheckError, match="no train list contains its target"):
-        candidates.run(other(smoke, tmp_path, cand_file=str(tmp_path / "lists.jsonl")))
+        candidates.run(changed(context, tmp_path, cand_file=str(tmp_path / "lists.jsonl")))

@@ -15,11 +15,6 @@ from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.types import Answer, Candidate, Item, Request
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
 @pytest.mark.parametrize("method", load_settings(config_dict={"preset": "smoke"})["eval_rows"])
 def test_rankings_are_those_of_the_tables(finished, method):
     answers = read_answers(finished.folders[f"rerank_{method}"], finished.data.catalog)

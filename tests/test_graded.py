@@ -1,16 +1,16 @@
-"""Train lists with several targets, graded by ratings: the rows, the lists, and a run on ml-100k up to RL."""
+"""Train lists with several targets, graded by ratings: the rows, the lists, and a run up to RL."""
 
 import json
 
 import numpy as np
 import pytest
+from conftest import MOVIE_USERS, MOVIES
 
 from recbole_gr2.artifacts import read_requests, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.training import train_model
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.quick_start import main
 
 RATED = {
     "preset": "smoke",
@@ -22,13 +22,18 @@ RATED = {
 
 
 @pytest.fixture(scope="module")
-def plain():
-    return Data(load_settings(config_dict={"preset": "smoke"}))
+def plain(movies_folder):
+    return Data(load_settings(config_dict={"preset": "smoke", **MOVIES, "data_path": str(movies_folder)}))
 
 
 @pytest.fixture(scope="module")
-def rated():
-    return Data(load_settings(config_dict=RATED))
+def options(movies_folder):
+    return {**RATED, **MOVIES, "data_path": str(movies_folder)}
+
+
+@pytest.fixture(scope="module")
+def rated(options):
+    return Data(load_settings(config_dict=options))
 
 
 def test_the_last_three_train_items_are_targets(plain, rated):
@@ -51,7 +56,7 @@ def test_the_last_three_train_items_are_targets(plain, rated):
     assert seen == {0, 1, 2} and rated.fingerprint != plain.fingerprint
     assert rated.sequences_without_train_targets() == [items[:-5].tolist() for items in rated.sequences.values()]
     rows, users = rated.rows("train")
-    assert len(set(users.tolist())) == len(users) == 943
+    assert len(set(users.tolist())) == len(users) == MOVIE_USERS
     assert rows["item_id"].tolist() == [next(iter(rated.targets(user, "train"))) for user in users.tolist()]
     ends = rows["item_length"].numpy() - 1
     last = rows["item_id_list"].numpy()[np.arange(len(users)), ends].tolist()
@@ -63,10 +68,10 @@ def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
         train_model(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop")["training_rows"]
         for number, data in enumerate((plain, rated))
     ]
-    assert rows[0] - rows[1] == 2 * 943
+    assert rows[0] - rows[1] == 2 * MOVIE_USERS
 
 
-def test_settings_that_cannot_be(rated):
+def test_invalid_targets_and_grades_are_errors(options):
     for change, message in (
         ({"train_targets": 0}, "train_targets"),
         ({"train_grades": {"stars": [1]}}, "no column 'stars'"),
@@ -74,43 +79,33 @@ def test_settings_that_cannot_be(rated):
         ({"train_grades": {}}, "rising thresholds"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            Data(load_settings(config_dict={**RATED, **change}))
+            Data(load_settings(config_dict={**options, **change}))
 
 
-@pytest.mark.slow
-def test_a_run_on_graded_lists(rated, tmp_path, capsys):
-    """The targets of the lists are graded, traces argue for a best one, and RL is paid by graded NDCG."""
-    argv = [
-        *(f"--{key}={value}" for key, value in RATED.items()),
-        f"--checkpoint_dir={tmp_path}",
-        "--stages=rl",
-        "--rl_rewards={ndcg: {weight: 1.0, only_if: [format, moved]}, format: 0.2}",
-        "--mid_tokens=9000",
-        "--sft_steps=60",
-        "--rl_steps=2",
-        "--sft_check_lists=4",
-    ]
-    assert main(argv) == 0, capsys.readouterr().err[-3000:]
-    stages = tmp_path / "gr2" / "ml-100k" / "stages"
-    (folder,) = (stages / "candidates").iterdir()
-    requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", rated.catalog)}
+def test_a_run_on_graded_lists(tiny_run, tmp_path):
+    """The targets of the lists are graded, traces argue for a best one, and graded NDCG is the reward of RL."""
+    load_col = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    rewards = {"ndcg": {"weight": 1.0, "only_if": ["format", "moved"]}, "format": 0.2}
+    graded = {"train_targets": 3, "train_grades": {"rating": [3, 5]}, "load_col": load_col, "rl_rewards": rewards}
+    run = tiny_run(tmp_path, ["rl"], **graded, sft_steps=20, cand_num=8, rl_max_resample=20)
+    data, folder = run.data, run.folders["candidates"]
+    requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", data.catalog)}
     usable = [r for r in requests.values() if r.target_rank and r.has_signal]
     several = [r for r in usable if sum(gain > 0 for gain in r.relevance) > 1]
-    assert several and len(usable) > 100 and {gain for r in usable for gain in r.relevance} == {0, 1, 2}
-    users = {token: user for user, token in enumerate(rated.user_tokens)}
+    assert several and len(usable) > 50 and {gain for r in usable for gain in r.relevance} == {0, 1, 2}
+    users = {token: user for user, token in enumerate(data.user_tokens)}
     for request in requests.values():
-        wanted = rated.targets(users[request.user_token], "train")
+        wanted = data.targets(users[request.user_token], "train")
         assert request.grades == tuple(wanted.get(item, 0) for item in request.items)
         if request.target_rank and request.has_signal:
             assert request.relevance[request.target_rank - 1] == max(request.relevance)
-    write_requests(tmp_path / "again.jsonl", requests.values(), rated.catalog)
+    write_requests(tmp_path / "again.jsonl", requests.values(), data.catalog)
     assert (tmp_path / "again.jsonl").read_text() == (folder / "train.jsonl").read_text()
-    (file,) = (stages / "traces").glob("*/accepted.jsonl")
-    ids = {item.token: item.item_id for item in rated.catalog}
-    for line in map(json.loads, file.read_text().splitlines()):
+    ids = {item.token: item.item_id for item in data.catalog}
+    for line in map(json.loads, (run.folders["traces"] / "accepted.jsonl").read_text().splitlines()):
         request = requests[line["request_id"]]
         assert request.relevance[request.items.index(ids[line["ranking"][0]])] == max(request.relevance)
-    (file,) = (stages / "rl").glob("*/checkpoints/rollouts.jsonl")
+    file = run.folders["rl"] / "checkpoints" / "rollouts.jsonl"
     ndcg = {line["terms"]["ndcg"] for line in map(json.loads, file.read_text().splitlines())}
     assert len(ndcg) > 3 and all(0 < value <= 1 for value in ndcg)
 

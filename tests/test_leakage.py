@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from recbole_gr2.artifacts import (
-    load_catalog,
     load_requests,
     read_requests,
 )
@@ -25,29 +24,12 @@ from recbole_gr2.types import Context
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture(scope="module")
-def smoke(finished) -> Context:
-    """The folders of the run as a stage sees them."""
-    return finished.context()
-
-
-@pytest.fixture(scope="module")
-def catalog(smoke):
-    return load_catalog(smoke)
-
-
-@pytest.fixture(scope="module")
-def student(smoke):
+def student(context):
     """(model, tokenizer) of the sft stage."""
-    return load_model(smoke.folders["sft"])
+    return load_model(context.folders["sft"])
 
 
-def other(context: Context, folder: Path, **changes) -> Context:
+def changed(context: Context, folder: Path, **changes) -> Context:
     """The same run with other settings, writing to `folder`."""
     return replace(context, folder=folder, settings={**dict(context.settings), **changes})
 
@@ -56,24 +38,24 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_scrambled_targets_give_the_same_rankings(smoke, catalog, student, tmp_path):
-    file = smoke.folders["prior"] / "test.jsonl"
+def test_scrambled_targets_give_the_same_rankings(context, catalog, student, tmp_path):
+    file = context.folders["prior"] / "test.jsonl"
     rng, scrambled = random.Random(0), []
     for line in lines(file)[:60]:
         scrambled.append({**line, "target": rng.choice(catalog).token})
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in scrambled))
-    true = load_requests(smoke, "test")[:60]
+    true = load_requests(context, "test")[:60]
     false = read_requests(tmp_path / "test.jsonl", catalog)
     false = [replace(r, features=t.features) for r, t in zip(false, true, strict=True)]
     assert sum(a.target != b.target for a, b in zip(true, false, strict=True)) > 50
     assert [replace(r, target=0) for r in true] == [replace(r, target=0) for r in false]
 
-    policy = Policy.of(*student, smoke)
+    policy = Policy.of(*student, context)
     maker = policy.maker
     assert [maker.render(r) for r in true] == [maker.render(r) for r in false]
-    assert Midtrain(smoke).rank(true) == Midtrain(smoke).rank(false)
-    trees = LambdaMART(smoke)
-    trees.fit(training_requests(smoke), [r for r in load_requests(smoke, "valid") if r.has_signal])
+    assert Midtrain(context).rank(true) == Midtrain(context).rank(false)
+    trees = LambdaMART(context)
+    trees.fit(training_requests(context), [r for r in load_requests(context, "valid") if r.has_signal])
     assert trees.rank(true) == trees.rank(false)
     for orders in (None, {r.request_id: shuffled_order(r, 1) for r in true}):
         answers = [policy.answer(requests, orders)[0] for requests in (true, false)]
@@ -82,12 +64,12 @@ def test_scrambled_targets_give_the_same_rankings(smoke, catalog, student, tmp_p
 
 
 @pytest.mark.parametrize("grounded", [True, False])
-def test_answers_cite_what_their_prompts_show(smoke, catalog, student, grounded):
+def test_answers_cite_what_their_prompts_show(context, catalog, student, grounded):
     """A policy that begins an ID wherever it can, and has not learnt to end one."""
     model, tokenizer = student
     longer = {"prompt_grounded": grounded, "prompt_max_reasoning": 48}
-    policy = Policy.of(model, tokenizer, replace(smoke, settings={**dict(smoke.settings), **longer}))
-    requests = load_requests(smoke, "test")[:40]
+    policy = Policy.of(model, tokenizer, replace(context, settings={**dict(context.settings), **longer}))
+    requests = load_requests(context, "test")[:40]
     push = torch.zeros(len(tokenizer))
     push[tokenizer.convert_tokens_to_ids("<|sid_begin|>")] = 100.0
     codes = [number for token, number in tokenizer.get_vocab().items() if is_code(token)]
@@ -98,13 +80,13 @@ def test_answers_cite_what_their_prompts_show(smoke, catalog, student, grounded)
     finally:
         hook.remove()
     begun = [answer.reasoning.count("<|sid_begin|>") for answer in answers]
-    found = citations(answers, requests, catalog, smoke.settings["prompt_history"])
+    found = citations(answers, requests, catalog, context.settings["prompt_history"])
     assert min(begun) > 3 and (found["cited"] > 100 and found["cited_in_prompt"] == 1.0) is grounded
 
 
-def test_candidates_hold_no_seen_item_and_no_inserted_target(smoke, catalog):
+def test_candidates_hold_no_seen_item_and_no_inserted_target(context, catalog):
     for split in ("train", "valid", "test"):
-        requests = read_requests(smoke.folders["candidates"] / f"{split}.jsonl", catalog)
+        requests = read_requests(context.folders["candidates"] / f"{split}.jsonl", catalog)
         assert len(requests) == 150
         assert not any(set(r.items) & set(r.history) for r in requests)
         scores = [[candidate.score for candidate in r.candidates] for r in requests]
@@ -113,7 +95,7 @@ def test_candidates_hold_no_seen_item_and_no_inserted_target(smoke, catalog):
         assert all(r.provider == ("CausalSASRec hold-out" if split == "train" else "CausalSASRec") for r in requests)
 
 
-def test_the_rerank_stage_withholds_the_labels(smoke, tmp_path):
+def test_the_rerank_stage_withholds_the_labels(context, tmp_path):
     """`fit` gets requests with labels, `rank` gets them without."""
     seen = {}
 
@@ -127,6 +109,6 @@ def test_the_rerank_stage_withholds_the_labels(smoke, tmp_path):
             seen["rank"] = {(request.target, request.grades) for request in requests}
             return [request.items for request in requests]
 
-    rerank.run(replace(smoke, folder=tmp_path, parameters={"reranker": Spy}))
+    rerank.run(replace(context, folder=tmp_path, parameters={"reranker": Spy}))
     assert all(seen["fit"]) and len(seen["fit"]) > 50
     assert seen["rank"] == {(0, ())}

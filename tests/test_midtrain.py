@@ -12,9 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_gr2.artifacts import (
-    load_catalog,
-)
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.policy import load_model
@@ -24,35 +21,14 @@ from recbole_gr2.types import Context
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture(scope="module")
-def smoke(finished) -> Context:
-    """The folders of the run as a stage sees them."""
-    return finished.context()
-
-
-@pytest.fixture(scope="module")
-def catalog(smoke):
-    return load_catalog(smoke)
-
-
-@pytest.fixture(scope="module")
-def student(smoke):
+def student(context):
     """(model, tokenizer) of the sft stage."""
-    return load_model(smoke.folders["sft"])
+    return load_model(context.folders["sft"])
 
 
-def other(context: Context, folder: Path, **changes) -> Context:
+def changed(context: Context, folder: Path, **changes) -> Context:
     """The same run with other settings, writing to `folder`."""
     return replace(context, folder=folder, settings={**dict(context.settings), **changes})
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 class Letters:
@@ -82,7 +58,7 @@ def test_fitting_loses_no_piece_and_is_never_too_long(pieces, head, longest):
     assert len(texts) <= max(1, len(pieces))
 
 
-def captured_histories(smoke, tmp_path, monkeypatch, **changes) -> dict:
+def captured_histories(context, tmp_path, monkeypatch, **changes) -> dict:
     caught = {}
 
     def stop(items, histories, *args):
@@ -91,23 +67,23 @@ def captured_histories(smoke, tmp_path, monkeypatch, **changes) -> dict:
 
     monkeypatch.setattr(midtrain, "task_texts", stop)
     with pytest.raises(StopIteration):
-        midtrain.run(other(smoke, tmp_path, **changes))
-    return dict(zip(smoke.data.train_sequences(), caught["histories"], strict=True))
+        midtrain.run(changed(context, tmp_path, **changes))
+    return dict(zip(context.data.train_sequences(), caught["histories"], strict=True))
 
 
-def test_midtrain_leaves_the_targets_of_the_train_lists_out(smoke, tmp_path, monkeypatch):
-    held = captured_histories(smoke, tmp_path, monkeypatch)
-    whole = captured_histories(smoke, tmp_path, monkeypatch, mid_hold_out=False)
-    for user, sequence in smoke.data.sequences.items():
+def test_midtrain_leaves_the_targets_of_the_train_lists_out(context, tmp_path, monkeypatch):
+    held = captured_histories(context, tmp_path, monkeypatch)
+    whole = captured_histories(context, tmp_path, monkeypatch, mid_hold_out=False)
+    for user, sequence in context.data.sequences.items():
         assert held[user] == sequence[:-3].tolist() and whole[user] == sequence[:-2].tolist()
-        assert not set(smoke.data.targets(user, "train")) & set(held[user])
+        assert not set(context.data.targets(user, "train")) & set(held[user])
 
 
-def test_mixture_fills_each_share(smoke, catalog):
-    _, tokenizer = load_model(smoke.folders["midtrain"])
-    histories = [tuple(s[:-3]) for s in smoke.data.train_sequences().values()]
+def test_mixture_fills_each_share(context, catalog):
+    _, tokenizer = load_model(context.folders["midtrain"])
+    histories = [tuple(s[:-3]) for s in context.data.train_sequences().values()]
     learnt, _ = general_texts(None, 2000, seed=1)
-    texts, mix = task_texts(catalog, histories, learnt, smoke.settings), smoke.settings["mid_mix"]
+    texts, mix = task_texts(catalog, histories, learnt, context.settings), context.settings["mid_mix"]
     rows, longest = examples_of(texts, tokenizer, mix, 6000, 256, seed=1), 256
     assert list(rows) == ["caption", "general", "persona", "sequential"]  # whatever the order of the setting
     assert rows == examples_of(texts, tokenizer, dict(reversed(mix.items())), 6000, 256, seed=1)
@@ -139,7 +115,7 @@ def test_general_texts(tmp_path):
         general_texts(str(tmp_path / "absent.txt"), 1000, seed=1)
 
 
-def test_midtrain_trains_the_embeddings_first(smoke, finished):
+def test_midtrain_trains_the_embeddings_first(context, finished):
     """Two logs in one: the first phase knows one task, the second logs each task's loss by itself."""
     folder, summary = finished.folders["midtrain"], finished.records["midtrain"].summary
     log = json.loads((folder / "log.json").read_text())
@@ -150,9 +126,9 @@ def test_midtrain_trains_the_embeddings_first(smoke, finished):
     assert not list((folder / "checkpoints").rglob("checkpoint-*"))
 
 
-def test_the_corpus_depends_on_nothing_outside_midtrains_key(smoke):
+def test_the_corpus_depends_on_nothing_outside_midtrains_key(context):
     texts = [
-        vocabulary_texts(Catalog(smoke.data.catalog[:30]), {**dict(smoke.settings), "prompt_history": n})
+        vocabulary_texts(Catalog(context.data.catalog[:30]), {**dict(context.settings), "prompt_history": n})
         for n in (2, 9)
     ]
     assert texts[0] == texts[1]

@@ -1,6 +1,5 @@
 """SFT: training examples by hand, and the rankings that they teach."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from recbole_gr2.artifacts import (
-    load_catalog,
     read_traces,
 )
 from recbole_gr2.catalog import Catalog
@@ -24,24 +22,7 @@ from recbole_gr2.types import Candidate, Context, Item, Request, Trace
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture(scope="module")
-def smoke(finished) -> Context:
-    """The folders of the run as a stage sees them."""
-    return finished.context()
-
-
-@pytest.fixture(scope="module")
-def catalog(smoke):
-    return load_catalog(smoke)
-
-
-@pytest.fixture(scope="module")
-def student(smoke):
+def student(context):
     """(model, tokenizer): a random model whose vocabulary has the codes of the toy items."""
     texts = [
         "The shopper takes comedies. Best is one or the other.",
@@ -51,13 +32,9 @@ def student(smoke):
     return load_language_model("random", corpus=texts, extra_tokens=added_tokens(2, 64, 5), random_config=shape)
 
 
-def other(context: Context, folder: Path, **changes) -> Context:
+def changed(context: Context, folder: Path, **changes) -> Context:
     """The same run with other settings, writing to `folder`."""
     return replace(context, folder=folder, settings={**dict(context.settings), **changes})
-
-
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def toy_items(count: int = 30) -> Catalog:
@@ -184,14 +161,14 @@ def test_what_the_taught_ranking_has_behind_its_first():
     assert target_ranking(request, ranking, 1) == target_ranking(request, ranking, 1)
 
 
-def test_examples_of_a_run_fit(smoke, catalog):
-    _, tokenizer = load_model(smoke.folders["sft"])
-    maker, grammar = PromptMaker.of(smoke.settings, catalog), answer_grammar(tokenizer, smoke.settings)
-    accepted = read_traces(smoke.folders["traces"] / "accepted.jsonl", catalog)
-    requests = [r for r in training_requests(smoke) if r.request_id in accepted]
+def test_examples_of_a_run_fit(context, catalog):
+    _, tokenizer = load_model(context.folders["sft"])
+    maker, grammar = PromptMaker.of(context.settings, catalog), answer_grammar(tokenizer, context.settings)
+    accepted = read_traces(context.folders["traces"] / "accepted.jsonl", catalog)
+    requests = [r for r in training_requests(context) if r.request_id in accepted]
     rows = [training_example(maker, r, maker.render(r), accepted[r.request_id], tokenizer, grammar) for r in requests]
     assert len(rows) > 30
     for row in rows:
-        assert len(row.input_ids) == len(row.parts) <= smoke.settings["sft_max_length"]
-        assert row.parts.count(2) == smoke.settings["cand_num"]  # mark and nine labels, of all
+        assert len(row.input_ids) == len(row.parts) <= context.settings["sft_max_length"]
+        assert row.parts.count(2) == context.settings["cand_num"]  # mark and nine labels, of all
         assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in row.input_ids

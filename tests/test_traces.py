@@ -6,43 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from recbole_gr2.artifacts import (
-    load_catalog,
-)
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
 from recbole_gr2.lists import training_requests
-from recbole_gr2.policy import citations, load_model
+from recbole_gr2.policy import citations
 from recbole_gr2.prompts import PromptMaker, load_template
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import traces
 from recbole_gr2.types import Candidate, Context, Item, Request, Trace
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
-
-
-@pytest.fixture(scope="module")
-def smoke(finished) -> Context:
-    """The folders of the run as a stage sees them."""
-    return finished.context()
-
-
-@pytest.fixture(scope="module")
-def catalog(smoke):
-    return load_catalog(smoke)
-
-
-@pytest.fixture(scope="module")
-def student(smoke):
-    """(model, tokenizer) of the sft stage."""
-    return load_model(smoke.folders["sft"])
-
-
-def other(context: Context, folder: Path, **changes) -> Context:
+def changed(context: Context, folder: Path, **changes) -> Context:
     """The same run with other settings, writing to `folder`."""
     return replace(context, folder=folder, settings={**dict(context.settings), **changes})
 
@@ -82,10 +56,10 @@ def toy_maker(history: int = 8, chars: int = 60) -> PromptMaker:
     return PromptMaker(template=load_template("rerank"), catalog=toy_items(), history=history, title_chars=chars)
 
 
-def test_targeted_traces(smoke, catalog, tmp_path):
-    facts = traces.run(other(smoke, tmp_path, trace_mode="targeted"))
+def test_targeted_traces(context, catalog, tmp_path):
+    facts = traces.run(changed(context, tmp_path, trace_mode="targeted"))
     accepted = lines(tmp_path / "accepted.jsonl")
-    requests = {r.request_id: r for r in training_requests(smoke)}
+    requests = {r.request_id: r for r in training_requests(context)}
     assert facts["accepted_share"] == 1.0 and facts["accepted"] == len(accepted) == len(requests) > 30
     tokens = {item.item_id: item.token for item in catalog}
     for line in accepted:
@@ -96,10 +70,10 @@ def test_targeted_traces(smoke, catalog, tmp_path):
     assert facts["grounded"] == 1.0 and not lines(tmp_path / "rejected.jsonl")
 
 
-def test_rejected_traces_are_kept_with_their_reasons(smoke, catalog, tmp_path):
-    facts = traces.run(other(smoke, tmp_path, trace_mode="rejection", trace_tries=4, trace_min_accepted=0.0))
+def test_rejected_traces_are_kept_with_their_reasons(context, catalog, tmp_path):
+    facts = traces.run(changed(context, tmp_path, trace_mode="rejection", trace_tries=4, trace_min_accepted=0.0))
     accepted, rejected = lines(tmp_path / "accepted.jsonl"), lines(tmp_path / "rejected.jsonl")
-    targets = {r.request_id: catalog.item(r.target).token for r in training_requests(smoke)}
+    targets = {r.request_id: catalog.item(r.target).token for r in training_requests(context)}
     assert accepted and rejected
     assert all(line["ranking"][0] == targets[line["request_id"]] for line in accepted)
     assert all(line["ranking"][0] != targets[line["request_id"]] for line in rejected)
@@ -114,23 +88,23 @@ def test_rejected_traces_are_kept_with_their_reasons(smoke, catalog, tmp_path):
     assert facts["tries_mean"] == sum(line["tries"] for line in accepted) / len(accepted)
 
 
-def test_too_few_accepted_traces_stop_the_stage(smoke, tmp_path):
+def test_too_few_accepted_traces_stop_the_stage(context, tmp_path):
     with pytest.raises(QualityCheckError, match="requests have an accepted trace"):
-        traces.run(other(smoke, tmp_path, trace_mode="rejection", trace_tries=1, trace_min_accepted=1.0))
+        traces.run(changed(context, tmp_path, trace_mode="rejection", trace_tries=1, trace_min_accepted=1.0))
     assert lines(tmp_path / "rejected.jsonl")  # to look at
 
 
-def test_fewer_lists(smoke, catalog, tmp_path):
-    assert traces.run(other(smoke, tmp_path, trace_max_lists=7))["requests"] == 7
-    drawn = training_requests(smoke, 7, "traces")
+def test_fewer_lists(context, catalog, tmp_path):
+    assert traces.run(changed(context, tmp_path, trace_max_lists=7))["requests"] == 7
+    drawn = training_requests(context, 7, "traces")
     assert {r.request_id for r in drawn} == {line["request_id"] for line in lines(tmp_path / "accepted.jsonl")}
 
 
-def test_recorded_traces(smoke, catalog, tmp_path):
+def test_recorded_traces(context, catalog, tmp_path):
     """The tries of a run, accepted and rejected, say the same again; what no line says is rejected for that."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
-    whole = traces.run(other(smoke, first, trace_mode="rejection", trace_tries=1, trace_min_accepted=0.0))
+    whole = traces.run(changed(context, first, trace_mode="rejection", trace_tries=1, trace_min_accepted=0.0))
     tries = sorted(lines(first / "rejected.jsonl") + lines(first / "accepted.jsonl"), key=lambda line: line["tries"])
     file = tmp_path / "said.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in tries))
@@ -140,17 +114,17 @@ def test_recorded_traces(smoke, catalog, tmp_path):
         "trace_mode": "rejection",
         "trace_min_accepted": 0.0,
     }
-    again = traces.run(other(smoke, second, trace_tries=2, **recorded))
+    again = traces.run(changed(context, second, trace_tries=2, **recorded))
     own = [{**line, "teacher": "rules"} for line in lines(second / "accepted.jsonl")]
     assert own == lines(first / "accepted.jsonl") and again["rejected_for"].pop("no reasoning") > 0
     assert again == whole
     file.write_text(json.dumps({**tries[0], "ranking": ["no such item"]}) + "\n")
     with pytest.raises(GR2Error, match="record 1 cannot be read: KeyError"):
-        traces.run(other(smoke, second, **recorded))
+        traces.run(changed(context, second, **recorded))
     with pytest.raises(MissingFileError, match="gone.jsonl"):
-        traces.run(other(smoke, second, **{**recorded, "trace_file": str(tmp_path / "gone.jsonl")}))
+        traces.run(changed(context, second, **{**recorded, "trace_file": str(tmp_path / "gone.jsonl")}))
     with pytest.raises(ConfigurationError, match="recorded"):
-        traces.run(other(smoke, second, **{**recorded, "trace_file": None}))
+        traces.run(changed(context, second, **{**recorded, "trace_file": None}))
 
 
 def test_grounding_by_hand():
@@ -174,26 +148,26 @@ def test_grounding_by_hand():
     assert citations(kept[:1], [request], items, 2) == {"grounded": 0.0, "cited": 0, "cited_in_prompt": None}
 
 
-def test_a_teacher_of_the_users_own(smoke, tmp_path, monkeypatch):
+def test_a_teacher_of_the_users_own(context, tmp_path, monkeypatch):
     (tmp_path / "my_teacher.py").write_text(TEACHER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    facts = traces.run(other(smoke, tmp_path, trace_teacher="my_teacher:Mine", trace_mode="targeted"))
+    facts = traces.run(changed(context, tmp_path, trace_teacher="my_teacher:Mine", trace_mode="targeted"))
     assert facts["accepted_share"] == 1.0 and facts["grounded"] == 0.0
     assert {line["teacher"] for line in lines(tmp_path / "accepted.jsonl")} == {"mine"}
     with pytest.raises(GR2Error, match="replies"):
         (tmp_path / "short_teacher.py").write_text(
             TEACHER.replace("for ranking in rankings", "for ranking in rankings[1:]")
         )
-        traces.run(other(smoke, tmp_path, trace_teacher="short_teacher:Mine", trace_mode="targeted"))
+        traces.run(changed(context, tmp_path, trace_teacher="short_teacher:Mine", trace_mode="targeted"))
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
     [("nobody", "there is no 'nobody'"), ("my_missing_module:X", "cannot import"), ("json:Missing", "cannot import")],
 )
-def test_teachers_that_do_not_exist(smoke, tmp_path, name, text):
+def test_teachers_that_do_not_exist(context, tmp_path, name, text):
     with pytest.raises(ConfigurationError, match=text):
-        traces.run(other(smoke, tmp_path, trace_teacher=name))
+        traces.run(changed(context, tmp_path, trace_teacher=name))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +186,8 @@ def test_objections(ranking, reasoning, reason):
     assert traces.objection(toy_request(11), ranking, reasoning) == reason
 
 
-def test_a_local_llm_teaches(smoke, tmp_path):
-    facts = traces.run(other(smoke, tmp_path, trace_teacher="local_llm", trace_max_lists=6, trace_min_accepted=0.0))
+def test_a_local_llm_teaches(context, tmp_path):
+    facts = traces.run(changed(context, tmp_path, trace_teacher="local_llm", trace_max_lists=6, trace_min_accepted=0.0))
     assert facts["requests"] == 6
     everything = lines(tmp_path / "accepted.jsonl") + lines(tmp_path / "rejected.jsonl")
     assert len(everything) == 6 and {line["teacher"] for line in everything} == {"local_llm"}
