@@ -173,6 +173,7 @@ def check_two_variants(path: Path, result: dict, tmp_path: Path) -> None:
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_variants_in_one_table_and_the_second_run_is_all_cached(command, tmp_path, capsys, executed):
     path, result, _ = result_of(command(), capsys)
     check_two_variants(path, result, tmp_path)
@@ -447,19 +448,14 @@ def test_packaged_ablations_can_be_planned(name, tmp_path, capsys):
     assert " run " in text and mine.note and not any(f" {mine.stages[-1]} " in line for line in shared)
 
 
-@pytest.fixture(scope="module")
-def summaries(tiny_run, tmp_path_factory):
-    """The summaries of all stages of a run on the data set `tiny`."""
-    run = tiny_run(tmp_path_factory.mktemp("columns"), rl_steps=3)
-    return {stage: record.summary for stage, record in run.records.items()}
-
-
 @pytest.mark.parametrize("name", ["rerank", "reward"])
-def test_the_columns_of_packaged_ablations_are_figures_of_a_run(summaries, name):
+def test_the_columns_of_packaged_ablations_are_figures_of_a_run(finished, name):
+    summaries, rounds = {stage: record.summary for stage, record in finished.records.items()}, 2
+    assert finished.settings["rl_steps"] == rounds
     figures = {heading: figure(summaries, path) for heading, path in read_ablation(name).columns.items()}
     assert len(figures) > 10 and None not in figures.values()
     curves = [value for value in figures.values() if isinstance(value, list)]
-    assert len(curves) == (4 if name == "reward" else 0) and all(len(curve) == 3 for curve in curves)  # three rounds
+    assert len(curves) == (4 if name == "reward" else 0) and all(len(curve) == rounds for curve in curves)
 
 
 def test_the_tokenizer_ablation_names_what_it_shows():

@@ -299,6 +299,7 @@ def score_rows(generator, users, split="test") -> torch.Tensor:
     return generator.score_rows({"user": torch.tensor(users)}, split)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONEREC_THINK)
 def test_scores_are_those_of_a_brute_force(trained, name):
     context, row = changed(trained, cand_exclude_seen=False), ONEREC_THINK[name]
@@ -331,6 +332,7 @@ def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> R
     )
 
 
+@pytest.mark.slow
 def test_several_traces_find_more_than_one(trained):
     """What the best of several adds is not nothing, or the comparison above would say little."""
     users = list(range(12))
@@ -348,6 +350,7 @@ class ToyRecent(ToyData):
         return super().history(user, split)[-3:]
 
 
+@pytest.mark.slow
 def test_it_learns_a_planted_pattern(trained):
     """Behind n comes n + 1; nobody's last two train items, valid or test items were learnt."""
     users, trained = list(range(40)), replace(trained, data=ToyRecent())
@@ -654,6 +657,7 @@ def test_the_mid_trained_generator_has_one_prompt_a_history(world):
     np.testing.assert_allclose(score_rows(generator, range(4))[:, 1:].numpy(), expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
     """Behind n comes n + 1, learnt by mid-training itself; nobody's last three items were. Prompts are no longer than
     what was learnt: a model of this size knows no other position."""

@@ -187,6 +187,7 @@ def metrics_of(base: BaseModel, rankings=None, break_ties: bool = True) -> dict[
     return evaluate_methods(base.data, recommendations, {"m": rankings}, {"s": None})["m"]["s"]
 
 
+@pytest.mark.slow
 def test_it_learns_a_planted_pattern_and_loads_back(folder, distinct, tmp_path):
     base = trained(folder, tmp_path, distinct)
     assert metrics_of(base)["recall@1"] > 0.9 and base.metadata["epochs"] in (10, 20, 30)
