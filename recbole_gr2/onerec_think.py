@@ -1,6 +1,7 @@
 """OneRec-Think (arXiv 2510.11639), a baseline: prompts, traces and scores of the trained models.
 
-Mid-training is its itemic alignment. `onerec_think` is fine-tuned from the mid-trained model to answer a history with
+Mid-training is its itemic alignment. Like the other recommenders, it learns from all training interactions, so it
+starts from the model of `policy.whole_midtrain`. `onerec_think` is fine-tuned from this model to answer a history with
 `<think> trace </think>` and the semantic ID of the next item. `onerec_think-no-think` answers the same prompts with the
 semantic ID only. Each re-ranks candidates by the likelihood of their semantic IDs after each sampled trace, and
 recommends from the whole catalogue by beam search. An item counts with its best trace, since the released code removes
@@ -114,14 +115,19 @@ def onerec_think_recommender(context: Context, name: str) -> Generator:
         tokenizer=tokenizer,
         data=context.data,
         exclude_seen=settings["cand_exclude_seen"],
-        metadata={"model": name, "hold_out": settings["mid_hold_out"]},
+        metadata={"model": name, "hold_out": False},
         catalog=catalog,
-        beams=settings["onerec_think_beams"],
+        beams=search_width(settings),
         constrained=settings["mid_constrained"],
         batch_size=settings["eval_batch_lists"],
         bf16=use_bf16(settings, model.device.type),
         prompts=partial(prompts_with_traces, model, tokenizer, maker, settings, reasons(stage)),
     )
+
+
+def search_width(settings: Mapping[str, Any]) -> int:
+    """Return the number of beams of the recommender, so that each user gets enough items for the metrics."""
+    return max(settings["onerec_think_beams"], *settings["topk"])
 
 
 def candidate_scores(context: Context, method: str, requests: Sequence[Request]) -> list[list[float]]:

@@ -27,6 +27,15 @@ def use_bf16(settings: Mapping[str, Any], device_name: str) -> bool:
     return best_dtype(device_name) == "bf16" if settings["llm_bf16"] is None else settings["llm_bf16"]
 
 
+def whole_midtrain(settings: Mapping[str, Any]) -> str:
+    """Return the name of the mid-training stage that learns from all training interactions.
+
+    With `mid_hold_out` the stage `midtrain` leaves out the targets of the train requests, because sft and rl learn from
+    them later. A recommender that is compared with other recommenders learns from the same interactions as they do.
+    """
+    return "midtrain_all" if settings["mid_hold_out"] else "midtrain"
+
+
 def load_model(folder: Path) -> tuple[PreTrainedModel, Any]:
     """Load the language model and the tokenizer of a stage's folder on the device of this machine."""
     model, tokenizer = load_saved(folder / "model")

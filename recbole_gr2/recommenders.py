@@ -12,17 +12,17 @@ from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.onerec_think import onerec_think_recommender
-from recbole_gr2.policy import load_model, use_bf16
+from recbole_gr2.policy import load_model, use_bf16, whole_midtrain
 from recbole_gr2.prompts import history_ids
 from recbole_gr2.types import Context
 
 EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
 
 
-def stages_of(model: str) -> tuple[str, ...]:
+def stages_of(model: str, settings: Settings) -> tuple[str, ...]:
     """Return the names of the stages that a recommender reads."""
     if model == GENERATOR:
-        return ("tokenizer", "midtrain")
+        return ("tokenizer", whole_midtrain(settings))
     if model in ONEREC_THINK:
         return ("tokenizer", ONEREC_THINK[model])
     return ("tokenizer",) if model in READS_SIDS else ()
@@ -68,27 +68,15 @@ def sids_for(context: Context, model: str) -> np.ndarray | None:
 
 
 def load_generator(context: Context, *, hold_out: bool = False) -> Generator:
-    """Return the mid-trained model as a recommender (GR2, section 4).
-
-    With `mid_hold_out` mid-training has not seen the targets of the train requests. The same model then proposes the
-    candidates of all splits.
+    """Return a mid-trained model as a recommender (GR2, section 4).
 
     Args:
-        context: a context whose stage needs the tokenizer and the midtrain stages.
-        hold_out: whether the recommender proposes candidates of train requests.
-
-    Raises:
-        ConfigurationError: such a recommender is required, but mid-training has seen the targets.
+        context: a context whose stage needs the tokenizer and the mid-training stage.
+        hold_out: whether the model must not have seen the targets of the train requests, because it proposes their
+            candidates. It is then that of the stage `midtrain` with `mid_hold_out`, else that of `whole_midtrain`.
     """
     settings, catalog = context.settings, load_catalog(context)
-    if hold_out and not settings["mid_hold_out"]:
-        raise ConfigurationError(
-            f"{GENERATOR} was mid-trained on the targets of the train requests",
-            where="mid_hold_out",
-            why="a re-ranker that is trained on such lists would learn to keep their order",
-            do="set mid_hold_out: True",
-        )
-    model, tokenizer = load_model(context.folders["midtrain"])
+    model, tokenizer = load_model(context.folders["midtrain" if hold_out else whole_midtrain(settings)])
     longest = settings["mid_max_length"]
     return Generator(
         name=GENERATOR,

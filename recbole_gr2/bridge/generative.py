@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from recbole_gr2.bridge.models import BaseModel, mask_seen
+from recbole_gr2.bridge.models import BaseModel, mask_seen, seen_items
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.llm.beam import Beams, SidTrie, beam_items, item_scores, target_last
 
@@ -33,7 +33,7 @@ class Generator(BaseModel):
         tokenizer: tokenizer of the language model.
         prompts: maps B histories to B * S prompts as token ids, with the S prompts of a history side by side. The next
             item is generated after each prompt. An item gets its best score over the S prompts.
-        beams: number of beams for each prompt.
+        beams: number of beams for each prompt. Seen items do not count, see `score_rows`.
         constrained: see `llm.beam.beam_items`.
         batch_size: number of prompts in a batch.
         bf16: whether the language model computes in bfloat16.
@@ -53,9 +53,20 @@ class Generator(BaseModel):
         return SidTrie.of(self.tokenizer, self.catalog.sids)
 
     def score_rows(self, rows: Any, split: str) -> Tensor:
-        """Scores of the catalogue for each row, (B, N + 1) float64. Padding and masked items have -inf."""
+        """Scores of the catalogue for each row, (B, N + 1) float64. Padding and masked items have -inf.
+
+        The search leaves out masked items, so each row has at least `beams` items with a beam, or all unmasked items.
+        """
+        import torch
+
         users = rows[self.data.uid].tolist()
         prompts = self.prompts([self.data.history(user, split) for user in users])
+        excluded: Tensor | None = None
+        if self.exclude_seen:
+            row, item = seen_items(self.data, users, split)
+            excluded = torch.zeros(len(users), self.data.item_count, dtype=torch.bool)
+            excluded[torch.from_numpy(row), torch.from_numpy(item) - 1] = True
+            excluded = excluded.repeat_interleave(len(prompts) // len(users), dim=0)
         beams = beam_items(
             self.model,
             prompts,
@@ -65,6 +76,7 @@ class Generator(BaseModel):
             batch_size=self.batch_size,
             pad_id=self.tokenizer.pad_token_id,
             bf16=self.bf16,
+            excluded=excluded,
         )
         beams = Beams(*(part.reshape(len(users), -1) for part in beams))  # the beams of a user's prompts in one row
         scores = item_scores(beams, self.trie)

@@ -152,6 +152,23 @@ class SidTrie:
         firsts = [first := first[starts] for starts in self.starts[-2::-1]]
         return tuple(first.diff() > 1 for first in reversed(firsts))
 
+    def used_up(self, excluded: torch.Tensor) -> list[torch.Tensor]:
+        """Return whether a node leads to excluded items only: for the depths 1..L, (B, nodes of the depth).
+
+        Args:
+            excluded: Whether each item is excluded, (B, N). Column i belongs to item id i + 1.
+
+        >>> trie = SidTrie.build([(0, 2), (1, 0), (1, 1)], [(10, 11, 12), (20, 21, 22)], begin_id=9)
+        >>> [nodes.tolist() for nodes in trie.used_up(torch.tensor([[False, True, True]]))]
+        [[[False, True]], [[False, True, True]]]
+        """
+        nodes, found = excluded[:, self.items - 1], []
+        for starts in reversed(self.starts[1:]):
+            before = torch.nn.functional.pad(nodes.cumsum(1), (1, 0))
+            nodes = before[:, starts[1:]] - before[:, starts[:-1]] == starts.diff()
+            found.append(nodes)
+        return found[::-1]
+
     def log_probs(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Return the log-probability (R, L) of each code of R SIDs of the catalog among the codes that the trie admits.
 
@@ -189,8 +206,9 @@ class Beams(NamedTuple):
     """The results of a beam search for B prompts, best first: W = min(beams, distinct SIDs) per prompt.
 
     Attributes:
-        leaves: Leaves of the trie, (B, W) long. The leaves of a prompt are distinct.
-        log_probs: Their log-probabilities in nats, (B, W), descending.
+        leaves: Leaves of the trie, (B, W) long. The leaves of a prompt with finite log-probabilities are distinct.
+        log_probs: Their log-probabilities in nats, (B, W), descending. -inf for a leaf whose items are excluded: a
+            prompt has such leaves if fewer than W others exist.
     """
 
     leaves: torch.Tensor
@@ -208,6 +226,7 @@ def beam_items(
     pad_id: int,
     constrained: bool = True,
     bf16: bool = False,
+    excluded: torch.Tensor | None = None,
 ) -> Beams:
     """Return the most likely SIDs of the catalog after each of B prompts, found by beam search, on the CPU.
 
@@ -220,6 +239,9 @@ def beam_items(
     If `beams` is at least the number of distinct SIDs, the search is exhaustive. Up to rounding errors, a result does
     not depend on the other prompts of the batch.
 
+    With `excluded` no beam continues to a SID whose items are all excluded. So each prompt has `beams` other SIDs, or
+    all of them. The log-probabilities are the same as without it, as the softmax includes excluded items.
+
     Args:
         model: A causal language model.
         prompt_ids: Token ids of each prompt without `<|sid_begin|>`, none empty.
@@ -229,6 +251,7 @@ def beam_items(
         pad_id: Id of the padding token.
         constrained: Normalize over the codes that the trie admits, as in training with `mid_constrained`.
         bf16: Run the model under bfloat16 autocast.
+        excluded: Whether each item is excluded, (B, N). Column i belongs to item id i + 1.
 
     Raises:
         ConfigurationError: A prompt is empty or does not fit the sliding window of the model, or `beams` or
@@ -248,7 +271,9 @@ def beam_items(
     trie = trie.to(model.device)
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for batch in progress(by_length([len(ids) for ids in prompt_ids], batch_size), "beam search"):
-            leaves, log_probs = _search(model, [prompt_ids[i] for i in batch], trie, beams, pad_id, constrained)
+            used_up = [] if excluded is None else trie.used_up(excluded[batch].to(model.device))
+            prompts = [prompt_ids[i] for i in batch]
+            leaves, log_probs = _search(model, prompts, trie, beams, pad_id, constrained, used_up)
             result.leaves[batch], result.log_probs[batch] = leaves.cpu(), log_probs.cpu()
     return result
 
@@ -295,6 +320,7 @@ def search(
     beams: int,
     *,
     constrained: bool,
+    used_up: Sequence[torch.Tensor] = (),
 ) -> Beams:
     """Return the result of a beam search for B prompts with any model, on the device of `logits`.
 
@@ -312,6 +338,8 @@ def search(
         constrained: Normalize the probability of a code over the codes that the trie admits, not over all V tokens.
             Then the rest of an SID is certain if only one SID has this prefix, and `step` does not read it. Otherwise R
             is W per prompt.
+        used_up: Nodes that no beam reaches, as `SidTrie.used_up` returns them; () for none. A prompt that has fewer
+            than W other nodes gets some of them with the score -inf.
     """
     prompt = torch.arange(len(logits), device=logits.device).unsqueeze(1)
     nodes = torch.zeros_like(prompt)  # (B, W), at first only the root
@@ -323,6 +351,8 @@ def search(
         admitted = logits.gather(-1, trie.tokens[depth][children[read]]).masked_fill(~real[read], -torch.inf)
         steps = torch.zeros(real.shape, device=logits.device).masked_fill(~real, -torch.inf)
         steps[read] = admitted - (admitted if constrained else logits).logsumexp(-1, keepdim=True)
+        if used_up:
+            steps.masked_fill_(used_up[depth].gather(1, children.flatten(1)).view_as(steps), -torch.inf)
         paths = (scores.unsqueeze(-1) + steps).flatten(1)
         scores, chosen = paths.topk(min(beams, trie.nodes(depth + 1)))
         parents = prompt * nodes.size(1) + chosen // trie.widths[depth]
@@ -335,7 +365,13 @@ def search(
 
 
 def _search(
-    model: Any, prompts: Sequence[Sequence[int]], trie: SidTrie, beams: int, pad_id: int, constrained: bool
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    trie: SidTrie,
+    beams: int,
+    pad_id: int,
+    constrained: bool,
+    used_up: Sequence[torch.Tensor],
 ) -> Beams:
     """Run `search` for one batch with a decoder-only language model.
 
@@ -375,4 +411,4 @@ def _search(
         place, visible = place + 1, attends[prompt, column]
         return logits[prompt, column]
 
-    return search(logits, step, trie, beams, constrained=constrained)
+    return search(logits, step, trie, beams, constrained=constrained, used_up=used_up)

@@ -53,7 +53,7 @@ def stages(settings: Settings) -> list[Stage]:
             version=1,
             run=run,
             settings=("base_model", "cand_beams", "seed", "train_"),
-            needs=stages_of(settings["base_model"]) if needed else (),
+            needs=stages_of(settings["base_model"], settings) if needed else (),
             check=check_settings,
             key_values=key_values,
         )

@@ -19,6 +19,7 @@ from recbole_gr2.bridge.training import load_model
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.model import READS_SIDS
+from recbole_gr2.policy import whole_midtrain
 from recbole_gr2.recommenders import load_generator, sids_for
 from recbole_gr2.store import file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Request, Stage
@@ -52,11 +53,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def base_models(context: Context) -> tuple[BaseModel, BaseModel]:
-    """The trained base model and hold-out base model.
-
-    Raises:
-        ConfigurationError: the base model is GR2Generator, and mid-training has seen the targets of training requests.
-    """
+    """The trained base model and hold-out base model."""
     name = context.settings["base_model"]
     if name == GENERATOR:
         return load_generator(context), load_generator(context, hold_out=True)
@@ -196,6 +193,17 @@ def _import(context: Context) -> dict[str, list[Request]]:
     return lists
 
 
+def check_settings(settings: Settings) -> None:
+    """Check that there is a model that may propose the candidates of train requests."""
+    if settings["base_model"] == GENERATOR and not settings["cand_file"] and not settings["mid_hold_out"]:
+        raise ConfigurationError(
+            f"with mid_hold_out: False, {GENERATOR} is mid-trained on the targets of the train requests",
+            where="mid_hold_out",
+            why="a re-ranker that is trained on such lists would learn to keep their order",
+            do="set mid_hold_out: True",
+        )
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the imported file."""
     return {"cand_file.sha": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
@@ -206,7 +214,7 @@ def stages(settings: Settings) -> list[Stage]:
     if settings["cand_file"]:
         needs: tuple[str, ...] = ()
     elif settings["base_model"] == GENERATOR:
-        needs = ("tokenizer", "midtrain")
+        needs = ("tokenizer", "midtrain", whole_midtrain(settings))
     else:
         needs = ("base_model", *(("tokenizer",) if settings["base_model"] in READS_SIDS else ()))
     return [
@@ -216,6 +224,7 @@ def stages(settings: Settings) -> list[Stage]:
             run=run,
             settings=("cand_", "seed"),
             needs=needs,
+            check=check_settings,
             key_values=key_values,
         )
     ]

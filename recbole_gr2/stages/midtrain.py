@@ -6,6 +6,7 @@ the new tokens on the persona task, with all other weights frozen; then all weig
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.llm.model import RANDOM, device, load_language_model, save_language_model
 from recbole_gr2.llm.train import finetune
 from recbole_gr2.llm.vocabulary import start_from_codebooks
-from recbole_gr2.policy import new_tokens, sid_trie, use_bf16
+from recbole_gr2.policy import new_tokens, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
@@ -41,6 +42,8 @@ WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our 
 
 def run(context: Context) -> dict[str, Any]:
     """Write model/, log.json and samples.json.
+
+    The parameter `hold_out` says whether the targets of the train requests are left out, by default `mid_hold_out`.
 
     Raises:
         QualityCheckError: the loss is not finite, or the embeddings of the new tokens did not change.
@@ -83,7 +86,7 @@ def run(context: Context) -> dict[str, Any]:
         "say": context.say,
         "trie": sid_trie(settings, tokenizer, catalog),
     }
-    histories = training_histories(context.data, settings["mid_hold_out"])
+    histories = training_histories(context.data, context.parameters.get("hold_out", settings["mid_hold_out"]))
     texts = task_texts(catalog, histories, general, settings)
     first = examples_of(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
     logs = []
@@ -160,12 +163,22 @@ def key_values(settings: Settings) -> dict[str, Any]:
     return values
 
 
-STAGE = Stage(
-    name="midtrain",
-    version=4,
-    run=run,
-    settings=("llm", "mid_", "prompt_title_chars", "cand_num", "seed"),
-    needs=("tokenizer",),
-    check=check_settings,
-    key_values=key_values,
-)
+def stages(settings: Settings) -> list[Stage]:
+    """Declare mid-training.
+
+    With `mid_hold_out` there is a second model, `midtrain_all`, which learns from all training interactions. It runs
+    only for the recommenders that need it, GR2Generator and OneRec-Think. RecBole's models learn from all training
+    interactions, too.
+    """
+    stage = Stage(
+        name="midtrain",
+        version=4,
+        run=run,
+        settings=("llm", "mid_", "prompt_title_chars", "cand_num", "seed"),
+        needs=("tokenizer",),
+        check=check_settings,
+        key_values=key_values,
+    )
+    if not settings["mid_hold_out"]:
+        return [stage]
+    return [stage, replace(stage, name=whole_midtrain(settings), parameters={"hold_out": False})]

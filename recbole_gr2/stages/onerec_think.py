@@ -25,7 +25,7 @@ from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, ProgressLines, finetune
 from recbole_gr2.llm.vocabulary import add_tokens
 from recbole_gr2.onerec_think import END_OF_THINK, THINK, prompt_ids, prompt_maker, reasons, trace_grammar
-from recbole_gr2.policy import load_model, new_tokens, sid_trie, use_bf16
+from recbole_gr2.policy import load_model, new_tokens, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import sid_text
@@ -40,14 +40,14 @@ Position = tuple[tuple[int, ...], int]  # a history and the next item
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Fine-tune the mid-trained model, with traces or without as the stage's name says.
+    """Fine-tune the mid-trained model on all training interactions, with traces or without as the stage's name says.
 
     Writes model/, log.json and sample.txt; in variant `paper` also rationales.jsonl and rollouts.
     """
     settings, catalog, with_traces = context.settings, load_catalog(context), reasons(context.stage)
     maker = prompt_maker(settings, catalog)
     seed = derive_seed(settings["seed"], "onerec_think")  # the same for both models: they learn the same histories
-    positions = training_positions(training_histories(context.data, settings["mid_hold_out"]), seed=seed)
+    positions = training_positions(training_histories(context.data, hold_out=False), seed=seed)
     size = settings["onerec_think_batch_size"]
     steps = min(settings["onerec_think_steps"], math.ceil(settings["onerec_think_passes"] * len(positions) / size))
     positions = positions[: steps * size]
@@ -58,7 +58,7 @@ def run(context: Context) -> dict[str, Any]:
     else:
         traces = rationales(context, maker, positions)
     context.say(f"{len(positions):,} histories" + (f", for example {traces[0]!r}" if with_traces else ""))
-    model, tokenizer = load_model(context.folders["midtrain"])
+    model, tokenizer = load_model(context.folders[whole_midtrain(settings)])
     if with_traces:
         add_tokens(model, tokenizer, [THINK, END_OF_THINK], seed)
     examples = [
@@ -149,7 +149,7 @@ def rationales(context: Context, maker: PromptMaker, positions: Sequence[Positio
     settings, file = context.settings, context.folder / "rationales.jsonl"
     if file.is_file():  # an earlier start of this stage wrote it
         return [line["rationale"] for line in read_lines(file)]
-    model, tokenizer = load_model(context.folders["midtrain"])
+    model, tokenizer = load_model(context.folders[whole_midtrain(settings)])
     seed = derive_seed(settings["seed"], "onerec_think", "rationales")
     add_tokens(model, tokenizer, [THINK, END_OF_THINK], seed)
     embeddings = read_embeddings(context.folders["embeddings"])
@@ -293,11 +293,11 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name=name,
-            version=2,
+            version=3,
             run=run,
             settings=("onerec_think_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
-            excluded=("prompt_grounded", "prompt_llm_weight"),
-            needs=("embeddings", "tokenizer", "midtrain"),
+            excluded=("prompt_grounded", "prompt_llm_weight", "onerec_think_beams"),
+            needs=("embeddings", "tokenizer", whole_midtrain(settings)),
             key_values=key_values,
         )
         for name in ONEREC_THINK.values()

@@ -13,6 +13,7 @@ from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
 from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
 from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_options, recbole_options
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.onerec_think import search_width
 from recbole_gr2.recommenders import check_model, load_recommender, stages_of, training_options
 from recbole_gr2.types import Context, Stage
 
@@ -51,20 +52,28 @@ def check_settings(settings: Settings) -> None:
 
 def stages(settings: Settings) -> list[Stage]:
     """Declare a stage for each recommender."""
-    return [_stage(model) for model in dict.fromkeys(settings["models"])]
+    return [_stage(model, stages_of(model, settings)) for model in dict.fromkeys(settings["models"])]
 
 
-def _stage(model: str) -> Stage:
+def _stage(model: str, needs: tuple[str, ...]) -> Stage:
     common = ("cand_exclude_seen", "seed")
     if model in ONEREC_THINK:
-        return Stage(name=model, version=4, run=run, settings=common, needs=stages_of(model), check=check_settings)
+        return Stage(
+            name=model,
+            version=5,
+            run=run,
+            settings=common,
+            needs=needs,
+            key_values=lambda settings: {"beams": search_width(settings)},
+            check=check_settings,
+        )
     if model == GENERATOR:
         return Stage(
             name=model,
-            version=2,
+            version=3,
             run=run,
             settings=(*common, "cand_beams"),
-            needs=stages_of(model),
+            needs=needs,
             check=check_settings,
         )
 
@@ -76,7 +85,7 @@ def _stage(model: str) -> Stage:
         version=2,
         run=run,
         settings=(*common, "models_options", "cand_beams"),
-        needs=stages_of(model),
+        needs=needs,
         key_values=key_values,
         check=check_settings,
     )
