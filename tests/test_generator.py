@@ -1,10 +1,14 @@
 """GR2Generator: the mid-trained language model as base model and as another recommender."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
+from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import read_recommendations, read_requests
+from recbole_gr2.bridge.models import UNREACHED
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.recommenders import load_generator
 
@@ -42,6 +46,42 @@ def test_as_a_recommender_it_has_the_recall_of_its_lists(generated):
     assert oracle["ndcg@5"] == pytest.approx(base["recall@5"], abs=1e-4)
 
 
-def test_it_must_not_have_seen_the_targets_of_train_requests(generated):
-    with pytest.raises(ConfigurationError, match="was mid-trained on the targets"):
-        load_generator(generated.context(mid_hold_out=False), hold_out=True)
+def test_it_has_not_seen_the_targets_of_train_requests(generated):
+    """The stage `midtrain` proposes the candidates of train requests, and `midtrain_all` all others."""
+    lists = {
+        split: read_requests(generated.folders["candidates"] / f"{split}.jsonl", generated.data.catalog)
+        for split in ("train", "test")
+    }
+    assert {request.provider for request in lists["train"]} == {"GR2Generator hold-out"}
+    assert {request.provider for request in lists["test"]} == {"GR2Generator"}
+    users = {token: user for user, token in enumerate(generated.data.user_tokens)}
+    for split, stage in (("train", "midtrain"), ("test", "midtrain_all")):
+        context = generated.context()
+        folders = {**context.folders, "midtrain_all": context.folders[stage]}
+        generator = load_generator(replace(context, folders=folders))
+        asked = lists[split][:20]
+        rows = {generated.data.uid: torch.tensor([users[request.user_token] for request in asked])}
+        for request, scores in zip(asked, generator.score_rows(rows, split).tolist(), strict=True):
+            expected = [candidate.score for candidate in request.candidates]
+            assert [scores[item] for item in request.items] == pytest.approx(expected, abs=1e-4)
+
+
+def test_without_hold_out_it_cannot_be_the_base_model(tiny_settings, tmp_path):
+    with pytest.raises(ConfigurationError, match="is mid-trained on the targets") as error:
+        pipeline.check(tiny_settings(tmp_path, base_model="GR2Generator", mid_hold_out=False))
+    assert error.value.where == "mid_hold_out"
+    pipeline.check(tiny_settings(tmp_path, models=["GR2Generator"], mid_hold_out=False))
+
+
+def test_few_beams_give_as_many_unseen_items(generated):
+    """No beam ends at a seen item, and the scores of the others do not depend on the mask."""
+    context = generated.context(cand_beams=5)
+    generator = load_generator(context)
+    rows, _ = generated.data.rows("test")
+    scores = generator.score_rows(rows, "test")
+    beams = (scores > UNREACHED).sum(1)
+    assert (beams >= 5).all()  # more, if items share a semantic ID
+    wide = replace(load_generator(context), beams=1000, exclude_seen=False).score_rows(rows, "test")
+    found = scores > UNREACHED
+    torch.testing.assert_close(scores[found], wide[found], atol=1e-4, rtol=0)
+    assert not torch.isneginf(wide[:, 1:]).any() and torch.isneginf(scores).any()

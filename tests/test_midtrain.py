@@ -1,5 +1,6 @@
 """Mid-training: its texts, what they leave out, and likelihoods against a plain forward pass."""
 
+import copy
 import json
 import math
 import random
@@ -77,6 +78,32 @@ def test_midtrain_leaves_the_targets_of_the_train_lists_out(context, tmp_path, m
     for user, sequence in context.data.sequences.items():
         assert held[user] == sequence[:-3].tolist() and whole[user] == sequence[:-2].tolist()
         assert not set(context.data.targets(user, "train")) & set(held[user])
+
+
+def test_only_the_second_model_learns_the_targets_of_the_train_lists(tiny_run, tmp_path):
+    """After a change of item n-2 of every user, midtrain has the same weights. midtrain_all and OneRec-Think differ."""
+    stages, other = ["midtrain", "onerec_think-no-think"], "midtrain_all"
+    whole = tiny_run(tmp_path / "whole", stages)
+    data = copy.copy(whole.data)
+    del data.fingerprint  # it is computed from the sequences
+    data.sequences = {user: items.copy() for user, items in data.sequences.items()}
+    for items in data.sequences.values():
+        items[-3] = items[-3] % data.item_count + 1
+    changed = tiny_run(tmp_path / "changed", stages, data=data)
+    seen = tiny_run(tmp_path / "whole", stages, data=whole.data, mid_hold_out=False)
+    assert other in whole.folders and other in changed.folders and other not in seen.folders
+    runs = (("whole", whole), ("changed", changed), ("seen", seen))
+    weights = {
+        (name, stage): (run.folders[stage] / "model" / "model.safetensors").read_bytes()
+        for name, run in runs
+        for stage in {*stages, other} & set(run.folders)
+    }
+    assert weights["whole", "midtrain"] == weights["changed", "midtrain"] != weights["whole", other]
+    assert weights["whole", other] != weights["changed", other]
+    assert weights["whole", stages[1]] != weights["changed", stages[1]]
+    # Without mid_hold_out the stage midtrain is the same as the second model.
+    assert weights["whole", other] == weights["seen", "midtrain"]
+    assert weights["whole", stages[1]] == weights["seen", stages[1]]
 
 
 def test_mixture_fills_each_share(context, catalog):

@@ -110,10 +110,10 @@ def world(tmp_path_factory) -> Context:
         seed=1,
         random_config={"vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 2},
     )
-    folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain", THINK, NO_THINK)}
+    folders = {name: root / name for name in ("embeddings", "tokenizer", "midtrain_all", THINK, NO_THINK)}
     for folder in folders.values():
         folder.mkdir()
-    save_language_model(model, tokenizer, folders["midtrain"] / "model")
+    save_language_model(model, tokenizer, folders["midtrain_all"] / "model")
     write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": i.token, "sid": list(i.sid)} for i in data.catalog))
     return Context(
         stage=THINK,
@@ -152,7 +152,7 @@ def trained(world):
 @pytest.fixture(scope="module")
 def untrained(world):
     """(model, tokenizer, maker) with the marks of a trace."""
-    model, tokenizer = load_model(world.folders["midtrain"])
+    model, tokenizer = load_model(world.folders["midtrain_all"])
     add_tokens(model, tokenizer, ["<think>", "</think>"])
     return model, tokenizer, prompt_maker(SETTINGS, world.data.catalog)
 
@@ -235,7 +235,7 @@ def test_steps_end_with_the_passes(world, tmp_path):
         llm_micro_batch_size=40,
     )
     facts = run(once)
-    assert facts["texts"] == 120 and facts["steps"] == 3  # 40 users with 3 positions each
+    assert facts["texts"] == 160 and facts["steps"] == 4  # 40 users with 4 positions each
 
 
 # --- traces and scores -----------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ class ToyRecent(ToyData):
 
 @pytest.mark.slow
 def test_it_learns_a_planted_pattern(trained):
-    """Behind n comes n + 1; nobody's last two train items, valid or test items were learnt."""
+    """Behind n comes n + 1; nobody's valid and test items were learnt."""
     users, trained = list(range(40)), replace(trained, data=ToyRecent())
     targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
     for name in ONEREC_THINK:
@@ -435,7 +435,7 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in asked
     written = lines(context.folder / "rationales.jsonl")
     drawn = training_positions(
-        context.data.sequences_without_train_targets(), seed=derive_seed(SETTINGS["seed"], "onerec_think")
+        training_histories(context.data, hold_out=False), seed=derive_seed(SETTINGS["seed"], "onerec_think")
     )
     asked = [(tuple(line["history"]), line["target"]) for line in written]
     assert asked == drawn[: len(asked)] and len(asked) > 100
@@ -584,7 +584,12 @@ def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
     without, with_it, both = plan(), plan(models=[name]), plan(models=[other, name])
     lists = plan(eval_rows=[*rows, THINK])
     rank, other_rank = f"rerank_{THINK}", f"rerank_{NO_THINK}"
-    assert set(lists) - set(without) == {THINK, rank}  # the lists alone: nobody searches the catalogue
+    assert "midtrain" in without and "midtrain_all" not in without
+    # The lists alone: nobody searches the catalogue.
+    assert set(lists) - set(without) == {"midtrain_all", THINK, rank}
+    only = plan(eval_rows=["lambdamart", THINK])
+    assert "midtrain" not in only and only[THINK].key == lists[THINK].key
+    assert "midtrain_all" not in plan(models=[name], mid_hold_out=False)
     assert set(with_it) - set(lists) == {name} and set(lists) < set(with_it)
     assert set(both) - set(with_it) == {other, NO_THINK, other_rank}
     assert plan(models=[name], eval_rows=[*rows, THINK]).keys() == with_it.keys()
@@ -593,6 +598,10 @@ def test_the_stages_are_planned_only_where_they_are_named(tmp_path):
     assert with_it["evaluate"].needs[name] == with_it[name].key == both[name].key != both[other].key
     changed_keys = plan(models=[name], onerec_think_samples=1)
     assert all(changed_keys[stage].key != with_it[stage].key for stage in (THINK, rank, name, "evaluate"))
+    wider = plan(models=[name], onerec_think_beams=30)
+    assert wider[THINK].key == with_it[THINK].key and wider[name].key != with_it[name].key
+    assert plan(models=[name], topk=[30])[name].key == wider[name].key
+    assert plan(models=[name], topk=[5])[name].key == with_it[name].key
     assert plan(models=[name], llm_save_steps=1)["evaluate"].key == with_it["evaluate"].key
 
 
@@ -636,6 +645,7 @@ def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
     speed = {key for key, entry in tabled.settings.declared.items() if entry.speed}
     own = {key for key in tabled.settings if key.startswith("onerec_think_")}
     assert own <= read
+    read -= {"onerec_think_beams", "topk"}  # the key has their maximum
     needs = (QUICK, *stages[QUICK].needs, *stages[THINK].needs, "tokenizer", "embeddings")
     prefixes = [prefix for need in needs for prefix in stages[need].settings]
     assert read - speed <= tabled.settings.results(prefixes).keys()
@@ -647,7 +657,7 @@ def test_the_mid_trained_generator_has_one_prompt_a_history(world):
 
     context = changed(world, cand_beams=COUNT, cand_exclude_seen=False, mid_max_length=64)
     generator = load_generator(context)
-    model, tokenizer = load_model(world.folders["midtrain"])
+    model, tokenizer = load_model(world.folders["midtrain_all"])
     begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.catalog
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
     heads = [[*history_ids(world.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
@@ -659,14 +669,14 @@ def test_the_mid_trained_generator_has_one_prompt_a_history(world):
 
 @pytest.mark.slow
 def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
-    """Behind n comes n + 1, learnt by mid-training itself; nobody's last three items were. Prompts are no longer than
+    """Behind n comes n + 1, learnt by mid-training itself, without valid and test items. Prompts are no longer than
     what was learnt: a model of this size knows no other position."""
     from recbole_gr2.stages import midtrain
 
     context = at(
         world,
-        "midtrain",
-        tmp_path / "midtrain",
+        "midtrain_all",
+        tmp_path / "midtrain_all",
         sid_levels=LEVELS,
         sid_codes=CODES + 1,
         mid_codebooks=False,
