@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from recbole_gr2.errors import GR2Error
+
 K = TypeVar("K", bound=Hashable)
 Comparison = dict[str, float]  # diff, low, high, p and, after `adjust`, p_holm
 BLOCK = 100  # Resamples that are computed together. The order of the random draws depends on it.
@@ -85,10 +87,20 @@ def paired_comparison(ours: np.ndarray, base: np.ndarray, *, seed: int, draws: i
     Returns:
         `diff`, the mean of `ours - base`; `low` and `high`, its 95 % bootstrap interval over users; `p`.
 
+    Raises:
+        GR2Error: there is no difference, or one is not finite. Its p-value would be the smallest one.
+
     >>> paired_comparison(np.array([1.0, 1.0]), np.array([1.0, 1.0]), seed=0)["p"]
     1.0
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(base, dtype=float)
+    if not difference.size or not np.isfinite(difference).all():
+        raise GR2Error(
+            f"{np.sum(~np.isfinite(difference))} of {difference.size} differences between two methods are not finite",
+            where="paired comparison",
+            why="the mean and the p-value need a finite difference of each user",
+            do="compute the evaluation again with --from_stage evaluate",
+        )
     mean = float(difference.mean())
     moved = difference[difference != 0]
     if moved.size == 0:

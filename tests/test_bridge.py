@@ -334,11 +334,21 @@ def test_oracle_ndcg_is_the_base_models_recall(movies, name, mask, recommendatio
 
 def test_broken_invariants_are_errors():
     base = {"recall@5": 0.4, "recall@10": 0.5, "recall@20": 0.6, "ndcg@10": 0.3}
-    check_invariants({"base": {"all_users": base}, "oracle": {"all_users": {**base, "ndcg@10": 0.5}}}, 10)
+    oracle = {**base, "recall@5": 0.5, "ndcg@10": 0.5}
+    whole = {"base": {"all_users": base}, "oracle": {"all_users": oracle}}
+    check_invariants(whole, 10)
+    check_invariants(whole, 10, {"all_users": 0.50004})
+    check_invariants(whole, 10, {"all_users": 0.504}, decimals=2)
+    with pytest.raises(GR2Error, match="recall@10 of base is 0.5, but 0.502 of the lists"):
+        check_invariants(whole, 10, {"all_users": 0.502})
+    short = {name: {"all_users": {"ndcg@3": 0.5, "recall@20": 0.6}} for name in whole}
+    check_invariants(short, 10)
+    with pytest.raises(GR2Error, match="ndcg@3 of oracle is 0.5, but 0.4 of the lists"):  # topk does not contain K
+        check_invariants(short, 10, {"all_users": 0.4})
     with pytest.raises(GR2Error, match="changed recall@20 from 0.6 to 0.7"):
         check_invariants({"base": {"all_users": base}, "rl": {"all_users": {**base, "recall@20": 0.7}}}, 10)
-    with pytest.raises(GR2Error, match="the oracle's ndcg@10 is 0.3"):
-        check_invariants({"base": {"all_users": base}, "oracle": {"all_users": base}}, 10)
+    with pytest.raises(GR2Error, match="ndcg@10 of oracle is 0.3"):
+        check_invariants({"base": {"all_users": base}, "oracle": {"all_users": {**oracle, "ndcg@10": 0.3}}}, 10)
 
 
 def test_recall_against_a_count_by_hand(movies, recommendations_of):

@@ -7,6 +7,7 @@ evaluator, for all methods and all groups of users in one pass.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.models import UNREACHED, BaseModel, seen_items
+from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
+from recbole_gr2.bridge.models import UNREACHED, BaseModel, find_model, seen_items
 from recbole_gr2.console import progress
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.types import Recommendations, Request
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ DEPTH = 200  # D, items that are kept of each user's ranking of the catalogue
 HEAD = 10
 CHECKED_CUTOFFS = (1, 5, HEAD)  # at which the recommendations are compared with RecBole's evaluation of the scores
 CHECKED_METRICS = ("Recall", "NDCG", "MRR")
-ROUNDING = 1e-4  # RecBole rounds metrics to `metric_decimal_place` digits, 4 by default.
+# RecBole's metrics of the recommended items, whatever the target is.
+ITEM_METRICS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage")
 
 
 class Scored(NamedTuple):
@@ -68,11 +71,21 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
         check: whether to compare the result with RecBole's evaluation of the scores, see `RecboleCheck`.
 
     Raises:
+        QualityCheckError: a score is not a number.
         GR2Error: the check failed.
     """
+    import torch
+
     comparison = RecboleCheck(model) if check else None
     for rows, scores in model.batches(split):
         targets = rows[model.data.iid].to(scores.device)
+        if torch.isnan(scores).any():
+            raise QualityCheckError(
+                "a score is not a number (NaN)",
+                where=f"model {model.name}, {split} rows",
+                why="the items have no order",
+                do="lower the learning rate (base_learning_rate, or models_options for a model of `models`)",
+            )
         if break_ties:
             scores = model.break_ties(scores, targets)
         items, values, ranks = rank_items(scores, targets, depth)
@@ -239,6 +252,8 @@ def evaluate_methods(
     rankings: Mapping[str, Mapping[str, Sequence[int]] | None],
     scopes: Mapping[str, Collection[str] | None],
     config: Any = None,
+    *,
+    general: bool = False,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """RecBole's metrics of several rankings of the same lists on the test split, in one pass over the users.
 
@@ -249,9 +264,13 @@ def evaluate_methods(
             without a ranking, and a method that is None, keep the order of the recommendations.
         scopes: name -> user tokens of the group; None for all users of the recommendations.
         config: RecBole's Config with `metrics` and `topk`; the Config of the data set by default.
+        general: whether the popularity of an item is its number of training interactions, as RecBole counts it for
+            general models. For sequential models RecBole leaves out the first interaction of each user.
 
     Returns:
-        Method -> scope -> metric, in RecBole's lower case such as `ndcg@5` -> value.
+        Method -> scope -> metric, in RecBole's lower case such as `ndcg@5` -> value. Metrics of the recommended items,
+        such as coverage and popularity, are left out at cut-offs above the length of the shortest list of a scope:
+        RecBole would count items that nobody recommended.
 
     Raises:
         ConfigurationError: a cut-off is larger than the number of recommended items.
@@ -265,7 +284,8 @@ def evaluate_methods(
     user_ids = {token: user for user, token in enumerate(data.user_tokens)}
     users = np.array([user_ids[token] for token in recommendations.users])
     members = {name: _members(name, tokens, recommendations.users) for name, tokens in scopes.items()}
-    collectors = {(method, scope): _collector(data, config) for method in rankings for scope in scopes}
+    counts = item_counts(data, general)
+    collectors = {(method, scope): _collector(data, config, counts) for method in rankings for scope in scopes}
     size = int(config["eval_batch_size"])
     for start in progress(range(0, len(users), size), "evaluation"):
         batch = slice(start, start + size)
@@ -287,9 +307,42 @@ def evaluate_methods(
                         rows[chosen.to(device)], None, torch.arange(len(chosen)), targets[chosen]
                     )
     metrics: dict[str, dict[str, dict[str, float]]] = {method: {} for method in rankings}
+    lengths = (recommendations.items > 0).sum(axis=1)
     for (method, scope), collector in collectors.items():
-        metrics[method][scope] = _evaluate(config, collector)
+        shortest = int(lengths[members[scope]].min())
+        metrics[method][scope] = {
+            name: value
+            for name, value in _evaluate(config, collector).items()
+            if not name.startswith(ITEM_METRICS) or int(name.partition("@")[2]) <= shortest
+        }
     return metrics
+
+
+def is_general(model: str) -> bool:
+    """Whether a recommender is a general model: RecBole trains it on single interactions instead of sequences.
+
+    Args:
+        model: name of a RecBole model, of a model of this package, or of a generative recommender.
+    """
+    if model == GENERATOR or model in ONEREC_THINK:
+        return False
+    model_class = find_model(model)
+    from recbole.utils import ModelType
+
+    return model_class.type != ModelType.SEQUENTIAL
+
+
+def item_counts(data: Data, general: bool) -> Counter[int]:
+    """Number of training interactions of each item id, as RecBole counts them for the metrics of popularity.
+
+    Args:
+        data: the data set.
+        general: whether to count all training interactions, as in RecBole's data set of a general model. In the one of
+            a sequential model each row has one target, and the first interaction of a user is no target.
+    """
+    if not general:
+        return data.built[0].item_counter
+    return Counter(np.concatenate([items[: max(len(items) - 2, 1)] for items in data.sequences.values()]).tolist())
 
 
 def _check_cutoff(config: Any, recommendations: Recommendations) -> int:
@@ -365,12 +418,13 @@ def _reranked(
     return rows
 
 
-def _collector(data: Data, config: Any) -> Any:
+def _collector(data: Data, config: Any, counts: Counter[int]) -> Any:
     """RecBole's collector, with the item counts of the training data for coverage and popularity."""
     from recbole.evaluator import Collector
 
-    collector = Collector(config)
-    collector.data_collect(SimpleNamespace(dataset=data.built[0]))
+    collector, train = Collector(config), data.built[0]
+    dataset = SimpleNamespace(num=train.num, user_counter=train.user_counter, item_counter=counts)
+    collector.data_collect(SimpleNamespace(dataset=dataset))
     return collector
 
 
@@ -408,8 +462,9 @@ class RecboleCheck:
             device=model.data.config["device"],
             eval_args=model.data.config["eval_args"],
         )
-        self.direct = _collector(model.data, self.config)
-        self.rebuilt = _collector(model.data, self.config)
+        counts = item_counts(model.data, general=False)  # no metric of the comparison reads them
+        self.direct = _collector(model.data, self.config, counts)
+        self.rebuilt = _collector(model.data, self.config, counts)
         self.compared = False
 
     def add(self, batch: Scored, scores: Tensor, targets: Tensor) -> None:
@@ -455,33 +510,49 @@ class RecboleCheck:
         )
 
 
-def check_invariants(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], count: int) -> None:
-    """Check two identities of re-ranked lists: no method changes Recall@K, and the oracle's NDCG@K is base Recall@K.
+def check_invariants(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+    count: int,
+    listed: Mapping[str, float] | None = None,
+    *,
+    decimals: int = 4,
+) -> None:
+    """Check two identities of re-ranked lists.
+
+    No method changes Recall at cut-offs of at least K. Recall@K of the base order, and Recall, NDCG and MRR of the
+    oracle at cut-offs up to K, are equal: the share of users whose candidate list contains their target.
 
     Args:
         metrics: the result of `evaluate_methods` with the methods `base` and, optionally, `oracle`.
         count: K, the largest length of a candidate list.
+        listed: for each scope, the share of users whose candidate list contains their target; by default the Recall@K
+            of the base order, if it is among the metrics.
+        decimals: number of decimal places to which RecBole rounds the metrics (`metric_decimal_place`).
 
     Raises:
         GR2Error: an identity does not hold.
     """
     do = "report this as a bug, with the command and the settings"
-    recall, ndcg = f"recall@{count}", f"ndcg@{count}"
     for method, scopes in metrics.items():
         for scope, values in scopes.items():
             base = metrics["base"][scope]
-            for name in (name for name in base if name.startswith("recall@") and int(name[7:]) >= count):
-                if values[name] != base[name]:
+            share = base.get(f"recall@{count}") if listed is None else listed[scope]
+            for metric, value in values.items():
+                name, _, cutoff = metric.partition("@")
+                if name == "recall" and int(cutoff) >= count and value != base[metric]:
                     raise GR2Error(
-                        f"re-ranking {count} items changed {name} from {base[name]} to {values[name]}",
+                        f"re-ranking {count} items changed {metric} from {base[metric]} to {value}",
                         where=f"method {method}, scope {scope}",
                         why="a permutation of the first K items cannot change the items among the first K",
                         do=do,
                     )
-            if method == "oracle" and recall in base and ndcg in values and abs(values[ndcg] - base[recall]) > ROUNDING:
-                raise GR2Error(
-                    f"the oracle's {ndcg} is {values[ndcg]}, the base model's {recall} is {base[recall]}",
-                    where=f"scope {scope}",
-                    why="the oracle ranks each target first that its list contains",
-                    do=do,
+                equal = (method == "oracle" and name in ("recall", "ndcg", "mrr") and int(cutoff) <= count) or (
+                    method == "base" and metric == f"recall@{count}"
                 )
+                if equal and share is not None and abs(value - share) > 10.0**-decimals:
+                    raise GR2Error(
+                        f"{metric} of {method} is {value}, but {share} of the lists contain their target",
+                        where=f"scope {scope}",
+                        why="the oracle ranks each target first that its list contains, and no other target is a hit",
+                        do=do,
+                    )

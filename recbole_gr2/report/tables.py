@@ -26,7 +26,7 @@ def metrics_of(result: Mapping[str, Any], scope: str) -> tuple[list[str], dict[s
     """
     entries, shown, equal = in_scope(result, scope), [], {}
     columns: dict[str, str] = {}
-    for metric in entries[0]["metrics"] if entries else ():
+    for metric in dict.fromkeys(metric for entry in entries for metric in entry["metrics"]):
         values = str([entry["metrics"].get(metric) for entry in entries])
         if values in columns:
             equal[metric] = columns[values]

@@ -18,7 +18,7 @@ from recbole_gr2.artifacts import (
     read_recommendations,
     write_per_user,
 )
-from recbole_gr2.bridge.evaluator import check_invariants, evaluate_methods
+from recbole_gr2.bridge.evaluator import check_invariants, evaluate_methods, is_general
 from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
 from recbole_gr2.inspection import examples, truthfulness
@@ -101,43 +101,46 @@ def _methods(
     recommendations: Mapping[str, Recommendations],
 ) -> list[dict[str, Any]]:
     """RecBole's metrics of every method in both scopes, with the paired comparison to the base order."""
-    settings, data = context.settings, context.data
-    users = {r.user_token for r in requests}
-    everyone = settings["eval_max_lists"] is None and not settings["cand_file"]
-    scopes = {"all_users": None if everyone else users, "hit_users": {r.user_token for r in hits}}
+    settings, data, count = context.settings, context.data, context.settings["cand_num"]
+    users = set(base.users) if settings["eval_max_lists"] is None else {r.user_token for r in requests}
+    scopes = {"all_users": users, "hit_users": {r.user_token for r in hits}}
     by_user = {
         name: {r.user_token: given[r.request_id] for r in requests if r.request_id in given}
         for name, given in rankings.items()
     }
-    metrics = evaluate_methods(data, base, by_user, scopes)
-    check_invariants(metrics, settings["cand_num"])
+    general = not settings["cand_file"] and is_general(settings["base_model"])
+    metrics = evaluate_methods(data, base, by_user, scopes, general=general)
+    base_rank = _target_ranks(base)
+    listed = {
+        scope: float(np.mean([base_rank[user] <= count for user in members])) for scope, members in scopes.items()
+    }
+    check_invariants(metrics, count, listed, decimals=data.config["metric_decimal_place"])
     ranks = {name: _ranks(hits, given) for name, given in rankings.items()}
     entries: list[dict[str, Any]] = []
     for scope, members in scopes.items():
-        count = len(base.users) if members is None else len(members)
         for name, given in rankings.items():
             entries.append(
                 {
                     "method": name,
                     "scope": scope,
-                    "n": count,
+                    "n": len(members),
                     "metrics": metrics[name][scope],
                     "unchanged": float(np.mean([given[r.request_id] == r.items for r in hits])),
-                    "vs_base": {} if name == "base" else _compare(settings, ranks[name], ranks["base"], count),
+                    "vs_base": {} if name == "base" else _compare(settings, ranks[name], ranks["base"], len(members)),
                 }
             )
     for name, other in recommendations.items():
-        if not everyone:
-            context.say(f"{name} is not reported: it is evaluated on every user, but this run on {len(users):,} users")
-            continue
+        alone = evaluate_methods(data, other, {name: None}, {"all_users": users}, general=is_general(name))
+        rank = _target_ranks(other)
+        pairs = np.array([(rank[user], base_rank[user]) for user in base.users if user in users])
         entries.append(
             {
                 "method": name,
                 "scope": "all_users",
-                "n": len(other.users),
-                "metrics": evaluate_methods(data, other, {name: None}, {"all_users": None})[name]["all_users"],
+                "n": len(users),
+                "metrics": alone[name]["all_users"],
                 "unchanged": None,
-                "vs_base": _compare(settings, _target_ranks(other), _target_ranks(base), len(other.users)),
+                "vs_base": _compare(settings, pairs[:, 0], pairs[:, 1], len(users)),
             }
         )
     return entries
@@ -148,9 +151,10 @@ def _ranks(requests: Sequence[Request], rankings: Rankings) -> np.ndarray:
     return np.array([rankings[r.request_id].index(r.target) + 1 for r in requests])
 
 
-def _target_ranks(recommendations: Recommendations) -> np.ndarray:
-    """Rank of each user's target in the whole catalogue, from 1, (U,)."""
-    return np.where(recommendations.target_rank > 0, recommendations.target_rank, MISS)
+def _target_ranks(recommendations: Recommendations) -> dict[str, int]:
+    """Rank of each user's target in the whole catalogue, from 1, by user token; MISS if it is not proposed."""
+    ranks = np.where(recommendations.target_rank > 0, recommendations.target_rank, MISS)
+    return dict(zip(recommendations.users, ranks.tolist(), strict=True))
 
 
 def _compare(settings: Settings, first: np.ndarray, second: np.ndarray, users: int) -> dict[str, Comparison]:
@@ -190,7 +194,7 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name="evaluate",
-            version=7,
+            version=8,
             run=run,
             settings=("eval_", "seed", "trace_teacher", "prompt_history"),
             needs=(
