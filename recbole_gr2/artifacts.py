@@ -18,8 +18,9 @@ Files contain item tokens of the data files, never internal ids, so that other t
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +31,7 @@ import pandas as pd
 
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.store import read_lines, write_json, write_lines
+from recbole_gr2.store import numbered_lines, read_lines, write_json, write_lines
 from recbole_gr2.types import Answer, Candidate, CandidateFeatures, Context, Recommendations, Request, Trace
 
 SPLITS = ("train", "valid", "test")
@@ -116,38 +117,70 @@ def read_requests(file: Path, catalog: Catalog) -> list[Request]:
     Raises:
         ConfigurationError: an item is not in the data set, a field is missing or unreadable, or a candidate or a
             request occurs twice. The error names the line.
+        GR2Error: a line is not JSON.
     """
-    requests: dict[str, Request] = {}
-    for number, line in enumerate(read_lines(file), start=1):
+    return [request for _, request in numbered_requests(file, catalog)]
+
+
+def numbered_requests(file: Path, catalog: Catalog) -> Iterator[tuple[int, Request]]:
+    """Yield the number of the line, from 1, and the request of each candidate list, see `read_requests`."""
+    names: set[str | tuple[str, str]] = set()
+    for number, line in numbered_lines(file):
         where = f"{file}:{number}"
         try:
             request = _read_request(line, catalog, file.name)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigurationError(
                 f"unknown item, missing or unreadable field: {error}",
                 where=where,
                 do="use item tokens of this data set and the fields user_id, split, history, target, candidates",
             ) from error
-        if len(set(request.items)) < len(request.items) or request.request_id in requests:
+        if (
+            len(set(request.items)) < len(request.items)
+            or request.request_id in names
+            or (request.split, request.user_token) in names
+        ):
             raise ConfigurationError(
                 "a candidate or a request occurs twice", where=where, do="remove the second occurrence"
             )
-        requests[request.request_id] = request
-    return list(requests.values())
+        names |= {request.request_id, (request.split, request.user_token)}
+        yield number, request
 
 
-def _read_request(line: Mapping[str, Any], catalog: Catalog, provider: str) -> Request:
+def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
+    """The request of a line.
+
+    Raises:
+        KeyError: a field is missing, or an item is not in the data set.
+        TypeError, ValueError, OverflowError: a value is of the wrong type, or a number is not finite.
+    """
+    if not isinstance(line, dict):
+        raise TypeError("a line has to be a JSON object")
     tokens = line["candidates"] if "candidates" in line else line["candidate_item_ids"]
+    user, name = line["user_id"], line.get("request_id")
+    for field, value, kind in (
+        ("candidates", tokens, list),
+        ("history", line["history"], list),
+        ("split", line["split"], str),
+        ("provider", line.get("provider", provider), str),
+        ("request_id", name or "", str),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{field} has to be a {'list' if kind is list else 'text'}")
+    if type(user) not in (str, int):
+        raise TypeError("user_id has to be a text")
     items = catalog.ids(tokens)
     scores = line.get("scores") or [float(-rank) for rank in range(len(items))]
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise TypeError("scores have to be finite numbers")
     request = Request(
-        request_id=line.get("request_id") or request_id(line["split"], str(line["user_id"])),
-        user_token=str(line["user_id"]),
+        request_id=name or request_id(line["split"], str(user)),
+        user_token=str(user),
         split=line["split"],
         history=catalog.ids(line["history"]),
         target=catalog.id_of[line["target"]],
         candidates=tuple(
-            Candidate(item_id=item, score=score, rank=rank)
+            Candidate(item_id=item, score=float(score), rank=rank)
             for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
         ),
         provider=line.get("provider", provider),

@@ -201,18 +201,25 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON lines file.
+    """Yield the records of a JSON lines file, see `numbered_lines`."""
+    for _, record in numbered_lines(file):
+        yield record
+
+
+def numbered_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number, from 1, and the record of each line of a JSON lines file. Blank lines are left out.
 
     Raises:
-        GR2Error: a line is not JSON. The error names the line.
+        GR2Error: a line is not JSON, or not encoded in UTF-8. The error names the line.
     """
-    with open(file, encoding="utf-8") as handle:
+    with open(file, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
+                record = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # ValueError: also a number with thousands of digits
                 raise GR2Error(
                     f"the line is not JSON: {error}", where=f"{file}:{number}", do="remove or correct the line"
                 ) from error
+            yield number, record

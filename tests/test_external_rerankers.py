@@ -173,12 +173,12 @@ def test_files_that_cannot_be_read(finished, tiny_run, tmp_path):
     with pytest.raises(GR2Error, match="there is no file"):
         read_rankings(tmp_path / "gone.jsonl")
     for text, where in (
-        ('{"user_id": "1", "ranking": ["a"]}\n{"user_id": "1", "ranking": ["a"]}\n', "record 2"),
-        ('{"user_id": "1"}\n', "record 1"),
+        ('{"user_id": "1", "ranking": ["a"]}\n{"user_id": "1", "ranking": ["a"]}\n', ":2"),
+        ('{"user_id": "1"}\n', ":1"),
         ("1 Q0 a 1 0.5 x\n1 Q0 a 1 high x\n", ":2"),
         ("1 a 0.5\n", ":1"),
         ("1 Q0 a 1 0.5 x\n1 Q0 a 2 0.4 x\n", ":2"),
-        ('{"user_id": "1", "ranking": ["a"]}\n["a"]\n', "record 2"),
+        ('{"user_id": "1", "ranking": ["a"]}\n["a"]\n', ":2"),
         ("1 Q0 a 1 0.5 x\n1 Q0 b 2 nan x\n", ":2"),
     ):
         file = tmp_path / "rankings"

@@ -11,7 +11,7 @@ from typing import Any
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.ranking import complete
 from recbole_gr2.rerankers.base import ALL, Reranker
-from recbole_gr2.store import read_lines
+from recbole_gr2.store import numbered_lines
 from recbole_gr2.types import Answer, Request
 
 
@@ -83,28 +83,34 @@ def read_rankings(file: Path) -> dict[str, list[str]]:
 
     The file has JSON lines with `ranking` and `request_id` or `user_id`, or it is a TREC run file: lines
     `user Q0 item rank score tag`, separated by blanks. The ranks of a TREC run are ignored and its items sorted by
-    descending score, as trec_eval does.
+    descending score, as trec_eval does. Items with equal scores keep the order of the file.
 
     Raises:
         MissingFileError: there is no such file.
         ConfigurationError: a line has another form. The error names the line.
+        GR2Error: a line is not JSON, although the first one begins with `{`.
     """
     if not file.is_file():
         raise MissingFileError(f"there is no file {file}", where="eval_rows", do="correct the path after file:")
-    with open(file, encoding="utf-8") as handle:
+    with open(file, encoding="utf-8-sig", errors="replace") as handle:
         first = next((line for line in handle if line.strip()), "")
     return _json_rankings(file) if first.lstrip().startswith("{") else _trec_rankings(file)
 
 
 def _json_rankings(file: Path) -> dict[str, list[str]]:
     rankings: dict[str, list[str]] = {}
-    for number, line in enumerate(read_lines(file), start=1):
+    for number, line in numbered_lines(file):
         values = line if isinstance(line, dict) else {}
         name, ranking = values.get("request_id", values.get("user_id")), values.get("ranking")
-        if name is None or not isinstance(ranking, list) or str(name) in rankings:
+        if (
+            type(name) not in (str, int)
+            or not isinstance(ranking, list)
+            or any(type(token) not in (str, int) for token in ranking)
+            or str(name) in rankings
+        ):
             raise ConfigurationError(
-                f"record {number} has no ranking of a new request: {json.dumps(line)[:80]}",
-                where=f"eval_rows: file:{file}",
+                f"the line has no ranking of a new request: {json.dumps(line)[:80]}",
+                where=f"{file}:{number}",
                 do='write {"user_id": "U1", "ranking": ["I5", "I2"]}, once for each user',
             )
         rankings[str(name)] = [str(token) for token in ranking]
@@ -113,11 +119,11 @@ def _json_rankings(file: Path) -> dict[str, list[str]]:
 
 def _trec_rankings(file: Path) -> dict[str, list[str]]:
     scores: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        fields: list[Any] = line.split()
-        if not fields:
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
             continue
         try:
+            fields: list[Any] = line.decode("utf-8-sig").split()
             user, _, item, _, score, _ = fields
             if math.isnan(float(score)):
                 raise ValueError("a score has to be a number, so that items can be sorted by it")
@@ -125,8 +131,9 @@ def _trec_rankings(file: Path) -> dict[str, list[str]]:
                 raise ValueError("an item occurs twice for a user")
             scores.setdefault(user, {})[item] = float(score)
         except ValueError as error:
+            shown = line[:80].decode(errors="replace")
             raise ConfigurationError(
-                f"the line {line[:80]!r} is not of the form `user Q0 item rank score tag`, or it repeats an item",
+                f"the line {shown!r} is not of the form `user Q0 item rank score tag`, or it repeats an item",
                 where=f"{file}:{number}",
                 do="correct the line, or use JSON lines with user_id and ranking",
             ) from error

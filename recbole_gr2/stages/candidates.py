@@ -7,10 +7,11 @@ inserted. With `cand_file` the lists are imported, and no base model is used.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.artifacts import SPLITS, read_requests, request_id, write_recommendations, write_requests
+from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
 from recbole_gr2.bridge.generative import GENERATOR
@@ -168,7 +169,9 @@ def _import(context: Context) -> dict[str, list[Request]]:
     data, count = context.data, context.settings["cand_num"]
     users = {token: user for user, token in enumerate(data.user_tokens)}
     lists: dict[str, list[Request]] = {split: [] for split in SPLITS}
-    for request in read_requests(Path(context.settings["cand_file"]), data.catalog):
+    file = Path(context.settings["cand_file"])
+    for number, request in numbered_requests(file, data.catalog):
+        where = f"{file}:{number}, {request.request_id}"
         user = users.get(request.user_token)
         if (
             request.split not in SPLITS
@@ -178,18 +181,19 @@ def _import(context: Context) -> dict[str, list[Request]]:
         ):
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set",
-                where=request.request_id,
+                where=where,
                 why="a longer history would contain the target",
                 do="export lists with this plugin, and keep history, target and split unchanged",
             )
         if not 2 <= len(request.items) <= count:
             raise ConfigurationError(
                 f"an imported list has {len(request.items)} candidates",
-                where=request.request_id,
+                where=where,
                 why=f"cand_num is {count}, and a list needs two candidates to order",
                 do="import lists of 2 to cand_num candidates",
             )
-        lists[request.split].append(request)
+        # The prior stage computes the prior of these lists itself.
+        lists[request.split].append(replace(request, prior=()))
     return lists
 
 
