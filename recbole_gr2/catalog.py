@@ -9,6 +9,7 @@ from typing import overload
 
 import numpy as np
 
+from recbole_gr2.plain_text import plain_text
 from recbole_gr2.types import Item, Sid
 
 
@@ -17,6 +18,9 @@ class Catalog(Sequence[Item]):
 
     Internal ids start at 1, because 0 is RecBole's padding. `catalog.item(item_id)` looks an item up by its id. As a
     sequence the catalogue starts at position 0: `catalog[0]` is the item with id 1.
+
+    A control token of a language model in a text, such as `<|im_end|>`, becomes ordinary text, see `plain_text`. All
+    models, teachers and prompts get the texts from here.
 
     Args:
         items: the items with the ids 1, 2, ..., N.
@@ -30,7 +34,7 @@ class Catalog(Sequence[Item]):
     """
 
     def __init__(self, items: Iterable[Item]) -> None:
-        self._items = tuple(items)
+        self._items = tuple(_with_plain_texts(item) for item in items)
         if [item.item_id for item in self._items] != list(range(1, len(self._items) + 1)):
             raise ValueError("the internal ids of a catalogue have to be 1 to N in order")
 
@@ -93,3 +97,10 @@ class Catalog(Sequence[Item]):
     def sids(self) -> np.ndarray:
         """Codes of the semantic IDs, (N, L) int64: row n belongs to the item with the id n + 1."""
         return np.array([item.sid for item in self._items], dtype=np.int64)
+
+
+def _with_plain_texts(item: Item) -> Item:
+    """Return the item without control tokens in its texts: the same object if there are none."""
+    texts = {name: getattr(item, name) for name in ("title", "categories", "brand", "description")}
+    changes = {name: plain for name, text in texts.items() if (plain := plain_text(text)) != text}
+    return replace(item, **changes) if changes else item

@@ -27,7 +27,7 @@ from recbole_gr2.catalog import Catalog
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.policy import load_model, sid_log_likelihood, use_bf16
-from recbole_gr2.prompts import PromptMaker, recent, sequential_ids
+from recbole_gr2.prompts import PromptMaker, encode, recent, sequential_ids
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import SID_BEGIN
 from recbole_gr2.tasks import PERSONA, describe
@@ -59,7 +59,7 @@ def prompt_ids(maker: PromptMaker, tokenizer: Any, history: Sequence[int]) -> li
     sequential task. The pieces are tokenised separately, as in mid-training.
     """
     texts = (f"\n{describe(maker.fields(item))}" for item in recent(history, maker.history))
-    pieces = tokenizer([PERSONA, *texts, "\n"], add_special_tokens=False)["input_ids"]
+    pieces = [encode(text, tokenizer) for text in (PERSONA, *texts, "\n")]
     sids = sequential_ids(recent(history, MAX_SIDS), maker.catalog, tokenizer)
     return [token for ids in pieces for token in ids] + sids
 

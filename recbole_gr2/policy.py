@@ -64,6 +64,7 @@ def answer_grammar(tokenizer: Any, settings: Mapping[str, Any], *, reasoning: bo
         label_tokens(settings["cand_num"]),
         settings["prompt_max_reasoning"] if reasoning else 0,
         grounded=settings["prompt_grounded"],
+        levels=settings["sid_levels"],
         llm_weight=settings["prompt_llm_weight"] if settings["prior_features"] else 1.0,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.plain_text import pattern_of
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import label_tokens, sid_text
+from recbole_gr2.sid.tokens import is_added, label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 if TYPE_CHECKING:
@@ -245,8 +247,40 @@ def sequential_ids(history: Sequence[int], catalog: Catalog, tokenizer: PreTrain
 
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a prompt up to the start of the assistant's turn, (P,)."""
-    text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
+    return encode_chat(prompt.messages, tokenizer)
+
+
+def encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of chat messages up to the start of the assistant's turn.
+
+    Only the chat template writes control tokens of the tokenizer. In the messages they are text, see `encode`.
+    """
+    control = _control_tokens(tokenizer, len(tokenizer))
+    chat = [{**message, "content": control.sub(r"\g<0> ", message["content"])} for message in messages]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a text. Semantic IDs and labels in it are tokens.
+
+    The special tokens of the tokenizer, and the added tokens that its chat template writes, become ordinary text: a
+    space follows their first character. So no text ends a turn or a document.
+    """
+    text = _control_tokens(tokenizer, len(tokenizer)).sub(r"\g<0> ", text)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    """Return a regular expression for the control tokens of a tokenizer with `size` tokens, see `encode`."""
+    template = str(tokenizer.chat_template or "")
+    return pattern_of(
+        text
+        for text, special in ((str(token), token.special) for token in tokenizer.added_tokens_decoder.values())
+        # A tokenizer of another project may have the tokens of semantic IDs as special tokens.
+        if (special or text in template) and len(text) > 1 and not text.isspace() and not is_added(text)
+    )
 
 
 def kind(item: Item) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.llm.train import Example
-from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, kind, templates_for
+from recbole_gr2.plain_text import plain_text
+from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, encode, kind, templates_for
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.teachers import phrases
@@ -142,7 +143,7 @@ def split_text(text: Sequence[str], tokenizer: Any, max_length: int) -> Iterator
     Each of them begins with the first piece and ends with the end-of-sequence token. A piece is cut only if it is too
     long for a text of its own.
     """
-    pieces = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text]
+    pieces = [encode(piece, tokenizer) for piece in text]
     head, end = pieces[0], [tokenizer.eos_token_id]
     limit = max_length - len(head) - 1
     ids: list[int] = []
@@ -158,6 +159,8 @@ def split_text(text: Sequence[str], tokenizer: Any, max_length: int) -> Iterator
 
 def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str], list[str]]:
     """Return paragraphs of plain English: about `tokens` tokens to train on, and others to measure perplexity on.
+
+    They contain no control tokens, see `recbole_gr2.plain_text`.
 
     Args:
         file: a text file with blank lines between paragraphs; None reads the documentation that comes with Python.
@@ -176,7 +179,7 @@ def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str]
         text = Path(file).read_text(encoding="utf-8")
     else:
         raise MissingFileError(f"there is no text file {file}", where="mid_general", do="correct the path")
-    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    paragraphs = [plain_text(" ".join(part.split())) for part in text.split("\n\n")]
     paragraphs = [part for part in paragraphs if len(part) >= MIN_PARAGRAPH and part[0].isalpha()]
     if not paragraphs:
         raise ConfigurationError(

@@ -232,7 +232,9 @@ def test_loss_and_gradient_against_plain_torch(tokenizer, tmp_path, grounded):
     """DAPO eq. 8 with both clips active, without forced tokens, and the mean over the tokens of the loss."""
     trainer = build(tokenizer, tmp_path, rewards=RewardOf(first_label), trainer={"max_resample": 0})
     if grounded:
-        trainer.grammar = replace(trainer.grammar, max_reasoning=20, sid_ids=(20, 21), code_ids=(22, 23, 24, 25))
+        trainer.grammar = replace(
+            trainer.grammar, max_reasoning=20, sid_ids=(20, 21), code_ids=(22, 23, 24, 25), levels=2
+        )
         for prompt in trainer.prompts.values():
             prompt["prompt_ids"] += [20, 22, 24, 21, 20, 22, 25, 21, 20, 23, 24, 21]  # without labels: no prior
     model = trainer.model

@@ -27,7 +27,7 @@ from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import FREE, Grammar, GrammarProcessor, constrained_log_probs, prior_tensor
 from recbole_gr2.llm.inputs import left_pad
 from recbole_gr2.llm.kv_cache import PreallocatedLayer, preallocated_cache
-from recbole_gr2.sid.tokens import RANKING, label_tokens
+from recbole_gr2.sid.tokens import RANKING, added_tokens, label_tokens
 from recbole_gr2.types import Candidate, Request
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(48))]
@@ -206,7 +206,7 @@ def test_gradient_is_finite_and_reaches_only_free_positions(grammar):
 # --- grounded reasoning ---------------------------------------------------------------------------------
 
 BEGIN, END = 20, 21
-GROUNDED = Grammar(MARK, (A, B, C, D, E), EOS, PAD, 7, sid_ids=(BEGIN, END), code_ids=tuple(range(22, 30)))
+GROUNDED = Grammar(MARK, (A, B, C, D, E), EOS, PAD, 7, sid_ids=(BEGIN, END), code_ids=tuple(range(22, 30)), levels=2)
 SHOWN = [5, BEGIN, 22, 25, END, 6, BEGIN, 22, 26, END, BEGIN, 23, 25, END, BEGIN, 22, 25, END]  # the first one twice
 
 
@@ -221,14 +221,34 @@ def test_what_a_prompt_shows():
         [first, second, third, first],
         [first, none, none, none],
     ]
-    assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[[FREE] * 3]]
-    assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third, none]]  # cut off
+    assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[none]]
+    assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third]]  # cut off
     assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
     labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # behind the second and the third
     prior = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf, -torch.inf]])
     cited = GROUNDED.cited(labelled, prior)
     assert cited.tokens.tolist() == [[first, [*second[:-1], B], [*third[:-1], A]]]
     assert cited.prior.tolist() == [[-2.0, -2.0, -1.0]]
+
+
+@pytest.mark.parametrize("stray", [[BEGIN], [END], [BEGIN, END], [END, BEGIN], [BEGIN, 22], [BEGIN, 22, 25, 26, END]])
+def test_stray_tokens_of_semantic_ids_change_no_other_list(stray):
+    """Neither the other IDs of the same prompt nor the allowed tokens of another prompt in the batch."""
+    alone = GROUNDED.cited(torch.tensor([SHOWN]), NONE)
+    prompts = torch.tensor([[PAD] * len(stray) + SHOWN, stray + SHOWN])
+    cited = GROUNDED.cited(prompts, NONE.repeat(2, 1))
+    assert cited.tokens.tolist() == alone.tokens.tolist() * 2
+    ids = torch.tensor([[7, BEGIN, 22, 26, END, MARK, A, B, EOS]])
+    expected, _ = allowed_tokens(GROUNDED, ids, torch.tensor([2]), alone)
+    allowed, _ = allowed_tokens(GROUNDED, ids.repeat(2, 1), torch.tensor([2, 2]), cited)
+    assert torch.equal(allowed, expected.repeat(2, 1, 1))
+
+
+def test_the_number_of_levels_is_that_of_the_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(added_tokens(levels=3, codes=2, candidates=5))
+    assert Grammar.of(tokenizer, RANKING, LABELS, 4, grounded=True).levels == 3
+    assert Grammar.of(tokenizer, RANKING, LABELS, 4, grounded=True, levels=2).levels == 2
 
 
 def test_a_cited_id_is_one_that_the_prompt_shows():

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ class Letters:
     """A tokenizer whose tokens are letters; 0 ends a text."""
 
     eos_token_id = 0
+    chat_template = None
+    added_tokens_decoder: ClassVar[dict] = {}
+
+    def __len__(self):
+        return 128
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}

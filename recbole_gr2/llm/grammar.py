@@ -24,7 +24,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_code
+from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_code, level_of
 
 FREE = -1  # replaces a token id; in `Phases.only`: more than one token is allowed
 
@@ -51,7 +51,7 @@ class Cited(NamedTuple):
     """The semantic IDs of B prompts.
 
     Attributes:
-        tokens: (B, M, W): tokens of each ID from begin to end, then its label. FREE fills the other places.
+        tokens: (B, M, L + 3): tokens of each ID from begin to end, then its label. FREE fills the other places.
         prior: (B, M): log-prior of this label, or the lowest of all labels.
     """
 
@@ -71,6 +71,7 @@ class Grammar:
         max_reasoning: Longest reasoning in tokens. 0: no reasoning.
         sid_ids: Ids of the tokens that begin and end a semantic ID. None: the reasoning is not grounded.
         code_ids: Ids of the code tokens, if grounded.
+        levels: L, codes of a semantic ID, if grounded.
         llm_weight: Power of the model's probability wherever a candidate is chosen, above 0.
     """
 
@@ -81,6 +82,7 @@ class Grammar:
     max_reasoning: int
     sid_ids: tuple[int, int] | None = None
     code_ids: tuple[int, ...] = ()
+    levels: int = 0
     llm_weight: float = 1.0
 
     @classmethod
@@ -92,6 +94,7 @@ class Grammar:
         max_reasoning: int,
         *,
         grounded: bool = False,
+        levels: int | None = None,
         llm_weight: float = 1.0,
     ) -> Grammar:
         """Return the grammar of a tokenizer that encodes the ranking mark and each label as a single token.
@@ -102,6 +105,7 @@ class Grammar:
             labels: Texts of the labels.
             max_reasoning: Longest reasoning in tokens.
             grounded: Restrict semantic IDs in the reasoning to those of the prompt.
+            levels: Codes of a semantic ID. None: as many as the tokenizer has levels of codes.
             llm_weight: Power of the model's probability wherever a candidate is chosen.
 
         Raises:
@@ -123,8 +127,13 @@ class Grammar:
         grammar = cls(vocabulary[ranking], label_ids, eos, pad, max_reasoning, llm_weight=llm_weight)
         if not grounded:
             return grammar
-        codes = tuple(sorted(number for token, number in vocabulary.items() if is_code(token)))
-        return replace(grammar, sid_ids=(vocabulary[SID_BEGIN], vocabulary[SID_END]), code_ids=codes)
+        codes = sorted(number for token, number in vocabulary.items() if is_code(token))
+        return replace(
+            grammar,
+            sid_ids=(vocabulary[SID_BEGIN], vocabulary[SID_END]),
+            code_ids=tuple(codes),
+            levels=levels or len({level_of(token) for token in vocabulary if is_code(token)}),
+        )
 
     def was_truncated(self, completion_ids: Sequence[int]) -> bool:
         """Return whether the reasoning filled all `max_reasoning` (> 0) tokens, so that its limit ended it."""
@@ -134,20 +143,23 @@ class Grammar:
     def cited(self, prompt_ids: torch.Tensor, label_prior: torch.Tensor) -> Cited | None:
         """Return the semantic IDs of prompts, or None without `sid_ids`.
 
+        A semantic ID is the token that begins one, `levels` codes, and the token that ends one. The IDs of a prompt do
+        not depend on the other prompts of the batch.
+
         Args:
             prompt_ids: (B, P).
             label_prior: Log-priors of the labels, (B, labels), -inf after the last label of a list.
         """
         if self.sid_ids is None:
             return None
+        width = self.levels + 2
         begins, ends = (prompt_ids == number for number in self.sid_ids)
-        has_sid = begins.any(-1) & ends.any(-1)
-        width = int((ends.int().argmax(-1) - begins.int().argmax(-1))[has_sid].max()) + 1 if has_sid.any() else 2
+        whole = begins[:, : 1 - width] & ends[:, width - 1 :]
         tokens = torch.full(
-            (len(prompt_ids), max(int(begins.sum(-1).max()), 1), width + 1), FREE, device=prompt_ids.device
+            (len(prompt_ids), max([1, *whole.sum(-1).tolist()]), width + 1), FREE, device=prompt_ids.device
         )
-        rows, starts = begins[:, : prompt_ids.size(1) - width + 1].nonzero(as_tuple=True)
-        number = begins.cumsum(-1)[rows, starts] - 1
+        rows, starts = whole.nonzero(as_tuple=True)
+        number = whole.cumsum(-1)[rows, starts] - 1
         columns = starts.unsqueeze(-1) + torch.arange(width, device=rows.device)
         label = prompt_ids[rows, (starts + width).clamp(max=prompt_ids.size(1) - 1)].unsqueeze(-1)
         is_label = label == torch.tensor(self.label_ids, device=rows.device)

@@ -58,7 +58,8 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     if not len(texts):
         return vectors
-    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    # A special token in a text, such as [SEP], is read as text.
+    tokens = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS, split_special_tokens=True)["input_ids"]
     # The longest texts come first, so that an out-of-memory error occurs at once.
     by_length = np.argsort([-len(ids) for ids in tokens], kind="stable")
     with torch.inference_mode():

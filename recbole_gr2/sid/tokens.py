@@ -15,6 +15,7 @@ SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
 RANKING = "<|ranking|>"  # The end of the reasoning. The K labels follow it.
 CODE = re.compile(r"<s_[a-z]_\d+>")
 SID = re.compile(f"{re.escape(SID_BEGIN)}.*?{re.escape(SID_END)}")
+ADDED = re.compile(rf"{re.escape(SID_BEGIN)}|{re.escape(SID_END)}|{re.escape(RANKING)}|{CODE.pattern}|<\|[A-Z]\|>")
 MAX_CANDIDATES = len(string.ascii_uppercase)
 
 
@@ -44,6 +45,24 @@ def is_code(token: str) -> bool:
     (True, False)
     """
     return CODE.fullmatch(token) is not None
+
+
+def level_of(code: str) -> str:
+    """Return the letter of a code token's level.
+
+    >>> level_of("<s_b_17>")
+    'b'
+    """
+    return code.split("_")[1]
+
+
+def is_added(token: str) -> bool:
+    """Return whether a token is one of `added_tokens`.
+
+    >>> is_added("<|sid_end|>"), is_added("<|B|>"), is_added("<|im_end|>")
+    (True, True, False)
+    """
+    return ADDED.fullmatch(token) is not None
 
 
 def label_tokens(count: int) -> list[str]:

@@ -51,4 +51,4 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
-STAGE = Stage(name="embeddings", version=2, run=run, settings=("sid_encoder", "text_"))
+STAGE = Stage(name="embeddings", version=3, run=run, settings=("sid_encoder", "text_"))

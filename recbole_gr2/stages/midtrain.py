@@ -172,7 +172,7 @@ def stages(settings: Settings) -> list[Stage]:
     """
     stage = Stage(
         name="midtrain",
-        version=4,
+        version=5,
         run=run,
         settings=("llm", "mid_", "prompt_title_chars", "cand_num", "seed"),
         needs=("tokenizer",),

@@ -25,8 +25,9 @@ from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, ProgressLines, finetune
 from recbole_gr2.llm.vocabulary import add_tokens
 from recbole_gr2.onerec_think import END_OF_THINK, THINK, prompt_ids, prompt_maker, reasons, trace_grammar
+from recbole_gr2.plain_text import plain_text
 from recbole_gr2.policy import load_model, new_tokens, sid_trie, use_bf16, whole_midtrain
-from recbole_gr2.prompts import PromptMaker, kind, load_template, shorten
+from recbole_gr2.prompts import PromptMaker, encode, encode_chat, kind, load_template, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.store import read_lines, write_json, write_lines
@@ -116,7 +117,7 @@ def training_positions(sequences: Sequence[Sequence[int]], *, seed: int) -> list
 
 def sentence(item: Item) -> str:
     """Return the trace of variant `public`: one sentence with the item's category, or its title without a category."""
-    return f" Next is {kind(item) or shorten(item.title, 30) or item.token}. "
+    return f" Next is {kind(item) or shorten(item.title, 30) or plain_text(item.token)}. "
 
 
 def training_example(
@@ -134,7 +135,7 @@ def training_example(
     follows the prompt. A longer trace is cut at the limit, as in generation.
     """
     head = prompt_ids(maker, tokenizer, history)
-    trace_ids, sid = tokenizer([trace, sid_text(target.sid)], add_special_tokens=False)["input_ids"]
+    trace_ids, sid = encode(trace, tokenizer), encode(sid_text(target.sid), tokenizer)
     thought: list[int] = []
     parts: list[int] = []
     if trace and max_trace:
@@ -201,10 +202,7 @@ def rationale_prompt(maker: PromptMaker, tokenizer: Any, history: Sequence[int],
     """Return the chat prompt that asks for a rationale. It contains the target, because its answer is training data."""
     items = "\n".join(describe(maker.fields(item)) for item in history)
     text = f"{PERSONA}\n{items}\nNext the shopper took {describe(maker.fields(target))}. Say why, in one sentence."
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return encode_chat([{"role": "user", "content": text}], tokenizer)
 
 
 def reinforce(

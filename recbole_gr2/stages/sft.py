@@ -21,7 +21,7 @@ from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
 from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, use_bf16
-from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
+from recbole_gr2.prompts import PromptMaker, encode, encode_prompt, load_template
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import SID, sid_text
@@ -156,7 +156,7 @@ def training_example(
     """
     head = encode_prompt(prompt, tokenizer)
     text = with_labels(trace, maker, request, prompt) if grammar.sid_ids else trace.reasoning
-    whole, longest = tokenizer(text, add_special_tokens=False)["input_ids"], max(grammar.max_reasoning - 1, 0)
+    whole, longest = encode(text, tokenizer), max(grammar.max_reasoning - 1, 0)
     reasoning, next_token = whole[:longest], whole[longest : longest + 1]
     begin, end = grammar.sid_ids or (None, None)
     if begin in reasoning:
@@ -218,7 +218,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 STAGE = Stage(
     name="sft",
-    version=7,
+    version=8,
     run=run,
     settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
     needs=("tokenizer", "prior", "midtrain", "traces"),

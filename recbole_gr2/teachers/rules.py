@@ -65,8 +65,9 @@ class RulesTeacher:
     """Explains a candidate by what it has in common with the history.
 
     Attempt 0 chooses the candidate with the highest prior, or with the highest `score` without a prior. Later attempts
-    sample a candidate with probability proportional to exp(prior / trace_temperature). Under targeted sampling the
-    teacher explains the target. The other candidates follow in the order of the prior.
+    sample a candidate with probability proportional to exp(prior / trace_temperature). At temperature 0 they make the
+    same choice as attempt 0. Under targeted sampling the teacher explains the target. The other candidates follow in
+    the order of the prior.
 
     Args:
         catalog: the items, with their semantic IDs.
@@ -93,11 +94,12 @@ class RulesTeacher:
         )
         if targeted:
             choice = request.target
-        elif attempt == 0:
+        elif attempt == 0 or self.temperature == 0:
             choice = max(scores, key=lambda item: scores[item])
         else:
             rng = random.Random(derive_seed(self.seed, request.request_id, attempt))
-            weights = [math.exp(score / self.temperature) for score in scores.values()]
+            best = max(scores.values())  # subtracted, so that the largest weight is 1 at every temperature
+            weights = [math.exp((score - best) / self.temperature) for score in scores.values()]
             choice = rng.choices(list(scores), weights)[0]
         return TeacherReply(reasoning=self.text(request, choice), ranking=promote(request.by_prior, choice))
 
