@@ -94,6 +94,7 @@ def dapo_config(
         loss_type="dapo",
         scale_rewards="group",
         beta=0.0,
+        use_bias_correction_kl=False,  # the KL term of `onerec_trainer` is that of GRPO
         epsilon=epsilon_low,
         epsilon_high=epsilon_high,
         mask_truncated_completions=mask_truncated,

@@ -3,22 +3,30 @@
 The loss is DAPO's clipped surrogate of the verifiable reward, plus beta * KL(student || teacher) of every token. The
 teacher returns only the log-probabilities of the student's tokens. So the divergence is part of the advantage of a
 token: A_t = A_answer - beta * (log p_student(t) - log p_teacher(t)). Under samples of the student, its policy gradient
-is the gradient of the divergence. (The gradient of TRL's estimate in the loss, `beta`, is not.)
+is the gradient of the divergence. The gradient of GRPO's estimate, which is part of the loss in `onerec_trainer`, is
+that of KL(teacher || student) instead.
+
+Both log-probabilities are of one distribution. A local teacher has that of the samples: under the grammar and the
+prior, at the temperature of sampling. An endpoint knows neither, so that both are over the whole vocabulary at
+temperature 1. The samples still follow the first one. So the policy gradient is that of the divergence only as far as
+the two agree: at `rl_temperature` 1, for tokens of the reasoning, whose grammar forbids only labels and the like.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.dapo import DAPOTrainer
-from recbole_gr2.llm.endpoint import connect
+from recbole_gr2.llm.endpoint import Endpoint
+from recbole_gr2.llm.losses import vocabulary_log_probs
 from recbole_gr2.llm.rounds import Group
 
+# Returns log p_student - log p_teacher of each token of a batch, (B, O); nan where the teacher has no probability.
 Teacher = Callable[["DistillTrainer", dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -26,7 +34,7 @@ class DistillTrainer(DAPOTrainer):
     """DAPO with a teacher. Zero-variance groups take part in the loss: their tokens have the signal of the teacher.
 
     Args:
-        teacher: Returns the log-probabilities (B, O) of the completions of a batch, nan where it has none.
+        teacher: Compares student and teacher, see `Teacher`.
         kl: Weight of the divergence, beta. The value of GR2-TR is not published.
         args: As of `DAPOTrainer`.
         kwargs: As of `DAPOTrainer`.
@@ -41,13 +49,25 @@ class DistillTrainer(DAPOTrainer):
     def loss_inputs(self, batch: list[Group]) -> dict[str, torch.Tensor]:
         """Return the tensors of DAPO, with an advantage per token (B, O). Logs the mean divergence, `teacher_kl`."""
         tensors = super().loss_inputs(batch)
-        gap = tensors["old_per_token_logps"] - self.teacher(self, tensors)
+        gap = self.teacher(self, tensors)
         scored = ~gap.isnan() & tensors["tool_mask"].bool()
         gap = gap.masked_fill(~scored, 0.0)
         sums = self.accelerator.gather(torch.stack([gap.sum(), scored.sum().to(gap.dtype)]).unsqueeze(0)).sum(0)
         self._metrics["train"]["teacher_kl"].append((sums[0] / sums[1].clamp(min=1.0)).item())
         tensors["advantages"] = tensors["advantages"].unsqueeze(1) - self.kl * gap
         return tensors
+
+    @torch.no_grad()
+    def free_log_probs(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the log-probabilities (B, O) of the completions under the student, without grammar and temperature."""
+        return vocabulary_log_probs(
+            self.policy,
+            torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1),
+            torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1),
+            tensors["completion_ids"].size(1),
+            micro_batch_size=self.settings.per_device_train_batch_size,
+            autocast=self.accelerator.autocast,
+        )
 
 
 class LocalTeacher:
@@ -73,15 +93,17 @@ class LocalTeacher:
         self.model = model.requires_grad_(False).eval()
 
     def __call__(self, trainer: DistillTrainer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return log-probabilities (B, O)."""
-        return trainer.log_probs_under(self.model, tensors)
+        """Return log p_student - log p_teacher, (B, O)."""
+        return tensors["old_per_token_logps"] - trainer.log_probs_under(self.model, tensors)
 
 
 class EndpointTeacher:
     """A model behind an endpoint that returns log-probabilities of prompt tokens (`echo` of `/completions`: vLLM).
 
     The endpoint gets token ids, so it has to serve a model with the vocabulary of the student. It applies neither
-    grammar nor prior, so it scores only the trace. Labels get only the reward.
+    grammar nor prior, so it scores only tokens of the trace that the grammar does not restrict to a few tokens. The
+    student's log-probabilities of these tokens are computed like those of the endpoint: over the whole vocabulary, at
+    temperature 1. Labels, the tokens of cited semantic IDs and forced tokens get only the reward.
 
     Args:
         url: Address of the endpoint, e.g. `http://localhost:8000/v1`.
@@ -91,18 +113,18 @@ class EndpointTeacher:
 
     Raises:
         DependencyError: The package `openai` is missing.
-        ConfigurationError: There is no key.
+        ConfigurationError: There is no key, or the address is wrong.
     """
 
     def __init__(self, url: str, model: str, *, concurrency: int, timeout: float = 120.0) -> None:
-        self.client, self.error = connect(url, timeout=timeout, where="distilled_teacher")
-        self.model, self.concurrency = model, concurrency
+        self.endpoint = Endpoint(url, model, timeout=timeout, where="distilled_teacher")
+        self.concurrency = concurrency
 
     def __call__(self, trainer: DistillTrainer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return log-probabilities (B, O), nan for labels, marks and padding.
+        """Return log p_student - log p_teacher, (B, O), nan where the grammar allows only some tokens.
 
         Raises:
-            GR2Error: The endpoint fails after several attempts, or returns too few log-probabilities.
+            GR2Error: The endpoint fails after several attempts, or does not return one log-probability per token.
         """
         log_probs = torch.full(tensors["completion_ids"].shape, torch.nan)
         texts = []
@@ -118,31 +140,27 @@ class EndpointTeacher:
         counts = tensors["label_prior"].isfinite().sum(-1)
         cited = trainer.grammar.cited(tensors["prompt_ids"], tensors["label_prior"])
         traces = trainer.grammar.phases(tensors["completion_ids"], counts, cited).reasoning
-        return log_probs.masked_fill(~traces, torch.nan)
+        return (trainer.free_log_probs(tensors) - log_probs).masked_fill(~traces, torch.nan)
 
     def _score(self, text: tuple[list[int], list[int]]) -> list[float]:
         """Return the log-probability of each token of a completion, for (prompt, completion)."""
         prompt, completion = text
-        where = f"distilled_teacher {self.client.base_url}"
-        try:
-            reply = self.client.completions.create(
-                model=self.model, prompt=prompt + completion, max_tokens=1, temperature=0.0, echo=True, logprobs=0
-            )
-        except self.error as error:
-            raise GR2Error(
-                f"the endpoint failed: {type(error).__name__}: {error}",
-                where=where,
-                why="the loss needs the log-probabilities of the teacher",
-                do="check the endpoint, then repeat the command",
-            ) from error
-        logprobs = reply.choices[0].logprobs if reply.choices else None
-        values = (logprobs.token_logprobs if logprobs else None) or []
-        scored = values[len(prompt) : len(prompt) + len(completion)]
-        if len(scored) < len(completion) or None in scored:
-            raise GR2Error(
-                f"{len(prompt) + len(completion)} tokens were sent, and {len(values)} log-probabilities came back",
-                where=where,
-                why="the loss needs one log-probability per token",
-                do="use a server with echo and logprobs, e.g. vLLM",
+        sent = len(prompt) + len(completion)
+        response = self.endpoint.complete(
+            prompt=prompt + completion, max_tokens=1, temperature=0.0, echo=True, logprobs=0
+        )
+        logprobs = response["choices"][0].get("logprobs")
+        values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        values = values if isinstance(values, list) else []
+        scored = values[len(prompt) : sent]
+        # Some servers leave out the generated token.
+        if len(values) not in (sent, sent + 1) or not all(map(_is_log_prob, scored)):
+            raise self.endpoint.failure(
+                f"{sent} tokens were sent, and {sum(map(_is_log_prob, values))} log-probabilities came back. The loss "
+                "needs one per token, from a server with echo and logprobs such as vLLM"
             )
         return scored
+
+
+def _is_log_prob(value: object) -> bool:
+    return isinstance(value, int | float) and -1e9 < value < 1e-3

@@ -58,6 +58,34 @@ def completion_log_probs(
     return torch.cat(log_probs), torch.cat(entropies)
 
 
+def vocabulary_log_probs(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_length: int,
+    *,
+    micro_batch_size: int,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> torch.Tensor:
+    """Return log-probabilities (B, O) of completions over the whole vocabulary, at temperature 1.
+
+    Args:
+        model: A causal language model.
+        input_ids: Prompts, padded on the left, and completions, padded on the right, (B, P + O).
+        attention_mask: (B, P + O).
+        completion_length: O.
+        micro_batch_size: Completions that pass through the model at once.
+        autocast: Returns the context of the forward pass.
+    """
+    log_probs = []
+    for ids, mask in zip(input_ids.split(micro_batch_size), attention_mask.split(micro_batch_size), strict=True):
+        with autocast():
+            logits = completion_logits(model, ids, mask, completion_length, share_prompts=False)
+        chosen = ids[:, -completion_length:].unsqueeze(-1)
+        log_probs.append(logits.float().log_softmax(-1).gather(-1, chosen).squeeze(-1))
+    return torch.cat(log_probs)
+
+
 def completion_logits(
     model: Any,
     input_ids: torch.Tensor,

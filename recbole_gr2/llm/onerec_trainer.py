@@ -38,8 +38,10 @@ class RolloutBeamTrainer(DAPOTrainer):
     """Train traces with the Rollout-Beam reward and a KL divergence to a reference model.
 
     Each prompt ends with `<think>` and has one label, `<|sid_begin|>`, which stands for the target of its request. So
-    a completion is a trace, `</think>`, this label and eos. The loss is the mean over tokens of `DAPOTrainer`, plus the
-    KL estimate of GRPO. Zero-variance groups take part in the loss, as in GRPO: the reference is their signal.
+    a completion is a trace, `</think>`, this label and eos. The loss is the mean over tokens of `DAPOTrainer`, plus
+    `kl` times the estimate of GRPO (arXiv 2402.03300, eq. 4), p_ref / p - log(p_ref / p) - 1, without TRL's correction
+    by the ratio of the new to the sampling probabilities. Zero-variance groups take part in the loss, as in GRPO: the
+    reference is their signal.
 
     Args:
         trie: The semantic IDs of the catalog.

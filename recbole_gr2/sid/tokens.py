@@ -15,7 +15,8 @@ SID_BEGIN, SID_END = "<|sid_begin|>", "<|sid_end|>"
 RANKING = "<|ranking|>"  # The end of the reasoning. The K labels follow it.
 CODE = re.compile(r"<s_[a-z]_\d+>")
 SID = re.compile(f"{re.escape(SID_BEGIN)}.*?{re.escape(SID_END)}")
-ADDED = re.compile(rf"{re.escape(SID_BEGIN)}|{re.escape(SID_END)}|{re.escape(RANKING)}|{CODE.pattern}|<\|[A-Z]\|>")
+SID_TOKEN = re.compile(f"{re.escape(SID_BEGIN)}|{re.escape(SID_END)}|{CODE.pattern}")
+ADDED = re.compile(rf"{SID_TOKEN.pattern}|{re.escape(RANKING)}|<\|[A-Z]\|>")
 MAX_CANDIDATES = len(string.ascii_uppercase)
 
 

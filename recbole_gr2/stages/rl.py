@@ -19,6 +19,7 @@ from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.curves import FIGURES, curve
+from recbole_gr2.llm.endpoint import check_url
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import ProgressLines
 from recbole_gr2.policy import answer_grammar, load_model, new_tokens, use_bf16
@@ -138,8 +139,10 @@ def _distillation_teacher(context: Context, tokenizer: Any) -> Any:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the names and weights of the rewards."""
+    """Check the names and weights of the rewards, and the address of the teacher's endpoint."""
     WeightedRewards(settings["rl_rewards"])
+    if "://" in settings["distilled_teacher"]:
+        check_url(settings["distilled_teacher"], where="distilled_teacher")
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
@@ -175,7 +178,7 @@ def stages(settings: Settings) -> list[Stage]:
     ) -> Stage:
         return Stage(
             name=name,
-            version=8,
+            version=9,
             run=run,
             settings=("rl_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed", *own),
             excluded=("rl_start", *excluded),

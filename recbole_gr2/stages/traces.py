@@ -15,6 +15,7 @@ from recbole_gr2.artifacts import load_catalog, write_traces
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
+from recbole_gr2.llm.endpoint import check_url
 from recbole_gr2.llm.model import load_language_model
 from recbole_gr2.policy import Policy, citations
 from recbole_gr2.prompts import load_template
@@ -43,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
         replies = ask(teacher, pending, targeted=targeted, attempt=attempt)
         remaining = []
         for request, reply in zip(pending, replies, strict=True):
-            reason = objection(request, reply.ranking, reply.reasoning)
+            reason = reply.problem or objection(request, reply.ranking, reply.reasoning)
             trace = Trace(
                 request_id=request.request_id,
                 teacher=teacher.name,
@@ -133,7 +134,8 @@ def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the keys of the price and the form of the teacher's name."""
+    """Check the keys of the price and the address of the endpoint."""
+    check_url(settings["trace_endpoint"], where="trace_endpoint")
     unknown = set(settings["trace_price"]) - {"prompt", "completion"}
     if unknown:
         raise ConfigurationError(
@@ -160,7 +162,7 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name="traces",
-            version=7,
+            version=8,
             run=run,
             settings=("trace_", "prompt_", "seed"),
             needs=("tokenizer", "prior", *(("midtrain",) if own_model else ())),

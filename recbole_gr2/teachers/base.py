@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Protocol
 
 from recbole_gr2.errors import GR2Error
+from recbole_gr2.plain_text import plain_text
+from recbole_gr2.sid.tokens import SID_TOKEN
 from recbole_gr2.types import Request
 
 
@@ -18,10 +21,12 @@ class TeacherReply:
         reasoning: the reasoning trace. An empty trace is rejected.
         ranking: item ids, best first: a permutation of the request's candidates. () or an incomplete ranking is
             rejected.
+        problem: why the reply has no ranking, "" if it has one. The traces stage counts the replies by this reason.
     """
 
     reasoning: str
     ranking: tuple[int, ...]
+    problem: str = ""
 
 
 class Teacher(Protocol):
@@ -54,6 +59,8 @@ class Teacher(Protocol):
 def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attempt: int) -> list[TeacherReply]:
     """Return one reply of the teacher per request. Without `targeted` the teacher receives no labels.
 
+    The only control tokens of a reasoning are those of semantic IDs. All others become text, see `plain_text`.
+
     Args:
         teacher: the teacher.
         requests: requests with labels.
@@ -73,10 +80,32 @@ def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attemp
             do="return one TeacherReply per request; leave its ranking empty if there is none",
         )
     for request, reply in zip(requests, replies, strict=True):
+        where = f"teacher {teacher.name}, request {request.request_id}"
         if not isinstance(reply, TeacherReply):
             raise GR2Error(
                 f"the teacher returned a {type(reply).__name__} instead of a TeacherReply",
-                where=f"teacher {teacher.name}, request {request.request_id}",
+                where=where,
                 do="return recbole_gr2.teachers.TeacherReply(reasoning=..., ranking=...)",
             )
-    return replies
+        if not isinstance(reply.reasoning, str) or not _are_ids(reply.ranking):
+            raise GR2Error(
+                "the reasoning of a reply is no text, or its ranking contains something else than item ids",
+                where=where,
+                do="return a text and the internal ids of the candidates, such as request.items",
+            )
+    return [replace(reply, reasoning=plain_reasoning(reply.reasoning)) for reply in replies]
+
+
+def _are_ids(ranking: object) -> bool:
+    return isinstance(ranking, tuple | list) and all(isinstance(item, Integral) for item in ranking)
+
+
+def plain_reasoning(text: str) -> str:
+    """Return a reasoning without control tokens other than those of semantic IDs.
+
+    >>> plain_reasoning("<|sid_begin|><s_a_3><|sid_end|> <|A|> <|im_end|>")
+    '<|sid_begin|><s_a_3><|sid_end|> < |A|> < |im_end|>'
+    """
+    text = text.encode("utf-8", "ignore").decode("utf-8")  # JSON may contain half of a surrogate pair
+    others = (plain_text(part) for part in SID_TOKEN.split(text))
+    return "".join(part for pair in zip(others, [*SID_TOKEN.findall(text), ""], strict=True) for part in pair)

@@ -18,8 +18,8 @@ class RecordedTeacher:
     """Reads traces that were written elsewhere, such as accepted.jsonl of another run.
 
     The file contains JSON lines with `request_id`, `reasoning` and `ranking`, a list of item tokens. The n-th line of a
-    request is its n-th attempt. Candidates that a line does not rank follow in the order of the prior. A request
-    without a line gets an empty reasoning, which the traces stage rejects.
+    request is its n-th attempt. Candidates that a line does not rank follow in the order of the prior. A line whose
+    first item is not a candidate is rejected, since it belongs to another list. A request without a line is rejected.
 
     Args:
         catalog: the items.
@@ -45,6 +45,8 @@ class RecordedTeacher:
         self.replies: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         for number, line in enumerate(read_lines(Path(path)), start=1):
             try:
+                if not isinstance(line["reasoning"], str) or not isinstance(line["ranking"], list):
+                    raise TypeError("reasoning has to be a text, and ranking a list")
                 reply = (line["reasoning"], catalog.ids(line["ranking"]))
                 self.replies.setdefault(line["request_id"], []).append(reply)
             except (KeyError, TypeError) as error:
@@ -61,5 +63,9 @@ class RecordedTeacher:
 
     def _argue(self, request: Request, attempt: int) -> TeacherReply:
         replies = self.replies.get(request.request_id, [])
-        reasoning, ranking = replies[attempt] if attempt < len(replies) else ("", ())
+        if attempt >= len(replies):
+            return TeacherReply(reasoning="", ranking=(), problem="the file has no further line for the request")
+        reasoning, ranking = replies[attempt]
+        if not ranking or ranking[0] not in request.items:
+            return TeacherReply(reasoning=reasoning, ranking=(), problem="the first item of the line is no candidate")
         return TeacherReply(reasoning=reasoning, ranking=complete(ranking, request.by_prior))
