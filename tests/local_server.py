@@ -20,17 +20,23 @@ def serve(answer: Callable[[dict, Any], dict]) -> Iterator[Any]:
         An object with these attributes. `url`: address of the server. `faults`: faults of the next requests, in order:
         an HTTP status, "dropped" (the connection ends), "slow" (the response takes 1.5 s), "broken" (the response is
         cut), any value that `answer` understands, or None for no fault. `seen`: bodies of all requests. `answered`:
-        number of requests without a fault. `reply`: a text that `answer` may use.
+        number of requests without a fault. `reply`: a text that `answer` may use. `raw`: None, or the status, content
+        type and body of every response.
     """
 
     class Handler(BaseHTTPRequestHandler):
-        faults, reply, seen, answered = [], "", [], 0
+        faults, reply, seen, answered, raw = [], "", [], 0, None
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             Handler.seen.append(body)
             fault = Handler.faults.pop(0) if Handler.faults else None
-            content = json.dumps(answer(body, fault)).encode()
+            status = fault if isinstance(fault, int) else 200
+            status, kind, content = Handler.raw or (
+                status,
+                "application/json",
+                json.dumps(answer(body, fault)).encode(),
+            )
             if fault == "dropped":
                 self.close_connection = True
                 self.connection.shutdown(2)
@@ -40,8 +46,8 @@ def serve(answer: Callable[[dict, Any], dict]) -> Iterator[Any]:
             if fault == "broken":
                 content = content[:30]
             Handler.answered += fault is None
-            self.send_response(fault if isinstance(fault, int) else 200)
-            self.send_header("Content-Type", "application/json")
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Retry-After", "0")
             self.end_headers()

@@ -247,12 +247,25 @@ def test_recorded_replies_are_used_by_attempt_and_completed_by_the_prior(tmp_pat
         ({"request_id": "train/u", "reasoning": "x", "ranking": ["no such item"]}, "record 1 cannot be read: KeyError"),
         ({"request_id": "train/u", "ranking": ["t12"]}, "record 1 cannot be read: KeyError"),
         ({"request_id": "train/u", "reasoning": "x", "ranking": 3}, "record 1 cannot be read: TypeError"),
+        ({"request_id": "train/u", "reasoning": 3, "ranking": ["t12"]}, "record 1 cannot be read: TypeError"),
+        ({"request_id": "train/u", "reasoning": "x", "ranking": [["t12"]]}, "record 1 cannot be read: TypeError"),
+        (["train/u", "x", ["t12"]], "record 1 cannot be read: TypeError"),
     ],
 )
 def test_a_wrong_record_is_refused(tmp_path, record, message):
     (tmp_path / "traces.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(GR2Error, match=message):
         build("recorded", trace_file=str(tmp_path / "traces.jsonl"))
+
+
+@pytest.mark.parametrize("ranking", [[], ["t25"], ["t25", "t12"]])
+def test_a_record_of_another_list_is_rejected(tmp_path, ranking):
+    """It would otherwise become the order of the prior, with a reasoning for something else."""
+    record = {"request_id": "train/u", "reasoning": "x", "ranking": ranking}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(record) + "\n")
+    teacher = build("recorded", trace_file=str(tmp_path / "traces.jsonl"))
+    (reply,) = teacher.argue([request_of()], targeted=False, attempt=0)
+    assert (reply.ranking, reply.problem) == ((), "the first item of the line is no candidate")
 
 
 def test_the_recorded_teacher_needs_a_file(tmp_path):

@@ -29,9 +29,7 @@ FORM = (
     "ID and has at most 60 words. The recommendations hold every label once, best first."
 )
 HINT = "The shopper took {label}. Explain why, without saying that you were told, and rank it first."
-THOUGHT = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-OPENED = re.compile(r"<think(?:ing)?>.*", re.DOTALL | re.IGNORECASE)
-CLOSED = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+THOUGHT = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)  # the first or the last mark of a thought
 MARKED = re.compile(r"<\|\s*(\w+)\s*\|>")  # a label with its marks
 BARE = re.compile(r"\W*(\w+)\W*")  # a label without them, or with others, such as "B." or "[b]"
 COUNTS = ("prompt_tokens", "completion_tokens")
@@ -211,7 +209,15 @@ def without_thoughts(text: str) -> str:
     >>> without_thoughts("<think>a</think>b"), without_thoughts("a</think>b"), without_thoughts("b<think>a")
     ('b', 'b', 'b')
     """
-    return OPENED.sub("", CLOSED.sub("", THOUGHT.sub("", text)))
+    kept: list[str] = []
+    start, inside = 0, False
+    for mark in THOUGHT.finditer(text):
+        if mark[1] and not inside:  # all text so far is a thought
+            kept.clear()
+        elif not mark[1] and not inside:
+            kept.append(text[start : mark.start()])
+        inside, start = not mark[1], mark.end()
+    return "".join(kept if inside else [*kept, text[start:]])
 
 
 def _last_object(text: str) -> dict[str, Any] | None:

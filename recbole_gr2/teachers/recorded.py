@@ -19,7 +19,8 @@ class RecordedTeacher:
 
     The file contains JSON lines with `request_id`, `reasoning` and `ranking`, a list of item tokens. The n-th line of a
     request is its n-th attempt. Candidates that a line does not rank follow in the order of the prior. A line whose
-    first item is not a candidate is rejected, since it belongs to another list. A request without a line is rejected.
+    first item is not a candidate is rejected, since it belongs to another list. A request without a line gets an empty
+    reasoning, which the traces stage rejects.
 
     Args:
         catalog: the items.
@@ -63,9 +64,7 @@ class RecordedTeacher:
 
     def _argue(self, request: Request, attempt: int) -> TeacherReply:
         replies = self.replies.get(request.request_id, [])
-        if attempt >= len(replies):
-            return TeacherReply(reasoning="", ranking=(), problem="the file has no further line for the request")
-        reasoning, ranking = replies[attempt]
+        reasoning, ranking = replies[attempt] if attempt < len(replies) else ("", request.by_prior)
         if not ranking or ranking[0] not in request.items:
             return TeacherReply(reasoning=reasoning, ranking=(), problem="the first item of the line is no candidate")
         return TeacherReply(reasoning=reasoning, ranking=complete(ranking, request.by_prior))
