@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 from local_server import serve
-from test_dapo import RewardOf, build, first_label, first_round, log_of, tiny_model, word_tokenizer
+from test_dapo import RewardOf, build, first_label, first_round, log_of, loss_of, tiny_model, word_tokenizer
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.llm.dapo import DAPOTrainer
 from recbole_gr2.llm.distill import DistillTrainer, EndpointTeacher, LocalTeacher
 from recbole_gr2.llm.losses import completion_log_probs
+from recbole_gr2.llm.onerec_trainer import RolloutBeamTrainer
 
 
 @pytest.fixture(scope="module")
@@ -149,18 +151,19 @@ def test_a_teacher_with_another_vocabulary_is_an_error(tokenizer):
 
 @pytest.fixture
 def endpoint(tokenizer, monkeypatch):
-    """A server that answers like vLLM with `echo`. `faults` are its first answers."""
+    """A server that answers like vLLM with `echo`. It serves `model`. `faults` are its first answers."""
     pytest.importorskip("openai", reason="the extra recbole-gr2[teacher] is not installed")
     monkeypatch.setenv("OPENAI_API_KEY", "test")
-    model = other_model(tokenizer).eval()
 
     def answer(body, fault):
         ids = torch.tensor([body["prompt"]])
         with torch.no_grad():
-            values = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+            values = server.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
         logprobs = (
             None
             if fault == "none"
+            else {"token_logprobs": [None, *values, -1.0, -1.0]}
+            if fault == "more"
             else {"token_logprobs": [None, *values, -1.0], "tokens": [], "text_offset": [], "top_logprobs": None}
         )
         return {
@@ -172,6 +175,7 @@ def endpoint(tokenizer, monkeypatch):
         }
 
     with serve(answer) as server:
+        server.model = other_model(tokenizer).eval()
         yield server
 
 
@@ -190,16 +194,75 @@ def test_a_teacher_behind_an_endpoint(tokenizer, tmp_path, endpoint):
             teacher_log_probs = (
                 model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
             )
-        expected = -(batch["old_per_token_logps"][row] - teacher_log_probs)  # all answers have the same reward
+            student_log_probs = (
+                trainer.model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[len(prompt) - 1 :, 0]
+            )
+        expected = -(student_log_probs - teacher_log_probs)  # all answers have the same reward
         assert torch.allclose(batch["advantages"][row][traces[row]], expected[traces[row]], atol=1e-4)
         assert (batch["advantages"][row][~traces[row]] == 0).all()
     assert traces.any()
 
 
-@pytest.mark.parametrize(("fault", "message"), [("none", "0 log-probabilities"), (400, "the endpoint failed")])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_an_endpoint_that_serves_the_student_teaches_nothing(tokenizer, tmp_path, endpoint, temperature):
+    teacher = EndpointTeacher(endpoint.url, "student", concurrency=2)
+    equal = {"rewards": RewardOf(equal_reward), "max_reasoning": 4, "temperature": temperature}
+    trainer = distill(tokenizer, tmp_path, teacher=teacher, **equal)
+    sampled = first_round(trainer).batch
+    endpoint.model = trainer.model
+    batch = trainer.loss_inputs(sampled)
+    assert batch["tool_mask"].sum() > 20
+    assert torch.allclose(batch["advantages"], torch.zeros_like(batch["advantages"]), atol=1e-5)
+    assert trainer._metrics["train"]["teacher_kl"] == [pytest.approx(0.0, abs=1e-5)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [("none", "0 log-probabilities"), ("more", "log-probabilities"), (400, "the endpoint failed")]
+)
 def test_an_endpoint_without_log_probabilities_is_an_error(tokenizer, tmp_path, endpoint, fault, message):
     trainer = distill(tokenizer, tmp_path, teacher=EndpointTeacher(endpoint.url, "big", concurrency=1))
     endpoint.faults += [fault]
     sampled = first_round(trainer).batch
     with pytest.raises(GR2Error, match=message):
         trainer.loss_inputs(sampled)
+
+
+# --- the KL term of OneRec-Think --------------------------------------------------------------------------------------
+
+
+class WithReference(RolloutBeamTrainer):
+    """A trainer of rankings with the KL term of OneRec-Think."""
+
+    reward_terms = DAPOTrainer.reward_terms
+
+    def __init__(self, *args, reference, kl, **kwargs):
+        DAPOTrainer.__init__(self, *args, **kwargs)
+        self.beta, self.reference = kl, reference
+
+
+def test_the_kl_term_is_that_of_grpo(tokenizer, tmp_path):
+    """Equal rewards leave only this term. The policy has moved since the samples, so that the ratio is not 1."""
+    trainer = build(
+        tokenizer,
+        tmp_path,
+        trainer_class=WithReference,
+        trainer={"reference": other_model(tokenizer, scale=0.7), "kl": 0.3},
+        rewards=RewardOf(equal_reward),
+    )
+    batch = trainer.loss_inputs(first_round(trainer).batch)
+    batch["old_per_token_logps"] = batch["old_per_token_logps"] + 0.4
+    weight = trainer.model.lm_head.weight
+    (gradient,) = torch.autograd.grad(loss_of(trainer, batch), weight)
+    log_probs, _ = completion_log_probs(
+        trainer.model,
+        torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+        torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+        batch["completion_ids"].size(1),
+        batch["label_prior"],
+        trainer.grammar,
+        1.0,
+    )
+    mask = batch["tool_mask"].bool()
+    log_ratio = (batch["ref_per_token_logps"] - log_probs)[mask]
+    (expected,) = torch.autograd.grad(0.3 * (log_ratio.exp() - log_ratio - 1).sum() / mask.sum(), weight)
+    assert torch.allclose(gradient, expected, atol=1e-6) and expected.abs().max() > 1e-3
