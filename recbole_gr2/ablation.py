@@ -234,7 +234,9 @@ def data_for(settings: Settings, before: Data | None = None) -> Data:
         return chosen["dataset"], chosen.recbole, chosen.results(["text_"])
 
     if before is None or options(before.settings) != options(settings):
-        return Data(settings)
+        data = Data(settings)
+        data.summary.check()
+        return data
     data = copy.copy(before)
     data.settings = settings
     return data

@@ -278,10 +278,8 @@ def _run_once(
     )
     pipeline.check(settings)
     data = Data(settings)
-    console.say(
-        f"{len(data.sequences):,} users, {data.item_count:,} items, "
-        f"{sum(map(len, data.sequences.values())):,} interactions"
-    )
+    console.say(data.summary.text())
+    data.summary.check()
     if show_prompt is not None:
         print(prompt_of(settings, data, show_prompt))
         return None

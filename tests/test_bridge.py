@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import compat
 from recbole_gr2.artifacts import read_recommendations, read_requests, write_recommendations, write_requests
-from recbole_gr2.bridge.data import SPLITS, Data, exact_time_dataset, read_item_texts, unquote
+from recbole_gr2.bridge.atomic import unquote
+from recbole_gr2.bridge.data import SPLITS, Data, exact_time_dataset, read_item_texts
 from recbole_gr2.bridge.evaluator import (
     RecboleCheck,
     check_invariants,

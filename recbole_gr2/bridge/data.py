@@ -19,7 +19,10 @@ import numpy as np
 import pandas as pd
 
 from recbole_gr2 import compat
+from recbole_gr2.bridge.atomic import AtomicFile
 from recbole_gr2.bridge.item_text import clean_text
+from recbole_gr2.bridge.loading import filter_interactions, load_feature
+from recbole_gr2.bridge.summary import DataSummary, summarise
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, MissingFileError
@@ -45,11 +48,13 @@ class Data:
         user_tokens: token of each internal user id, (U + 1,).
         item_tokens: token of each internal item id, (N + 1,).
         sequences: internal user id -> item ids of all interactions, oldest first.
+        times: time of each interaction, in the order of `sequences`, (R,). Its unit is that of the file; seconds if the
+            file has dates.
         train_targets: number of targets of a training request.
 
     Raises:
-        ConfigurationError: the settings ask for another split than leave-one-out in time order, or `train_targets` or
-            `train_grades` is invalid.
+        ConfigurationError: a data file is malformed, a filter is invalid or leaves no interaction, the settings ask for
+            another split than leave-one-out in time order, or `train_targets` or `train_grades` is invalid.
         MissingFileError: the data set has no interactions or no item texts.
     """
 
@@ -68,6 +73,7 @@ class Data:
         frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
         groups: Any = frame.groupby(self.uid)[self.iid]
         self.sequences: dict[int, np.ndarray] = {int(user): group.to_numpy() for user, group in groups}
+        self.times: np.ndarray = self.dataset.exact_times[frame.index.to_numpy()]
         self.train_targets: int = settings["train_targets"]
         if self.train_targets < 1:
             raise ConfigurationError(
@@ -76,7 +82,7 @@ class Data:
                 why="each training request needs a target",
                 do="choose 1 or more",
             )
-        self._grades = _grades(frame, self.uid, settings["train_grades"])
+        self._grades = _grades(frame, self.dataset, settings["train_grades"])
         self.built = self.dataset.build()
 
     @property
@@ -100,21 +106,30 @@ class Data:
         return digest.hexdigest()[:16]
 
     @cached_property
-    def catalog(self) -> Catalog:
-        """The catalogue with the texts of the `.item` file."""
-        file = Path(self.config["data_path"]) / f"{self.settings['dataset']}.item"
-        texts: Mapping[str, Any] = read_item_texts(
-            file,
+    def item_texts(self) -> dict[str, dict[str, str]]:
+        """The texts of the `.item` file by item token, see `read_item_texts`; also of items without interactions."""
+        return read_item_texts(
+            Path(self.config["data_path"]) / f"{self.settings['dataset']}.item",
             self.settings,
             item_field=self.iid,
-            encoding=self.config["encoding"],
             separator=self.config["field_separator"],
+            notes=self.dataset.notes,
         )
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalogue with the texts of the `.item` file."""
+        texts: Mapping[str, Any] = self.item_texts
         return Catalog(
             Item(item_id=number, token=token, **texts.get(token, {"title": ""}))
             for number, token in enumerate(self.item_tokens)
             if number > 0
         )
+
+    @cached_property
+    def summary(self) -> DataSummary:
+        """Figures about the data set, and what was dropped or changed when it was read."""
+        return summarise(self)
 
     @property
     def items(self) -> Catalog:
@@ -178,12 +193,13 @@ class Data:
 
 
 def _grades(
-    frame: pd.DataFrame, user_field: str, thresholds_by_column: Mapping[str, Sequence[float]] | None
+    frame: pd.DataFrame, dataset: Any, thresholds_by_column: Mapping[str, Sequence[float]] | None
 ) -> dict[int, np.ndarray]:
     """Grades of each user's interactions in the order of `frame`: the number of thresholds that the column reaches.
 
     Raises:
-        ConfigurationError: the setting is not one column with rising thresholds, or the column is not loaded.
+        ConfigurationError: the setting is not one column with rising thresholds, or the column is not loaded, is not
+            of type float, or has missing values.
     """
     if thresholds_by_column is None:
         return {}
@@ -202,8 +218,18 @@ def _grades(
             why="the grades are computed from this column",
             do=f"load it: load_col: {{inter: [..., {column}]}}",
         )
+    kind = dataset.field2type[column].value
+    if kind != "float" or column in dataset.missing:
+        raise ConfigurationError(
+            f"the column {column!r} is of type {kind}, and not of type float"
+            if kind != "float"
+            else f"the column {column!r} has missing values, the first on line {dataset.missing[column]}",
+            where=f"train_grades, column {column!r} of the .inter file",
+            why="the grades are computed from the numbers in this column",
+            do=f"declare {column}:float in the header, and give every interaction a number",
+        )
     grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
-    places: Any = frame.groupby(user_field).indices
+    places: Any = frame.groupby(dataset.uid_field).indices
     return {int(user): grades[rows] for user, rows in places.items()}
 
 
@@ -229,13 +255,20 @@ def _check_protocol(config: Any) -> None:
 def _check_files(config: Any) -> None:
     """Raise a MissingFileError if the folder exists without interactions. RecBole downloads if there is no folder."""
     folder, name = Path(config["data_path"]), f"{config['dataset']}.inter"
-    if folder.is_dir() and not (folder / name).is_file():
-        raise MissingFileError(
-            f"the data set's folder has no {name}",
-            where=str(folder.resolve()),
-            why="the interactions are read from this file",
-            do=f"put {name} (RecBole atomic file) there, or remove the folder to download",
-        )
+    file = folder / name
+    if not folder.exists() or file.is_file():
+        return
+    packed = [path.name for path in folder.glob(f"{name}.*")] if folder.is_dir() else []
+    raise MissingFileError(
+        f"the data set's folder has no {name}"
+        if folder.is_dir() and not file.exists()
+        else f"{file if file.exists() else folder} is not a {'file' if file.exists() else 'folder'}",
+        where=str(folder.resolve()),
+        why="the interactions are read from this file",
+        do=f"unpack {packed[0]}"
+        if packed
+        else f"put {name} (RecBole atomic file) there, or remove the folder to download",
+    )
 
 
 def exact_time_dataset(*, sequential: bool) -> type:
@@ -245,18 +278,25 @@ def exact_time_dataset(*, sequential: bool) -> type:
     base: Any = SequentialDataset if sequential else Dataset
 
     class ExactTime(base):
+        def __init__(self, config: Any) -> None:
+            self.input_lines = 0  # lines of the .inter file with an interaction
+            self.notes: Counter[str] = Counter()  # lines that were skipped or changed, by file and reason
+            self.dropped: dict[str, int] = {}  # interactions that were dropped, by RecBole's option
+            self.missing: dict[str, int] = {}  # first line with a missing value, by column of numbers
+            super().__init__(config)
+
+        def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
+            return load_feature(self, Path(filepath), source)
+
+        def _data_filtering(self) -> None:
+            filter_interactions(self)
+
         def _normalize(self) -> None:
             # RecBole stores Unix seconds as float32, which has steps of 128 s at today's dates. This changes the order
             # of events (dataset.py:2207): 149 of 943 test targets of ml-100k are wrong. A rank per user is exact.
             frame = self.inter_feat
-            if self.time_field not in frame:
-                raise ConfigurationError(
-                    f"the interactions have no column {self.time_field!r}",
-                    where="TIME_FIELD, load_col",
-                    why="histories, splits and targets are defined by time",
-                    do=f"choose from {list(frame.columns)}",
-                )
             exact = frame[self.time_field].to_numpy(dtype=np.float64)
+            self.exact_times = exact
             order = np.lexsort((np.arange(len(frame)), exact, frame[self.uid_field].to_numpy()))
             users = frame[self.uid_field].to_numpy()[order]
             starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
@@ -297,28 +337,29 @@ def read_item_texts(
     settings: Mapping[str, Any],
     *,
     item_field: str = "item_id",
-    encoding: str = "utf-8",
     separator: str = "\t",
+    notes: Counter[str] | None = None,
 ) -> dict[str, dict[str, str]]:
     """Title, categories, brand and description of each item of an atomic `.item` file.
 
-    The plugin reads this file itself for three reasons. RecBole splits text at blanks, it adds items without
-    interactions to the id space, and it stops at a title that starts with a quotation mark. The texts are cleaned by
-    `item_text.clean_text`. A description is cut to its beginning.
+    The plugin reads this file itself for two reasons. RecBole splits text at blanks, and it adds items without
+    interactions to the id space. The texts are cleaned by `item_text.clean_text`. A description is cut to its
+    beginning.
 
     Args:
         file: the `.item` file.
         settings: `text_title`, `text_categories`, `text_brand` and `text_description` name the columns.
         item_field: column with the item id. If there is none of that name, the first column is used.
-        encoding: RecBole's option `encoding`. Invalid bytes become U+FFFD.
         separator: RecBole's option `field_separator`.
+        notes: where to count the lines that were skipped or changed.
 
     Returns:
         The texts by name, by item token.
 
     Raises:
         MissingFileError: there is no such file.
-        ConfigurationError: the file lacks a column that the settings name.
+        ConfigurationError: the file is malformed, lacks a column that the settings name, or describes an item twice in
+            different ways.
     """
     if not file.is_file():
         raise MissingFileError(
@@ -327,46 +368,39 @@ def read_item_texts(
             why="semantic IDs and prompts are computed from item texts",
             do="add the .item file, tab-separated, with an item id and a title column",
         )
-    import csv
-
-    frame = pd.read_csv(
-        file,
-        sep=separator,
-        dtype=str,
-        keep_default_na=False,
-        quoting=csv.QUOTE_NONE,
-        na_filter=False,
-        encoding=encoding,
-        encoding_errors="replace",
-    )
-    frame.columns = [str(column).split(":")[0] for column in frame.columns]
+    atomic = AtomicFile(file, separator)
     fields = {name: settings[f"text_{name}"] for name in TEXTS}
-    missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in frame.columns]
+    missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in atomic.names]
     if missing:
         raise ConfigurationError(
             f"fields that {file.name} does not have: {', '.join(missing)}",
             where=str(file),
             why="item texts are read from these fields",
-            do=f"choose from {list(frame.columns)} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
+            do=f"choose from {atomic.names} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
         )
+    id_column = item_field if item_field in atomic.names else atomic.names[0]
+    values = atomic.read(list(dict.fromkeys([id_column, *filter(None, fields.values())])))
+    tokens = atomic.ids(id_column, values[id_column])
     clean = {name: _description if name == "description" else clean_text for name in TEXTS}
     columns = {
-        name: [clean[name](unquote(v)) for v in frame[field]] if field else [""] * len(frame)
+        name: [clean[name](value) for value in values[field]] if field else [""] * len(tokens)
         for name, field in fields.items()
     }
-    tokens = [unquote(token) for token in frame[item_field if item_field in frame else frame.columns[0]]]
-    return {token: {name: columns[name][row] for name in columns} for row, token in enumerate(tokens)}
-
-
-def unquote(text: str) -> str:
-    """A field without its CSV quotation marks.
-
-    >>> unquote('"a ""b"" c"'), unquote('5" pipe')
-    ('a "b" c', '5" pipe')
-    """
-    if len(text) >= 2 and text[0] == text[-1] == '"':
-        return text[1:-1].replace('""', '"')
-    return text
+    texts: dict[str, dict[str, str]] = {}
+    for row, token in enumerate(tokens.tolist()):
+        text = {name: columns[name][row] for name in TEXTS}
+        if texts.setdefault(token, text) != text:
+            raise atomic.error(
+                f"the item {token!r} has other texts on line {atomic.lines[tokens.tolist().index(token)]}",
+                line=int(atomic.lines[row]),
+                why="it is undefined which of them describe the item",
+                do="keep one line for each item",
+            )
+    if notes is not None:
+        notes.update({f"{file.name}: {note}": count for note, count in atomic.notes.items()})
+        if len(texts) < len(tokens):
+            notes[f"{file.name}: repeated lines of an item skipped"] += len(tokens) - len(texts)
+    return texts
 
 
 def _description(text: str) -> str:
