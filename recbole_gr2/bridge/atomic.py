@@ -11,7 +11,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ HEADER = "user_id:token, item_id:token, timestamp:float"
 SEPARATORS = ("\t", ",", ";", "|", "::", " ")
 # Texts that pandas, and therefore RecBole, reads as a missing value.
 MISSING = frozenset(
-    "|#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|")
+    [
+        *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+        *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+    ]
 )
-CUT = (
-    "\x1f"  # The separator of the lines in memory, because a value in quotation marks may contain the one of the file.
-)
+# The separator of the lines in memory. A value in quotation marks may contain the separator of the file.
+CUT = "\x1f"
 LONGEST_VALUE = 1000  # lines that one value in quotation marks may have
+AMBIGUOUS_LINES = 4  # such lines if each of them fits the header, which hardly happens in more of them
 
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _DATE = r"\d{4}-\d\d-\d\d"
@@ -307,7 +310,7 @@ class AtomicFile:
                     f"the file contains the character {name}",
                     line=text.count("\n", 0, text.index(character)) + 1,
                     why="text does not contain this character: the file is damaged or has another encoding",
-                    do="remove the character, or convert the file to UTF-8, for example with iconv -f UTF-16LE -t UTF-8",
+                    do="remove the character, or convert the file to UTF-8, for example with iconv -f UTF-16 -t UTF-8",
                 )
         if "\r" in text:
             text = text.replace("\r\n", "\n")
@@ -345,8 +348,18 @@ class AtomicFile:
                 merged, is_open = _merge(fields)
                 # A quotation mark that is not closed on its line begins a value with line breaks if the lines do not
                 # fit the header otherwise. Else it is a character of the value, as in the title '"A' is for Alibi.
-                if is_open and not (fits[number] and (following == len(ends) or fits[following])):
-                    longer, used = self._over_lines(line, number, len(ends))
+                if is_open:
+                    alone = fits[number] and (following == len(ends) or fits[following])
+                    longer, used = self._over_lines(
+                        line, number, len(ends), AMBIGUOUS_LINES if alone else LONGEST_VALUE
+                    )
+                    if used and fits[number : number + used].all():
+                        raise self.error(
+                            f"a quotation mark opens a value that may end here or on line {number + used + 1}",
+                            line=number + 2,
+                            why="the lines in between are rows of their own, or a part of the value",
+                            do="put the value in quotation marks and double those inside it, or remove the line breaks",
+                        )
                     if used:
                         merged, following = longer, number + used
                         keep[number + 1 : following] = False
@@ -369,10 +382,10 @@ class AtomicFile:
         rows = b"".join([*pieces, content[written:]]) if pieces else content
         return rows, np.flatnonzero(keep) + 2
 
-    def _over_lines(self, line: Any, number: int, count: int) -> tuple[list[str], int]:
+    def _over_lines(self, line: Callable[[int], str], number: int, count: int, most: int) -> tuple[list[str], int]:
         """Fields of a row whose value in quotation marks ends on a later line, and its number of lines; 0 if none."""
         text = line(number)
-        for other in range(number + 1, min(number + LONGEST_VALUE, count)):
+        for other in range(number + 1, min(number + most, count)):
             text += "\n" + line(other)
             fields, is_open = _merge(text.split(CUT))
             if not is_open:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from recbole_gr2.bridge.atomic import MISSING
 from recbole_gr2.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class DataSummary:
         reachable_targets: number of test targets that occur in training interactions and, if seen items are masked, not
             in the user's history. A base model that learns items from interactions has at most as many hit users.
         masks_seen: whether candidates exclude the items of the history.
-        without_text: number of items without title, categories, brand and description, for the columns that are read.
+        without_text: number of items without title, categories, brand and description, or with a word for a missing
+            value such as `nan`, for the columns that are read.
         without_line: number of items with interactions that the `.item` file does not contain.
         without_interactions: number of items in the `.item` file that have no interactions.
         input_lines: number of lines of the `.inter` file with an interaction.
@@ -130,7 +132,7 @@ class DataSummary:
                 "all interactions have the same time",
                 where="TIME_FIELD, the .inter file",
                 why="histories, splits and targets are defined by time",
-                do="give the interactions their times; if their order in the file is the order in time, number the lines",
+                do="give the interactions their times; if the lines are in the order of time, number them",
             )
         if not self.train_lists:
             raise ConfigurationError(
@@ -184,7 +186,7 @@ def summarise(data: Data) -> DataSummary:
     masks_seen = bool(settings["cand_exclude_seen"]) and not settings["cand_file"]
     reachable = np.isin(items[tested], trained) & ~(repeated[tested] & masks_seen)
     texts: dict[str, Any] = {
-        text: sum(not getattr(item, text) for item in data.catalog)
+        text: sum(getattr(item, text) in MISSING for item in data.catalog)
         for text in ("title", "categories", "brand", "description")
         if settings[f"text_{text}"]
     }
