@@ -235,10 +235,10 @@ def data_for(settings: Settings, before: Data | None = None) -> Data:
 
     if before is None or options(before.settings) != options(settings):
         data = Data(settings)
-        data.summary.check()
-        return data
-    data = copy.copy(before)
-    data.settings = settings
+    else:
+        data = copy.copy(before)
+        data.settings = settings
+    data.summary().check()
     return data
 
 

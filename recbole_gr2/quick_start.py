@@ -278,8 +278,9 @@ def _run_once(
     )
     pipeline.check(settings)
     data = Data(settings)
-    console.say(data.summary.text())
-    data.summary.check()
+    summary = data.summary()
+    console.say(summary.text())
+    summary.check()
     if show_prompt is not None:
         print(prompt_of(settings, data, show_prompt))
         return None

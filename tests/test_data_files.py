@@ -71,6 +71,7 @@ TOKEN = HEADER.replace("float", "token")
         pytest.param(PLAIN.replace("i3\t", "i3 \t").replace("u1\t", " u1\t"), {}, id="blanks at the ends of ids"),
         pytest.param(as_text(ROWS, separator=","), {"field_separator": ","}, id="commas"),
         pytest.param(as_text(ROWS, separator=" "), {"field_separator": " "}, id="blanks"),
+        pytest.param(PLAIN, {"field_separator": "\\t"}, id="a tab as the command line gives it"),
         pytest.param(as_text(ROWS, separator="||"), {"field_separator": "||"}, id="a separator of two characters"),
         pytest.param(as_text(ROWS, TOKEN), {}, id="numbers declared as token"),
         pytest.param(as_text(timed(lambda t: f"{t / 1e9:.9e}"), HEADER), {}, id="exponents"),
@@ -122,7 +123,7 @@ def test_an_id_may_contain_a_quotation_mark(tmp_path):
     inter = PLAIN.replace("i3\t", '"i3\t').replace("i4\t", '5" i4\t')
     data = data_of(tmp_path, inter)
     assert sequences(data) == renamed
-    assert data.summary.without_line == 2 and data.summary.without_interactions == 2
+    assert data.summary().without_line == 2 and data.summary().without_interactions == 2
 
 
 LINE_5 = PLAIN.splitlines()[4]
@@ -220,6 +221,8 @@ def changed(line: str) -> str:
         pytest.param(PLAIN, {"user_inter_num_interval": "[50,inf)"}, ["no interaction", "[50,inf)"], id="by number"),
         pytest.param(PLAIN, {"item_inter_num_interval": "50"}, ["item_inter_num_interval", "'50'"], id="no interval"),
         pytest.param(PLAIN, {"field_separator": ""}, ["field_separator"], id="no separator"),
+        pytest.param(PLAIN, {"threshold": {"rating": 3}}, ["threshold", "load_col"], id="threshold of no column"),
+        pytest.param(PLAIN, {"alias_of_item_id": ["other"]}, ["alias_of_item_id"], id="alias of no column"),
     ],
 )
 def test_interactions_that_are_refused(tmp_path, inter, options, words):
@@ -257,7 +260,7 @@ def test_values_of_other_columns_that_are_refused(tmp_path, kind, value, options
 def test_a_missing_rating_is_reported(tmp_path):
     rows = [(*row, 4 if number else "") for number, row in enumerate(ROWS)]
     data = data_of(tmp_path, as_text(rows, RATED + "float"), **WITH_RATING)
-    assert data.summary.notes == {"toy.inter: missing values of rating replaced by the mean": 1}
+    assert data.summary().notes == {"toy.inter: missing values of rating replaced by the mean": 1}
 
 
 # --- item files -------------------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def test_files_that_cannot_be_read(tmp_path):
 # --- random files -----------------------------------------------------------------------------------------------------
 
 # `pytest tests/test_data_files.py -k random --hypothesis-profile=long` tries many more files.
-FILES = settings(deadline=None, max_examples=max(settings().max_examples // 4, 1))
+FILES = settings(deadline=None, max_examples=25 if settings().max_examples <= 100 else 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -471,7 +474,7 @@ def test_random_damage_is_read_or_refused(tmp_path_factory, form, rows, places, 
         files[which] = files[which][:at] + new + files[which][at + (action != "insert") :]
     try:
         data = read(tmp_path_factory.mktemp("random"), *files, form)
-        summary = data.summary
+        summary = data.summary()
         summary.text()
     except GR2Error as error:
         assert error.what and error.where and error.why and error.do

@@ -70,7 +70,8 @@ class AtomicFile:
     """
 
     def __init__(self, file: Path, separator: str = "\t") -> None:
-        self.file, self.separator = file, separator
+        self.file = file
+        self.separator = "\t" if separator == "\\t" else separator  # a command line gives \t as two characters
         self.notes: Counter[str] = Counter()
         self._header, content = self._content()
         fields = [unquote(field.strip()).strip() for field in self._header.split(self.separator)]

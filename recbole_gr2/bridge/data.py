@@ -29,6 +29,18 @@ from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.types import Item
 
 SPLITS = ("train", "valid", "test")
+# Options of RecBole that name columns, and that only RecBole checks.
+COLUMN_OPTIONS = (
+    "threshold",
+    "normalize_field",
+    "numerical_features",
+    "discretization",
+    "preload_weight",
+    "alias_of_user_id",
+    "alias_of_item_id",
+    "additional_feat_suffix",
+    "seq_len",
+)
 TEXTS = ("title", "categories", "brand", "description")
 DESCRIPTION_CHARS = 1000  # The text encoder reads 128 tokens, and the description is the last part of its input.
 
@@ -126,9 +138,8 @@ class Data:
             if number > 0
         )
 
-    @cached_property
     def summary(self) -> DataSummary:
-        """Figures about the data set, and what was dropped or changed when it was read."""
+        """Return figures about the data set, and what was dropped or changed when it was read."""
         return summarise(self)
 
     @property
@@ -272,7 +283,10 @@ def _check_files(config: Any) -> None:
 
 
 def exact_time_dataset(*, sequential: bool) -> type:
-    """RecBole's data set class with an exact time order and a download that works in a single process."""
+    """RecBole's data set class with strict reading, an exact time order, and a download that works in one process.
+
+    An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,).
+    """
     from recbole.data.dataset import Dataset, SequentialDataset
 
     base: Any = SequentialDataset if sequential else Dataset
@@ -283,7 +297,18 @@ def exact_time_dataset(*, sequential: bool) -> type:
             self.notes: Counter[str] = Counter()  # lines that were skipped or changed, by file and reason
             self.dropped: dict[str, int] = {}  # interactions that were dropped, by RecBole's option
             self.missing: dict[str, int] = {}  # first line with a missing value, by column of numbers
-            super().__init__(config)
+            try:
+                super().__init__(config)
+            except (KeyError, TypeError, ValueError) as error:
+                given = [f"{option}: {config[option]}" for option in COLUMN_OPTIONS if config[option]]
+                if not given:
+                    raise
+                raise ConfigurationError(
+                    f"RecBole cannot apply these options to the data ({error})",
+                    where=", ".join(given),
+                    why="they name columns of the data files and how to use them",
+                    do="correct them, and load the columns with load_col",
+                ) from error
 
         def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
             return load_feature(self, Path(filepath), source)
