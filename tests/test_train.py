@@ -1,5 +1,7 @@
 """Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -7,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
+from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import Collator, Example, ProgressLines, finetune
 
 
@@ -167,21 +171,102 @@ def test_a_choice_by_hand(tokenizer, tmp_path):
     assert len(expected) == 5 and log[0]["loss"] == pytest.approx(sum(expected) / 5, rel=1e-4)
 
 
-def test_a_killed_run_ends_with_the_same_weights(tokenizer, tmp_path):
-    whole = tiny()
-    train(whole, tokenizer, tmp_path / "whole")
+def equal(one, two) -> bool:
+    return all(torch.equal(tensor, two.state_dict()[name]) for name, tensor in one.state_dict().items())
 
-    def kill(text):
-        if text.startswith("step 4/"):
+
+def kill_after(step: int):
+    """`say` that stops training as Ctrl-C does, after a step and before its checkpoint."""
+
+    def say(text):
+        if text.startswith(f"step {step}/"):
             raise KeyboardInterrupt
 
+    return say
+
+
+def kill_within_checkpoint(step: int, monkeypatch) -> None:
+    """Stop training within the checkpoint of a step: the second half of its files is not written."""
+    whole = CompleteCheckpoints.on_save
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            files = sorted(Path(args.output_dir, f"checkpoint-{step}").iterdir())
+            for file in files[len(files) // 2 :]:
+                file.unlink()
+            raise KeyboardInterrupt
+        return whole(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(CompleteCheckpoints, "on_save", on_save)
+
+
+MANY = [
+    Example(input_ids=[2 + (7 * n + t) % 24 for t in range(3 + n % 5)] + [1], parts=[1] * (4 + n % 5))
+    for n in range(20)
+]
+PASSES = {"steps": 9, "save_steps": 1, "part_weights": {"text": 1.0}}  # three passes of 8, 8 and 4 texts
+
+
+@pytest.mark.parametrize(
+    ("bf16", "stops"),
+    [
+        (False, [5]),
+        pytest.param(False, range(2, 10), marks=pytest.mark.slow),
+        pytest.param(True, range(2, 10), marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_with_the_same_weights_and_log(tokenizer, tmp_path, bf16, stops):
+    whole = tiny()
+    log = train(whole, tokenizer, tmp_path / "whole", MANY, bf16=bf16, **PASSES)
+    for step in stops:
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny(), tokenizer, folder, MANY, say=kill_after(step), bf16=bf16, **PASSES)
+        resumed, seen = tiny(seed=99), []  # other weights: those of the checkpoint replace them
+        assert train(resumed, tokenizer, folder, MANY, say=seen.append, bf16=bf16, **PASSES) == log, step
+        assert seen[0].startswith(f"step {step}/"), "the run must continue, not start again"
+        assert equal(whole, resumed), step
+    again = tiny(seed=99)  # after the last checkpoint, before the end of the stage
+    assert train(again, tokenizer, folder, MANY, bf16=bf16, **PASSES) == log and equal(whole, again)
+
+
+def test_the_log_does_not_depend_on_the_steps_between_checkpoints(tokenizer, tmp_path):
+    """With 60 steps there is a line of the log for every second step; a checkpoint in between would shorten a mean."""
+    options = {**PASSES, "steps": 60}
+    log = train(tiny(), tokenizer, tmp_path / "whole", MANY, **{**options, "save_steps": 100})
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), tokenizer, tmp_path / "killed", say=kill)
-    resumed, seen = tiny(seed=99), []  # other weights: those of the checkpoint replace them
-    train(resumed, tokenizer, tmp_path / "killed", say=seen.append)
-    assert seen and not seen[0].startswith("step 1/"), "the run must continue, not start again"
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[name]), name
+        train(tiny(), tokenizer, tmp_path / "killed", MANY, say=kill_after(6), **{**options, "save_steps": 3})
+    assert train(tiny(), tokenizer, tmp_path / "killed", MANY, **{**options, "save_steps": 3}) == log
+
+
+def test_an_incomplete_checkpoint_is_skipped_and_removed(tokenizer, tmp_path, monkeypatch):
+    whole = tiny()
+    train(whole, tokenizer, tmp_path / "whole", MANY, **PASSES)
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_within_checkpoint(5, patch)
+        train(tiny(), tokenizer, folder, MANY, **PASSES)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    (folder / "checkpoint-7").mkdir()
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4"}
+    resumed, seen = tiny(seed=99), []
+    train(resumed, tokenizer, folder, MANY, say=seen.append, **PASSES)
+    assert seen[0].startswith("step 5/") and equal(whole, resumed)
+    (checkpoint,) = folder.glob("checkpoint-*")
+    with open(checkpoint / "optimizer.pt", "r+b") as handle:
+        handle.truncate(100)
+    assert last_checkpoint(folder) is None and not checkpoint.exists()
+
+
+def test_the_order_of_a_pass_depends_on_the_seed_and_the_pass():
+    lengths = [3 + n % 7 for n in range(20)]
+
+    def order(step, seed=7):
+        return list(LengthSampler(lengths, batch_size=8, seed=seed, step=lambda: step))
+
+    assert order(0) == order(2) != order(3) == order(5) != order(6)  # three steps are a pass
+    assert all(sorted(order(step)) == list(range(20)) for step in (0, 3, 6)) and order(0) != order(0, seed=8)
 
 
 def test_training_lowers_every_part(tokenizer, tmp_path):

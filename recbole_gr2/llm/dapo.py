@@ -30,6 +30,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.answers import read_answer
+from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.inputs import left_pad
@@ -98,7 +99,7 @@ class DAPOTrainer(GRPOTrainer):
             args=args,
             train_dataset=Dataset.from_dict({"request_id": list(self.prompts)}),
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), CompleteCheckpoints()],
         )
         self.remove_callback(PrinterCallback)  # it would print to stdout; the lines are in state.log_history
         for module in self.policy.modules():  # TRL disables nn.Dropout, but attention stores its rate as a number

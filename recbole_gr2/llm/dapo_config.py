@@ -78,7 +78,6 @@ def dapo_config(
         max_steps=steps * updates,
         save_strategy="steps",
         save_steps=save_steps * updates,
-        save_total_limit=1,
         logging_steps=updates,
         warmup_steps=warmup_steps * updates,
         lr_scheduler_type="constant_with_warmup",

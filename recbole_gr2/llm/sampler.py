@@ -1,11 +1,16 @@
-"""The order in which RL reads its prompts."""
+"""The order in which training reads its examples: a function of the seed and the pass alone.
+
+The samplers of transformers and TRL draw later passes from a generator that a resumed run does not restore.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from recbole_gr2.seeding import derive_seed
 
@@ -13,9 +18,7 @@ from recbole_gr2.seeding import derive_seed
 class RoundSampler(Sampler[int]):
     """The indices of prompts of a whole run: the prompts of each round, each `generations` times, `repeats` times.
 
-    The order depends only on the seed, for all epochs. (The sampler of TRL keeps a generator between epochs: a run that
-    is resumed in its second epoch would get the order of the first.) The last, incomplete round of an epoch is left
-    out.
+    The order depends only on the seed, for all epochs. The last, incomplete round of an epoch is left out.
 
     Args:
         size: Number of prompts.
@@ -44,3 +47,28 @@ class RoundSampler(Sampler[int]):
             chosen = order[position * self.prompts : (position + 1) * self.prompts]
             for _ in range(self.repeats):
                 yield from (index for index in chosen for _ in range(self.generations))
+
+
+class LengthSampler(Sampler[int]):
+    """The indices of one pass over training texts. Texts of a batch have similar lengths, which saves padding.
+
+    Args:
+        lengths: Length of each text.
+        batch_size: Texts per optimizer step.
+        seed: Seed of the order.
+        step: Returns the number of optimizer steps so far. It determines the pass.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, step: Callable[[], int]) -> None:
+        self.lengths, self.batch_size, self.seed, self.step = list(lengths), batch_size, seed, step
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        steps_per_pass = -(-len(self.lengths) // self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed + self.step() // steps_per_pass)
+        # The data loader of torch draws one number from the global generator first. With one here, too, the first pass
+        # has the order of transformers' LengthGroupedSampler after `set_seed(seed)`.
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))

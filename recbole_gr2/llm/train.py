@@ -16,14 +16,15 @@ import torch
 from datasets import Dataset
 from torch.nn import functional
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.batching import micro_batch_size as largest_micro_batch
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
 from recbole_gr2.llm.grammar import FREE, among
 from recbole_gr2.llm.model import device
+from recbole_gr2.llm.sampler import LengthSampler
 
 IGNORED = -100
 
@@ -50,6 +51,8 @@ class Example:
 class PartsTrainer(SFTTrainer):
     """An SFTTrainer whose loss is a weighted sum over parts. It logs the mean loss of each part.
 
+    The order of the texts is a function of the seed and the pass, see `LengthSampler`.
+
     Args:
         part_weights: Weight of each part by name.
         llm_weight: Power of the model's probability in `Example.choices`.
@@ -71,6 +74,15 @@ class PartsTrainer(SFTTrainer):
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
         self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
+        args: Any = self.args
+        return LengthSampler(
+            self.train_dataset["length"],
+            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            seed=args.seed,
+            step=lambda: self.state.global_step,
+        )
 
     def compute_loss(
         self,
@@ -161,9 +173,10 @@ def finetune(
         learning_rate: Highest learning rate.
         warmup_share: Share of the steps in which the learning rate increases. Then it decreases linearly to 0.
         max_length: Longest text in tokens. A longer text is an error; texts are never cut.
-        seed: Seed of the order of the texts.
+        seed: Seed of the order of the texts. The order of a pass depends on the seed and the number of the pass.
         bf16: Train under bfloat16 autocast.
-        save_steps: Steps between checkpoints.
+        save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log, so
+            that a resumed run logs the same means.
         llm_weight: Power of the model's probability in `Example.choices`, beside their prior.
         trie: Normalize each code of a semantic ID over the codes that lead to an item, as in generation. None: over the
             whole vocabulary.
@@ -186,6 +199,7 @@ def finetune(
         )
     steps = steps or math.ceil(len(examples) / batch_size)
     micro = largest_micro_batch(batch_size, micro_batch_size)
+    logging_steps = max(1, round(steps / 40))
     config = SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -200,12 +214,10 @@ def finetune(
         bf16=bf16,
         use_cpu=device() == "cpu",
         gradient_checkpointing=False,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         save_strategy="steps",
-        save_steps=save_steps,
-        save_total_limit=1,
-        logging_steps=max(1, round(steps / 40)),
+        save_steps=math.ceil(save_steps / logging_steps) * logging_steps,
+        logging_steps=logging_steps,
         report_to="none",
         disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -230,11 +242,11 @@ def finetune(
         part_weights=part_weights,
         llm_weight=llm_weight,
         trie=trie,
-        callbacks=[ProgressLines(say)],
+        callbacks=[ProgressLines(say), CompleteCheckpoints()],
         data_collator=Collator(tokenizer.pad_token_id),
     )
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     log = [line for line in trainer.state.log_history if "loss" in line]
     if not log or not all(math.isfinite(line["loss"]) for line in log):
         raise QualityCheckError(

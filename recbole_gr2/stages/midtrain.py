@@ -104,6 +104,7 @@ def run(context: Context) -> dict[str, Any]:
             )
     examples = examples_of(texts, tokenizer, settings["mid_mix"], settings["mid_tokens"], longest, seed)
     context.say(f"phase 2, all weights: {sum(map(len, examples.values())):,} texts")
+    seed_everything(seed)  # the weights of LoRA must not depend on the training of phase 1
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     logs += finetune(
         model,

@@ -215,8 +215,7 @@ def reinforce(
     """Return the model after GRPO with the Rollout-Beam reward on the training histories, and the log."""
     from copy import deepcopy
 
-    from transformers.trainer_utils import get_last_checkpoint
-
+    from recbole_gr2.llm.checkpoints import last_checkpoint
     from recbole_gr2.llm.dapo_config import dapo_config
     from recbole_gr2.llm.onerec_trainer import RolloutBeamTrainer
 
@@ -277,7 +276,7 @@ def reinforce(
         kl=settings["onerec_think_rl_kl"],
         callbacks=[ProgressLines(context.say, ("reward", "frac_groups_kept", "kl", "completions/mean_length"))],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return merged(trainer.model), [line for line in trainer.state.log_history if "reward" in line]
 
 

@@ -43,8 +43,7 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         QualityCheckError: there are fewer requests than a round needs, or no round has a usable group.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
+    from recbole_gr2.llm.checkpoints import last_checkpoint
     from recbole_gr2.llm.dapo import DAPOTrainer
     from recbole_gr2.llm.dapo_config import dapo_config
     from recbole_gr2.llm.distill import DistillTrainer
@@ -108,7 +107,7 @@ def run(context: Context) -> dict[str, Any]:
         )
     else:
         trainer = DAPOTrainer(model, config, prompts, **options)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     log = [line for line in trainer.state.log_history if "reward" in line]
     if trainer.accelerator.is_main_process:
         save_language_model(merged(model), tokenizer, context.folder / "model")
