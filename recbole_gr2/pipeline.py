@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,30 @@ from typing import Any
 from recbole_gr2.config import Settings
 from recbole_gr2.console import Console
 from recbole_gr2.distributed import RANK, WORLD_SIZE, wait_for_all
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.meter import CLOCK, peak_memory_mb, reset_peak_memory, seconds_of_earlier_starts
 from recbole_gr2.stages import all_stages
 from recbole_gr2.store import (
     LOCK,
+    MANIFEST,
+    TEMPORARY,
+    check_files,
     code_version,
+    describe_files,
+    explained_disk_errors,
     locked,
     other_records,
     read_manifest,
     source_hash,
     stage_key,
+    write_json,
     write_manifest,
 )
 from recbole_gr2.types import Context, Stage, StageRecord
 
 CACHED, OUTDATED, RESUME, RUN = "cached", "outdated", "resume", "run"
 REQUESTED = "requested"  # why a stage runs although it may be finished
+REQUESTS = "requests"  # folder with a file for each --from_stage and --force: the stages that it has not computed yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +56,7 @@ class Planned:
         action: `cached` (finished), `outdated` (finished, but by different code; its result is used), `resume`
             (interrupted), or `run`.
         why: the reason, or "".
+        request: the file of the request, if --from_stage or --force computes this stage again.
     """
 
     stage: Stage
@@ -57,6 +67,12 @@ class Planned:
     sources: str
     action: str
     why: str
+    request: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Stage and key."""
+        return f"{self.stage.name}/{self.key}"
 
     @property
     def finished(self) -> bool:
@@ -94,11 +110,14 @@ def plan(
         settings: settings of the run.
         data: the data set. Its `fingerprint` is part of every key.
         stages: names of the stages to compute, with all stages that they need; by default the last declared stage.
-        from_stage: run this stage and all that depend on it again, even if they are finished.
-        force: run every stage again.
+        from_stage: run this stage and all that depend on it again, even if they are finished. If such a command was
+            stopped, the same command continues with the stages that it has not finished.
+        force: run every stage again, in the same way.
 
     Raises:
         ConfigurationError: there is no stage of that name.
+        GR2Error: a file of a finished stage is missing, truncated or changed, and the command does not compute the
+            stage again.
     """
     declared = {stage.name: stage for stage in all_stages(settings)}
     for name in (*stages, *([from_stage] if from_stage else [])):
@@ -118,24 +137,38 @@ def plan(
         values |= stage.key_values(settings)
         needs = {name: keys[name] for name in stage.needs}
         key = keys[stage.name] = stage_key(stage.name, stage.version, values, needs, data.fingerprint)
-        folder = root / stage.name / key
         if force or stage.name == from_stage or renewed & set(needs):
             renewed.add(stage.name)
-        sources = source_hash((stage.run.__module__, *stage.modules), stage.unused_modules)
-        action, why = _decide(folder, values, needs, sources, again=stage.name in renewed)
         planned.append(
             Planned(
                 stage=stage,
                 key=key,
-                folder=folder,
+                folder=root / stage.name / key,
                 needs=needs,
                 settings=values,
-                sources=sources,
-                action=action,
-                why=why,
+                sources=source_hash((stage.run.__module__, *stage.modules), stage.unused_modules),
+                action=RUN,
+                why="",
             )
         )
-    return planned
+    names = " ".join(entry.name for entry in planned if entry.stage.name in renewed)
+    request = settings.results_folder / REQUESTS / f"{hashlib.sha256(names.encode()).hexdigest()[:12]}.json"
+    requests = _requests(settings)
+    pending = {name for stages in requests.values() for name in stages}
+    decided = []
+    for entry in planned:
+        requested = entry.stage.name in renewed
+        again = requested and request not in requests
+        again = again or (entry.name in pending and (entry.folder / MANIFEST).is_file())
+        action, why = _decide(entry, again=again)
+        decided.append(replace(entry, action=action, why=why, request=request if requested else None))
+    return decided
+
+
+def _requests(settings: Settings) -> dict[Path, list[str]]:
+    """The stages that each unfinished --from_stage or --force has not computed yet."""
+    files = sorted((settings.results_folder / REQUESTS).glob("*.json"))
+    return {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def _in_order(declared: Mapping[str, Stage], wanted: Iterable[str]) -> list[Stage]:
@@ -170,17 +203,17 @@ def _in_order(declared: Mapping[str, Stage], wanted: Iterable[str]) -> list[Stag
     return list(ordered.values())
 
 
-def _decide(
-    folder: Path, values: Mapping[str, Any], needs: Mapping[str, str], sources: str, *, again: bool
-) -> tuple[str, str]:
+def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
     """The action of a stage and its reason."""
+    folder, values, needs = entry.folder, entry.settings, entry.needs
     if again:
         return RUN, REQUESTED
     record = read_manifest(folder)
-    if record is not None and record.sources != sources:
-        return OUTDATED, f"made by different code ({record.code or 'unknown version'}); --from_stage computes it again"
     if record is not None:
-        return CACHED, ""
+        check_files(folder, record)
+        if record.sources == entry.sources:
+            return CACHED, ""
+        return OUTDATED, f"made by different code ({record.code or 'unknown version'}); --from_stage computes it again"
     if folder.is_dir():
         return RESUME, "interrupted before it was finished"
     for other in other_records(folder)[:1]:
@@ -206,6 +239,8 @@ def execute(
 
     Raises:
         ConfigurationError: several processes were started, and a stage that would run supports one only.
+        GR2Error: another process works on a stage, a file of a finished stage was changed, the disk is full, or a
+            folder cannot be written.
     """
     single = [entry.stage.name for entry in planned if not entry.finished and not entry.stage.distributed]
     if WORLD_SIZE > 1 and single:
@@ -216,22 +251,75 @@ def execute(
             why=f"only {', '.join(shared)} can be shared by several processes",
             do="compute the other stages with one process first",
         )
+    with explained_disk_errors(settings.results_folder):
+        _write_request(planned)
     records: dict[str, StageRecord] = {}
     folders: dict[str, Path] = {}
     done = []
     for entry in planned:
         name = entry.stage.name
-        with locked(entry.folder) if RANK == 0 else contextlib.nullcontext():
-            # Another run may have finished the stage since the plan was made.
-            record = None if entry.why == REQUESTED else read_manifest(entry.folder)
-            finished = record is not None
-            if record is None:
-                record = _run(entry, settings, data, console, records, folders)
+        with explained_disk_errors(entry.folder):
+            record, finished = _record(entry, settings, data, console, records, folders)
         records[name], folders[name] = record, entry.folder
         done.append((record, finished))
         result = entry.action if entry.finished else CACHED if finished else f"done in {record.seconds:.0f} s"
         console.say(f"{name} {result}  {entry.folder}")
     return done
+
+
+def _write_request(planned: Sequence[Planned]) -> None:
+    """Record which stages the command computes again, so that it can continue after a stop."""
+    requested = [entry for entry in planned if entry.request]
+    if not requested:
+        return
+    wait_for_all()  # the plans of all processes are made
+    file = requested[0].request
+    assert file is not None
+    if RANK == 0 and not file.exists():
+        for entry in requested:
+            with locked(entry.folder):
+                if not (entry.folder / MANIFEST).exists():  # what an earlier command left
+                    _empty(entry.folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, [entry.name for entry in requested])
+
+
+def _fulfil(entry: Planned, settings: Settings) -> None:
+    """Remove a finished stage from all requests."""
+    for file, names in _requests(settings).items():
+        left = [name for name in names if name != entry.name]
+        if not left:
+            file.unlink()
+        elif left != names:
+            write_json(file, left)
+
+
+def _record(
+    entry: Planned,
+    settings: Settings,
+    data: Any,
+    console: Console,
+    records: Mapping[str, StageRecord],
+    folders: Mapping[str, Path],
+) -> tuple[StageRecord, bool]:
+    """The record of a stage, and whether its result existed before. A stage that is not finished is run."""
+    requested = entry.why == REQUESTED
+    record = None if requested else read_manifest(entry.folder)
+    if record is not None:
+        if RANK == 0 and (entry.folder / CLOCK).exists():  # killed after the manifest was written
+            with contextlib.suppress(GR2Error), locked(entry.folder):  # or another process is removing them
+                _remove_intermediate(entry.folder)
+        return record, True
+    with contextlib.ExitStack() as locks:
+        if RANK == 0:
+            locks.enter_context(locked(entry.folder))
+            for name in entry.needs:
+                locks.enter_context(locked(folders[name], shared=True))
+        # Another run may have finished the stage since the plan was made.
+        record = None if requested else read_manifest(entry.folder)
+        if record is not None:
+            return record, True
+        return _run(entry, settings, data, console, records, folders), False
 
 
 def _run(
@@ -243,8 +331,11 @@ def _run(
     folders: Mapping[str, Path],
 ) -> StageRecord:
     """Run one stage and write its manifest."""
-    if entry.why == REQUESTED and RANK == 0:
-        _empty(entry.folder)
+    if RANK == 0:
+        for name in entry.needs:
+            check_files(folders[name], records[name], contents=True)
+        if entry.why == REQUESTED:
+            _empty(entry.folder)
     console.say(f"{entry.stage.name}: {entry.action}" + (f" ({entry.why})" if entry.why else ""))
     context = Context(
         stage=entry.stage.name,
@@ -263,6 +354,8 @@ def _run(
     summary = entry.stage.run(context)
     if RANK == 0:
         _finish(entry, summary, earlier + time.monotonic() - started, code)
+        _fulfil(entry, settings)
+        _remove_intermediate(entry.folder)
     wait_for_all()
     record = read_manifest(entry.folder)  # as a later run reads it: JSON turns tuples into lists
     assert record is not None
@@ -270,13 +363,15 @@ def _run(
 
 
 def _finish(entry: Planned, summary: dict[str, Any], seconds: float, code: str) -> None:
-    """Write the manifest of a stage, then remove the files that only an interrupted stage needs."""
-    checkpoints = [path for path in entry.folder.glob("checkpoints/**/checkpoint-*") if path.is_dir()]
-    temporary = {entry.folder / CLOCK, entry.folder / LOCK}
+    """Write the manifest of a stage."""
+    for file in entry.folder.rglob(TEMPORARY):  # of a killed start
+        file.unlink()
+    checkpoints = _checkpoints(entry.folder)
+    internal = {entry.folder / name for name in (CLOCK, LOCK)}
     files = [
         file
         for file in entry.folder.rglob("*")
-        if file.is_file() and file not in temporary and not any(path in file.parents for path in checkpoints)
+        if file.is_file() and file not in internal and not any(path in file.parents for path in checkpoints)
     ]
     record = StageRecord(
         stage=entry.stage.name,
@@ -287,18 +382,26 @@ def _finish(entry: Planned, summary: dict[str, Any], seconds: float, code: str) 
         seconds=round(seconds, 3),
         peak_memory_mb=round(peak_memory_mb()),
         summary=summary,
-        files=tuple(sorted(str(file.relative_to(entry.folder)) for file in files)),
+        files=describe_files(entry.folder, files),
         code=code,
         sources=entry.sources,
     )
     write_manifest(entry.folder, record)
-    (entry.folder / CLOCK).unlink()
-    for checkpoint in checkpoints:
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoints/**/checkpoint-*") if path.is_dir()]
+
+
+def _remove_intermediate(folder: Path) -> None:
+    """Remove the files that only an interrupted stage needs: its checkpoints and, after them, its clock."""
+    for checkpoint in _checkpoints(folder):
         shutil.rmtree(checkpoint)
+    (folder / CLOCK).unlink(missing_ok=True)
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything but the lock."""
-    for path in folder.iterdir():
+    """Remove the files of a stage that is computed again, the manifest last: without it the stage would continue."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -36,6 +36,11 @@ def whole_midtrain(settings: Mapping[str, Any]) -> str:
     return "midtrain_all" if settings["mid_hold_out"] else "midtrain"
 
 
+def resolved_bf16(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the value of `llm_bf16` on this machine, for the key of a stage."""
+    return {"llm_bf16": use_bf16(settings, device())}
+
+
 def load_model(folder: Path) -> tuple[PreTrainedModel, Any]:
     """Load the language model and the tokenizer of a stage's folder on the device of this machine."""
     model, tokenizer = load_saved(folder / "model")

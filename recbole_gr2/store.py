@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,12 @@ from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.types import StageRecord
 
 MANIFEST = "manifest.json"
+SCHEMA = 2  # version of the form of a manifest
 LOCK = ".lock"
+TEMPORARY = ".*.tmp"  # pattern of files that are renamed when they are complete
+SMALL = 2**20  # bytes up to which the content of a file is checked whenever its stage is planned
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -43,24 +50,106 @@ def stage_key(stage: str, version: int, settings: Mapping[str, Any], needs: Mapp
 
 
 def read_manifest(folder: Path) -> StageRecord | None:
-    """Return the record of a finished stage, or None if the stage is not finished."""
+    """Return the record of a finished stage, or None if the stage is not finished.
+
+    A manifest of an earlier schema has no checksums, so that its stage counts as interrupted.
+
+    Raises:
+        GR2Error: the manifest is damaged, or a newer version of the package wrote it.
+    """
     file = folder / MANIFEST
     if not file.is_file():
         return None
-    values = json.loads(file.read_text(encoding="utf-8"))
-    return StageRecord(**{**values, "files": tuple(values["files"])})
+    again = f"repeat the command with --from_stage {folder.parent.name}, which computes the stage again"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        schema = int(values.pop("schema", 0))
+        if schema < SCHEMA:
+            return None
+        unknown = set(values) - {field.name for field in fields(StageRecord)}
+        if schema == SCHEMA and not unknown:
+            return StageRecord(**values)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise GR2Error(
+            f"the manifest is damaged: {error}",
+            where=str(file),
+            why="it lists the results of the stage and their checksums",
+            do=again,
+        ) from error
+    raise GR2Error(
+        f"a newer version of the package wrote the manifest: schema {schema}"
+        + (f", unknown fields {', '.join(sorted(unknown))}" if unknown else ""),
+        where=str(file),
+        why=f"this version, {__version__}, reads schema {SCHEMA}",
+        do=f"install the newer version, or {again}",
+    )
 
 
 def write_manifest(folder: Path, record: StageRecord) -> None:
     """Finish a stage."""
-    write_json(folder / MANIFEST, asdict(record))
+    write_json(folder / MANIFEST, {"schema": SCHEMA, **asdict(record)})
 
 
 def other_records(folder: Path) -> list[StageRecord]:
-    """Return the records of the same stage under other keys, newest first."""
-    manifests = sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime, reverse=True)
-    records = [read_manifest(file.parent) for file in manifests if file.parent != folder]
+    """Return the records of the same stage under other keys, newest first. Manifests that cannot be read are left out.
+
+    They only explain a plan.
+    """
+    records = []
+    for file in sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if file.parent != folder:
+            with contextlib.suppress(GR2Error):
+                records.append(read_manifest(file.parent))
     return [record for record in records if record is not None]
+
+
+def describe_files(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and checksum of files, as a manifest contains them."""
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in sorted(files)
+    }
+
+
+def check_files(folder: Path, record: StageRecord, *, contents: bool = False) -> None:
+    """Check that the files of a finished stage are those that the stage wrote.
+
+    Args:
+        folder: the folder of the stage.
+        record: its manifest.
+        contents: whether to compare the checksums of all files. Otherwise those of large files are not computed.
+
+    Raises:
+        GR2Error: a file is missing, truncated or changed, or the manifest belongs to another folder.
+    """
+    for name, expected in record.files.items():
+        file = folder / name
+        if not file.is_file():
+            problem = "is missing"
+        elif file.stat().st_size != expected["bytes"]:
+            problem = f"has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        elif (contents or expected["bytes"] <= SMALL) and sha256(file) != expected["sha256"]:
+            problem = "has another content than the stage wrote"
+        else:
+            continue
+        raise GR2Error(
+            f"{name} of the finished stage {record.stage} {problem}",
+            where=str(file),
+            why="the results of all later stages would be wrong",
+            do=f"repeat the command with --from_stage {record.stage}, to compute this stage and the next ones again",
+        )
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's content. It is computed again if the size or the time of the file changes."""
+    status = file.stat()
+    return _sha256(file, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@cache
+def _sha256(file: Path, *version: int) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def code_version(package: Path = Path(__file__).parent) -> str:
@@ -133,60 +222,216 @@ def file_hash(file: str | Path, *, where: str) -> str:
         MissingFileError: the file cannot be read.
     """
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        return sha256(Path(file))[:12]
     except OSError as error:
         raise MissingFileError(
             f"the file {file} cannot be read: {error}", where=where, do="correct the path in this setting"
         ) from error
 
 
+def folder_hash(folder: str | Path, *, where: str) -> str:
+    """Return the hash of the files of a folder, their names included, 12 hexadecimal digits. Hidden files do not count.
+
+    Args:
+        where: the setting that names the folder.
+
+    Raises:
+        MissingFileError: the folder or one of its files cannot be read.
+    """
+    folder = Path(folder)
+    files = _visible(folder)
+    if not files:
+        raise MissingFileError(
+            f"there are no files in the folder {folder}", where=where, do="correct the path in this setting"
+        )
+    return _hash_of({file.relative_to(folder).as_posix(): file_hash(file, where=where) for file in files})
+
+
+def _visible(folder: Path) -> list[Path]:
+    """All files of a folder but hidden ones and Python's caches."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def _hash_of(values: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def module_hash(module: str, *, where: str) -> str:
-    """Return the hash of a user's module, without importing it.
+    """Return the hash of a user's module and of the modules that it imports, directly or indirectly.
+
+    Modules of the same folder, or of the same package if it is installed, count. A package counts with all its files.
+    Nothing is imported.
 
     Args:
         where: the setting that names the module.
 
     Raises:
-        ConfigurationError: there is no such module.
+        ConfigurationError: there is no such module, or one of the modules has a syntax error.
     """
-    try:
-        spec = importlib.util.find_spec(module)
-    except ImportError:  # a parent package is missing
-        spec = None
-    if spec is None or spec.origin is None:
+    top = module.partition(".")[0]
+    spec = importlib.util.find_spec(top)  # imports nothing, because the name has no parent
+    places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
+    root = Path(places[0]).parent if places and places[0] else Path()
+    file = Path(str(spec.origin)) if spec and module == top and spec.origin else _module_file(root, module)
+    package = root.joinpath(*module.split("."))
+    if not file.is_file() and not package.is_dir():
         raise ConfigurationError(
             f"there is no module {module!r}", where=where, do="install it, or add its folder to PYTHONPATH"
         )
-    return file_hash(spec.origin, where=where)
+    files = {module: file} if file.is_file() else {}
+    pending = [module, *_parents(module)]
+    if package.is_dir():
+        files |= {str(each.relative_to(root)): each for each in _visible(package)}
+        pending += [".".join(each.relative_to(root).with_suffix("").parts) for each in package.rglob("*.py")]
+    installed = {"site-packages", "dist-packages"} & set(root.parts)
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        here = file if name == module else _module_file(root, name)
+        other = installed and name.partition(".")[0] != top
+        if name in seen or other or name.partition(".")[0] == PACKAGE or not here.is_file():
+            continue
+        seen.add(name)
+        files[name] = here
+        if here.suffix == ".py":
+            pending += _imports(here, name, where)
+    return _hash_of({name: file_hash(each, where=where) for name, each in files.items()})
+
+
+def _module_file(root: Path, module: str) -> Path:
+    """The file of a module below a folder of sys.path. It need not exist."""
+    path = root.joinpath(*module.split("."))
+    return path / "__init__.py" if (path / "__init__.py").is_file() else path.with_name(f"{path.name}.py")
+
+
+def _parents(module: str) -> list[str]:
+    """The packages that contain a module, which Python imports before it."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _imports(file: Path, module: str, where: str) -> list[str]:
+    """The names that may be modules which a module imports, with their packages."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise ConfigurationError(
+            f"the module {module} has a syntax error: {error}",
+            where=f"{where}: {file}",
+            why="the run imports this module",
+            do="correct the module",
+        ) from error
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # The package that a relative import starts from. A module of a package is one level deeper.
+            parts = module.split(".")[: None if file.name == "__init__.py" else -1]
+            parts = parts[: len(parts) - (node.level - 1)] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for full in names if full for name in (*_parents(full), full)]
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a stage's folder, so that two runs never write the same stage.
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of a stage's folder, so that no run writes a stage that another one writes or reads.
+
+    The lock ends with its process. A lock file that a killed process left is no lock.
+
+    Args:
+        folder: the folder of the stage.
+        shared: whether to read the folder only. Several processes may do this at the same time.
 
     Raises:
-        GR2Error: another process holds the lock.
+        GR2Error: another process holds the lock, or the file system has no locks.
     """
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GR2Error(
-                "another process is working on this stage",
+                f"another process is working on this stage{'' if shared else ', or reads its files'}",
                 where=str(folder),
+                why="its files could change while they are read",
                 do="wait for it or stop it; the lock ends with its process",
+            ) from error
+        except OSError as error:
+            raise GR2Error(
+                f"the file system does not lock files: {error.strerror}",
+                where=str(folder),
+                why="two runs could write the same stage at the same time",
+                do="set checkpoint_dir to a folder on a local disk",
             ) from error
         yield
 
 
-def write_json(file: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that the file is never incomplete."""
+@contextlib.contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Within this context, report a full disk and a folder that cannot be written as an error of this package.
+
+    Args:
+        folder: where results are written.
+
+    Raises:
+        GR2Error: the disk is full, or a folder is not writable.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if isinstance(error, GR2Error):
+            raise
+        if number in NO_SPACE or _says_no_space(error, folder):
+            raise GR2Error(
+                f"the disk is full: {error}",
+                where=f"{folder}: {_free(folder)} free",
+                why="results cannot be written; finished stages and the last checkpoint are kept",
+                do="free disk space, then repeat the command; checkpoint_dir chooses another folder",
+            ) from error
+        if isinstance(error, OSError) and number in NOT_WRITABLE:
+            raise GR2Error(
+                f"permission denied: {error.strerror}",
+                where=str(error.filename or folder),
+                why="results are written to this folder",
+                do="make the folder writable, or choose another one with checkpoint_dir",
+            ) from error
+        raise
+
+
+def _says_no_space(error: BaseException, folder: Path) -> bool:
+    """Whether an error without errno comes from a full disk: libraries raise errors of their own.
+
+    Those of safetensors and tokenizers contain the text of the system, those of torch and numpy do not.
+    """
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(_existing(folder)).free < SMALL
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(_existing(folder)).free / 2**20:,.0f} MiB"
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text under a temporary name and rename it, so that the file is never incomplete."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    write_text(file, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:

@@ -157,6 +157,24 @@ def split_text(text: Sequence[str], tokenizer: Any, max_length: int) -> Iterator
         yield head + ids + end
 
 
+def general_source(file: str | None) -> str:
+    """Return plain English with blank lines between paragraphs.
+
+    Args:
+        file: a text file; None reads the documentation that comes with Python.
+
+    Raises:
+        MissingFileError: there is no such file.
+    """
+    if file is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    if not Path(file).is_file():
+        raise MissingFileError(f"there is no text file {file}", where="mid_general", do="correct the path")
+    return Path(file).read_text(encoding="utf-8")
+
+
 def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str], list[str]]:
     """Return paragraphs of plain English: about `tokens` tokens to train on, and others to measure perplexity on.
 
@@ -171,15 +189,7 @@ def general_texts(file: str | None, tokens: float, seed: int) -> tuple[list[str]
         MissingFileError: there is no such file.
         ConfigurationError: the file has no paragraph of MIN_PARAGRAPH characters.
     """
-    if file is None:
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-    elif Path(file).is_file():
-        text = Path(file).read_text(encoding="utf-8")
-    else:
-        raise MissingFileError(f"there is no text file {file}", where="mid_general", do="correct the path")
-    paragraphs = [plain_text(" ".join(part.split())) for part in text.split("\n\n")]
+    paragraphs = [plain_text(" ".join(part.split())) for part in general_source(file).split("\n\n")]
     paragraphs = [part for part in paragraphs if len(part) >= MIN_PARAGRAPH and part[0].isalpha()]
     if not paragraphs:
         raise ConfigurationError(

@@ -274,7 +274,7 @@ class StageRecord:
         seconds: wall time of all starts, in seconds. An interrupted start counts up to the last file that it wrote.
         peak_memory_mb: largest resident memory of the last start, in MiB.
         summary: the figures that the stage reports.
-        files: paths of the files that the stage wrote, relative to its folder.
+        files: the files that the stage wrote: path relative to its folder -> `bytes` and `sha256`.
         code: package version and commit, see `recbole_gr2.store.code_version`.
         sources: hash of the package sources that the stage uses, see `recbole_gr2.store.source_hash`.
     """
@@ -287,7 +287,7 @@ class StageRecord:
     seconds: float
     peak_memory_mb: float
     summary: dict[str, Any] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     code: str = ""
     sources: str = ""
 

@@ -188,7 +188,7 @@ def test_checkpoints_are_removed_after_the_manifest_is_written(toy, monkeypatch)
     assert checkpoint.is_dir()
     toy.run()
     folder = checkpoint.parents[1]
-    assert not checkpoint.exists() and read_manifest(folder).files == ("checkpoints/kept", "result")
+    assert not checkpoint.exists() and list(read_manifest(folder).files) == ["checkpoints/kept", "result"]
     assert sorted(path.name for path in folder.iterdir()) == [LOCK, "checkpoints", "manifest.json", "result"]
 
 

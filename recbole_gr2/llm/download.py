@@ -7,6 +7,7 @@ downloaded, and only the model in it is kept. Nothing is installed.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recbole_gr2.errors import GR2Error, MissingFileError
+from recbole_gr2.store import folder_hash
 
 MARKER = ".complete"  # written last, before the folder is renamed to its final name
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -86,6 +88,29 @@ def resolve(llm: str) -> Path | str:
         why="it is not a packaged model, not an existing folder, and does not have the form of a hub id",
         do=f"give one of: {', '.join(PACKAGED)}; the path of a folder; or a hub id such as Qwen/Qwen3-0.6B",
     )
+
+
+def identity(llm: str, *, where: str) -> str:
+    """Return what identifies a model in the key of a stage. Nothing is downloaded.
+
+    It is the version of a packaged model, the hash of the files of a folder, or the hub id. A folder with an adapter
+    also counts with the folder of its base model.
+
+    Args:
+        llm: as of `resolve`.
+        where: the setting that names the model.
+    """
+    if llm in PACKAGED:
+        return f"{llm} {PACKAGED[llm].version}"
+    folder = Path(llm).expanduser()
+    if not llm or not folder.is_dir():
+        return llm
+    value, adapter = f"folder {folder_hash(folder, where=where)}", folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and Path(base).expanduser().resolve() != folder.resolve():
+            value += f" on {identity(base, where=where)}"
+    return value
 
 
 def fetch(name: str) -> Path:

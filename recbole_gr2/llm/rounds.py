@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from recbole_gr2.store import write_text
 from recbole_gr2.types import Answer, Request
 
 MIN_SPREAD = 1e-6  # rewards of a group that differ by at most this are equal
@@ -143,7 +144,7 @@ class RolloutFile:
                 lines.append(line)
                 kept[entry["step"]] = kept.get(entry["step"], False) or bool(entry["kept"])
         if write:
-            path.write_text("".join(lines), encoding="utf-8")
+            write_text(path, "".join(lines))
         for number in sorted(kept):
             self._count(kept[number])
 

@@ -175,8 +175,8 @@ def finetune(
         max_length: Longest text in tokens. A longer text is an error; texts are never cut.
         seed: Seed of the order of the texts. The order of a pass depends on the seed and the number of the pass.
         bf16: Train under bfloat16 autocast.
-        save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log, so
-            that a resumed run logs the same means.
+        save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log,
+            so that a resumed run logs the same means.
         llm_weight: Power of the model's probability in `Example.choices`, beside their prior.
         trie: Normalize each code of a semantic ID over the codes that lead to an item, as in generation. None: over the
             whole vocabulary.

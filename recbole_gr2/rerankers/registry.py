@@ -102,7 +102,7 @@ def source_values(settings: Settings) -> dict[str, dict[str, str]]:
     for name in dict.fromkeys(settings["eval_rows"]):
         if name.startswith(FILE):
             file = name.removeprefix(FILE)
-            values[find_reranker(name).name] = {f"{name}.sha": file_hash(file, where="eval_rows")}
+            values[find_reranker(name).name] = {"file.sha": file_hash(file, where="eval_rows")}
         elif ":" in name:
             values[find_reranker(name).name] = {f"{name}.sha": module_hash(name.partition(":")[0], where="eval_rows")}
     return values

@@ -210,7 +210,7 @@ def check_settings(settings: Settings) -> None:
 
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the imported file."""
-    return {"cand_file.sha": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
+    return {"cand_file": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
 
 
 def stages(settings: Settings) -> list[Stage]:

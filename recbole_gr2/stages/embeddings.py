@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from recbole_gr2.artifacts import write_embeddings
-from recbole_gr2.llm.download import resolve
+from recbole_gr2.config import Settings
+from recbole_gr2.llm.download import identity, resolve
 from recbole_gr2.llm.model import device
 from recbole_gr2.sid.contrastive import co_engaged
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings, item_text, neighbour_means, textless_line
 from recbole_gr2.types import Context, Stage
+
+HASH = "hash"  # the name of an encoder without a model
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     settings, data = context.settings, context.data
     texts = [item_text(item) for item in data.catalog]
     inputs = [text or item.token for text, item in zip(texts, data.catalog, strict=True)]
-    if settings["sid_encoder"] == "hash":
+    if settings["sid_encoder"] == HASH:
         embeddings = hash_embeddings(inputs)
     else:
         embeddings = embed_texts(inputs, resolve(settings["sid_encoder"]), device=device())
@@ -51,4 +54,10 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
-STAGE = Stage(name="embeddings", version=3, run=run, settings=("sid_encoder", "text_"))
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return what identifies the encoder."""
+    encoder = settings["sid_encoder"]
+    return {} if encoder == HASH else {"sid_encoder": identity(encoder, where="sid_encoder")}
+
+
+STAGE = Stage(name="embeddings", version=3, run=run, settings=("sid_encoder", "text_"), key_values=key_values)

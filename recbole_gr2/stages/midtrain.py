@@ -6,6 +6,7 @@ the new tokens on the persona task, with all other weights frozen; then all weig
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +17,21 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
+from recbole_gr2.llm.download import identity
 from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.llm.model import RANDOM, device, load_language_model, save_language_model
 from recbole_gr2.llm.train import finetune
 from recbole_gr2.llm.vocabulary import start_from_codebooks
-from recbole_gr2.policy import new_tokens, sid_trie, use_bf16, whole_midtrain
+from recbole_gr2.policy import new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
 from recbole_gr2.sid.tokens import added_tokens, code_tokens
-from recbole_gr2.store import file_hash, write_json
+from recbole_gr2.store import write_json
 from recbole_gr2.tasks import (
     check_mix,
     examples_of,
+    general_source,
     general_texts,
     share_of,
     split_text,
@@ -154,13 +157,18 @@ def check_settings(settings: Settings) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hashes of all prompt templates and of the text file that mid-training may read.
+    """Return what identifies the language model, the hashes of its texts, and whether it trains in bfloat16.
 
-    The vocabulary covers all built-in templates, so that each of them can be used with the same model.
+    The vocabulary covers all built-in prompt templates, so that each of them can be used with the same model. The
+    default of the general texts comes with Python and differs between its versions.
     """
-    values = {"prompt_templates.sha": " ".join(t.sha for t in templates_for(settings["prompt_template"]))}
-    if settings["mid_general"]:
-        values["mid_general.sha"] = file_hash(settings["mid_general"], where="mid_general")
+    values: dict[str, Any] = {
+        "prompt_templates.sha": " ".join(t.sha for t in templates_for(settings["prompt_template"])),
+        "mid_general": hashlib.sha256(general_source(settings["mid_general"]).encode()).hexdigest()[:12],
+        **resolved_bf16(settings),
+    }
+    if settings["llm"] != RANDOM:
+        values["llm"] = identity(settings["llm"], where="llm")
     return values
 
 

@@ -26,7 +26,7 @@ from recbole_gr2.llm.train import Example, ProgressLines, finetune
 from recbole_gr2.llm.vocabulary import add_tokens
 from recbole_gr2.onerec_think import END_OF_THINK, THINK, prompt_ids, prompt_maker, reasons, trace_grammar
 from recbole_gr2.plain_text import plain_text
-from recbole_gr2.policy import load_model, new_tokens, sid_trie, use_bf16, whole_midtrain
+from recbole_gr2.policy import load_model, new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import PromptMaker, encode, encode_chat, kind, load_template, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import sid_text
@@ -281,8 +281,8 @@ def reinforce(
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hash of the prompt template."""
-    return {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
+    """Return the hash of the prompt template, and whether the model trains in bfloat16."""
+    return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
 
 
 def stages(settings: Settings) -> list[Stage]:

@@ -11,6 +11,7 @@ import numpy as np
 from recbole_gr2.artifacts import load_catalog, load_requests, write_answers
 from recbole_gr2.config import Settings
 from recbole_gr2.lists import reported_requests, training_requests
+from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
 from recbole_gr2.types import Context, Stage
@@ -60,9 +61,12 @@ def stages(settings: Settings) -> list[Stage]:
 
 def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
     def key_values(settings: Settings) -> dict[str, Any]:
+        values: dict[str, Any] = dict(sources)
         if "prompt_" in reranker.settings_prefixes:
-            return {**sources, "prompt_template.sha": load_template(settings["prompt_template"]).sha}
-        return dict(sources)
+            values["prompt_template"] = load_template(settings["prompt_template"]).sha
+        if "llm_bf16".startswith(reranker.settings_prefixes):
+            values |= resolved_bf16(settings)
+        return values
 
     built_in = reranker.__module__.startswith("recbole_gr2.rerankers.")
     return Stage(

@@ -22,11 +22,11 @@ from recbole_gr2.llm.curves import FIGURES, curve
 from recbole_gr2.llm.endpoint import check_url
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import ProgressLines
-from recbole_gr2.policy import answer_grammar, load_model, new_tokens, use_bf16
+from recbole_gr2.policy import answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
 from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong, reward_names
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.store import file_hash, module_hash, write_json
+from recbole_gr2.store import folder_hash, module_hash, write_json
 from recbole_gr2.types import Context, Request, Stage
 
 OVERLONG_WEIGHT = 0.1  # weight of the penalty of long reasoning. Our choice.
@@ -145,8 +145,8 @@ def check_settings(settings: Settings) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hashes of the prompt template and of the modules of the user's own rewards."""
-    values = {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
+    """Return the hashes of the prompt template and of the user's own rewards, and whether to train in bfloat16."""
+    values = {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
     for name in reward_names(settings["rl_rewards"]):
         if ":" in name:
             values[f"{name}.sha"] = module_hash(name.partition(":")[0], where="rl_rewards")
@@ -157,8 +157,7 @@ def _teacher_values(settings: Settings) -> dict[str, Any]:
     """The hashes of `key_values`, and that of a distillation teacher in a folder."""
     values, name = key_values(settings), settings["distilled_teacher"]
     if name != "sft" and "://" not in name:
-        weights = Path(name) / "model" / "model.safetensors"
-        values["distilled_teacher.sha"] = file_hash(weights, where="distilled_teacher")
+        values["distilled_teacher"] = folder_hash(Path(name) / "model", where="distilled_teacher")
     return values
 
 

@@ -20,7 +20,7 @@ from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
-from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, use_bf16
+from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
 from recbole_gr2.prompts import PromptMaker, encode, encode_prompt, load_template
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -212,8 +212,8 @@ def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prom
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hash of the prompt template."""
-    return {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
+    """Return the hash of the prompt template, and whether the model trains in bfloat16."""
+    return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
 
 
 STAGE = Stage(

@@ -15,9 +15,10 @@ from recbole_gr2.artifacts import load_catalog, write_traces
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
+from recbole_gr2.llm.download import identity
 from recbole_gr2.llm.endpoint import check_url
 from recbole_gr2.llm.model import load_language_model
-from recbole_gr2.policy import Policy, citations
+from recbole_gr2.policy import Policy, citations, resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens
@@ -146,13 +147,17 @@ def check_settings(settings: Settings) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hashes of the prompt template, of the recorded traces and of the user's own teacher."""
-    values = {"prompt_template.sha": load_template(settings["prompt_template"]).sha}
+    """Return the hashes of the prompt template and of the recorded traces, and what identifies the teacher."""
+    values: dict[str, Any] = {"prompt_template": load_template(settings["prompt_template"]).sha}
     if ":" in settings["trace_teacher"]:
         module = settings["trace_teacher"].partition(":")[0]
         values["trace_teacher.sha"] = module_hash(module, where="trace_teacher")
     if settings["trace_file"]:
-        values["trace_file.sha"] = file_hash(settings["trace_file"], where="trace_file")
+        values["trace_file"] = file_hash(settings["trace_file"], where="trace_file")
+    if settings["trace_teacher"] == "local_llm":
+        values |= resolved_bf16(settings)
+        if settings["trace_llm"] is not None:
+            values["trace_llm"] = identity(settings["trace_llm"], where="trace_llm")
     return values
 
 
