@@ -89,6 +89,7 @@ SETTINGS = {
     "onerec_think_beams": 4,
 }
 VARIANTS = [{}, {"llm_lora_rank": 4}]
+MOST = 2  # kills of a stage in a round
 STARTED = re.compile(r"\] (\S+): (?:run|resume)")
 FINISHED = re.compile(r"\] (\S+) (?:cached|outdated|done in)")
 
@@ -203,14 +204,20 @@ class Run:
         self.stderr.close()
 
     def checksums(self) -> dict[str, dict[str, str]]:
-        """The checksums of the files of every finished stage, from the manifests."""
-        manifests = {
-            file.parents[1].name: json.loads(file.read_text()) for file in self.stages.glob("*/*/manifest.json")
-        }
-        return {
-            stage: {name: entry["sha256"] for name, entry in manifest["files"].items()}
-            for stage, manifest in manifests.items()
-        }
+        """The checksums of the files of every finished stage, from the manifests. log.json counts without times."""
+        found: dict[str, dict[str, str]] = {}
+        for file in self.stages.glob("*/*/manifest.json"):
+            files = {name: entry["sha256"] for name, entry in json.loads(file.read_text())["files"].items()}
+            if "log.json" in files:
+                logged = json.loads((file.parent / "log.json").read_text(), object_hook=without_times)
+                files["log.json"] = json.dumps(logged, sort_keys=True)
+            found[file.parents[1].name] = files
+        return found
+
+
+def without_times(line: dict[str, object]) -> dict[str, object]:
+    """A line of a log without the seconds of its steps."""
+    return {name: value for name, value in line.items() if name != "step_time"}
 
 
 def metrics(result: str) -> list[object]:
@@ -261,7 +268,9 @@ def report() -> None:
         while code is None:
             run.start()
             if kills + len(killed) < options.kills:
-                where = kill_somewhere(run, list(seconds), seconds, rng)
+                often = [stage for stage in seconds if killed.count(stage) >= MOST or stage in run.finished]
+                left = [stage for stage in seconds if stage not in often]
+                where = kill_somewhere(run, left, seconds, rng) if left else ""
                 if where:
                     killed.append(where)
                     print(f"kill {kills + len(killed)}: round {rounds}, {where}", flush=True)
@@ -288,10 +297,12 @@ def report() -> None:
     sys.exit(failures > 0 or same < kills or same_metrics < rounds)
 
 
-def kill_somewhere(run: Run, stages: list[str], seconds: dict[str, float], rng: random.Random) -> str:
-    """Kill a started run at a random time. Returns where it was, or "" if it ended before."""
-    left = [stage for stage in stages if stage not in run.finished]
-    if not left or rng.random() < 0.06:  # in the start, the plan, or the report
+def kill_somewhere(run: Run, left: list[str], seconds: dict[str, float], rng: random.Random) -> str:
+    """Kill a started run at a random time in one of the stages that are left, the next ones.
+
+    Returns where it was, or "" if it ended before.
+    """
+    if rng.random() < 0.06:  # in the start, the plan, or the report
         deadline = time.monotonic() + rng.uniform(0, 3)
         while time.monotonic() < deadline and not run.ended():
             time.sleep(0.002)

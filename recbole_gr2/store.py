@@ -396,9 +396,9 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and number in NOT_WRITABLE:
             raise GR2Error(
-                f"permission denied: {error.strerror}",
+                f"results cannot be written: {error.strerror}",
                 where=str(error.filename or folder),
-                why="results are written to this folder",
+                why="a stage writes its files to its folder",
                 do="make the folder writable, or choose another one with checkpoint_dir",
             ) from error
         raise

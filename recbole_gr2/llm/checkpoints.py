@@ -42,15 +42,16 @@ def last_checkpoint(folder: Path) -> str | None:
         for checkpoint in _checkpoints(folder):
             if checkpoint not in complete:
                 shutil.rmtree(checkpoint)
-    return str(max(complete, key=_step)) if complete else None
+    return str(max(complete, key=step_of)) if complete else None
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """Return the optimizer step at which a checkpoint was written."""
+    return int(Path(checkpoint).name.partition("-")[2])
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.partition("-")[2].isdigit()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
 
 
 def _is_complete(checkpoint: Path) -> bool:

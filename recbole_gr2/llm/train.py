@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.batching import micro_batch_size as largest_micro_batch
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
+from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint, step_of
 from recbole_gr2.llm.grammar import FREE, among
 from recbole_gr2.llm.model import device
 from recbole_gr2.llm.sampler import LengthSampler
@@ -246,7 +247,13 @@ def finetune(
         data_collator=Collator(tokenizer.pad_token_id),
     )
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint and step_of(checkpoint) >= steps:  # transformers would train one more step if it is within a pass
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        model.train()
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     log = [line for line in trainer.state.log_history if "loss" in line]
     if not log or not all(math.isfinite(line["loss"]) for line in log):
         raise QualityCheckError(
