@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recbole_gr2 import pipeline
+from recbole_gr2 import pipeline, preflight
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml
-from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
+from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml_file
+from recbole_gr2.console import Console, quiet_libraries
+from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
 from recbole_gr2.report.result import SCHEMA, new_folder, stage_entries
 from recbole_gr2.report.tables import figures_table, variant_cost_table, variant_settings_table
 from recbole_gr2.store import read_manifest, write_json
@@ -76,21 +76,16 @@ def read_ablation(name: str) -> Ablation:
     packaged = {file.stem: file for file in (properties_folder() / "ablation").glob("*.yaml")}
     file = packaged.get(name, Path(name))
     if file.suffix not in (".yaml", ".yml"):
+        near = nearest(name, packaged)
         raise ConfigurationError(
             f"there is no ablation named {name!r}",
             where="--ablation",
             why="The name is neither an ablation of the package nor the path of a YAML file.",
-            do=f"choose from {sorted(packaged)}, or give the path of a YAML file",
+            do=(f"did you mean {', '.join(near)}? " if near else "")
+            + f"choose from {sorted(packaged)}, or give the path of a YAML file",
         )
-    if not file.is_file():
-        raise MissingFileError(
-            f"there is no ablation file {file}",
-            where="--ablation",
-            why="The file describes the variants.",
-            do="correct the path",
-        )
+    values = read_yaml_file(file, where="--ablation", what="ablation file")
     try:
-        values = read_yaml(file.read_text(encoding="utf-8"))
         variants = tuple(Variant(**variant) for variant in values["variants"])
         ablation = Ablation(**{**values, "variants": variants, "name": file.stem})
     except (TypeError, KeyError) as error:
@@ -151,6 +146,7 @@ def run_ablation(
         f"preset {common['preset']}, seed {common['seed']}"
     )
     settings = _for_each(ablation, lambda variant: load_variant(ablation, variant, given))
+    quiet_libraries()
     data = data_for(common)
 
     def plan(variant: Variant) -> list[pipeline.Planned]:
@@ -161,6 +157,11 @@ def run_ablation(
     plans = _for_each(ablation, plan)
     _check_columns(ablation, plans)
     console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
+    entries = {entry.folder: entry for planned in plans.values() for entry in planned}
+    console.say(f"expected time: {preflight.expected_total(list(entries.values()))}")
+    for name, planned in plans.items():
+        pipeline.check_run(planned, settings[name], data)
+        preflight.check_resources(planned, settings[name], lambda text: None, dry_run=dry_run)
     if dry_run:
         return None
     variants = []
@@ -209,6 +210,7 @@ def load_variant(ablation: Ablation, variant: Variant, given: Mapping[str, Any])
         ConfigurationError: a setting is not valid, or the user gives another value to a setting of the variant.
     """
     settings = load_settings(**given, layers=_layers(ablation, variant))
+    preflight.check(settings, ablation.stages)
     pipeline.check(settings)
     for key, value in variant.settings.items():
         used = settings[key] if key in settings else settings.recbole[key.removeprefix("base_")]

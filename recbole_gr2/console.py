@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import time
@@ -19,6 +20,19 @@ METER = "        {desc}{n_fmt} of {total_fmt} batches, {elapsed} elapsed, {remai
 NUMBER = re.compile(
     r"[-+]?[\d.,]*(%| s| MiB|)( ± [\d.]+)?( \[.*\])?$"
 )  # A cell of a column of numbers, or an empty cell.
+
+
+def quiet_libraries() -> None:
+    """Turn off progress bars and warnings of libraries that say nothing about a run."""
+    import warnings
+
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()
+    for module in ("recbole", "transformers"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 class _Discard(io.TextIOBase):

@@ -7,9 +7,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.distributed import RANK, WORLD_SIZE, wait_for_all
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.meter import CLOCK, peak_memory_mb, reset_peak_memory, seconds_of_earlier_starts
-from recbole_gr2.stages import all_stages
+from recbole_gr2.stages import all_stages, check_name
 from recbole_gr2.store import (
     LOCK,
     MANIFEST,
@@ -84,19 +84,36 @@ def check(settings: Settings) -> None:
     """Check everything about the settings that can be checked before any data is loaded.
 
     Raises:
-        ConfigurationError: one or several stages cannot run with these settings. It reports all problems together.
+        ConfigurationError: several stages cannot run with these settings. It reports all problems together.
+        GR2Error: one stage cannot run with these settings.
     """
-    problems: list[ConfigurationError] = []
-    for stage_check in dict.fromkeys(stage.check for stage in all_stages(settings)):
+    _all_problems(partial(each, settings) for each in dict.fromkeys(stage.check for stage in all_stages(settings)))
+
+
+def check_run(planned: Iterable[Planned], settings: Settings, data: Any) -> None:
+    """Check that the stages that a plan computes can run with the data and with what is installed.
+
+    Raises:
+        ConfigurationError: several stages cannot run. It reports all problems together.
+        GR2Error: one stage cannot run.
+    """
+    checks = dict.fromkeys(entry.stage.check_run for entry in planned if not entry.finished)
+    _all_problems(partial(each, settings, data) for each in checks)
+
+
+def _all_problems(checks: Iterable[Callable[[], None]]) -> None:
+    """Call all checks and raise their errors together."""
+    problems: dict[str, GR2Error] = {}
+    for check_one in checks:
         try:
-            stage_check(settings)
-        except ConfigurationError as error:
-            problems.append(error)
+            check_one()
+        except GR2Error as error:
+            problems.setdefault(str(error), error)
     if len(problems) == 1:
-        raise problems[0]
+        raise next(iter(problems.values()))
     if problems:
         raise ConfigurationError(
-            f"{len(problems)} problems in the settings:\n" + "\n".join(str(problem) for problem in problems),
+            f"{len(problems)} problems in the settings:\n" + "\n".join(problems),
             do="correct all of them",
         )
 
@@ -121,13 +138,7 @@ def plan(
     """
     declared = {stage.name: stage for stage in all_stages(settings)}
     for name in (*stages, *([from_stage] if from_stage else [])):
-        if name not in declared:
-            near = get_close_matches(name, declared, n=3, cutoff=0.4)
-            raise ConfigurationError(
-                f"there is no stage {name!r}",
-                where="--stages, --from_stage",
-                do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(declared)}",
-            )
+        check_name(name, declared)
     root = settings.results_folder / "stages"
     planned: list[Planned] = []
     keys: dict[str, str] = {}

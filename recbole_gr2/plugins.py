@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,10 +37,13 @@ def find(name: str, builtin: Mapping[str, Any], where: str) -> Any:
         )
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the user's module may raise any class
+        here = isinstance(error, ImportError | AttributeError)
+        frames = traceback.extract_tb(error.__traceback__)
+        place = "" if here else f" ({frames[-1].filename}:{frames[-1].lineno})"
         raise ConfigurationError(
-            f"cannot import {name!r}: {error}",
+            f"cannot import {name!r}: {'' if here else f'{type(error).__name__}: '}{error}{place}",
             where=where,
             why="the run needs this object",
-            do="install the module, or add its folder to PYTHONPATH",
+            do="install the module, or add its folder to PYTHONPATH" if here else "correct the module",
         ) from error

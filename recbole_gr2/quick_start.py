@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = _run(
             command_line=command_line,
             config_files=options.config_files,
-            stages=tuple(filter(None, (options.stages or "").split(","))),
+            stages=options.stages,
             from_stage=options.from_stage,
             force=options.force,
             ablation=options.ablation,
@@ -134,7 +134,7 @@ def check_result(path: Path) -> None:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the options of the command, and every other `--key=value` or `--key value` as a setting."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="run_recbole_gr2.py",
         description="Train and evaluate GR2, a generative reasoning re-ranker, on the candidates of a RecBole model.",
         epilog="Every setting of docs/settings.md can be given as --key=value, and RecBole's options of the base model "
@@ -146,11 +146,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--base_model", help="RecBole model that proposes the candidates")
     parser.add_argument("--models", metavar="A,B", help="other recommenders for the same table")
     parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
-    parser.add_argument("--config_files", nargs="+", default=[], metavar="FILE", help="YAML files with settings")
-    parser.add_argument("--stages", metavar="A,B", help="compute only these stages, and those that they need")
-    parser.add_argument("--from_stage", metavar="A", help="run this stage and all that depend on it again")
+    parser.add_argument(
+        "--config_files", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files with settings"
+    )
+    parser.add_argument(
+        "--stages", metavar="A,B", type=_names, default=(), help="compute only these stages, and those that they need"
+    )
+    parser.add_argument("--from_stage", metavar="A", type=_name, help="run this stage and all that depend on it again")
     parser.add_argument("--force", action="store_true", help="run every stage again")
-    parser.add_argument("--ablation", metavar="NAME", help="variants in a table: rerank, reward, tokenizer, or a file")
+    parser.add_argument(
+        "--ablation", metavar="NAME", type=_name, help="variants in a table: rerank, reward, tokenizer, or a file"
+    )
     parser.add_argument("--seeds", metavar="1,2,3", type=_seeds, default=(), help="repeat the run with each seed")
     parser.add_argument(
         "--show_prompt",
@@ -159,30 +165,53 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
         metavar="REQUEST",
         help="print the prompt of a train request, by default the first, and stop",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check everything, print the plan with the expected time, and stop"
+    )
     options, rest = parser.parse_known_args(argv)
     # argparse reads a word with a blank, such as "--eval_rows=[midtrain, sft]", as one more config file.
     rest += [word for word in options.config_files if word.startswith("--")]
     options.config_files = [word for word in options.config_files if not word.startswith("--")]
-    settings = {k: getattr(options, k) for k in ("model", "dataset", "base_model", "preset") if getattr(options, k)}
-    if options.models:
-        from recbole_gr2.config import read_yaml
+    named = {key: getattr(options, key) for key in ("model", "dataset", "base_model", "preset")}
+    settings = {key: value for key, value in named.items() if value is not None}
+    if options.models is not None:
+        from recbole_gr2.config import read_value
 
-        models = read_yaml(options.models)  # A,B or, as in a file, [A, B]
-        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models
+        models = read_value(options.models)  # A,B or, as in a file, [A, B]
+        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models or []
     return options, settings | _settings(rest)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes as errors of this package."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(
+            f"cannot read the command: {message}",
+            where="command line",
+            do="--help lists the options, docs/settings.md the settings",
+        )
+
+
 def _seeds(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 2020,2021") from error
+    if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9})*\s*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 2020,2021")
+    return tuple(map(int, text.split(",")))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(map(_name, text.split(",")))
+
+
+def _name(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text.strip()
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any]:
     """Settings of the command line."""
-    from recbole_gr2.config import read_yaml
+    from recbole_gr2.config import read_value
 
     settings: dict[str, Any] = {}
     position = 0
@@ -195,7 +224,13 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
             position += 1
         if not word.startswith("--") or not equals:
             raise ConfigurationError(f"cannot read {word!r}", where="command line", do="write settings as --key=value")
-        settings[key] = read_yaml(value)
+        read = read_value(value)
+        if settings.setdefault(key, read) != read:
+            raise ConfigurationError(
+                f"{key} has two values, {settings[key]!r:.200} and {read!r:.200}",
+                where="command line",
+                do="give each setting once",
+            )
     return settings
 
 
@@ -222,14 +257,13 @@ def _run(
 
     given: dict[str, Any] = {"command_line": command_line, "config_dict": config_dict, "config_files": config_files}
     console = Console()
-    if ablation:
+    if ablation is not None:
         if stages or from_stage or force or seeds:
             raise ConfigurationError(
                 "an ablation chooses its own stages and has one seed",
                 where="--stages, --from_stage, --force, --seeds",
                 do="remove these options; --checkpoint_dir DIR computes everything again in another folder",
             )
-        _quiet_libraries()
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
@@ -261,16 +295,13 @@ def _run_once(
     command: str,
 ) -> Path | None:
     """Plan and run one seed; returns the path of result.json, or None if no methods were evaluated."""
-    if settings["model"] != "GR2":
-        raise ConfigurationError(
-            f"model {settings['model']!r} is not the re-ranker",
-            where="-m / --model",
-            do=f"use -m GR2, and --base_model {settings['model']} for the model that proposes the candidates",
-        )
-    _quiet_libraries()
-    from recbole_gr2 import pipeline
-    from recbole_gr2.bridge.data import Data
+    from recbole_gr2 import pipeline, preflight
+    from recbole_gr2.console import quiet_libraries
     from recbole_gr2.distributed import RANK
+
+    preflight.check(settings, [*stages, *([from_stage] if from_stage is not None else [])])
+    quiet_libraries()
+    from recbole_gr2.bridge.data import Data
 
     console.say(
         f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
@@ -285,7 +316,13 @@ def _run_once(
         print(prompt_of(settings, data, show_prompt))
         return None
     planned = pipeline.plan(settings, data, stages=stages, from_stage=from_stage, force=force)
-    console.table(["stage", "key", "plan", "why"], [[p.stage.name, p.key, p.action, p.why] for p in planned])
+    console.table(
+        ["stage", "key", "plan", "time", "why"],
+        [[p.stage.name, p.key, p.action, preflight.expected_time(p), p.why] for p in planned],
+    )
+    console.say(f"expected time: {preflight.expected_total(planned)}")
+    pipeline.check_run(planned, settings, data)
+    preflight.check_resources(planned, settings, console.say, dry_run=dry_run)
     if dry_run:
         return None
     done = pipeline.execute(planned, settings, data, console)
@@ -334,16 +371,3 @@ def prompt_of(settings: Settings, data: Any, request_id: str) -> str:
         )
     prompt = PromptMaker.of(settings, load_catalog(context)).render(requests[request_id or next(iter(requests))])
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt.messages)
-
-
-def _quiet_libraries() -> None:
-    """Progress and warnings of libraries that say nothing about this run."""
-    import warnings
-
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers.utils.logging.disable_progress_bar()
-    for module in ("recbole", "transformers"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -28,7 +28,7 @@ def run_seeds(
     """Run each seed and write the report of all seeds.
 
     Args:
-        seeds: two or more different seeds.
+        seeds: two or more different seeds of at least 0.
         one: runs a seed and returns the path of its result.json, or None if the run has no result.
         draws: number of bootstrap resamples and of sign flips.
         command: the command line.
@@ -38,9 +38,9 @@ def run_seeds(
         The path of result.json, or None if a seed has no result.
 
     Raises:
-        ConfigurationError: there are fewer than two seeds, or a seed occurs twice.
+        ConfigurationError: there are fewer than two seeds, a seed occurs twice, or one is negative.
     """
-    if len(set(seeds)) < max(2, len(seeds)):
+    if len(set(seeds)) < max(2, len(seeds)) or any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ConfigurationError(
             f"--seeds {','.join(map(str, seeds))} does not name two or more different seeds",
             where="--seeds",

@@ -223,10 +223,34 @@ def file_hash(file: str | Path, *, where: str) -> str:
     """
     try:
         return sha256(Path(file))[:12]
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
         raise MissingFileError(
             f"the file {file} cannot be read: {error}", where=where, do="correct the path in this setting"
         ) from error
+
+
+def check_text(file: str | Path, *, where: str) -> None:
+    """Check that a file is a text in UTF-8.
+
+    Args:
+        where: the setting that names the file.
+
+    Raises:
+        MissingFileError: the file cannot be read.
+        ConfigurationError: it is empty, or not encoded in UTF-8.
+    """
+    file_hash(file, where=where)
+    count = 0  # lines read so far
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for count, _ in enumerate(lines, start=1):  # noqa: B007
+                pass
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"the file {file} is not encoded in UTF-8", where=f"{where}, after line {count}", do="save it in UTF-8"
+        ) from error
+    if not count:
+        raise ConfigurationError(f"the file {file} is empty", where=where, do="correct the path in this setting")
 
 
 def folder_hash(folder: str | Path, *, where: str) -> str:
@@ -270,7 +294,10 @@ def module_hash(module: str, *, where: str) -> str:
         ConfigurationError: there is no such module, or one of the modules has a syntax error.
     """
     top = module.partition(".")[0]
-    spec = importlib.util.find_spec(top)  # imports nothing, because the name has no parent
+    try:
+        spec = importlib.util.find_spec(top)  # imports nothing, because the name has no parent
+    except (ImportError, ValueError):  # not the name of a module
+        spec = None
     places = [*(spec.submodule_search_locations or ()), spec.origin] if spec else []
     root = Path(places[0]).parent if places and places[0] else Path()
     file = Path(str(spec.origin)) if spec and module == top and spec.origin else _module_file(root, module)

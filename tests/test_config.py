@@ -211,13 +211,25 @@ def test_choices(key, near, choices):
     text = problems(**{key: near})
     assert f"{key} is {near!r}, expected one of {choices}; did you mean " in text
     for choice in choices.split(", "):
-        assert load_settings(config_dict={**SMOKE, key: choice})[key] == choice
+        assert load_settings(config_dict={**SMOKE, "trace_file": "traces.jsonl", key: choice})[key] == choice
 
 
 def test_all_choices_are_tested():
     limited = {key for key, entry in declarations().items() if entry.choices}
     tested = next(mark for mark in test_choices.pytestmark if mark.name == "parametrize").args[1]
-    assert limited == {key for key, *_ in tested}
+    assert limited == {key for key, *_ in tested} | {"eval_rows", "prior_features"}
+
+
+def test_the_choices_of_lists_are_the_built_in_objects():
+    from recbole_gr2.features.providers import PROVIDERS
+    from recbole_gr2.rerankers.registry import RERANKERS
+
+    for key, builtin in (("eval_rows", RERANKERS), ("prior_features", PROVIDERS)):
+        assert declarations()[key].choices == (*builtin, CUSTOM)
+    assert "eval_rows has 'stf', expected one of lambdamart, " in problems(eval_rows=["sft", "stf"])
+    assert problems(eval_rows=["stf"]).count("did you mean sft") == 1
+    assert "prior_features has 'popularty'" in problems(prior_features=["popularty", "mine:feature"])
+    assert load_settings(config_dict={**SMOKE, "eval_rows": ["mine:rank", "file:x.jsonl"]})
 
 
 def test_candidate_lists_have_a_label_for_each_candidate():
@@ -477,7 +489,7 @@ def test_the_settings_page_is_up_to_date():
     page = settings_page()
     assert (ROOT / "docs" / "settings.md").read_text() == page, "run: python -m recbole_gr2.config > docs/settings.md"
     models = [entry for file in (properties_folder() / "model").iterdir() for entry in read_declarations(file).values()]
-    assert page.count("\n| `") == len(declarations()) + len(models)
+    assert page.count("\n| `") == len(declarations()) + len(config.recbole_declarations()) + len(models)
     assert "| `cand_num` | int | 2 to 26 | `10` |  |  | Number of candidates" in page
     assert "| `data_path` | str |  | `dataset/` |  | yes |" in page
     assert "| `base_n_layers` | int | >= 1 | `2` |" in page
@@ -516,7 +528,8 @@ def test_speed_settings_are_in_no_result():
     speed = {key for key, entry in declarations().items() if entry.speed}
     assert {"eval_batch_lists", "rl_save_steps", "data_path"} <= speed
     assert not speed & set(everything) and len(everything) > 50
-    assert not config.RECBOLE_SPEED & set(settings.recbole_results())
+    assert {"gpu_id", "worker", "log_wandb"} <= config.speed_settings()
+    assert not config.speed_settings() & set(settings.recbole_results())
     assert "eval_batch_size" in settings.recbole and "metrics" in settings.recbole_results()
 
 
@@ -556,7 +569,7 @@ def test_both_ways_to_write_a_setting():
         "llm": None,
         "rl_temperature": -1,
     }
-    assert options.dry_run and options.stages == "sft,rl" and not options.force
+    assert options.dry_run and options.stages == ("sft", "rl") and not options.force
 
 
 @pytest.mark.parametrize("argv", [["rl_steps=3"], ["--rl_steps"], ["--rl_steps", "--force"], ["stray", "--seed=1"]])

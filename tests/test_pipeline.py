@@ -20,7 +20,7 @@ import yaml
 import recbole_gr2
 from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import read_per_user
-from recbole_gr2.config import RECBOLE_SPEED, declarations, load_settings
+from recbole_gr2.config import declarations, load_settings, speed_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.meter import CLOCK
@@ -261,14 +261,14 @@ def test_all_problems_of_the_stages_are_reported_together(toy):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"base_model": "OneRecThink"}, "OneRecThink cannot be the base model"),
+        ({"base_model": "OneRecThink"}, "OneRecThink cannot be the base_model"),
         (
             {"models": ["SASRec"], "models_options": {"epoch": 3}},
-            r"no model of \['SASRec'\] has the options \['epoch'\]",
+            "models_options has the unknown option 'epoch' of SASRec; nearest: epochs",
         ),
-        ({"models": ["Pop"], "models_options": {"n_layers": 3}}, "has the options"),
+        ({"models": ["Pop"], "models_options": {"n_layers": 3}}, "unknown option 'n_layers' of Pop"),
         ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
-        ({"eval_rows": ["sft", "stf"]}, "no re-ranker 'stf'"),
+        ({"eval_rows": ["sft", "stf"]}, "eval_rows has 'stf'"),
     ],
 )
 def test_settings_are_checked_before_data_is_loaded(given, message):
@@ -411,7 +411,7 @@ def test_speed_settings_change_no_key(command, data):
     doubled = {entry.key: other[entry.type](entry.default) for entry in speed}
     assert len(doubled) >= 5
     doubled |= {"worker": 4, "log_wandb": True, "show_progress": False}
-    assert {"worker", "log_wandb", "show_progress"} < RECBOLE_SPEED
+    assert {"worker", "log_wandb", "show_progress"} < speed_settings()
     assert {name: entry.key for name, entry in planned(command, data, **doubled).items()} == before
 
 

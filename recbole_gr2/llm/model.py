@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from recbole_gr2.errors import ConfigurationError, DependencyError, MissingFileError
+from recbole_gr2.errors import ConfigurationError, DependencyError, MissingFileError, nearest
 from recbole_gr2.llm.download import resolve
 from recbole_gr2.llm.vocabulary import add_tokens, insert_tokens, sync_ids, trim_vocabulary
 
@@ -146,6 +146,30 @@ def _load(source: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
         ) from error
 
 
+def read_config(source: Path | str) -> Any:
+    """Return the configuration of a model in a folder or on the Hugging Face Hub, without its weights.
+
+    Raises:
+        MissingFileError: There is no model, or it is incomplete.
+        DependencyError: A package that reads the model is missing.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if isinstance(source, Path) and not (source / "config.json").is_file():
+            return AutoConfig.from_pretrained(source, gguf_file=_gguf_file(source).name)
+        if isinstance(source, Path) and not [*source.glob("*.safetensors"), *source.glob("*.bin")]:
+            raise OSError(f"{source} contains no weights (*.safetensors or *.bin)")
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:  # ValueError: the type of the model is unknown
+        raise MissingFileError(
+            f"transformers cannot load a language model from {str(source)!r}",
+            where=str(error).strip().splitlines()[0],
+            why="the stage needs this model",
+            do="check the name, connect to the hub, or give the path of a folder with a model",
+        ) from error
+
+
 def _load_gguf(folder: Path) -> tuple[Any, Any]:
     """Return the dequantized float32 model and the tokenizer of the single .gguf file in `folder`.
 
@@ -155,6 +179,19 @@ def _load_gguf(folder: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    file = _gguf_file(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file.name,
+        # Without dequantize the model cannot be saved or trained.
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+
+
+def _gguf_file(folder: Path) -> Path:
+    """Return the only .gguf file in a folder, and check that the package that reads it is installed."""
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise MissingFileError(
@@ -167,14 +204,54 @@ def _load_gguf(folder: Path) -> tuple[Any, Any]:
         raise DependencyError(
             "the package gguf is missing", where=str(files[0]), why="it reads GGUF model files", do="pip install gguf"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=files[0].name,
-        # Without dequantize the model cannot be saved or trained.
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    return files[0]
+
+
+RANDOM_CONFIG: Mapping[str, Any] = {
+    "vocab_size": 2000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+LEAST_VOCABULARY = 259  # 256 bytes and 3 special tokens
+
+
+def random_config(config: Mapping[str, Any]) -> Any:
+    """Return the configuration of `random_model`. A model of it has been tried without weights.
+
+    Raises:
+        ConfigurationError: A field does not exist, or no model can have these values.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if unknown := set(config) - set(LlamaConfig().to_dict()):
+        near = nearest(str(min(unknown, key=str)), RANDOM_CONFIG)
+        raise ConfigurationError(
+            f"llm_random has the unknown fields {sorted(map(str, unknown))}",
+            where="llm_random",
+            why="transformers would ignore them without a message",
+            do=(f"did you mean {', '.join(near)}? " if near else "")
+            + "Use vocab_size and the fields of transformers' LlamaConfig",
+        )
+    settings = {**RANDOM_CONFIG, **config}
+    try:
+        if not settings["vocab_size"] >= LEAST_VOCABULARY:
+            raise ValueError(f"vocab_size is below {LEAST_VOCABULARY}, the bytes and special tokens")
+        built = LlamaConfig(pad_token_id=0, eos_token_id=2, **settings)
+        with torch.device("meta"):
+            LlamaForCausalLM(built)(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    except Exception as error:  # torch and transformers raise many classes for values that do not fit each other
+        raise ConfigurationError(
+            f"no model can have llm_random {dict(config)!r:.300}: {' '.join(str(error).split())[:300]}",
+            where="llm_random",
+            why="the random model could not be built",
+            do="correct the values; the number of key-value heads divides that of the heads, which divides hidden_size",
+        ) from error
+    return built
 
 
 def random_model(corpus: Iterable[str], *, seed: int = 0, config: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
@@ -188,17 +265,7 @@ def random_model(corpus: Iterable[str], *, seed: int = 0, config: Mapping[str, A
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    settings = {
-        "vocab_size": 2000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        **(config or {}),
-    }
+    settings = {**RANDOM_CONFIG, **(config or {})}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -270,6 +337,25 @@ def turn_end(tokenizer: Any) -> str:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def check_layers(layers: Sequence[int], depth: int) -> None:
+    """Check that layers can be kept, see `keep_layers`.
+
+    Args:
+        layers: Layers to keep, counted from 0.
+        depth: Number of layers of the model.
+
+    Raises:
+        ConfigurationError: `layers` is empty, not ascending, or names a layer that does not exist.
+    """
+    if not layers or list(layers) != [number for number in range(depth) if number in layers]:
+        raise ConfigurationError(
+            f"a model with {depth} layers cannot keep the layers {list(layers)}",
+            where="llm_layers",
+            why="the remaining layers run in their old order, each once",
+            do=f"give layers from 0 to {depth - 1}, each once and in ascending order, or none to keep all",
+        )
+
+
 def keep_layers(model: Any, layers: Sequence[int]) -> None:
     """Remove all decoder layers except `layers`, in place.
 
@@ -281,14 +367,8 @@ def keep_layers(model: Any, layers: Sequence[int]) -> None:
         ConfigurationError: `layers` is empty, not ascending, or names a layer that does not exist.
     """
     depth = len(model.model.layers)
-    numbers = [number for number in range(depth) if number in layers]
-    if not layers or list(layers) != numbers:
-        raise ConfigurationError(
-            f"a model with {depth} layers cannot keep the layers {list(layers)}",
-            where="llm_layers",
-            why="the remaining layers run in their old order, each once",
-            do=f"give layers from 0 to {depth - 1}, each once and in ascending order, or none to keep all",
-        )
+    check_layers(layers, depth)
+    numbers = list(layers)
     model.model.layers = nn.ModuleList(model.model.layers[number] for number in numbers)
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position  # the position in the key-value cache

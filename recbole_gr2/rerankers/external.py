@@ -14,6 +14,8 @@ from recbole_gr2.rerankers.base import ALL, Reranker
 from recbole_gr2.store import numbered_lines
 from recbole_gr2.types import Answer, Request
 
+FILE = "file:"  # start of an entry of `eval_rows` that names a file with rankings
+
 
 def from_function(name: str, function: Callable[..., Sequence[int]]) -> type[Reranker]:
     """Return a re-ranker that calls `function(request, catalog)` for each request.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 
 from recbole_gr2.bridge.generative import ONEREC_THINK
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, nearest
 from recbole_gr2.plugins import find
 from recbole_gr2.rerankers.answers import Distilled, Internalised, Rl, Sft, Shuffled
 from recbole_gr2.rerankers.base import Reranker
-from recbole_gr2.rerankers.external import from_file, from_function
+from recbole_gr2.rerankers.external import FILE, from_file, from_function
 from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.likelihood import Midtrain, OneRecThink, OneRecThinkWithoutTraces
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
@@ -33,7 +32,6 @@ RERANKERS: Mapping[str, type[Reranker]] = {
         OneRecThinkWithoutTraces,
     )
 }
-FILE = "file:"
 
 
 def orders(settings: Settings) -> list[type[Reranker]]:
@@ -75,7 +73,7 @@ def find_reranker(name: str) -> type[Reranker]:
             raise ConfigurationError(
                 f"{name} is part of every run", where="eval_rows", do=f"remove {name} from eval_rows"
             )
-        near = get_close_matches(name, RERANKERS, n=3, cutoff=0.4)
+        near = nearest(name, RERANKERS)
         raise ConfigurationError(
             f"there is no re-ranker {name!r}",
             where="eval_rows",

@@ -48,7 +48,7 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(device).eval()
-    except OSError as error:  # Transformers raises it for a folder or hub id that it cannot load.
+    except (OSError, ValueError) as error:  # a folder or hub id that transformers cannot load, or another kind of model
         raise MissingFileError(
             f"no text encoder at {str(encoder)!r}: {error}",
             where="sid_encoder",

@@ -1,32 +1,36 @@
 """The stages of a run, one module each.
 
 A stage module has `STAGE`, a `Stage`, or a function `stages(settings) -> list[Stage]` if it declares several. A new
-stage is one module and its name in `MODULES`. By default a run computes the last declared stage and all stages that it
+stage is one module and its entry in `MODULES`. By default a run computes the last declared stage and all stages that it
 needs.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 
 from recbole_gr2.config import Settings
+from recbole_gr2.errors import ConfigurationError, nearest
 from recbole_gr2.types import Stage
 
-MODULES = (
-    "embeddings",
-    "tokenizer",
-    "midtrain",
-    "base_model",
-    "candidates",
-    "prior",
-    "traces",
-    "sft",
-    "rl",
-    "onerec_think",
-    "recommender",
-    "rerank",
-    "evaluate",
-)
+# Module -> names of its stages; () if they depend on the settings.
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "embeddings": ("embeddings",),
+    "tokenizer": ("tokenizer",),
+    "midtrain": ("midtrain",),
+    "base_model": ("base_model",),
+    "candidates": ("candidates",),
+    "prior": ("prior",),
+    "traces": ("traces",),
+    "sft": ("sft",),
+    "rl": ("distilled", "rl", "internalised"),
+    "onerec_think": ("onerec_think", "onerec_think-no-think"),
+    "recommender": (),
+    "rerank": (),
+    "evaluate": ("evaluate",),
+}
+RERANK = "rerank_"  # start of the names of the stages that run a re-ranker
 
 
 def all_stages(settings: Settings) -> list[Stage]:
@@ -36,3 +40,34 @@ def all_stages(settings: Settings) -> list[Stage]:
         module = importlib.import_module(f"recbole_gr2.stages.{name}")
         found += module.stages(settings) if hasattr(module, "stages") else [module.STAGE]
     return found
+
+
+def check_names(names: Iterable[str], settings: Settings) -> None:
+    """Check names of stages without an import of their modules, which import torch.
+
+    The names of the stages that run a re-ranker are not checked, because a class of the user can choose its name.
+
+    Raises:
+        ConfigurationError: there is no stage of a name. The error names the nearest ones.
+    """
+    known = [name for group in MODULES.values() for name in group] + settings["models"]
+    known += [f"{RERANK}{name}" for name in settings["eval_rows"] if ":" not in name]
+    for name in names:
+        if not name.startswith(RERANK) or not any(":" in row for row in settings["eval_rows"]):
+            check_name(name, known)
+
+
+def check_name(name: str, known: Iterable[str]) -> None:
+    """Check that a stage is one of the known ones.
+
+    Raises:
+        ConfigurationError: there is no stage of this name. The error names the nearest ones.
+    """
+    known = list(known)
+    if name not in known:
+        near = nearest(name, known)
+        raise ConfigurationError(
+            f"there is no stage {name!r:.200}",
+            where="--stages, --from_stage",
+            do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(known)}",
+        )

@@ -22,7 +22,7 @@ from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.policy import whole_midtrain
 from recbole_gr2.recommenders import load_generator, sids_for
-from recbole_gr2.store import file_hash, write_json
+from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Request, Stage
 
 
@@ -198,7 +198,7 @@ def _import(context: Context) -> dict[str, list[Request]]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check that there is a model that may propose the candidates of train requests."""
+    """Check the imported file, or that there is a model that may propose the candidates of train requests."""
     if settings["base_model"] == GENERATOR and not settings["cand_file"] and not settings["mid_hold_out"]:
         raise ConfigurationError(
             f"with mid_hold_out: False, {GENERATOR} is mid-trained on the targets of the train requests",
@@ -206,6 +206,8 @@ def check_settings(settings: Settings) -> None:
             why="a re-ranker that is trained on such lists would learn to keep their order",
             do="set mid_hold_out: True",
         )
+    if settings["cand_file"]:
+        check_text(settings["cand_file"], where="cand_file")
 
 
 def key_values(settings: Settings) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from recbole_gr2.artifacts import write_embeddings
 from recbole_gr2.config import Settings
-from recbole_gr2.llm.download import identity, resolve
+from recbole_gr2.llm.download import check_name, identity, resolve
 from recbole_gr2.llm.model import device
 from recbole_gr2.sid.contrastive import co_engaged
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings, item_text, neighbour_means, textless_line
@@ -33,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
     if settings["sid_encoder"] == HASH:
         embeddings = hash_embeddings(inputs)
     else:
-        embeddings = embed_texts(inputs, resolve(settings["sid_encoder"]), device=device())
+        embeddings = embed_texts(inputs, resolve(settings["sid_encoder"], where="sid_encoder"), device=device())
     context.say(f"{len(texts):,} texts, {embeddings.shape[1]} dimensions")
     textless = np.array([position for position, text in enumerate(texts) if not text], dtype=np.int64)
     collaborative = 0
@@ -54,10 +54,22 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
+def check_settings(settings: Settings) -> None:
+    """Check the name of the encoder."""
+    check_name(settings["sid_encoder"], where="sid_encoder", others=(HASH,))
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return what identifies the encoder."""
     encoder = settings["sid_encoder"]
     return {} if encoder == HASH else {"sid_encoder": identity(encoder, where="sid_encoder")}
 
 
-STAGE = Stage(name="embeddings", version=3, run=run, settings=("sid_encoder", "text_"), key_values=key_values)
+STAGE = Stage(
+    name="embeddings",
+    version=3,
+    run=run,
+    settings=("sid_encoder", "text_"),
+    check=check_settings,
+    key_values=key_values,
+)

@@ -18,9 +18,11 @@ from recbole_gr2.artifacts import (
     read_recommendations,
     write_per_user,
 )
-from recbole_gr2.bridge.evaluator import check_invariants, evaluate_methods, is_general
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.evaluator import check_invariants, depth_of, evaluate_methods, is_general
 from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
 from recbole_gr2.lists import reported_requests
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
@@ -189,6 +191,18 @@ def key_values(settings: Settings) -> dict[str, Any]:
     return {f"recbole.{name}": options[name] for name in names if name in options}
 
 
+def check_run(settings: Settings, data: Data) -> None:
+    """Check that the cut-offs are not above the number of items that are recommended."""
+    depth = depth_of(data)
+    if max(settings["topk"]) > depth:
+        raise ConfigurationError(
+            f"topk contains {max(settings['topk'])}, but {depth} items per user are recommended",
+            where="topk",
+            why="a longer list is not stored, or the catalogue is smaller",
+            do=f"choose cut-offs of at most {depth}",
+        )
+
+
 def stages(settings: Settings) -> list[Stage]:
     """Declare the stage. It needs the stages of all methods of the run."""
     return [
@@ -205,5 +219,6 @@ def stages(settings: Settings) -> list[Stage]:
                 *_models(settings),
             ),
             key_values=key_values,
+            check_run=check_run,
         )
     ]

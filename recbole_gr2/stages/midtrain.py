@@ -17,9 +17,9 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
-from recbole_gr2.llm.download import identity
+from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.likelihood import perplexity
-from recbole_gr2.llm.model import RANDOM, device, load_language_model, save_language_model
+from recbole_gr2.llm.model import RANDOM, device, load_language_model, random_config, save_language_model
 from recbole_gr2.llm.train import finetune
 from recbole_gr2.llm.vocabulary import start_from_codebooks
 from recbole_gr2.policy import new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
@@ -27,7 +27,7 @@ from recbole_gr2.prompts import templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
 from recbole_gr2.sid.tokens import added_tokens, code_tokens
-from recbole_gr2.store import write_json
+from recbole_gr2.store import check_text, write_json
 from recbole_gr2.tasks import (
     check_mix,
     examples_of,
@@ -152,8 +152,14 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the mix of the tasks."""
+    """Check the mix of the tasks, the name of the language model, and the file of the general task."""
     check_mix(settings["mid_mix"])
+    check_name(settings["llm"], where="llm", others=(RANDOM,))
+    if settings["llm"] == RANDOM:
+        random_config(settings["llm_random"])
+    if settings["mid_general"]:
+        check_text(settings["mid_general"], where="mid_general")
+        general_texts(settings["mid_general"], 0, 0)
 
 
 def key_values(settings: Settings) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import Any
 from recbole_gr2.artifacts import write_recommendations
 from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
 from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
-from recbole_gr2.config import RECBOLE_TRAINING, Settings, base_model_options, recbole_options
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.config import Settings
 from recbole_gr2.onerec_think import search_width
 from recbole_gr2.recommenders import check_model, load_recommender, stages_of, training_options
 from recbole_gr2.types import Context, Stage
@@ -34,20 +33,9 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check that the recommenders and their options exist."""
-    models = settings["models"]
-    for model in models:
+    """Check that the recommenders exist."""
+    for model in settings["models"]:
         check_model(model, base=False)
-    unknown = set(settings["models_options"]) - (recbole_options() | RECBOLE_TRAINING).union(
-        *map(base_model_options, models)
-    )
-    if unknown:
-        raise ConfigurationError(
-            f"no model of {models} has the options {sorted(unknown)}",
-            where="models_options",
-            why="RecBole would ignore them without a message",
-            do="use options of properties/model/ or of RecBole",
-        )
 
 
 def stages(settings: Settings) -> list[Stage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from recbole_gr2.lists import reported_requests, training_requests
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
+from recbole_gr2.rerankers.external import FILE, read_rankings
 from recbole_gr2.types import Context, Stage
 
 REGISTRY = "recbole_gr2.rerankers.registry"
@@ -51,6 +53,13 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
+def check_settings(settings: Settings) -> None:
+    """Check the files with rankings."""
+    for name in settings["eval_rows"]:
+        if name.startswith(FILE):
+            read_rankings(Path(name.removeprefix(FILE)))
+
+
 def stages(settings: Settings) -> list[Stage]:
     """Declare a stage for each re-ranker."""
     from recbole_gr2.rerankers.registry import chosen, source_values
@@ -76,6 +85,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
         settings=("eval_scope", "eval_max_lists", "seed", *reranker.settings_prefixes),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
+        check=check_settings,
         parameters={"reranker": reranker},
         modules=(reranker.__module__,) if built_in else (),
         unused_modules=(REGISTRY,),

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
 from recbole_gr2.distributed import WORLD_SIZE
-from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.curves import FIGURES, curve
-from recbole_gr2.llm.endpoint import check_url
+from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import ProgressLines
 from recbole_gr2.policy import answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
@@ -138,10 +139,39 @@ def _distillation_teacher(context: Context, tokenizer: Any) -> Any:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the names and weights of the rewards, and the address of the teacher's endpoint."""
+    """Check the rewards, the address of the teacher's endpoint, and that several processes can share a round."""
     WeightedRewards(settings["rl_rewards"])
     if "://" in settings["distilled_teacher"]:
         check_url(settings["distilled_teacher"], where="distilled_teacher")
+    if settings["rl_prompts_per_step"] % WORLD_SIZE:
+        raise ConfigurationError(
+            f"{WORLD_SIZE} processes cannot share {settings['rl_prompts_per_step']} requests of a round",
+            where="rl_prompts_per_step",
+            why="each process needs the same number of whole groups",
+            do=f"choose a multiple of {WORLD_SIZE}",
+        )
+
+
+def check_run(settings: Settings, data: Data) -> None:
+    """Check that the data set has enough users for a round."""
+    users = len(data.rows("train")[1])
+    if users < settings["rl_prompts_per_step"]:
+        raise ConfigurationError(
+            f"a round needs {settings['rl_prompts_per_step']} train requests, and {users} users have one",
+            where="rl_prompts_per_step",
+            why="a round needs different requests",
+            do=f"choose at most {users}",
+        )
+
+
+def _check_distillation(settings: Settings, data: Data) -> None:
+    """Check the data set, and that the teacher of distillation exists or there is a client for its endpoint."""
+    check_run(settings, data)
+    name = settings["distilled_teacher"]
+    if name.startswith(("http://", "https://")):
+        check_endpoint(name, where="distilled_teacher")
+    else:
+        _teacher_values(settings)
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
@@ -172,6 +202,7 @@ def stages(settings: Settings) -> list[Stage]:
         own: tuple[str, ...] = (),
         excluded: tuple[str, ...] = (),
         values: Callable[[Settings], dict[str, Any]] = key_values,
+        check_run: Callable[[Settings, Data], None] = check_run,
         **parameters: Any,
     ) -> Stage:
         return Stage(
@@ -182,6 +213,7 @@ def stages(settings: Settings) -> list[Stage]:
             excluded=("rl_start", *excluded),
             needs=("tokenizer", "prior", start, *needs),
             check=check_settings,
+            check_run=check_run,
             key_values=values,
             parameters={"start": start, "reasoning": True, "distilled": False, **parameters},
             distributed=True,
@@ -195,6 +227,7 @@ def stages(settings: Settings) -> list[Stage]:
             own=("distilled_",),
             excluded=("rl_steps", "rl_mask_truncated"),
             values=_teacher_values,
+            check_run=_check_distillation,
             distilled=True,
             seed="distill",  # the former name of the stage, kept so that its random numbers stay the same
         ),

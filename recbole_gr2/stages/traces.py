@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.artifacts import load_catalog, write_traces
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import ConfigurationError, QualityCheckError
+from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.lists import training_requests
-from recbole_gr2.llm.download import identity
-from recbole_gr2.llm.endpoint import check_url
-from recbole_gr2.llm.model import load_language_model
+from recbole_gr2.llm.download import check_name, identity
+from recbole_gr2.llm.endpoint import check_endpoint, check_url
+from recbole_gr2.llm.model import RANDOM, load_language_model
+from recbole_gr2.plugins import find
 from recbole_gr2.policy import Policy, citations, resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens
-from recbole_gr2.store import file_hash, module_hash
-from recbole_gr2.teachers import Teacher, ask, build_teacher
+from recbole_gr2.store import check_text, file_hash, module_hash
+from recbole_gr2.teachers import TEACHERS, Teacher, ask, build_teacher
 from recbole_gr2.types import Context, Request, Stage, Trace
 
 
@@ -135,15 +137,19 @@ def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the keys of the price and the address of the endpoint."""
+    """Check the endpoint's address, and that the user's teacher, a teacher's model and the recorded traces exist."""
     check_url(settings["trace_endpoint"], where="trace_endpoint")
-    unknown = set(settings["trace_price"]) - {"prompt", "completion"}
-    if unknown:
-        raise ConfigurationError(
-            f"trace_price has the unknown keys {sorted(unknown)}",
-            where="trace_price",
-            do="write {prompt: 0.1, completion: 0.3}",
-        )
+    find(settings["trace_teacher"], TEACHERS, where="trace_teacher")
+    if settings["trace_llm"] is not None:
+        check_name(settings["trace_llm"], where="trace_llm", others=(RANDOM,))
+    if settings["trace_file"]:
+        check_text(settings["trace_file"], where="trace_file")
+
+
+def check_run(settings: Settings, data: Data) -> None:
+    """Check that there is a client for the endpoint of the teacher."""
+    if settings["trace_teacher"] == "openai_api":
+        check_endpoint(settings["trace_endpoint"], where="trace_endpoint")
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def stages(settings: Settings) -> list[Stage]:
             settings=("trace_", "prompt_", "seed"),
             needs=("tokenizer", "prior", *(("midtrain",) if own_model else ())),
             check=check_settings,
+            check_run=check_run,
             key_values=key_values,
         )
     ]

@@ -1,0 +1,240 @@
+"""Checks before a run, cheap ones first, and an estimate of its costs.
+
+`check` needs neither torch nor the data: names, the data set, folders. `check_resources` follows the plan and compares
+the memory of the GPU and the free disk space with what the language model needs. `expected_time` estimates the time of
+a stage from earlier runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_gr2.config import Settings, read_yaml, recbole_properties
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest
+from recbole_gr2.pipeline import Planned
+from recbole_gr2.rewards import WeightedRewards
+from recbole_gr2.stages import check_names
+from recbole_gr2.store import other_records, read_manifest
+
+LEAST_FREE = 50 * 2**20  # bytes; a smaller disk cannot even hold the lists and features of a small data set
+TRAINS = "llm_lora_rank"  # a stage with this setting in its key trains a language model
+GIB = 2**30
+PACKAGED_DATASET = "ml-100k"  # part of the RecBole package
+
+
+def check(settings: Settings, stages: Sequence[str] = ()) -> None:
+    """Check names, the data set and the folders of a run, without an import of torch.
+
+    Args:
+        settings: settings of the run.
+        stages: names of stages that the command contains.
+
+    Raises:
+        ConfigurationError: a name does not exist, or `checkpoint_dir` cannot be written to.
+        MissingFileError: there is no such data set.
+    """
+    check_names(stages, settings)
+    WeightedRewards(settings["rl_rewards"])
+    check_dataset(settings)
+    check_folder(settings.results_folder, where=f"checkpoint_dir {settings['checkpoint_dir']}")
+
+
+def check_dataset(settings: Settings) -> None:
+    """Check that a data set is in `data_path`, part of RecBole, or can be downloaded by RecBole.
+
+    Raises:
+        MissingFileError: it is none of these. The error names similar data sets.
+    """
+    name, root = settings["dataset"], Path(settings["data_path"])
+    downloads = read_yaml((recbole_properties() / "dataset" / "url.yaml").read_text(encoding="utf-8"))
+    try:
+        here = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError:
+        here = []
+    if name in here or name in downloads or name == PACKAGED_DATASET:
+        return
+    near = nearest(name, [*here, *downloads, PACKAGED_DATASET], cutoff=0.6)
+    raise MissingFileError(
+        f"there is no data set {name!r}",
+        where=str(root.absolute()),
+        why="the folder is not there, and RecBole has no data set of this name to download",
+        do=(f"did you mean {', '.join(near)}? " if near else "")
+        + f"Put {name}.inter and {name}.item (RecBole atomic files) into {root / name}, or name the folder that holds "
+        f"{name}/ with --data_path DIR",
+    )
+
+
+def check_folder(folder: Path, *, where: str) -> None:
+    """Check that a folder, or the nearest existing folder above it, can be written to and has some free space.
+
+    Nothing is left in the folder.
+
+    Args:
+        folder: the folder. It need not exist.
+        where: the setting that names it, for the error message.
+
+    Raises:
+        ConfigurationError: the folder cannot be written to, or the disk is full.
+    """
+    try:
+        existing = _existing(folder)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise ConfigurationError(
+            f"the folder {folder} cannot be written to: {error.strerror or error}",
+            where=where,
+            why="all results are stored there",
+            do="name a folder that you can write to, for example --checkpoint_dir DIR",
+        ) from error
+    if free < LEAST_FREE:
+        raise ConfigurationError(
+            f"{free / 2**20:.0f} MiB are free on the disk of {folder}, and a run needs at least "
+            f"{LEAST_FREE / 2**20:.0f} MiB",
+            where=where,
+            why="a stage would stop while it writes its results",
+            do="remove files, or name a folder on another disk",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def check_resources(
+    planned: Sequence[Planned], settings: Settings, say: Callable[[str], None], *, dry_run: bool = False
+) -> None:
+    """Check that the language model fits the GPU and that its checkpoints fit the disk.
+
+    The size of the model follows from its configuration; its weights are not loaded. Both bounds are lower bounds:
+    activations and other files need more.
+
+    Args:
+        planned: the plan.
+        settings: settings of the run.
+        say: prints a line.
+        dry_run: whether nothing will run. Then a model that is not on this machine yet is reported and not fetched.
+
+    Raises:
+        ConfigurationError: the GPU or the disk is too small, or a layer of `llm_layers` does not exist.
+        MissingFileError: there is no such model.
+    """
+    training = [entry.stage.name for entry in planned if not entry.finished and TRAINS in entry.settings]
+    if not training:
+        return
+    from recbole_gr2.llm.size import Size, model_size
+
+    try:
+        size: Size = model_size(settings, fetch=not dry_run)
+    except MissingFileError as error:
+        if not dry_run:
+            raise
+        say(f"memory and disk space of {settings['llm']} are not checked: {error.what}")
+        return
+    lora = bool(settings[TRAINS])
+    memory, disk = size.training_bytes(lora=lora), size.disk_bytes(len(training), lora=lora)
+    say(
+        f"{settings['llm']}: {size.parameters / 1e6:,.1f} M parameters; training needs more than {_gib(memory)} of "
+        f"memory and {_gib(disk)} of disk space"
+    )
+    free_memory, free_disk = gpu_memory(), shutil.disk_usage(_existing(settings.results_folder)).free
+    if free_memory is not None and free_memory < memory:
+        raise ConfigurationError(
+            f"the GPU has {_gib(free_memory)} of free memory, and training {settings['llm']} needs more than "
+            f"{_gib(memory)}",
+            where="llm",
+            why=f"the stages {', '.join(training)} would stop without memory",
+            do="choose a smaller model, " + ("" if lora else "llm_lora_rank: 16, ") + "llm_layers, or another GPU",
+        )
+    if free_disk < disk:
+        raise ConfigurationError(
+            f"{_gib(free_disk)} are free on the disk of {settings.results_folder}, and the models and checkpoints of "
+            f"{', '.join(training)} need more than {_gib(disk)}",
+            where=f"checkpoint_dir {settings['checkpoint_dir']}",
+            why="a stage would stop while it writes its results",
+            do="remove files, or name a folder on another disk",
+        )
+
+
+def gpu_memory() -> int | None:
+    """Return the free memory of the GPU in bytes, or None without a GPU."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB"
+
+
+def expected_time(entry: Planned) -> str:
+    """Return the time that a planned stage will take, in words, from earlier runs on the same data set.
+
+    The earlier run is the one with the fewest other settings, and of several the newest.
+
+    Returns:
+        For example `about 70 min (earlier run)`; `unknown` if the stage has never run, and "" if it is finished.
+    """
+    seconds, same = _earlier(entry)
+    if entry.finished or seconds is None:
+        return "" if entry.finished else "unknown"
+    return f"about {duration(seconds)} ({'earlier run' if same else 'earlier run, other settings'})"
+
+
+def expected_total(planned: Sequence[Planned]) -> str:
+    """Return the sum of `expected_time`, in words. It names the stages without an estimate."""
+    known = [(entry.stage.name, _earlier(entry)[0]) for entry in planned if not entry.finished]
+    if not known:
+        return "none, every stage is finished"
+    seconds = [value for _, value in known if value is not None]
+    unknown = dict.fromkeys(name for name, value in known if value is None)
+    if not seconds:
+        return "unknown, because no stage of the plan has run on this data set before"
+    total = f"about {duration(sum(seconds))}, from the times of earlier runs on this data set"
+    return total + (f"; without {', '.join(unknown)}, which never ran" if unknown else "")
+
+
+def _earlier(entry: Planned) -> tuple[float | None, bool]:
+    """Seconds of the nearest earlier run of a stage, and whether it had the same settings."""
+    try:
+        own = read_manifest(entry.folder)
+    except GR2Error:  # its file is damaged; the plan reports that
+        own = None
+    records = [*([own] if own else []), *other_records(entry.folder)]
+    if not records:
+        return None, False
+
+    def changes(settings: dict[str, Any]) -> int:
+        keys = {*settings, *entry.settings}
+        return sum(_plain(settings.get(key)) != _plain(entry.settings.get(key)) for key in keys)
+
+    nearest_record = min(records, key=lambda record: changes(record.settings))
+    return nearest_record.seconds, not changes(nearest_record.settings)
+
+
+def _plain(value: Any) -> Any:
+    """A value as a manifest contains it: JSON has no tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, rounded to two digits.
+
+    >>> duration(4200), duration(42), duration(36_000), duration(0.2)
+    ('70 min', '42 s', '10 h', '1 s')
+    """
+    if seconds < 100:
+        return f"{max(round(seconds), 1)} s"
+    if seconds < 100 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.2g} h" if seconds < 100 * 3600 else f"{round(seconds / 86400)} d"
