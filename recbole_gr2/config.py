@@ -184,6 +184,7 @@ _Loader.yaml_implicit_resolvers = {
 _END = r"\s*[-+]?(?:\d+\.?\d*|\.\d+|inf)(?:[eE][-+]?\d+)?\s*"
 _INTERVALS = rf"[\[(]{_END},{_END}[\])](?:\s*;\s*[\[(]{_END},{_END}[\])])*"
 INTERVALS = re.compile(_INTERVALS)
+SEPARATOR = re.compile(r"\s+|[:;,|&#]+|[^\w~]")  # texts that YAML would read as something else, or not at all
 UNQUOTED_INTERVALS = re.compile(rf":\s*({_INTERVALS})")
 
 
@@ -228,7 +229,7 @@ def read_value(text: str) -> Any:
     >>> read_value("[1, 2]"), read_value("[7,inf)"), read_value(","), read_value("~")
     ([1, 2], '[7,inf)', ',', None)
     """
-    if text.isspace() or (len(text) == 1 and not text.isalnum() and text != "~"):  # a separator
+    if SEPARATOR.fullmatch(text):
         return text
     try:
         return read_yaml(text)
