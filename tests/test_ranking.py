@@ -1,11 +1,15 @@
 """Permutations, ranks, and the statistics of paired comparisons."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from recbole_gr2.config import load_settings
+from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.ranking import (
     METRICS,
     adjust,
@@ -130,6 +134,35 @@ def test_there_are_exactly_as_many_flips_as_requested(draws):
     rng = np.random.default_rng(0)
     clear = paired_comparison(rng.normal(5, 1, 50), np.zeros(50), seed=0, draws=draws)
     assert clear["p"] == 1 / (draws + 1) and clear["low"] <= clear["diff"] + 1
+
+
+@pytest.mark.parametrize("draws", [150, 1030, 9999])
+@pytest.mark.parametrize("count", [3, 7, 11])
+def test_p_values_are_those_of_all_sign_flips(count, draws):
+    """An enumeration of all patterns. The observed pattern counts as one more flip."""
+    difference = np.random.default_rng(count).normal(0.3, 1, count).round(2)
+    signs = np.array(list(itertools.product((-1, 1), repeat=count)))
+    exact = np.mean(np.abs(signs @ difference) >= abs(difference.sum()) - 1e-9)
+    padded = np.concatenate([difference, np.zeros(5)])  # users without a difference change nothing
+    p = paired_comparison(padded, np.zeros(len(padded)), seed=8, draws=draws)["p"]
+    extreme = p * (draws + 1) - 1
+    assert extreme == pytest.approx(round(extreme), abs=1e-6) and 0 <= round(extreme) <= draws
+    assert extreme == pytest.approx(draws * exact, abs=5 * np.sqrt(draws * exact * (1 - exact)))
+
+
+def test_too_few_draws_are_refused_with_the_settings():
+    assert load_settings(config_dict={"preset": "smoke", "eval_draws": 199})["eval_draws"] == 199
+    with pytest.raises(ConfigurationError, match="eval_draws is 50"):
+        load_settings(config_dict={"preset": "smoke", "eval_draws": 50})
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_differences_have_to_be_finite(wrong):
+    """A difference that is not a number would have the smallest p-value."""
+    with pytest.raises(GR2Error, match="1 of 3 differences"):
+        paired_comparison(np.array([1.0, wrong, 0.0]), np.zeros(3), seed=0, draws=100)
+    with pytest.raises(GR2Error, match="0 of 0 differences"):
+        paired_comparison(np.zeros(0), np.zeros(0), seed=0, draws=100)
 
 
 def test_results_are_the_same_to_the_last_digit():
