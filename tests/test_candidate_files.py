@@ -22,13 +22,9 @@ from recbole_gr2.rerankers.external import from_file, read_rankings
 from recbole_gr2.stages import candidates
 from recbole_gr2.types import Context
 
-# The suite tries few examples. `pytest --hypothesis-profile=fuzz tests/test_candidate_files.py` tries many.
-settings.register_profile("fuzz", max_examples=20_000)
-QUICK = settings(
-    max_examples=max(60, settings().max_examples if settings().max_examples > 100 else 0),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+# The suite tries few examples. `pytest --hypothesis-profile=fuzz tests/test_candidate_files.py -k corrupted` tries many.
+PROFILE = settings().max_examples  # 100 without a profile
+QUICK = settings(max_examples=60 if PROFILE == 100 else PROFILE, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def changed(context: Context, folder: Path, **changes) -> Context:
