@@ -326,7 +326,7 @@ def is_general(model: str) -> bool:
     """
     if model == GENERATOR or model in ONEREC_THINK:
         return False
-    model_class = find_model(model)
+    model_class: Any = find_model(model)
     from recbole.utils import ModelType
 
     return model_class.type != ModelType.SEQUENTIAL
