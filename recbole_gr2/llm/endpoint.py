@@ -13,7 +13,7 @@ from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error
 
 KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"  # environment variables that the client reads
 EXCERPT = 200  # characters of a response that an error shows
-SECRET = 8  # characters of the shortest key that errors must not contain
+SECRET = 8  # characters of the shortest key that must not be written anywhere
 
 
 def check_url(url: str | None, *, where: str) -> None:
@@ -35,7 +35,7 @@ def check_url(url: str | None, *, where: str) -> None:
         valid = False
     if valid and "@" not in parts.netloc and not parts.query and not parts.fragment and not any(map(str.isspace, url)):
         return
-    secret = "@" in url or "?" in url
+    secret = bool({"@", "?", "#"} & set(url))
     raise ConfigurationError(
         "the address of the endpoint contains a user name, a password or a query"
         if secret
@@ -121,19 +121,19 @@ class Endpoint:
         from openai import OpenAIError
 
         try:
-            content: bytes = resource.with_raw_response.create(model=self.model, **body).content
+            text = self._without_key(resource.with_raw_response.create(model=self.model, **body).text)
         except OpenAIError as error:
             # `error` may contain the key: some servers repeat it. So it does not become the cause.
             raise self.failure(f"the endpoint failed: {type(error).__name__}: {self._excerpt(str(error))}") from None
         try:
-            response = json.loads(content)
+            response = json.loads(text)
         except (ValueError, RecursionError):
             response = None
         choices = response.get("choices") if isinstance(response, dict) else None
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
             return response
         kind = "no choice" if isinstance(response, dict) else "no JSON object"
-        raise self.failure(f"the endpoint returned {kind}: {self._excerpt(content.decode('utf-8', 'replace'))}")
+        raise self.failure(f"the endpoint returned {kind}: {self._excerpt(text)}")
 
     def failure(self, what: str) -> GR2Error:
         """Return an error that names the endpoint and the model."""
@@ -146,7 +146,11 @@ class Endpoint:
         )
 
     def _excerpt(self, text: str) -> str:
-        """Return the beginning of a text as one line, without the key. Shorter keys are placeholders and no secrets."""
-        key = self.client.api_key
-        text = " ".join((text.replace(key, "<key>") if len(key) >= SECRET else text).split())
+        """Return the beginning of a text as one line, without the key."""
+        text = " ".join(self._without_key(text).split())
         return text if len(text) <= EXCERPT else text[:EXCERPT] + " ..."
+
+    def _without_key(self, text: str) -> str:
+        """Return a text without the key. A key of a few characters is a placeholder and no secret."""
+        key = self.client.api_key
+        return text.replace(key, "<key>") if len(key) >= SECRET else text
