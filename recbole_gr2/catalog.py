@@ -101,6 +101,11 @@ class Catalog(Sequence[Item]):
 
 def _with_plain_texts(item: Item) -> Item:
     """Return the item without control tokens in its texts: the same object if there are none."""
-    texts = {name: getattr(item, name) for name in ("title", "categories", "brand", "description")}
-    changes = {name: plain for name, text in texts.items() if (plain := plain_text(text)) != text}
-    return replace(item, **changes) if changes else item
+    plain = replace(
+        item,
+        title=plain_text(item.title),
+        categories=plain_text(item.categories),
+        brand=plain_text(item.brand),
+        description=plain_text(item.description),
+    )
+    return item if plain == item else plain
