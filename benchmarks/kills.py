@@ -116,12 +116,18 @@ class Run:
     """A run in a folder of its own, whose command can be started again and again."""
 
     def __init__(self, data: Path, folder: Path, variant: dict[str, object]) -> None:
-        self.stages = folder / "gr2" / "circles" / "stages"
+        self.saved = folder / "saved"  # the results
+        self.stages = self.saved / "gr2" / "circles" / "stages"
         self.folder = folder
         self.finished: list[str] = []
         self.errors: list[str] = []
         folder.mkdir(parents=True)
-        settings = {**SETTINGS, **variant, "data_path": str(data.absolute()), "checkpoint_dir": str(folder.absolute())}
+        settings = {
+            **SETTINGS,
+            **variant,
+            "data_path": str(data.absolute()),
+            "checkpoint_dir": str(self.saved.absolute()),
+        }
         (folder / "settings.yaml").write_text(json.dumps(settings))
         self.log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115 (open until the process ends)
 

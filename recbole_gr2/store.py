@@ -277,8 +277,13 @@ def _visible(folder: Path) -> list[Path]:
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
+def text_hash(text: str) -> str:
+    """Return the hash of a text, 12 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _hash_of(values: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return text_hash(json.dumps(values, sort_keys=True))
 
 
 def module_hash(module: str, *, where: str) -> str:

@@ -22,7 +22,7 @@ from recbole_gr2.rerankers.external import from_file, read_rankings
 from recbole_gr2.stages import candidates
 from recbole_gr2.types import Context
 
-# `pytest --hypothesis-profile=fuzz -k corrupted tests/test_candidate_files.py` tries more examples.
+# `pytest --hypothesis-profile=long -k corrupted tests/test_candidate_files.py` tries more examples.
 PROFILE = settings().max_examples  # 100 without a profile
 QUICK = settings(max_examples=60 if PROFILE == 100 else PROFILE, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -1,6 +1,7 @@
 """The run as a whole: what is cached, what runs again and why, and what a run leaves behind."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -18,14 +19,14 @@ import pytest
 import yaml
 
 import recbole_gr2
-from recbole_gr2 import pipeline
+from recbole_gr2 import pipeline, store
 from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.config import declarations, load_settings, speed_settings
 from recbole_gr2.console import Console
-from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.meter import CLOCK
 from recbole_gr2.quick_start import main
-from recbole_gr2.store import LOCK, code_version, read_lines, read_manifest, write_json
+from recbole_gr2.store import LOCK, code_version, locked, read_lines, read_manifest, write_json
 from recbole_gr2.types import Stage
 
 PACKAGE = Path(recbole_gr2.__file__).parent
@@ -192,6 +193,148 @@ def test_checkpoints_are_removed_after_the_manifest_is_written(toy, monkeypatch)
     assert sorted(path.name for path in folder.iterdir()) == [LOCK, "checkpoints", "manifest.json", "result"]
 
 
+class Stopped(Exception):
+    """An interruption of a stage."""
+
+
+def stop_in(toy, name, error=Stopped):
+    """Make a stage raise an error after its first file. Returns a function that undoes this."""
+    number = [stage.name for stage in toy.stages].index(name)
+    whole = toy.stages[number]
+
+    def stop(context):
+        whole.run(context)
+        raise error
+
+    stop.__module__ = whole.run.__module__
+    toy.stages[number] = replace(whole, run=stop)
+
+    def undo():
+        toy.stages[number] = whole
+
+    return undo
+
+
+@pytest.mark.parametrize("request_", [{"from_stage": "b"}, {"force": True}])
+def test_a_stopped_request_continues_where_it_was(toy, request_):
+    toy.run()
+    del toy.starts[:]
+    again = [name for name in ("a", "b", "c", "d", "last") if "force" in request_ or name in ("b", "d", "last")]
+    undo = stop_in(toy, "d")
+    with pytest.raises(Stopped):
+        toy.run(**request_)
+    undo()
+    assert toy.starts == again[:-1]
+    assert {name: action for name, action in actions(toy.plan(**request_)).items() if action != "cached"} == {
+        "d": "resume",
+        "last": "run",
+    }
+    toy.run(**request_)
+    assert toy.starts == [*again[:-1], "d", "last"]
+    toy.run(**request_)  # the request is fulfilled: the next one computes everything again
+    assert toy.starts == [*again[:-1], "d", "last", *again]
+
+
+def test_another_command_finishes_a_stopped_request(toy):
+    toy.run()
+    del toy.starts[:]
+    undo = stop_in(toy, "b")
+    with pytest.raises(Stopped):
+        toy.run(from_stage="b")
+    undo()
+    assert actions(toy.plan()) == {"a": "cached", "b": "resume", "c": "cached", "d": "run", "last": "run"}
+    toy.run()
+    assert toy.starts == ["b", "b", "d", "last"]
+    assert set(actions(toy.plan()).values()) == {"cached"} and not list(toy.settings.results_folder.glob("requests/*"))
+
+
+def test_a_request_uses_nothing_of_an_unfinished_stage(toy):
+    undo = stop_in(toy, "d")
+    with pytest.raises(Stopped):
+        toy.run()
+    undo()
+    left = toy.plan()[3].folder / "left over"
+    left.write_text("x")
+    undo = stop_in(toy, "b")
+    with pytest.raises(Stopped):
+        toy.run(force=True)
+    undo()
+    toy.run(force=True)
+    assert not left.exists()
+
+
+def test_a_damaged_file_of_a_finished_stage_is_repaired_by_from_stage(toy):
+    toy.run()
+    file = toy.plan()[1].folder / "result"
+    file.write_text("longer")
+    for plan in (toy.plan, toy.run, lambda: toy.plan(from_stage="d")):
+        with pytest.raises(GR2Error, match="result of the finished stage b has 6 bytes instead of 1") as error:
+            plan()
+        assert "--from_stage b" in error.value.do
+    toy.run(from_stage="b")
+    assert file.read_text() == "b" and set(actions(toy.plan()).values()) == {"cached"}
+
+
+def test_a_changed_large_file_is_found_when_a_stage_reads_it(toy, monkeypatch):
+    monkeypatch.setattr(store, "SMALL", 0)
+    toy.run()
+    file = toy.plan()[1].folder / "result"
+    file.write_text("B")
+    del toy.starts[:]
+    assert actions(toy.plan())["b"] == "cached"  # checksums of all large files would take minutes
+    with pytest.raises(GR2Error, match="result of the finished stage b has another content"):
+        toy.run(from_stage="d")
+    assert toy.starts == []
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"schema": 99}'])
+def test_a_manifest_that_cannot_be_read_is_repaired_by_from_stage(toy, content):
+    toy.run()
+    file = toy.plan()[1].folder / "manifest.json"
+    file.write_text(content)
+    with pytest.raises(GR2Error, match="manifest") as error:
+        toy.run()
+    assert "--from_stage b" in error.value.do
+    toy.run(from_stage="b")
+    assert set(actions(toy.plan()).values()) == {"cached"}
+
+
+def test_what_a_kill_left_of_a_finished_stage_is_removed(toy, monkeypatch):
+    def kill(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_remove_intermediate", kill)
+        toy.run()
+    folder = toy.plan()[0].folder
+    assert actions(toy.plan())["a"] == "cached" and (folder / "checkpoints" / "checkpoint-3").exists()
+    toy.run()
+    assert toy.starts.count("a") == 1
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK, "checkpoints", "manifest.json", "result"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["kept"]
+
+
+def test_files_that_a_kill_left_unfinished_are_not_results(toy):
+    folder = toy.plan()[0].folder
+    folder.mkdir(parents=True)
+    (folder / ".result.tmp").write_text("half")
+    toy.run()
+    assert list(read_manifest(folder).files) == ["checkpoints/kept", "result"] and not (folder / ".result.tmp").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "results cannot be written")]
+)
+def test_a_disk_error_is_one_error_and_the_command_continues(toy, number, message):
+    undo = stop_in(toy, "b", OSError(number, os.strerror(number)))
+    with pytest.raises(GR2Error, match=message) as error:
+        toy.run()
+    assert str(toy.plan()[1].folder) in error.value.where
+    undo()
+    toy.run()
+    assert toy.starts == ["a", "b", "b", "c", "d", "last"]
+
+
 def test_the_wall_time_contains_interrupted_starts(toy):
     folder, began = toy.plan()[0].folder, 1_000_000.0
     folder.mkdir(parents=True)
@@ -214,6 +357,16 @@ def test_two_runs_never_write_one_stage(toy):
         with pytest.raises(recbole_gr2.errors.GR2Error, match="another process is working on this stage"):
             toy.run()
     toy.run()
+
+
+def test_a_stage_that_another_run_reads_is_not_computed_again(toy):
+    toy.run()
+    folder = toy.plan()[0].folder
+    with locked(folder, shared=True):  # as by a stage that needs it
+        assert set(actions(toy.plan()).values()) == {"cached"} and [done for _, done in toy.run()] == [True] * 5
+        with pytest.raises(GR2Error, match="or reads its files"):
+            toy.run(from_stage="a")
+    assert (folder / "result").exists()
 
 
 def test_what_another_run_finished_meanwhile_is_kept(toy):
@@ -461,9 +614,78 @@ def test_files_and_modules_of_the_user_are_part_of_the_keys(command, data, tmp_p
     rewards = {"rl_rewards": {"my_rewards:r": 1.0}}
     source = ("def r(request, answer): return 1.0", "def r(request, answer): return 0.0")
     assert changed("my_rewards.py", source, **rewards) == {"rl", "rerank_rl", "rerank_shuffled", "evaluate"}
+    assert changed("my_helper.py", ("A = 1", "A = 2"), **rewards) == set()
+    (tmp_path / "my_rewards.py").write_text("import my_helper\ndef r(request, answer): return 1.0")
+    assert changed("my_helper.py", ("A = 1", "A = 2"), **rewards) == {"rl", "rerank_rl", "rerank_shuffled", "evaluate"}
     for teacher in ("no_such_package.module:Teacher", "no_such_module:Teacher"):
         with pytest.raises(ConfigurationError, match="no module"):
             planned(command, data, trace_teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("setting", "others", "first"),
+    [
+        ("llm", {}, "midtrain"),
+        ("sid_encoder", {}, "embeddings"),
+        ("trace_llm", {"trace_teacher": "local_llm"}, "traces"),
+        ("distilled_teacher", {"eval_rows": ["distilled"]}, "distilled"),
+    ],
+)
+def test_the_files_of_a_model_folder_are_part_of_the_keys(command, data, tmp_path, setting, others, first):
+    folder = tmp_path / "folder"
+    (folder / "model").mkdir(parents=True)
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(b"weights")
+
+    def keys(folder=folder):
+        return {name: entry.key for name, entry in planned(command, data, **{setting: str(folder)}, **others).items()}
+
+    before = keys()
+    os.utime(weights, (1.0, 1.0))
+    assert keys() == before
+    weights.write_bytes(b"Weights")
+    changed = keys()
+    assert next(name for name in changed if changed[name] != before[name]) == first
+    assert before["evaluate"] != changed["evaluate"] and before["base_model"] == changed["base_model"]
+    assert keys(folder.rename(tmp_path / "renamed")) == changed
+
+
+def test_files_with_the_same_content_give_the_same_keys(command, data, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text("system: S\nuser: U\n")
+        (tmp_path / name / "general.txt").write_text("text " * 50)
+        (tmp_path / name / "lists.jsonl").write_text("{}\n")
+        (tmp_path / name / "ranked.jsonl").write_text("{}\n")
+    one, two = (
+        planned(
+            command,
+            data,
+            prompt_template=str(folder / "mine.yaml"),
+            mid_general=str(folder / "general.txt"),
+            cand_file=str(folder / "lists.jsonl"),
+            eval_rows=["sft", f"file:{folder / 'ranked.jsonl'}"],
+        )
+        for folder in (tmp_path / "one", tmp_path / "two")
+    )
+    assert {name: entry.key for name, entry in one.items()} == {name: entry.key for name, entry in two.items()}
+
+
+def test_what_the_machine_decides_is_part_of_the_keys(command, data, monkeypatch):
+    from recbole_gr2 import policy, tasks
+
+    def changed(before, after):
+        return {name for name in before if before[name].key != after[name].key}
+
+    models = {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}
+    given, plain = planned(command, data, llm_bf16=True), planned(command, data, llm_bf16=False)
+    assert changed(given, plain) == models
+    for kind, same in (("bf16", given), ("fp32", plain)):
+        monkeypatch.setattr(policy, "best_dtype", lambda device, kind=kind: kind)
+        assert changed(planned(command, data, llm_bf16=None), same) == set()
+    monkeypatch.setattr(tasks, "general_source", lambda file: "the documentation of another version of Python")
+    monkeypatch.setattr("recbole_gr2.stages.midtrain.general_source", tasks.general_source)
+    assert changed(planned(command, data), plain) == models
 
 
 def test_a_prompt_is_printed_without_a_model(command, tmp_path, monkeypatch):

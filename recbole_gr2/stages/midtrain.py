@@ -6,7 +6,6 @@ the new tokens on the persona task, with all other weights frozen; then all weig
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from recbole_gr2.prompts import templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
 from recbole_gr2.sid.tokens import added_tokens, code_tokens
-from recbole_gr2.store import check_text, write_json
+from recbole_gr2.store import check_text, file_hash, text_hash, write_json
 from recbole_gr2.tasks import (
     check_mix,
     examples_of,
@@ -168,9 +167,10 @@ def key_values(settings: Settings) -> dict[str, Any]:
     The vocabulary covers all built-in prompt templates, so that each of them can be used with the same model. The
     default of the general texts comes with Python and differs between its versions.
     """
+    file = settings["mid_general"]
     values: dict[str, Any] = {
         "prompt_templates.sha": " ".join(t.sha for t in templates_for(settings["prompt_template"])),
-        "mid_general": hashlib.sha256(general_source(settings["mid_general"]).encode()).hexdigest()[:12],
+        "mid_general": file_hash(file, where="mid_general") if file else text_hash(general_source(None)),
         **resolved_bf16(settings),
     }
     if settings["llm"] != RANDOM:

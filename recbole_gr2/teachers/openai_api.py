@@ -5,6 +5,7 @@ Such endpoints are vLLM, SGLang, Ollama, `transformers serve` and hosted models.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
@@ -144,11 +145,10 @@ class StoredResponses:
         self._by_key: dict[str, dict[str, Any]] = {}
         if file is None or not file.is_file():
             return
-        content = file.read_bytes()
-        end = content.rfind(b"\n") + 1
-        if end < len(content):
+        if not file.read_bytes().endswith(b"\n"):
             with open(file, "r+b") as handle:
-                handle.truncate(end)
+                fcntl.flock(handle, fcntl.LOCK_EX)  # another run may be writing this line
+                handle.truncate(handle.read().rfind(b"\n") + 1)
         for number, line in enumerate(read_lines(file), start=1):
             if not isinstance(line, dict) or not isinstance(line.get("text"), str) or not {"key", *COUNTS} <= set(line):
                 raise GR2Error(
@@ -173,6 +173,7 @@ class StoredResponses:
             if self.file is not None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.file, "a", encoding="utf-8") as handle:
+                    fcntl.flock(handle, fcntl.LOCK_EX)  # runs of the same data set share the file
                     handle.write(json.dumps({"key": key, **response}) + "\n")
 
 
