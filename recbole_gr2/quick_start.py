@@ -152,7 +152,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument(
         "--stages", metavar="A,B", type=_names, default=(), help="compute only these stages, and those that they need"
     )
-    parser.add_argument("--from_stage", metavar="A", type=_name, help="run this stage and all that depend on it again")
+    parser.add_argument(
+        "--from_stage",
+        metavar="A",
+        type=_name,
+        help="run this stage and all that depend on it again; after a stop the same command continues",
+    )
     parser.add_argument("--force", action="store_true", help="run every stage again")
     parser.add_argument(
         "--ablation", metavar="NAME", type=_name, help="variants in a table: rerank, reward, tokenizer, or a file"
