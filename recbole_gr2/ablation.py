@@ -30,7 +30,7 @@ from recbole_gr2.console import Console, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
 from recbole_gr2.report.result import SCHEMA, new_folder, stage_entries
 from recbole_gr2.report.tables import figures_table, variant_cost_table, variant_settings_table
-from recbole_gr2.store import read_manifest, write_json
+from recbole_gr2.store import explained_disk_errors, read_manifest, write_json, write_text
 
 T = TypeVar("T")
 Plans = Mapping[str, list[pipeline.Planned]]  # name of a variant -> its plan
@@ -191,8 +191,9 @@ def run_ablation(
         "variants": variants,
     }
     folder = new_folder(common.results_folder / "ablations")
-    write_json(folder / "result.json", result)
-    (folder / "report.md").write_text(render_ablation(result), encoding="utf-8")
+    with explained_disk_errors(folder):
+        write_text(folder / "report.md", render_ablation(result))
+        write_json(folder / "result.json", result)
     console.print(f"\n{figures_table(result)}")
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"

@@ -38,6 +38,7 @@ class CompleteCheckpoints(TrainerCallback):
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint in a folder, or None. Incomplete ones are deleted."""
     complete = [checkpoint for checkpoint in _checkpoints(folder) if _is_complete(checkpoint)]
+    wait_for_all()  # every process has chosen
     if RANK == 0:
         for checkpoint in _checkpoints(folder):
             if checkpoint not in complete:
@@ -57,7 +58,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _is_complete(checkpoint: Path) -> bool:
     """Whether the listed files, and no others, are there with the listed sizes."""
     contents = checkpoint / CONTENTS
-    return contents.is_file() and json.loads(contents.read_text(encoding="utf-8")) == _sizes(checkpoint)
+    try:
+        return contents.is_file() and json.loads(contents.read_text(encoding="utf-8")) == _sizes(checkpoint)
+    except ValueError:  # the list itself is damaged
+        return False
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:

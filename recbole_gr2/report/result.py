@@ -6,6 +6,8 @@ a mean with a standard deviation.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ import pandas as pd
 from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.errors import MissingFileError
 from recbole_gr2.llm.curves import FIGURES, curve
-from recbole_gr2.store import read_manifest
+from recbole_gr2.store import explained_disk_errors, read_manifest
 from recbole_gr2.types import StageRecord
 
 if TYPE_CHECKING:
@@ -152,12 +154,14 @@ def read_run(path: Path) -> FinishedRun:
 
 def new_folder(parent: Path) -> Path:
     """Create an empty folder in `parent` whose name is the time. A number distinguishes folders of the same second."""
-    parent.mkdir(parents=True, exist_ok=True)
-    name = time.strftime("%Y%m%d-%H%M%S")
-    folder = parent / name
-    if folder.exists():
-        folder = parent / f"{name}-{len(list(parent.glob(name + '*'))) + 1}"
-    folder.mkdir()
+    with explained_disk_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        name = time.strftime("%Y%m%d-%H%M%S")
+        for number in itertools.count(1):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            with contextlib.suppress(FileExistsError):  # of another run
+                folder.mkdir()
+                break
     return folder
 
 

@@ -10,7 +10,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.report.page import render_report
 from recbole_gr2.report.result import SCOPES, FinishedRun, build_result, finished_run, in_scope, new_folder
 from recbole_gr2.report.tables import latex_tables, metrics_table, scope_title
-from recbole_gr2.store import write_json
+from recbole_gr2.store import explained_disk_errors, write_json, write_text
 from recbole_gr2.types import StageRecord
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
     if len(runs) > 1:
         sources = {"runs": [str(run.path) for run in runs]}
         config = f"# Run with --seeds {','.join(str(run.seed) for run in runs)}.\n{config}"
-    (folder / "config.yaml").write_text(config, encoding="utf-8")
-    write_json(folder / "run.json", {"command": result["command"], **sources})
-    write_json(folder / "result.json", result)
-    (folder / "report.md").write_text(render_report(result, runs), encoding="utf-8")
-    (folder / "table.tex").write_text(latex_tables(result), encoding="utf-8")
+    with explained_disk_errors(folder):
+        write_text(folder / "config.yaml", config)
+        write_json(folder / "run.json", {"command": result["command"], **sources})
+        write_text(folder / "report.md", render_report(result, runs))
+        write_text(folder / "table.tex", latex_tables(result))
+        write_json(folder / "result.json", result)  # last: a folder with this file is complete
     for scope in SCOPES:
         if in_scope(result, scope):
             console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}")
