@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
-from recbole_gr2.store import LOCK, write_json
+from recbole_gr2.store import LOCK, read_json, write_json
 
 CLOCK = "clock.json"  # in an unfinished stage's folder: when its last start began, and the seconds of earlier starts
 
@@ -18,7 +17,7 @@ def seconds_of_earlier_starts(folder: Path) -> float:
     """
     clock, before = folder / CLOCK, 0.0
     if clock.is_file():
-        last = json.loads(clock.read_text(encoding="utf-8"))
+        last = read_json(clock)
         written = [f.stat().st_mtime for f in folder.rglob("*") if f.is_file() and f.name != LOCK]
         before = last["before"] + max(0.0, max(written) - last["started"])
     write_json(clock, {"started": time.time(), "before": before})

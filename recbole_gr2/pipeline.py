@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,9 +27,11 @@ from recbole_gr2.store import (
     explained_disk_errors,
     locked,
     other_records,
+    read_json,
     read_manifest,
     source_hash,
     stage_key,
+    text_hash,
     write_json,
     write_manifest,
 )
@@ -163,7 +163,7 @@ def plan(
             )
         )
     names = " ".join(entry.name for entry in planned if entry.stage.name in renewed)
-    request = settings.results_folder / REQUESTS / f"{hashlib.sha256(names.encode()).hexdigest()[:12]}.json"
+    request = settings.results_folder / REQUESTS / f"{text_hash(names)}.json"
     requests = _requests(settings)
     pending = {name for stages in requests.values() for name in stages}
     decided = []
@@ -179,7 +179,7 @@ def plan(
 def _requests(settings: Settings) -> dict[Path, list[str]]:
     """The stages that each unfinished --from_stage or --force has not computed yet."""
     files = sorted((settings.results_folder / REQUESTS).glob("*.json"))
-    return {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {file: read_json(file) for file in files}
 
 
 def _in_order(declared: Mapping[str, Stage], wanted: Iterable[str]) -> list[Stage]:

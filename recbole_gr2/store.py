@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
@@ -30,6 +31,7 @@ SCHEMA = 2  # version of the form of a manifest
 LOCK = ".lock"
 TEMPORARY = ".*.tmp"  # pattern of files that are renamed when they are complete
 SMALL = 2**20  # bytes up to which the content of a file is checked whenever its stage is planned
+RECENT = 10**8  # nanoseconds in which a file may change again without another time, because clocks are coarse
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 PACKAGE = __name__.partition(".")[0]
@@ -120,7 +122,7 @@ def check_files(folder: Path, record: StageRecord, *, contents: bool = False) ->
         contents: whether to compare the checksums of all files. Otherwise those of large files are not computed.
 
     Raises:
-        GR2Error: a file is missing, truncated or changed, or the manifest belongs to another folder.
+        GR2Error: a file is missing, truncated or changed.
     """
     for name, expected in record.files.items():
         file = folder / name
@@ -143,6 +145,8 @@ def check_files(folder: Path, record: StageRecord, *, contents: bool = False) ->
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file's content. It is computed again if the size or the time of the file changes."""
     status = file.stat()
+    if time.time_ns() - status.st_mtime_ns < RECENT:
+        return _sha256.__wrapped__(file)
     return _sha256(file, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -464,6 +468,23 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it."""
     write_text(file, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file that the package wrote.
+
+    Raises:
+        GR2Error: the file is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GR2Error(
+            f"the file is damaged: {error}",
+            where=str(file),
+            why="it records what an interrupted command has left to do",
+            do="remove the file and repeat the command",
+        ) from error
 
 
 def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:

@@ -31,6 +31,7 @@ from recbole_gr2.store import (
     locked,
     module_hash,
     other_records,
+    read_json,
     read_lines,
     read_manifest,
     source_hash,
@@ -309,7 +310,11 @@ def test_files_are_old_or_complete(tmp_path):
     with pytest.raises(GR2Error, match="lines.jsonl:3"):
         list(read_lines(file))
     write_json(tmp_path / "x.json", {"a": [1]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
+    assert read_json(tmp_path / "x.json") == {"a": [1]}
+    (tmp_path / "x.json").write_text("[")
+    with pytest.raises(GR2Error, match="the file is damaged") as error:
+        read_json(tmp_path / "x.json")
+    assert error.value.where == str(tmp_path / "x.json")
 
 
 def test_locks(tmp_path):
