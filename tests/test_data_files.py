@@ -184,6 +184,7 @@ def changed(line: str) -> str:
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\tNaN"), {}, ["line 5", "'timestamp'", "missing"], id="time NaN"),
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\tinf"), {}, ["line 5", "'inf'"], id="infinite time"),
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\t1e999"), {}, ["line 5", "'1e999'"], id="a time out of range"),
+        pytest.param(changed(LINE_5 + "000"), {}, ["line 2", "unit", f"'{TIME_5}000'"], id="milliseconds and seconds"),
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\t12,5"), {}, ["line 5", "'12,5'"], id="decimal comma"),
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\t1_000"), {}, ["line 5", "'1_000'"], id="underscore"),
         pytest.param(changed(f"{USER_5}\t{ITEM_5}\t2014-05-13"), {}, ["line 5", "a date", "line 2"], id="one date"),

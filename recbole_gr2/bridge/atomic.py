@@ -38,6 +38,8 @@ AMBIGUOUS_LINES = 4  # such lines if each of them fits the header, which hardly 
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 _DATE = r"\d{4}-\d\d-\d\d"
 _CLOCK = rf"{_DATE}[T ]\d\d:\d\d(:\d\d(\.\d{{1,6}}0*)?)?"  # float64 seconds are exact to a microsecond
+# Times since 1970 from 1973 to 5138 are between these limits if they are seconds, milliseconds, micro- or nanoseconds.
+UNITS = (1e8, 1e11, 1e14, 1e17)
 TIMES = {
     "a number": re.compile(_NUMBER, re.ASCII),
     "a date": re.compile(_DATE, re.ASCII),
@@ -209,8 +211,8 @@ class AtomicFile:
         """Return times as numbers, (R,): numbers as they are, ISO dates as seconds since 1970 in UTC.
 
         Raises:
-            ConfigurationError: a time is missing, is neither a number nor an ISO date, or has another form than the
-                first one.
+            ConfigurationError: a time is missing, is neither a number nor an ISO date, or has another form or unit
+                than other times.
         """
         texts = [value.strip() for value in values]
         form = next((name for name, pattern in TIMES.items() if pattern.fullmatch(texts[0])), "a number")
@@ -246,6 +248,16 @@ class AtomicFile:
                 column=column,
                 why="different times would be equal",
                 do="write seconds, milliseconds or microseconds",
+            )
+        units = np.digitize(numbers, UNITS)
+        mixed = np.flatnonzero((units > 0) & (units != units.max()))
+        if len(mixed):
+            raise self.error(
+                f"the time {texts[mixed[0]]!r} has another unit than {texts[int(np.argmax(numbers))]!r}",
+                line=int(self.lines[mixed[0]]),
+                column=column,
+                why="seconds, milliseconds and so on in one column give a wrong order",
+                do="write all times in one unit",
             )
         return numbers
 
@@ -331,57 +343,69 @@ class AtomicFile:
         special[np.searchsorted(ends, np.flatnonzero(data == ord('"')))] = True
         del data, cuts
         keep = np.ones(len(ends), dtype=bool)
-        pieces, written, following = [], 0, 0
+        pieces, written = [], 0
 
         def line(number: int) -> str:
             return content[starts[number] : ends[number]].decode()
 
         for number in np.flatnonzero(special).tolist():
-            if number < following:  # It belongs to a value that began on an earlier line.
+            if starts[number] < written:  # It belongs to a value that began on an earlier line.
                 continue
-            following = number + 1
-            if not line(number).strip(" \r"):
-                fields = None
-                keep[number] = False
-                self.notes["empty lines skipped"] += 1
-            else:
-                fields = line(number).split(CUT)
-                merged, is_open = _merge(fields)
-                # A quotation mark that is not closed on its line begins a value with line breaks if the lines do not
-                # fit the header otherwise. Else it is a character of the value, as in the title '"A' is for Alibi.
-                if is_open:
-                    alone = fits[number] and (following == len(ends) or fits[following])
-                    longer, used = self._over_lines(
-                        line, number, len(ends), AMBIGUOUS_LINES if alone else LONGEST_VALUE
-                    )
-                    if used and fits[number : number + used].all():
-                        raise self.error(
-                            f"a quotation mark opens a value that may end here or on line {number + used + 1}",
-                            line=number + 2,
-                            why="the lines in between are rows of their own, or a part of the value",
-                            do="put the value in quotation marks and double those inside it, or remove the line breaks",
-                        )
-                    if used:
-                        merged, following = longer, number + used
-                        keep[number + 1 : following] = False
-                        self.notes["lines joined to a value with line breaks"] += used - 1
-                if len(merged) == len(self.names) and (following > number + 1 or not is_open):
-                    fields = merged
-                elif not fits[number] or (self.separator != "\t" and not is_open and len(merged) < len(fields)):
-                    raise self.error(
-                        f"the line has {len(merged)} {'column' if len(merged) == 1 else 'columns'}, "
-                        f"and the header has {len(self.names)}",
-                        line=number + 2,
-                        why="values would be read as those of another column, or be cut",
-                        do="remove separators and line breaks from the values, or put such values in quotation marks",
-                    )
             pieces.append(content[written : starts[number]])
-            if fields is not None:
+            if line(number).strip(" \r"):
+                fields, used = self._fields(line, number, fits)
                 row = CUT.join(unquote(field.replace(CUT, self.separator)).replace("\n", "\r") for field in fields)
                 pieces.append(row.encode() + b"\n")
-            written = int(ends[following - 1]) + 1
+                keep[number + 1 : number + used] = False
+            else:
+                used = 1
+                keep[number] = False
+                self.notes["empty lines skipped"] += 1
+            written = int(ends[number + used - 1]) + 1
         rows = b"".join([*pieces, content[written:]]) if pieces else content
         return rows, np.flatnonzero(keep) + 2
+
+    def _fields(self, line: Callable[[int], str], number: int, fits: np.ndarray) -> tuple[list[str], int]:
+        """Return the fields of the row that begins on a line, with quotation marks, and its number of lines.
+
+        A quotation mark that is not closed on its line begins a value with line breaks if the lines do not fit the
+        header otherwise. Else it is a character of the value, as in the title `"A" is for "Alibi`.
+
+        Args:
+            line: returns the text of a line by its number, from 0.
+            number: the line.
+            fits: whether each line has as many separators as the header.
+
+        Raises:
+            ConfigurationError: the row has too few or too many columns, or can be read in two ways.
+        """
+        plain = line(number).split(CUT)
+        fields, is_open = _merge(plain)
+        if is_open:
+            alone = fits[number : number + 2].all()
+            longer, used = self._over_lines(line, number, len(fits), AMBIGUOUS_LINES if alone else LONGEST_VALUE)
+            if used and fits[number : number + used].all():
+                raise self.error(
+                    f"a quotation mark opens a value that may end here or on line {number + used + 1}",
+                    line=number + 2,
+                    why="the lines in between are rows of their own, or a part of the value",
+                    do="put the value in quotation marks and double those inside it, or remove the line breaks",
+                )
+            if used:
+                self.notes["lines joined to a value with line breaks"] += used - 1
+                return longer, used
+        if not is_open and len(fields) == len(self.names):
+            return fields, 1
+        # With commas, a value in quotation marks may hide a missing column. Tabs hardly occur in values.
+        if fits[number] and (is_open or self.separator == "\t"):
+            return plain, 1
+        count = len(plain if is_open else fields)
+        raise self.error(
+            f"the line has {count} {'column' if count == 1 else 'columns'}, and the header has {len(self.names)}",
+            line=number + 2,
+            why="values would be read as those of another column, or be cut",
+            do="remove separators and line breaks from the values, or put such values in quotation marks",
+        )
 
     def _over_lines(self, line: Callable[[int], str], number: int, count: int, most: int) -> tuple[list[str], int]:
         """Fields of a row whose value in quotation marks ends on a later line, and its number of lines; 0 if none."""
