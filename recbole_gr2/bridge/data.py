@@ -215,7 +215,8 @@ def _grades(
     if thresholds_by_column is None:
         return {}
     (column, thresholds), *more = thresholds_by_column.items() or [("", [])]
-    if more or not isinstance(thresholds, list) or not thresholds or thresholds != sorted(set(thresholds)):
+    are_numbers = isinstance(thresholds, list) and all(type(value) in (int, float) for value in thresholds)
+    if more or not are_numbers or not thresholds or thresholds != sorted(set(thresholds)):
         raise ConfigurationError(
             f"train_grades is {thresholds_by_column!r}",
             where="train_grades",
@@ -230,14 +231,19 @@ def _grades(
             do=f"load it: load_col: {{inter: [..., {column}]}}",
         )
     kind = dataset.field2type[column].value
-    if kind != "float" or column in dataset.missing:
+    problem = ""
+    if column == dataset.time_field:
+        problem = "contains the times"  # They are replaced by their ranks.
+    elif kind != "float":
+        problem = f"is of type {kind}, and not of type float"
+    elif column in dataset.missing:
+        problem = f"has missing values, the first on line {dataset.missing[column]}"
+    if problem:
         raise ConfigurationError(
-            f"the column {column!r} is of type {kind}, and not of type float"
-            if kind != "float"
-            else f"the column {column!r} has missing values, the first on line {dataset.missing[column]}",
+            f"the column {column!r} {problem}",
             where=f"train_grades, column {column!r} of the .inter file",
             why="the grades are computed from the numbers in this column",
-            do=f"declare {column}:float in the header, and give every interaction a number",
+            do="name a column that is declared as float in the header and has a number in every line",
         )
     grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
     places: Any = frame.groupby(dataset.uid_field).indices
