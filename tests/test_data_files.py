@@ -100,7 +100,8 @@ TOKEN = HEADER.replace("float", "token")
     ],
 )
 def test_interactions_are_read_whole_and_in_the_order_of_time(tmp_path, inter, options):
-    item = as_text(ITEMS, "item_id:token\ttitle:token_seq\tcategories:token_seq", options.get("field_separator", "\t"))
+    separator = options.get("field_separator", "\t").replace("\\t", "\t")
+    item = as_text(ITEMS, "item_id:token\ttitle:token_seq\tcategories:token_seq", separator)
     if options.get("field_separator") == " ":
         item = item.replace("Thing ", "Thing")
     data = data_of(tmp_path, inter, item.replace("item_id", options.get("ITEM_ID_FIELD", "item_id")), **options)
@@ -368,7 +369,7 @@ class Form:
     time: str = "int"
 
     def field(self, value: str) -> str:
-        needed = any(part in value for part in (self.separator, '"', "\n", "\r"))
+        needed = any(character in value for character in (*self.separator, '"', "\n", "\r"))
         if self.quotes == "always" or (self.quotes == "needed" and needed):
             return '"' + value.replace('"', '""') + '"'
         return value
