@@ -354,7 +354,8 @@ def test_files_that_cannot_be_read(tmp_path):
 # --- random files -----------------------------------------------------------------------------------------------------
 
 # `pytest tests/test_data_files.py -k random --hypothesis-profile=long` tries many more files.
-FILES = settings(deadline=None, max_examples=25 if settings().max_examples <= 100 else 1_000_000)
+EXAMPLES = settings().max_examples
+FILES = settings(deadline=None, max_examples=25 if EXAMPLES <= 100 else EXAMPLES)
 
 
 @dataclass(frozen=True)
