@@ -83,8 +83,8 @@ def check_folder(folder: Path, *, where: str) -> None:
     """
     try:
         existing = _existing(folder)
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=existing) as scratch:
+            (Path(scratch) / folder.absolute().relative_to(existing)).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise ConfigurationError(

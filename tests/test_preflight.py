@@ -1,5 +1,6 @@
 """Checks before a run: data set, folders, packages, memory and disk space; and the expected time of the stages."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -70,7 +71,7 @@ def test_names_of_stages_are_known_without_their_modules(tiny_settings, tmp_path
     with pytest.raises(ConfigurationError, match="there is no stage 'rerank_x'") as error:
         check_names(["rerank_x"], settings)
     chosen = error.value.do.partition("Choose from ")[2].split(", ")
-    assert sorted(chosen) == sorted(set(names) - {"rerank_onerec_think"})
+    assert sorted(chosen) == sorted(names)
 
 
 # --- what a stage needs ----------------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_what_the_data_do_not_allow_is_refused_before_any_stage(changes, text, t
         ({"trace_teacher": "broken_module:Teacher"}, "ZeroDivisionError: division by zero .*broken_module.py:1"),
         ({"trace_teacher": ":x"}, "cannot import ':x'"),
         ({"prior_features": ["..:x"]}, "cannot import '..:x'"),
-        ({"eval_rows": ["file:nowhere.jsonl"]}, "there is no file nowhere.jsonl"),
+        ({"eval_rows": ["file:nowhere.jsonl"]}, "nowhere.jsonl cannot be read"),
         ({"eval_rows": ["file:broken.jsonl"]}, "has no ranking of a new request"),
         ({"cand_file": "binary"}, "binary is not encoded in UTF-8"),
         ({"trace_file": "empty"}, "empty is empty"),
@@ -152,23 +153,20 @@ def test_processes_that_cannot_share_a_round(tiny_settings, tmp_path, monkeypatc
 
 def test_the_size_of_a_model_is_that_of_its_weights(tiny_settings, tmp_path):
     settings = tiny_settings(tmp_path)
-    model, _ = random_model(["text"], config={**settings["llm_random"], "vocab_size": 259})
-    settings = tiny_settings(tmp_path, llm_random={**settings["llm_random"], "vocab_size": len(_)})
+    model, tokenizer = random_model(["text"], config=settings["llm_random"])
+    fields = {**settings["llm_random"], "vocab_size": len(tokenizer)}
+    settings = tiny_settings(tmp_path, llm_random=fields)
     size = model_size(settings, fetch=True)
-    assert size.parameters == model.num_parameters() and size.embeddings == len(_) * 32
-    one = model_size(replace_settings(settings, llm_layers=[1]), fetch=True)
+    assert size.parameters == model.num_parameters() and size.embeddings == len(tokenizer) * 32
+    one = model_size({**settings, "llm_layers": [1]}, fetch=True)
     layer = sum(weights.numel() for weights in model.model.layers[1].parameters())
     assert one.parameters == size.parameters - layer
     with pytest.raises(ConfigurationError, match="a model with 2 layers cannot keep the layers"):
-        model_size(replace_settings(settings, llm_layers=[2]), fetch=True)
+        model_size({**settings, "llm_layers": [2]}, fetch=True)
     assert size.training_bytes(lora=True) * 4 == size.training_bytes(lora=False) == 16 * size.parameters
     assert size.disk_bytes(3, lora=True) == 12 * size.parameters
     assert replace(size, trimmed=True).least == size.parameters - size.embeddings
-    assert random_config(settings["llm_random"]).vocab_size == len(_)
-
-
-def replace_settings(settings, **changes):
-    return {**settings, **changes}
+    assert random_config(settings["llm_random"]).vocab_size == len(tokenizer)
 
 
 def test_a_model_in_a_folder(tiny_settings, tmp_path):
@@ -230,28 +228,20 @@ def test_the_time_is_that_of_the_earlier_run_with_the_fewest_other_settings(tiny
 
     assert [preflight.expected_time(entry) for entry in planned()] == ["unknown"] * 2
     assert preflight.expected_total(planned()).startswith("unknown")
-    for seconds, changes in ((4200, {"sid_epochs": 2}), (90, {"sid_epochs": 2, "sid_latent": 4, "sid_batch_size": 8})):
-        run = tiny_run(tmp_path, ["tokenizer"], data=data, sid_min_unique=0.0, **changes)
-        record = run.records["tokenizer"]
-        manifest = run.folders["tokenizer"] / "manifest.json"
-        import json
-
+    near, far = {"sid_commitment": 0.3}, {"sid_commitment": 0.3, "sid_ema_decay": 0.9, "sid_learning_rate": 0.002}
+    for seconds, changes in ((4200, near), (90, far)):
+        manifest = tiny_run(tmp_path, ["tokenizer"], data=data, **changes).folders["tokenizer"] / "manifest.json"
         write_json(manifest, {**json.loads(manifest.read_text()), "seconds": seconds})
-        assert record.stage == "tokenizer"
-    embeddings, tokenizer = planned(sid_epochs=3, sid_min_unique=0.0)
+    embeddings, tokenizer = planned(sid_commitment=0.4)
     assert preflight.expected_time(embeddings) == ""
     assert preflight.expected_time(tokenizer) == "about 70 min (earlier run, other settings)"
-    assert (
-        preflight.expected_total([embeddings, tokenizer])
-        == "about 70 min, from the times of earlier runs on this data set"
-    )
-    again = pipeline.plan(
-        tiny_settings(tmp_path, sid_epochs=2, sid_min_unique=0.0), data, stages=["tokenizer"], from_stage="tokenizer"
-    )
+    total = "about 70 min, from the times of earlier runs on this data set"
+    assert preflight.expected_total([embeddings, tokenizer]) == total
+    again = pipeline.plan(tiny_settings(tmp_path, **near), data, stages=["tokenizer"], from_stage="tokenizer")
     assert preflight.expected_time(again[1]) == "about 70 min (earlier run)"
-    everything = pipeline.plan(tiny_settings(tmp_path, sid_epochs=3, sid_min_unique=0.0), data, stages=["midtrain"])
-    assert preflight.expected_total(everything).endswith("; without midtrain, which never ran")
-    assert preflight.expected_total(planned(sid_epochs=2, sid_min_unique=0.0)) == "none, every stage is finished"
+    everything = pipeline.plan(tiny_settings(tmp_path, sid_commitment=0.4), data, stages=["midtrain"])
+    assert preflight.expected_total(everything) == f"{total}; without midtrain, which never ran"
+    assert preflight.expected_total(planned(**near)) == "none, every stage is finished"
 
 
 def test_a_dry_run_checks_everything_and_leaves_nothing(tiny_data, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 
-from recbole_gr2.config import Settings
+from recbole_gr2.config import ONEREC_THINK, Settings
 from recbole_gr2.errors import ConfigurationError, nearest
 from recbole_gr2.types import Stage
 
@@ -51,7 +51,8 @@ def check_names(names: Iterable[str], settings: Settings) -> None:
         ConfigurationError: there is no stage of a name. The error names the nearest ones.
     """
     known = [name for group in MODULES.values() for name in group] + settings["models"]
-    known += [f"{RERANK}{name}" for name in settings["eval_rows"] if ":" not in name]
+    methods = [*settings["eval_rows"], *(ONEREC_THINK[model] for model in settings["models"] if model in ONEREC_THINK)]
+    known += dict.fromkeys(f"{RERANK}{name}" for name in methods if ":" not in name)
     for name in names:
         if not name.startswith(RERANK) or not any(":" in row for row in settings["eval_rows"]):
             check_name(name, known)
