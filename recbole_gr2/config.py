@@ -774,7 +774,8 @@ def _check_all(
         try:
             rule(effective, declared)
         except ValueError as error:
-            place = next((name for name in (key, f"base_{key}") if name in merged), None)
+            names = (name for first in (str(error).partition(" ")[0], key) for name in (first, f"base_{first}"))
+            place = next((name for name in names if name in merged), None)
             problems.append(f"{merged[place][1] if place else 'settings'}: {error}")
         except _MissingValue:  # an option that is not given, or a value that is among the problems already
             pass

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_gr2 import config, preflight
+from recbole_gr2 import config, pipeline, preflight
 from recbole_gr2.config import declarations, load_settings, read_value, recbole_declarations
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main, parse
@@ -246,11 +246,13 @@ ANY = settings(
 )
 
 
-def accepted_or_refused(**sources) -> None:
+def accepted_or_refused(*, stages: bool = False, **sources) -> None:
     """Settings are accepted, or refused by an error of this package. Accepted ones can be written and read again."""
     try:
         accepted = load_settings(**sources)
         preflight.check(accepted)
+        if stages:
+            pipeline.check(accepted)
     except GR2Error:
         return
     again = load_settings(config_dict=yaml.safe_load(accepted.as_yaml()))
@@ -260,7 +262,7 @@ def accepted_or_refused(**sources) -> None:
 @ANY
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
 def test_any_value_is_accepted_or_refused(values):
-    accepted_or_refused(config_dict={**SMOKE, **values})
+    accepted_or_refused(config_dict={**SMOKE, **values}, stages=True)
 
 
 @ANY
