@@ -160,7 +160,7 @@ def run_ablation(
     entries = {entry.folder: entry for planned in plans.values() for entry in planned}
     console.say(f"expected time: {preflight.expected_total(list(entries.values()))}")
     for name, planned in plans.items():
-        pipeline.check_run(planned, settings[name], data)
+        pipeline.check_data(planned, settings[name], data)
         preflight.check_resources(planned, settings[name], lambda text: None, dry_run=dry_run)
     if dry_run:
         return None

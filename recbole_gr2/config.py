@@ -1101,15 +1101,6 @@ def _check_recorded(values: Mapping[str, Any], declared: Mapping[str, Declaratio
         raise ValueError("trace_teacher is recorded, but trace_file names no file with its traces")
 
 
-def _check_reported(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    for key in ("cand_file", "eval_max_lists"):
-        if values["models"] and values[key] is not None:
-            raise ValueError(
-                f"models is {values['models']}, but {key} is {values[key]}: models are compared on all users, so they "
-                f"would be trained and not reported; leave out models or {key}"
-            )
-
-
 def _check_hold_out(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     if values["base_model"] == GENERATOR and not values["cand_file"] and not values["mid_hold_out"]:
         raise ValueError(
@@ -1134,7 +1125,6 @@ COMBINATIONS: dict[str, Rule] = {
     "rl_overlong_buffer": _check_buffer,
     "trace_temperature": _check_attempts,
     "trace_file": _check_recorded,
-    "models": _check_reported,
     "mid_hold_out": _check_hold_out,
     "train_neg_sample_args": _check_loss,
 }

@@ -90,14 +90,14 @@ def check(settings: Settings) -> None:
     _all_problems(partial(each, settings) for each in dict.fromkeys(stage.check for stage in all_stages(settings)))
 
 
-def check_run(planned: Iterable[Planned], settings: Settings, data: Any) -> None:
+def check_data(planned: Iterable[Planned], settings: Settings, data: Any) -> None:
     """Check that the stages that a plan computes can run with the data and with what is installed.
 
     Raises:
         ConfigurationError: several stages cannot run. It reports all problems together.
         GR2Error: one stage cannot run.
     """
-    checks = dict.fromkeys(entry.stage.check_run for entry in planned if not entry.finished)
+    checks = dict.fromkeys(entry.stage.check_data for entry in planned if not entry.finished)
     _all_problems(partial(each, settings, data) for each in checks)
 
 

@@ -326,7 +326,7 @@ def _run_once(
         [[p.stage.name, p.key, p.action, preflight.expected_time(p), p.why] for p in planned],
     )
     console.say(f"expected time: {preflight.expected_total(planned)}")
-    pipeline.check_run(planned, settings, data)
+    pipeline.check_data(planned, settings, data)
     preflight.check_resources(planned, settings, console.say, dry_run=dry_run)
     if dry_run:
         return None

@@ -325,7 +325,7 @@ def _no_check(settings: Settings) -> None:
     return None
 
 
-def _no_check_run(settings: Settings, data: Data) -> None:
+def _no_data_check(settings: Settings, data: Data) -> None:
     return None
 
 
@@ -343,8 +343,8 @@ class Stage:
         key_values: returns further values of the key, such as hashes of files that settings name.
         check: raises a ConfigurationError if the stage cannot run with the settings. It is called before any data is
             loaded.
-        check_run: raises an error if the stage cannot run with the data, or needs a package or file that is missing. It
-            is called for each stage that a run computes, after the data are read and before the first stage runs.
+        check_data: raises an error if the stage cannot run on the data set, or needs a package or file that is missing.
+            It is called for each stage that a run computes, before the first of them runs.
         parameters: parameters of a variant; `context.parameters` contains them.
         distributed: whether several processes may run the stage together.
         modules: further modules whose sources the stage uses, see `recbole_gr2.store.source_hash`.
@@ -359,7 +359,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     key_values: Callable[[Settings], Mapping[str, Any]] = _no_values
     check: Callable[[Settings], None] = _no_check
-    check_run: Callable[[Settings, Data], None] = _no_check_run
+    check_data: Callable[[Settings, Data], None] = _no_data_check
     parameters: Mapping[str, Any] = field(default_factory=dict)
     distributed: bool = False
     modules: tuple[str, ...] = ()

@@ -102,8 +102,8 @@ def test_a_missing_package_of_a_teacher_is_reported_before_any_stage(tiny_data, 
 def test_what_the_data_do_not_allow_is_refused_before_any_stage(changes, text, tiny_settings, tmp_path, data):
     settings = tiny_settings(tmp_path, **changes)
     with pytest.raises(GR2Error, match=text):
-        pipeline.check_run(pipeline.plan(settings, data), settings, data)
-    pipeline.check_run(pipeline.plan(settings, data, stages=["candidates"]), settings, data)
+        pipeline.check_data(pipeline.plan(settings, data), settings, data)
+    pipeline.check_data(pipeline.plan(settings, data, stages=["candidates"]), settings, data)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,10 @@ def read_config(source: Path | str) -> Any:
 
     try:
         if isinstance(source, Path) and not (source / "config.json").is_file():
-            return AutoConfig.from_pretrained(source, gguf_file=_gguf_file(source).name)
-        if isinstance(source, Path) and not [*source.glob("*.safetensors"), *source.glob("*.bin")]:
-            raise OSError(f"{source} contains no weights (*.safetensors or *.bin)")
-        return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, gguf_file=_gguf_file(source).name, trust_remote_code=False)
+        if isinstance(source, Path) and not [*source.glob("*.safetensors")]:
+            raise OSError(f"{source} contains no weights (*.safetensors)")
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:  # ValueError: the type of the model is unknown
         raise MissingFileError(
             f"transformers cannot load a language model from {str(source)!r}",

@@ -191,7 +191,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
     return {f"recbole.{name}": options[name] for name in names if name in options}
 
 
-def check_run(settings: Settings, data: Data) -> None:
+def check_data(settings: Settings, data: Data) -> None:
     """Check that the cut-offs are not above the number of items that are recommended."""
     depth = depth_of(data)
     if max(settings["topk"]) > depth:
@@ -219,6 +219,6 @@ def stages(settings: Settings) -> list[Stage]:
                 *_models(settings),
             ),
             key_values=key_values,
-            check_run=check_run,
+            check_data=check_data,
         )
     ]

@@ -152,7 +152,7 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_run(settings: Settings, data: Data) -> None:
+def check_data(settings: Settings, data: Data) -> None:
     """Check that the data set has enough users for a round."""
     users = len(data.rows("train")[1])
     if users < settings["rl_prompts_per_step"]:
@@ -166,7 +166,7 @@ def check_run(settings: Settings, data: Data) -> None:
 
 def _check_distillation(settings: Settings, data: Data) -> None:
     """Check the data set, and that the teacher of distillation exists or there is a client for its endpoint."""
-    check_run(settings, data)
+    check_data(settings, data)
     name = settings["distilled_teacher"]
     if name.startswith(("http://", "https://")):
         check_endpoint(name, where="distilled_teacher")
@@ -202,7 +202,7 @@ def stages(settings: Settings) -> list[Stage]:
         own: tuple[str, ...] = (),
         excluded: tuple[str, ...] = (),
         values: Callable[[Settings], dict[str, Any]] = key_values,
-        check_run: Callable[[Settings, Data], None] = check_run,
+        check_data: Callable[[Settings, Data], None] = check_data,
         **parameters: Any,
     ) -> Stage:
         return Stage(
@@ -213,7 +213,7 @@ def stages(settings: Settings) -> list[Stage]:
             excluded=("rl_start", *excluded),
             needs=("tokenizer", "prior", start, *needs),
             check=check_settings,
-            check_run=check_run,
+            check_data=check_data,
             key_values=values,
             parameters={"start": start, "reasoning": True, "distilled": False, **parameters},
             distributed=True,
@@ -227,7 +227,7 @@ def stages(settings: Settings) -> list[Stage]:
             own=("distilled_",),
             excluded=("rl_steps", "rl_mask_truncated"),
             values=_teacher_values,
-            check_run=_check_distillation,
+            check_data=_check_distillation,
             distilled=True,
             seed="distill",  # the former name of the stage, kept so that its random numbers stay the same
         ),

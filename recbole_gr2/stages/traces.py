@@ -146,7 +146,7 @@ def check_settings(settings: Settings) -> None:
         check_text(settings["trace_file"], where="trace_file")
 
 
-def check_run(settings: Settings, data: Data) -> None:
+def check_data(settings: Settings, data: Data) -> None:
     """Check that there is a client for the endpoint of the teacher."""
     if settings["trace_teacher"] == "openai_api":
         check_endpoint(settings["trace_endpoint"], where="trace_endpoint")
@@ -178,7 +178,7 @@ def stages(settings: Settings) -> list[Stage]:
             settings=("trace_", "prompt_", "seed"),
             needs=("tokenizer", "prior", *(("midtrain",) if own_model else ())),
             check=check_settings,
-            check_run=check_run,
+            check_data=check_data,
             key_values=key_values,
         )
     ]
