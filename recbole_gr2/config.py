@@ -78,6 +78,7 @@ RECBOLE_TRAINING = {
     "enable_scaler",
     "require_pow",
 }
+PATHS = ("data_path", "checkpoint_dir", "prompt_template", "cand_file", "mid_general", "trace_file")
 SEPARATORS = ("field_separator", "seq_separator")  # options whose value may be a tab or a blank
 SEQUENTIAL, GENERAL = "sequential", "general"  # kinds of RecBole's models that can propose candidates
 GENERATOR = "GR2Generator"  # the mid-trained language model as a recommender
@@ -635,6 +636,7 @@ def load_settings(
     config_dict: Mapping[str, Any] | None = None,
     config_files: Iterable[str | Path] = (),
     layers: Mapping[str, Mapping[str, Any]] | None = None,
+    machine: bool = True,
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
 
@@ -647,6 +649,8 @@ def load_settings(
         config_files: YAML files; a later file overrides an earlier one.
         layers: Settings by source, weaker than the three above and stronger than the property files; a later source
             overrides an earlier one.
+        machine: Whether the machine chooses the preset if no source names one. If not, torch is never imported; then
+            no preset is applied, and combinations of settings are not checked.
 
     Raises:
         ConfigurationError: A key does not exist, or a value has a wrong type or is not permitted.
@@ -672,7 +676,9 @@ def load_settings(
         weaker.append((f"dataset/{dataset_file.name}", _read_file(dataset_file)))
     preset = given_value("preset")
     if preset is None:
-        _check_all(_merge([*weaker, *given]), declared, combinations=False)
+        without_preset = _check_all(_merge([*weaker, *given]), declared, combinations=False)
+        if not machine:
+            return without_preset
         preset = default_preset()
     presets = {file.stem: file for file in (folder / "preset").glob("*.yaml")}
     if str(preset) not in presets:
@@ -805,6 +811,8 @@ def _check_option(entry: Declaration, value: Any) -> Any:
     """Return the value of a RecBole option, converted to its type."""
     if entry.separates and value == "\\t":
         return "\t"
+    if entry.type is Interval and value is None:
+        return entry.default
     return entry.check(value)
 
 
@@ -815,6 +823,8 @@ def _check_texts(values: Mapping[str, Any], declared: Mapping[str, Declaration])
     for key, value in values.items():
         if isinstance(value, str) and not value and key != "gpu_id":
             raise ValueError(f"{key} is empty")
+        if key in PATHS and isinstance(value, str) and value.startswith("~"):
+            raise ValueError(f"{key} is {value!r:.200}, in which ~ would be the name of a folder; write the whole path")
         if isinstance(value, list) and any(isinstance(item, str) and not item.strip() for item in value):
             raise ValueError(f"{key} is {value!r:.200}, expected no empty text")
 

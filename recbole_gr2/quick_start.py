@@ -230,12 +230,13 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
         if not word.startswith("--") or not equals:
             raise ConfigurationError(f"cannot read {word!r}", where="command line", do="write settings as --key=value")
         read = read_value(value)
-        if settings.setdefault(key, read) != read:
+        if key in settings and settings[key] != read:
             raise ConfigurationError(
                 f"{key} has two values, {settings[key]!r:.200} and {read!r:.200}",
                 where="command line",
                 do="give each setting once",
             )
+        settings[key] = read
     return settings
 
 
@@ -257,6 +258,7 @@ def _run(
     # Huge pages on the CPU; torch reads this variable at its first allocation. Generation takes 0.7 times as long on
     # two cores, with the same numbers. It has no effect where the kernel does not offer huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from recbole_gr2 import preflight
     from recbole_gr2.config import load_settings
     from recbole_gr2.console import Console
 
@@ -272,6 +274,7 @@ def _run(
         from recbole_gr2.ablation import read_ablation, run_ablation
 
         return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
+    preflight.check(load_settings(**given, machine=False), [*stages, *([from_stage] if from_stage is not None else [])])
     if not seeds:
         return _run_once(load_settings(**given), console, stages, from_stage, force, show_prompt, dry_run, command)
     if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
@@ -304,7 +307,6 @@ def _run_once(
     from recbole_gr2.console import quiet_libraries
     from recbole_gr2.distributed import RANK
 
-    preflight.check(settings, [*stages, *([from_stage] if from_stage is not None else [])])
     quiet_libraries()
     from recbole_gr2.bridge.data import Data
 
