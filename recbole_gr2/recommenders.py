@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK, Generator
-from recbole_gr2.bridge.models import BaseModel, find_model
+from recbole_gr2.bridge.models import BaseModel
+from recbole_gr2.bridge.support import check_size, check_support
 from recbole_gr2.bridge.training import train_or_load
 from recbole_gr2.config import Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
@@ -41,15 +43,17 @@ def training_options(settings: Settings, model: str, *, base: bool) -> dict[str,
     return {**values, f"{model}.defaults": base_model_properties(model)}
 
 
-def check_model(name: str, *, base: bool) -> None:
-    """Check that a recommender exists.
+def check_model(name: str, settings: Settings, *, base: bool) -> None:
+    """Check that a recommender exists and can be trained with these settings.
 
     Args:
         name: name of the recommender.
+        settings: settings of the run.
         base: whether it is to be the base model.
 
     Raises:
-        ConfigurationError: there is no such model, or it cannot be the base model.
+        ConfigurationError: there is no such model, it cannot be the base model, or it lacks something.
+        DependencyError: the model needs a package that is not installed.
     """
     if base and name in ONEREC_THINK:
         raise ConfigurationError(
@@ -59,7 +63,13 @@ def check_model(name: str, *, base: bool) -> None:
             do="name it in models",
         )
     if name != GENERATOR and name not in ONEREC_THINK:
-        find_model(name)
+        check_support(name, settings, base=base)
+
+
+def check_model_size(name: str, data: Data, *, base: bool) -> None:
+    """Check that the data set is large enough for a recommender, see `recbole_gr2.bridge.support.check_size`."""
+    if name != GENERATOR and name not in ONEREC_THINK:
+        check_size(name, data, base=base)
 
 
 def sids_for(context: Context, model: str) -> np.ndarray | None:

@@ -288,16 +288,20 @@ def _check_files(config: Any) -> None:
     )
 
 
-def exact_time_dataset(*, sequential: bool) -> type:
+def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
     """RecBole's data set class with strict reading, an exact time order, and a download that works in one process.
 
     An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,).
+
+    Args:
+        sequential: whether it is the class of sequential models, else that of general models.
+        base: another data set class of RecBole instead of these two.
     """
     from recbole.data.dataset import Dataset, SequentialDataset
 
-    base: Any = SequentialDataset if sequential else Dataset
+    parent: Any = base or (SequentialDataset if sequential else Dataset)
 
-    class ExactTime(base):
+    class ExactTime(parent):
         def __init__(self, config: Any) -> None:
             self.input_lines = 0  # lines of the .inter file with an interaction
             self.notes: Counter[str] = Counter()  # lines that were skipped or changed, by file and reason

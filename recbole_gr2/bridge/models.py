@@ -13,8 +13,9 @@ import numpy as np
 
 from recbole_gr2 import compat
 from recbole_gr2.bridge.data import Data
+from recbole_gr2.config import recbole_properties
 from recbole_gr2.console import progress
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,25 +29,75 @@ def find_model(name: str) -> type:
     """The model class of this name. The plugin's models have priority over RecBole's.
 
     Raises:
-        ConfigurationError: there is no model of this name.
+        ConfigurationError: there is no model of this name, or it is neither sequential nor general.
     """
     compat.apply()
     import recbole_gr2.model as plugin
 
     if name in plugin.MODELS:
         return plugin.load(name)
-    from recbole.utils import get_model
+    from recbole.utils import ModelType, get_model
 
     try:
-        return get_model(name)
-    except (ValueError, ImportError) as error:  # ImportError: RecBole's last attempt is a package that needs lightgbm.
+        model_class: Any = get_model(name)
+    # ImportError: RecBole's last attempt is a package that imports xgboost. AttributeError: the case differs.
+    except (ValueError, ImportError, AttributeError) as error:
+        names = [file.stem for file in (recbole_properties() / "model").glob("*.yaml")]
+        similar = [other for other in nearest(name, names) if other != name]
         raise ConfigurationError(
-            f"there is no model named {name!r}",
+            f"{name} cannot be loaded: {error}" if name in names else f"there is no model named {name!r}",
             where="base_model, models",
-            why="RecBole and the plugin have no class of this name",
-            do=f"name one of RecBole's models, or one of the plugin: {', '.join(plugin.MODELS)}, GR2Generator; "
+            why="RecBole and the plugin have no usable class of this name",
+            do=(f"did you mean {', '.join(similar)}? " if similar else "")
+            + f"Name one of RecBole's models, or one of the plugin: {', '.join(plugin.MODELS)}, GR2Generator; "
             "`models` also accepts OneRecThink and OneRecThink-no-think",
         ) from error
+    if model_class.type not in (ModelType.SEQUENTIAL, ModelType.GENERAL, ModelType.TRADITIONAL):
+        raise ConfigurationError(
+            f"{name} is a {model_class.type.name.lower()} model",
+            where="base_model, models",
+            why="candidates need scores for the whole catalogue from a user and a history alone",
+            do="choose a sequential or a general model, e.g. SASRec, GRU4Rec, BPR, ItemKNN",
+        )
+    return model_class
+
+
+class PairScores:
+    """`full_sort_predict` for a model that only has `predict`: the score of each pair of a row and an item.
+
+    RecBole's trainer evaluates such models in the same way (trainer.py:521). A model with a negative item for each item
+    of the history (DIEN) reads them in `predict`, but its scores do not depend on them.
+
+    Args:
+        model: a RecBole model.
+        items: number of items N + 1, with padding.
+        size: number of pairs in one call of `predict`, RecBole's option `eval_batch_size`.
+    """
+
+    def __init__(self, model: Any, items: int, size: int) -> None:
+        self.model, self.items, self.size = model, items, size
+
+    @staticmethod
+    def needed(model_class: Any) -> bool:
+        """Whether a model class has no `full_sort_predict`."""
+        from recbole.model.abstract_recommender import AbstractRecommender
+
+        return model_class.full_sort_predict is AbstractRecommender.full_sort_predict
+
+    def __call__(self, rows: Any) -> Tensor:
+        """Scores of all items for each row, (B * (N + 1),)."""
+        import torch
+
+        model = self.model
+        negatives = getattr(model, "NEG_ITEM_SEQ", None)
+        if negatives and negatives not in rows:
+            rows.update(type(rows)({negatives: rows[model.ITEM_SEQ]}))
+        scores = []
+        for pairs in torch.arange(len(rows) * self.items).split(self.size):
+            batch = rows[pairs // self.items]
+            batch.update(type(rows)({model.ITEM_ID: (pairs % self.items).to(model.device)}))
+            scores.append(model.predict(batch).flatten())
+        return torch.cat(scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +140,11 @@ class BaseModel:
         """Scores of the catalogue for each row, (B, N + 1) float32. Padding and masked items have -inf."""
         import torch
 
-        scores = self.model.full_sort_predict(rows.to(self.data.config["device"]))
+        device = torch.device(self.data.config["device"])
+        # Some models draw random numbers for their scores (Random, ADMMSLIM). The same rows get the same scores.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.data.settings["seed"])
+            scores = self.model.full_sort_predict(rows.to(device))
         scores = scores.view(-1, self.data.item_count + 1).float()
         scores[:, 0] = -torch.inf
         if self.exclude_seen:

@@ -9,8 +9,10 @@ of `valid_metric`. It masks the items of the user's history if no user interacts
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from recbole_gr2.bridge.data import Data, exact_time_dataset, from_end
-from recbole_gr2.bridge.models import BaseModel, break_ties, find_model, mask_seen
+from recbole_gr2.bridge.models import BaseModel, PairScores, break_ties, find_model, mask_seen
+from recbole_gr2.bridge.support import PRETRAINED, dataset_class
 from recbole_gr2.config import recbole_config
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
 from recbole_gr2.model import MODELS
@@ -87,6 +90,7 @@ def train_model(
     Raises:
         ConfigurationError: the model is neither sequential nor general, or its state cannot be stored.
         QualityCheckError: no validation score is finite.
+        GR2Error: a model of RecBole stops with an error.
     """
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.utils import get_trainer
@@ -96,18 +100,24 @@ def train_model(
     samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
     loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
     valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
-    network = model_class(config, setup.train).to(config["device"])
     folder.mkdir(parents=True, exist_ok=True)
-    if setup.sequential and setup.name not in MODELS:  # The models of the plugin cut their padding themselves.
-        network.calculate_loss = BucketedLoss(network, say)
-    trainer = _make_trainer(get_trainer(config["MODEL_TYPE"], config["model"]), config, network, data, folder / WEIGHTS)
     metric = str(config["valid_metric"])
-    score, _ = trainer.fit(
-        loader,
-        None if epochs else valid_loader,
-        verbose=False,
-        callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric.lower()} {value:.4f}"),
-    )
+    trainer_class = get_trainer(config["MODEL_TYPE"], config["model"])
+    with _reported(setup.name):
+        network = _network(setup, data)
+        for stage in PRETRAINED.get(setup.name, ())[1:]:
+            say(f"{setup.name}: {config['train_stage']}, {config['pretrain_epochs']} epochs without validation")
+            _make_trainer(trainer_class, config, network, data, folder / WEIGHTS).fit(loader, verbose=False)
+            network = _next_stage(setup, network, stage, data)
+        if setup.sequential and setup.name not in MODELS:  # The models of the plugin cut their padding themselves.
+            network.calculate_loss = BucketedLoss(network, say)
+        trainer = _make_trainer(trainer_class, config, network, data, folder / WEIGHTS)
+        score, _ = trainer.fit(
+            loader,
+            None if epochs else valid_loader,
+            verbose=False,
+            callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric.lower()} {value:.4f}"),
+        )
     if epochs is None and not np.isfinite(float(score)):
         raise QualityCheckError(
             f"training has no finite {metric} on the validation rows",
@@ -156,7 +166,8 @@ def load_model(
         )
     metadata = read_metadata(folder)
     setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, sids=sids)
-    network = setup.model_class(setup.config, setup.train).to(setup.config["device"])
+    with _reported(setup.name):
+        network = _network(setup, data)
     _load_weights(network, folder / WEIGHTS)
     mask = data.settings["cand_exclude_seen"] if exclude_seen is None else exclude_seen
     return BaseModel(name=setup.name, model=network.eval(), data=data, exclude_seen=mask, metadata=metadata)
@@ -182,7 +193,7 @@ def _set_up(
 
     Raises:
         ConfigurationError: the model is neither sequential nor general.
-        GR2Error: RecBole numbers users or items of a general data set in another way.
+        GR2Error: RecBole numbers users or items of the model's own data set in another way.
     """
     from recbole.utils import ModelType, init_seed
 
@@ -195,16 +206,10 @@ def _set_up(
         **_overrides(data, folder, model_class, epochs=epochs, model=model, sids=sids),
     )
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    if not sequential and config["MODEL_TYPE"] not in (ModelType.GENERAL, ModelType.TRADITIONAL):
-        raise ConfigurationError(
-            f"{name} is a {config['MODEL_TYPE'].name.lower()} model",
-            where="models" if model else "base_model",
-            why="candidates need scores for the whole catalogue from a user and a history alone",
-            do="choose a sequential or a general model, e.g. SASRec, GRU4Rec, BPR, ItemKNN",
-        )
     purpose = ("base", hold_out) if model is None else ("models", name)
     init_seed(derive_seed(settings["seed"], *purpose), config["reproducibility"])
-    dataset, built = (data.dataset, data.built) if sequential else _general_rows(data, config)
+    own = None if name in MODELS else dataset_class(name)
+    dataset, built = (data.dataset, data.built) if sequential and own is None else _own_rows(data, config, own)
     train = built[0]
     keep = np.arange(len(train.inter_feat))
     if hold_out:
@@ -239,6 +244,8 @@ def _overrides(
         overrides |= data.settings["models_options"]
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
+    if stages := PRETRAINED.get(model_class.__name__):
+        overrides["train_stage"] = stages[0]
     if model_class.type != ModelType.SEQUENTIAL:
         # If `repeatable` is set, RecBole draws negatives from the user's training items (sampler.py:371).
         overrides["repeatable"] = False
@@ -247,18 +254,65 @@ def _overrides(
     return overrides
 
 
-def _general_rows(data: Data, config: Any) -> tuple[Any, Any]:
-    """RecBole's data set of a general model, before and after the split, with the ids of the sequential data set."""
-    dataset: Any = exact_time_dataset(sequential=False)(config)
+def _own_rows(data: Data, config: Any, own: type | None) -> tuple[Any, Any]:
+    """RecBole's data set of a model, before and after the split, with the ids of the sequential data set.
+
+    Args:
+        data: the data set.
+        config: the model's configuration.
+        own: RecBole's data set class of this model alone; None for that of general models.
+    """
+    dataset: Any = exact_time_dataset(sequential=False, base=own)(config)
     for field in (data.uid, data.iid):
         if list(dataset.field2id_token[field]) != list(data.dataset.field2id_token[field]):
             raise GR2Error(
-                f"the internal ids of {field} differ between the general and the sequential data set",
+                f"the internal ids of {field} differ between the model's own and the sequential data set",
                 where=f"model {config['model']}",
                 why="scores and rows would belong to different users or items",
                 do="report this as a bug, with the options for RecBole's data filters",
             )
     return dataset, dataset.build()
+
+
+def _network(setup: _SetUp, data: Data) -> Any:
+    """Create the network of a model, with a `full_sort_predict` if its class has none."""
+    network = setup.model_class(setup.config, setup.train).to(setup.config["device"])
+    if PairScores.needed(setup.model_class):
+        network.full_sort_predict = PairScores(network, data.item_count + 1, int(data.config["eval_batch_size"]))
+    return network
+
+
+def _next_stage(setup: _SetUp, network: Any, stage: str, data: Data) -> Any:
+    """Create the network of the next training stage from the weights of the last one.
+
+    RecBole would read them from a file that pickles its Config.
+    """
+    from unittest.mock import patch
+
+    state = network.state_dict()
+    setup.config["train_stage"] = stage
+    with patch("torch.load", lambda *args, **kwargs: {"state_dict": state}):
+        return _network(setup, data)
+
+
+@contextlib.contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Report an error of a RecBole model as a GR2Error that names the model and the line.
+
+    An error of a model of this package is a bug and stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if name in MODELS or isinstance(error, GR2Error):
+            raise
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise GR2Error(
+            f"{name} stops with {type(error).__name__}: {error}",
+            where=f"{last.filename}:{last.lineno}",
+            why="this model of RecBole cannot be trained on this data set with these options",
+            do="change its options, choose another model, or see docs/base-models.md",
+        ) from error
 
 
 class BucketedLoss:
@@ -293,14 +347,19 @@ class BucketedLoss:
         """Set `exact` by the two losses of a batch."""
         import torch
 
-        in_buckets: float | RuntimeError
+        in_buckets: float | Exception
+        if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
+            self.exact = False  # Batch normalisation depends on the whole batch, but not while it is evaluated.
+            self.say(f"{type(self.model).__name__} trains with padding, because it normalises batches")
+            return
         self.model.eval()
         with torch.no_grad():
             whole = float(self.whole(batch))
             try:
                 in_buckets = float(self.in_buckets(batch))
                 self.exact = abs(whole - in_buckets) <= 1e-4 * abs(whole)
-            except RuntimeError as error:  # Some models, such as HGN, have weights for a fixed number of items.
+            # Some models need rows of full length (HGN), or whole batches (FEARec).
+            except (IndexError, RuntimeError, ValueError) as error:
                 in_buckets, self.exact = error, False
         self.model.train()
         if not self.exact:
@@ -360,6 +419,9 @@ def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, wei
             self.saved_epoch = epoch
             _save_weights(self.model, weights)
 
+        def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
+            """Do nothing. RecBole would pickle its Config; `_next_stage` passes the weights on."""
+
     with patch("recbole.trainer.trainer.get_tensorboard", lambda logger: _NoTensorboard()):
         return PluginTrainer(config, network)
 
@@ -374,6 +436,8 @@ def _save_weights(model: Any, file: Path) -> None:
     for name, value in (model.other_parameter() or {}).items():
         if isinstance(value, torch.Tensor):
             state[OTHER + name] = value.contiguous().clone()
+        elif isinstance(value, torch.nn.Module):
+            continue  # Its parameters are in the state dict.
         elif scipy.sparse.issparse(value) or isinstance(value, np.ndarray):
             scipy.sparse.save_npz(file.with_name(f"{name}.npz"), scipy.sparse.csr_matrix(value))
         elif value is not None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from recbole_gr2.errors import QualityCheckError
-from recbole_gr2.sid.quantizer import CHUNK, Quantizer
+from recbole_gr2.sid.quantizer import CHUNK, Quantizer, SidConfig, fitting_codes
+from recbole_gr2.sid.rqvae import RQVAEConfig
 from recbole_gr2.types import Health, Neighbourhood
 
 
@@ -100,12 +101,32 @@ def neighbourhood_line(neighbourhood: Mapping[str, Any] | None) -> str:
     )
 
 
-def check(health: Health, min_unique: float) -> None:
-    """Stop if later stages cannot use the semantic IDs.
+def usage_line(health: Health, config: SidConfig) -> str | None:
+    """Return one line about nearest-code levels that use less than half of their codes, or None if there is none.
+
+    A random last level makes semantic IDs distinct even if the other levels say little about the items.
+
+    Args:
+        health: the measured quality.
+        config: settings of the tokenizer.
+    """
+    possible = min(config.codes, health.items)
+    nearest = health.used_codes[: config.levels - config.random_last]
+    few = [f"{used} on level {level}" for level, used in enumerate(nearest, 1) if 2 * used < possible]
+    if not few:
+        return None
+    remedies = [f"sid_codes {fitting_codes(health.items)}"] if config.codes > fitting_codes(health.items) else []
+    remedies += ["more sid_epochs"] if isinstance(config, RQVAEConfig) else []
+    return f"note: of {possible} possible codes the items use {', '.join(few)}; try {' or '.join(remedies)}"
+
+
+def check(health: Health, min_unique: float, config: SidConfig) -> None:
+    """Stop if later stages cannot use the semantic IDs. The error advises only what is not set yet.
 
     Args:
         health: the measured quality.
         min_unique: least uniqueness, 0 to 1.
+        config: settings of the tokenizer.
 
     Raises:
         QualityCheckError: the uniqueness is below `min_unique`, or a level uses fewer than 2 codes.
@@ -116,11 +137,16 @@ def check(health: Health, min_unique: float) -> None:
             f"{health.uniqueness:.2%} of semantic IDs are unique, below {min_unique:.2%} "
             f"(largest collision: {health.largest_collision} items)"
         )
-        remedies.append("set sid_random_last to 1 or more with sid_random_mode unused_first, or raise sid_codes")
+        if not config.random_last:
+            remedies.append("set sid_random_last to 1")
+        elif config.random_mode != "unused_first":
+            remedies.append("set sid_random_mode to unused_first")
+        else:
+            remedies.append("raise sid_codes or sid_levels")
     collapsed = [level for level, used in enumerate(health.used_codes, 1) if used < 2]
     if collapsed:
         problems.append(f"fewer than 2 codes in use on level {', '.join(map(str, collapsed))}")
-        remedies.append("turn sid_kmeans_init and sid_ema on, or lower sid_levels")
+        remedies += _against_collapse(health, collapsed[0], config)
     if problems:
         raise QualityCheckError(
             "; ".join(problems),
@@ -128,6 +154,22 @@ def check(health: Health, min_unique: float) -> None:
             why="a model cannot distinguish items with the same semantic ID, and a level with one code has no effect",
             do="; ".join(remedies),
         )
+
+
+def _against_collapse(health: Health, level: int, config: SidConfig) -> list[str]:
+    """Return what to do if a level uses one code. `level` is the first one, from 1."""
+    if isinstance(config, RQVAEConfig):
+        off = [f"sid_{name}" for name in ("kmeans_init", "ema") if not getattr(config, name)]
+        if off:
+            return [f"set {' and '.join(off)} to True"]
+    remedies = []
+    if config.codes > fitting_codes(health.items):
+        remedies.append(f"set sid_codes to {fitting_codes(health.items)}")
+    if level > 2:
+        remedies.append(f"set sid_levels to {level - 1}")
+    if isinstance(config, RQVAEConfig):
+        remedies.append("raise sid_epochs or lower sid_batch_size")
+    return [" or ".join(remedies or ["check whether the item texts differ"])]
 
 
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -153,14 +153,38 @@ def check_embeddings(embeddings: np.ndarray, min_items: int) -> np.ndarray:
             why="the tokenizer is fitted to these values",
             do="check the item texts and the encoder that embedded them",
         )
-    if len(data) < min_items:
+    check_items(len(data), min_items)
+    return data
+
+
+def check_items(items: int, min_items: int) -> None:
+    """Check that a catalogue is large enough for k-means.
+
+    Args:
+        items: number of items, N.
+        min_items: least number of items: the number of codes if the codebooks start from k-means, else 1.
+
+    Raises:
+        ConfigurationError: there are fewer items.
+    """
+    if items < min_items:
         raise ConfigurationError(
-            f"{len(data)} items are too few for {min_items} codes per level",
+            f"{items} items are too few for {min_items} codes per level",
             where="sid_codes",
             why="k-means needs at least one item for each code",
-            do=f"set sid_codes to at most {len(data)}",
+            do=f"set sid_codes to {fitting_codes(items)}",
         )
-    return data
+
+
+def fitting_codes(items: int) -> int:
+    """Return a size of the codebooks that suits N items: a power of 2 with at least two items for each code, or 2.
+
+    With fewer items the residuals of the first level are nearly 0, and later levels have nothing to distinguish.
+
+    >>> fitting_codes(5), fitting_codes(40), fitting_codes(300)
+    (2, 16, 128)
+    """
+    return 1 << max(1, (items // 2).bit_length() - 1)
 
 
 def saved_files(folder: str | Path, *names: str, where: str) -> list[Path]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.generative import GENERATOR
 from recbole_gr2.bridge.training import is_finished, read_metadata, train_model
 from recbole_gr2.config import Settings
-from recbole_gr2.recommenders import check_model, sids_for, stages_of, training_options
+from recbole_gr2.recommenders import check_model, check_model_size, sids_for, stages_of, training_options
 from recbole_gr2.types import Context, Stage
 
 BASE, HOLD_OUT = "base", "hold_out"  # folders of the two models
@@ -40,8 +41,13 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check that there is such a base model."""
-    check_model(settings["base_model"], base=True)
+    """Check that there is such a base model, and that it has what it needs."""
+    check_model(settings["base_model"], settings, base=True)
+
+
+def check_data(settings: Settings, data: Data) -> None:
+    """Check that the data set is large enough for the base model."""
+    check_model_size(settings["base_model"], data, base=True)
 
 
 def stages(settings: Settings) -> list[Stage]:
@@ -55,6 +61,7 @@ def stages(settings: Settings) -> list[Stage]:
             settings=("base_model", "cand_beams", "seed", "train_"),
             needs=stages_of(settings["base_model"], settings) if needed else (),
             check=check_settings,
+            check_data=check_data,
             key_values=key_values,
         )
     ]

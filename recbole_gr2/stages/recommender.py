@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from recbole_gr2.artifacts import write_recommendations
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
 from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
 from recbole_gr2.config import Settings
 from recbole_gr2.onerec_think import search_width
-from recbole_gr2.recommenders import check_model, load_recommender, stages_of, training_options
+from recbole_gr2.recommenders import check_model, check_model_size, load_recommender, stages_of, training_options
 from recbole_gr2.types import Context, Stage
 
 
@@ -35,7 +36,7 @@ def run(context: Context) -> dict[str, Any]:
 def check_settings(settings: Settings) -> None:
     """Check that the recommenders exist."""
     for model in settings["models"]:
-        check_model(model, base=False)
+        check_model(model, settings, base=False)
 
 
 def stages(settings: Settings) -> list[Stage]:
@@ -68,6 +69,9 @@ def _stage(model: str, needs: tuple[str, ...]) -> Stage:
     def key_values(settings: Settings) -> dict[str, Any]:
         return training_options(settings, model, base=False)
 
+    def check_data(settings: Settings, data: Data) -> None:
+        check_model_size(model, data, base=False)
+
     return Stage(
         name=model,
         version=2,
@@ -76,4 +80,5 @@ def _stage(model: str, needs: tuple[str, ...]) -> Stage:
         needs=needs,
         key_values=key_values,
         check=check_settings,
+        check_data=check_data,
     )

@@ -6,11 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from recbole_gr2.artifacts import read_embeddings, write_sids
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.methods import fit, tokenizer_config
-from recbole_gr2.sid.quality import check, health, neighbourhood_line
-from recbole_gr2.sid.quantizer import assign
+from recbole_gr2.sid.quality import check, health, neighbourhood_line, usage_line
+from recbole_gr2.sid.quantizer import assign, check_items
+from recbole_gr2.sid.rqvae import RQVAEConfig
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Context, Stage
@@ -28,7 +30,7 @@ def run(context: Context) -> dict[str, Any]:
     tokenizer.save(context.folder)
     codes = assign(tokenizer, embeddings, seed=derive_seed(settings["seed"], "last level"))
     report = health(codes, tokenizer, embeddings, [item.categories for item in data.catalog])
-    check(report, settings["sid_min_unique"])
+    check(report, settings["sid_min_unique"], tokenizer.config)
     write_sids(context.folder, data.catalog, codes)
     summary = asdict(report)
     write_json(context.folder / "health.json", summary)
@@ -37,6 +39,8 @@ def run(context: Context) -> dict[str, Any]:
         f"codes in use {report.used_codes}, entropy {tuple(round(e, 2) for e in report.entropy)} bits, "
         f"reconstruction {report.reconstruction:.3f}; for example {sid_text(tuple(map(int, codes[0])))}"
     )
+    if line := usage_line(report, tokenizer.config):
+        context.say(line)
     context.say(neighbourhood_line(summary["neighbourhood"]))
     return summary
 
@@ -46,12 +50,20 @@ def check_settings(settings: Settings) -> None:
     tokenizer_config(settings)
 
 
+def check_data(settings: Settings, data: Data) -> None:
+    """Check that the catalogue has an item for each code, if k-means is used."""
+    config = tokenizer_config(settings)
+    if not isinstance(config, RQVAEConfig) or config.kmeans_init:
+        check_items(data.item_count, config.codes)
+
+
 STAGE = Stage(
     name="tokenizer",
-    version=2,
+    version=3,
     run=run,
     settings=("sid_", "seed"),
     excluded=("sid_encoder",),
     needs=("embeddings",),
     check=check_settings,
+    check_data=check_data,
 )
