@@ -232,11 +232,11 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tokenizer, tmp_path, bf
 
 def test_the_log_does_not_depend_on_the_steps_between_checkpoints(tokenizer, tmp_path):
     """With 60 steps there is a line of the log for every second step; a checkpoint in between would shorten a mean."""
-    options = {**PASSES, "steps": 60}
-    log = train(tiny(), tokenizer, tmp_path / "whole", MANY, **{**options, "save_steps": 100})
+    options = {**PASSES, "steps": 60, "save_steps": 100}
+    log = train(tiny(), tokenizer, tmp_path / "whole", MANY, **options)
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), tokenizer, tmp_path / "killed", MANY, say=kill_after(6), **{**options, "save_steps": 3})
-    assert train(tiny(), tokenizer, tmp_path / "killed", MANY, **{**options, "save_steps": 3}) == log
+        train(tiny(), tokenizer, tmp_path / "killed", MANY, say=kill_after(32), **{**options, "save_steps": 29})
+    assert train(tiny(), tokenizer, tmp_path / "killed", MANY, **options) == log
 
 
 def test_an_incomplete_checkpoint_is_skipped_and_removed(tokenizer, tmp_path, monkeypatch):

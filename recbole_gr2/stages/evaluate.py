@@ -185,10 +185,11 @@ def _models(settings: Settings) -> list[str]:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return RecBole's options of the evaluator."""
+    """Return RecBole's options of the evaluator and the methods, without the folders of files with rankings."""
     names = ("metrics", "topk", "metric_decimal_place")
     options = settings.recbole_results(base=False)
-    return {f"recbole.{name}": options[name] for name in names if name in options}
+    values = {f"recbole.{name}": options[name] for name in names if name in options}
+    return {**values, "eval_rows": [reranker.name for reranker in chosen(settings)]}
 
 
 def check_data(settings: Settings, data: Data) -> None:
