@@ -221,6 +221,13 @@ def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
         return RUN, REQUESTED
     record = read_manifest(folder)
     if record is not None:
+        if (record.stage, record.key, record.version) != (entry.stage.name, entry.key, entry.stage.version):
+            raise GR2Error(
+                f"the manifest belongs to {record.stage}/{record.key}, version {record.version}",
+                where=str(folder / MANIFEST),
+                why=f"the folder is that of {entry.name}, version {entry.stage.version}",
+                do=f"repeat the command with --from_stage {entry.stage.name}, to compute the stage again",
+            )
         check_files(folder, record)
         if record.sources == entry.sources:
             return CACHED, ""

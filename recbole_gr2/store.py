@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> StageRecord | None:
     file = folder / MANIFEST
     if not file.is_file():
         return None
-    again = f"repeat the command with --from_stage {folder.parent.name}, which computes the stage again"
+    again = f"repeat the command with --from_stage {folder.parent.name}, to compute the stage again"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         schema = int(values.pop("schema", 0))

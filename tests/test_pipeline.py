@@ -299,6 +299,15 @@ def test_a_manifest_that_cannot_be_read_is_repaired_by_from_stage(toy, content):
     assert set(actions(toy.plan()).values()) == {"cached"}
 
 
+def test_the_manifest_of_another_stage_is_an_error(toy):
+    toy.run()
+    one, other = (entry.folder for entry in toy.plan()[:2])
+    shutil.copy(other / "manifest.json", one / "manifest.json")
+    with pytest.raises(GR2Error, match="the manifest belongs to b/") as error:
+        toy.plan()
+    assert "--from_stage a" in error.value.do
+
+
 def test_what_a_kill_left_of_a_finished_stage_is_removed(toy, monkeypatch):
     def kill(folder):
         raise KeyboardInterrupt
