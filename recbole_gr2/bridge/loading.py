@@ -79,7 +79,7 @@ def load_feature(dataset: Any, file: Path, source: Any) -> pd.DataFrame | None:
             why="the column would be missing without a message",
             do="correct load_col or the header of the file",
         )
-    frame = pd.DataFrame(atomic.read(names))
+    frame: Any = pd.DataFrame(atomic.read(names))
     for name in names:
         kind = FeatureType(atomic.kind(name))
         if name in (dataset.uid_field, dataset.iid_field):
