@@ -904,7 +904,9 @@ def _check_metrics(values: Mapping[str, Any], declared: Mapping[str, Declaration
             "and cut-offs >= 1"
         )
     name, at, cutoff = values["valid_metric"].partition("@")
-    if name.lower() not in map(str.lower, names) or (at and not re.fullmatch(r"[1-9][0-9]{0,8}", cutoff)):
+    whole = name.lower() == "gauc"  # RecBole's only ranking metric without a cut-off
+    form = not at if whole else re.fullmatch(r"[1-9][0-9]{0,8}", cutoff)
+    if name.lower() not in map(str.lower, names) or not form:
         raise ValueError(
             f"valid_metric is {values['valid_metric']!r:.200}, expected a metric and a cut-off such as NDCG@10"
         )
@@ -1119,14 +1121,28 @@ def _check_hold_out(values: Mapping[str, Any], declared: Mapping[str, Declaratio
         )
 
 
+def _check_heads(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    options = {**base_model_properties(values["base_model"]), **values}
+    if "n_heads" in options and "hidden_size" in options and "head_size" not in options:
+        width, heads = options["hidden_size"], options["n_heads"]
+        if not heads or width % heads:
+            raise ValueError(f"base_hidden_size is {width}, expected a multiple of base_n_heads ({heads})")
+
+
+def _check_precision(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    if values["enable_amp"] and _model_file(properties_folder(), values["base_model"]):
+        raise ValueError(f"base_enable_amp is True, but {values['base_model']} has no mixed precision")
+
+
 def _check_loss(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     name = values["base_model"]
-    if recbole_models().get(name) != SEQUENTIAL or values["train_neg_sample_args"] is None:
+    own = _model_file(properties_folder(), name)
+    if values["train_neg_sample_args"] is None or not (own or recbole_models().get(name) == SEQUENTIAL):
         return
     if values.get("loss_type", base_model_properties(name).get("loss_type")) == "CE":
         raise ValueError(
-            f"base_train_neg_sample_args is given, but the loss of {name} is CE, over all items; set base_loss_type to "
-            "BPR, or leave out base_train_neg_sample_args"
+            f"base_train_neg_sample_args is given, but the loss of {name} is CE, over all items; leave it out"
+            + ("" if own else ", or set base_loss_type to BPR")
         )
 
 
@@ -1137,6 +1153,8 @@ COMBINATIONS: dict[str, Rule] = {
     "trace_file": _check_recorded,
     "mid_hold_out": _check_hold_out,
     "train_neg_sample_args": _check_loss,
+    "hidden_size": _check_heads,
+    "enable_amp": _check_precision,
 }
 
 

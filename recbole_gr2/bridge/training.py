@@ -96,7 +96,7 @@ def train_model(
     from recbole.utils import get_trainer
 
     setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, sids=sids)
-    config, model_class = setup.config, setup.model_class
+    config = setup.config
     samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
     loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
     valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
@@ -299,12 +299,12 @@ def _next_stage(setup: _SetUp, network: Any, stage: str, data: Data) -> Any:
 def _reported(name: str) -> Iterator[None]:
     """Report an error of a RecBole model as a GR2Error that names the model and the line.
 
-    An error of a model of this package is a bug and stays as it is.
+    An error of a model of this package is a bug and stays as it is. An error of the disk is not one of the model.
     """
     try:
         yield
     except Exception as error:
-        if name in MODELS or isinstance(error, GR2Error):
+        if name in MODELS or isinstance(error, GR2Error | OSError):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise GR2Error(

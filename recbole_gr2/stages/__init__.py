@@ -16,11 +16,11 @@ from recbole_gr2.types import Stage
 
 # Module -> names of its stages; () if they depend on the settings.
 MODULES: Mapping[str, tuple[str, ...]] = {
+    "base_model": ("base_model",),  # first, because its mistakes are found within seconds, and it needs no other stage
+    "candidates": ("candidates",),
     "embeddings": ("embeddings",),
     "tokenizer": ("tokenizer",),
     "midtrain": ("midtrain",),
-    "base_model": ("base_model",),
-    "candidates": ("candidates",),
     "prior": ("prior",),
     "traces": ("traces",),
     "sft": ("sft",),

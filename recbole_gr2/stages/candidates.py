@@ -210,6 +210,18 @@ def check_settings(settings: Settings) -> None:
         check_text(settings["cand_file"], where="cand_file")
 
 
+def check_data(settings: Settings, data: Data) -> None:
+    """Check that the cut-off of the metric for early stopping is not above the catalogue."""
+    cutoff = int(settings["valid_metric"].partition("@")[2] or 1)
+    if not settings["cand_file"] and cutoff > data.item_count:
+        raise ConfigurationError(
+            f"valid_metric is {settings['valid_metric']}, and the catalogue has {data.item_count} items",
+            where="valid_metric",
+            why="the base model cannot rank more items than there are",
+            do=f"choose a cut-off of at most {data.item_count}",
+        )
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the imported file."""
     return {"cand_file": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
@@ -231,6 +243,7 @@ def stages(settings: Settings) -> list[Stage]:
             settings=("cand_", "seed"),
             needs=needs,
             check=check_settings,
+            check_data=check_data,
             key_values=key_values,
         )
     ]
