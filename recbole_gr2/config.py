@@ -79,6 +79,7 @@ RECBOLE_TRAINING = {
     "require_pow",
 }
 PATHS = ("data_path", "checkpoint_dir", "prompt_template", "cand_file", "mid_general", "trace_file")
+ACTIVATIONS = ("gelu", "relu", "swish", "tanh", "sigmoid")  # of RecBole's Transformer (layers.py:502)
 SEPARATORS = ("field_separator", "seq_separator")  # options whose value may be a tab or a blank
 SEQUENTIAL, GENERAL = "sequential", "general"  # kinds of RecBole's models that can propose candidates
 GENERATOR = "GR2Generator"  # the mid-trained language model as a recommender
@@ -951,6 +952,11 @@ def _check_columns(values: Mapping[str, Any], declared: Mapping[str, Declaration
     missing = [column for column in needed if column in dropped or (loaded != "*" and column not in loaded)]
     if missing:
         raise ValueError(f"load_col loads no column {', '.join(missing)} of the .inter file, which the run needs")
+    unused = values.get("unused_col") or {}
+    if foreign := set(unused) - set(values["load_col"]):
+        raise ValueError(f"unused_col names the files {sorted(foreign)}, of which load_col loads nothing")
+    if ids := [column for column in needed[:2] if column in unused.get("inter", [])]:
+        raise ValueError(f"unused_col has {', '.join(ids)}, which the run needs")
 
 
 def _check_value_intervals(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
@@ -1113,14 +1119,6 @@ def _check_recorded(values: Mapping[str, Any], declared: Mapping[str, Declaratio
         raise ValueError("trace_teacher is recorded, but trace_file names no file with its traces")
 
 
-def _check_hold_out(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    if values["base_model"] == GENERATOR and not values["cand_file"] and not values["mid_hold_out"]:
-        raise ValueError(
-            f"mid_hold_out is False, but base_model is {GENERATOR}: it would be trained on the targets of train "
-            "requests, and a re-ranker would learn to keep its order"
-        )
-
-
 def _check_heads(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     options = {**base_model_properties(values["base_model"]), **values}
     if "n_heads" in options and "hidden_size" in options and "head_size" not in options:
@@ -1151,7 +1149,6 @@ COMBINATIONS: dict[str, Rule] = {
     "rl_overlong_buffer": _check_buffer,
     "trace_temperature": _check_attempts,
     "trace_file": _check_recorded,
-    "mid_hold_out": _check_hold_out,
     "train_neg_sample_args": _check_loss,
     "hidden_size": _check_heads,
     "enable_amp": _check_precision,
@@ -1228,12 +1225,14 @@ def _derived_declarations(text: str) -> Mapping[str, Declaration]:
         choices = re.search(r"[Rr]ange in \[([^\]]+)\]", comment)
         number = kind in (int, float) and isinstance(default, int | float)
         share = key.endswith(("_prob", "dropout")) and kind is float
+        size = key.endswith(("size", "n_heads")) and number and default >= 1
+        names = re.findall(r"\w+", choices[1]) if choices else ACTIVATIONS if key == "hidden_act" else ()
         declared[key] = Declaration(
             key=key,
             default=default,
             type=float if name == "float" and number else kind,
-            choices=tuple(dict.fromkeys([*re.findall(r"\w+", choices[1]), default])) if choices and kind is str else (),
-            low=0 if number and default >= 0 else None,
+            choices=tuple(dict.fromkeys([*names, default])) if names and kind is str else (),
+            low=1 if size else 0 if number and default >= 0 else None,
             high=1 if share else None,
             optional=default is None,
         )

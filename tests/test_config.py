@@ -610,3 +610,141 @@ def test_models_on_the_command_line(word):
     assert parse(["--models", word])[1]["models"] == ["SASRec", "Pop"]
     assert parse([f"--models={word}"])[1]["models"] == ["SASRec", "Pop"]
     assert parse(["--models", "Pop"])[1]["models"] == ["Pop"]
+
+
+# --- options of RecBole ----------------------------------------------------------------------------------------------
+
+
+def test_every_option_of_recbole_is_declared_with_its_default():
+    declared, defaults = config.recbole_declarations(), {}
+    for name in ("overall.yaml", "dataset/sample.yaml"):
+        defaults |= read_yaml((config.recbole_properties() / name).read_text())
+    options = (config.recbole_options() | config.RECBOLE_TRAINING) - set(RECBOLE_FIXED)
+    assert options - set(declared) - set(declarations()) == {"loss_type"}  # an option of some models
+    assert set(declared) <= options and not set(declared) & set(declarations())
+    assert {key: entry.default for key, entry in declared.items()} == {key: defaults[key] for key in declared}
+    for entry in declared.values():
+        assert config._check_option(entry, entry.default) == entry.default
+
+
+def test_the_defaults_of_all_models_are_permitted():
+    models = config.candidate_models()
+    assert len(models) == 66 and {"CausalSASRec", "TIGER", "SASRec", "BPR", "EASE"} <= set(models)
+    for model in models:
+        for key, entry in config.model_declarations(model).items():
+            assert entry.check(entry.default) == entry.default, (model, key)
+        load_settings(config_dict={**SMOKE, "base_model": model})
+
+
+def test_the_models_of_recbole_are_those_that_it_finds():
+    from recbole.utils import ModelType, get_model
+
+    kinds = {"general": {ModelType.GENERAL, ModelType.TRADITIONAL}, "sequential": {ModelType.SEQUENTIAL}}
+    models = config.recbole_models()
+    assert len(models) == 93
+    for name in ("SASRec", "FOSSIL", "EASE", "FM", "KGAT"):
+        assert get_model(name).type in kinds.get(models[name], {ModelType.CONTEXT, ModelType.KNOWLEDGE})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"base_model": "sasrec"}, "there is no model named 'sasrec'; nearest: SASRec"),
+        ({"base_model": "FM"}, "FM is a context-aware model, but candidates need scores for the whole catalogue"),
+        ({"models": ["KGAT"]}, "KGAT is a knowledge-aware model"),
+        ({"base_model": "SASRec-no"}, "nearest: SASRec"),
+        ({"rm_dup_inter": True}, "rm_dup_inter is True, expected one of first, last or nothing (~)"),
+        ({"rm_dup_inter": "fist"}, "did you mean first"),
+        ({"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni50"}}, "eval_args is "),
+        ({"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO"}}, "leave-one-out in time order"),
+        ({"eval_args": {"splits": {}}}, "eval_args has the unknown keys ['splits']"),
+        ({"benchmark_filename": ["a", "b"]}, "benchmark_filename names ready-made splits"),
+        ({"metrics": ["AUC"]}, "metrics has an unknown metric 'AUC'"),
+        ({"valid_metric": "Recall"}, "valid_metric is 'Recall', expected a metric and a cut-off"),
+        ({"valid_metric": "GAUC@10"}, "valid_metric is 'GAUC@10'"),
+        ({"valid_metric": "NDCG@0"}, "valid_metric is 'NDCG@0'"),
+        ({"load_col": {"inter": ["user_id", "item_id"]}}, "load_col loads no column timestamp"),
+        ({"load_col": {"inter": "user_id"}}, "load_col has 'inter': 'user_id', expected a list of columns"),
+        ({"unload_col": {"inter": ["item_id"]}}, "load_col loads no column item_id"),
+        ({"TIME_FIELD": "time"}, "load_col loads no column time "),
+        ({"USER_ID_FIELD": "item_id"}, "expected three columns"),
+        ({"unused_col": {"inter": ["item_id"]}}, "unused_col has item_id, which the run needs"),
+        ({"unused_col": {"user": ["age"]}}, "unused_col names the files ['user']"),
+        ({"val_interval": {"rating": "3"}}, "val_interval has rating: '3', expected an interval"),
+        ({"train_grades": {"rating": [5, 3]}}, "expected one column and its rising thresholds"),
+        ({"train_grades": {"rating": [3, 5]}}, "train_grades names the column 'rating', which load_col does not load"),
+        ({"base_learner": "adm"}, "base_learner is 'adm', expected one of adam, adamw, "),
+        ({"base_epochs": 0}, "base_epochs is 0, expected int >= 1"),
+        ({"base_eval_step": 0}, "base_eval_step is 0, expected int >= 1"),
+        ({"base_model": "SASRec", "base_loss_type": "XE"}, "base_loss_type is 'XE', expected one of BPR, CE"),
+        (
+            {"base_model": "SASRec", "base_n_heads": 3},
+            "base_hidden_size is 64, expected a multiple of base_n_heads (3)",
+        ),
+        ({"base_model": "SASRec", "base_hidden_size": 0}, "base_hidden_size is 0, expected int >= 1"),
+        ({"base_model": "SASRec", "base_hidden_act": "gelo"}, "did you mean gelu"),
+        ({"base_model": "SASRec", "base_attn_dropout_prob": 1.5}, "expected float 0 to 1"),
+        ({"base_model": "BPR", "base_loss_type": "CE"}, "unknown key 'base_loss_type'"),
+        ({"base_model": "SASRec", "base_train_neg_sample_args": {"sample_num": 2}}, "the loss of SASRec is CE"),
+        ({"base_train_neg_sample_args": {"sample_num": 2}}, "the loss of CausalSASRec is CE"),
+        ({"base_model": "BPR", "base_train_neg_sample_args": {"sample_num": 0}}, "expected distribution uniform or"),
+        ({"base_model": "BPR", "base_train_neg_sample_args": {"number": 1}}, "unknown keys ['number']"),
+        ({"base_enable_amp": True}, "CausalSASRec has no mixed precision"),
+        ({"base_clip_grad_norm": {"max": 1}}, "clip_grad_norm is {'max': 1.0}"),
+        ({"models": ["SASRec"], "models_options": {"epochs": 0}}, "models_options.epochs is 0, expected int >= 1"),
+        (
+            {"models": ["SASRec"], "models_options": {"n_layers": "two"}},
+            "models_options.n_layers is 'two', expected int",
+        ),
+        ({"gpu_id": "first"}, "gpu_id is 'first', expected numbers of GPUs"),
+        ({"save_dataset": True}, "this package stores no data sets"),
+        ({"seed": 2**40}, "seed is 1099511627776, expected int >= 0"),
+        ({"rl_learning_rate": float("inf")}, "rl_learning_rate is inf, expected float > 0"),
+        ({"checkpoint_dir": ""}, "checkpoint_dir is empty"),
+        ({"checkpoint_dir": "~/saved"}, "write the whole path"),
+        ({"checkpoint_dir": "a\0b"}, "checkpoint_dir is 'a\\x00b', expected str"),
+        ({"dataset": "../other"}, "expected the name of a folder in data_path"),
+        ({"model": "SASRec"}, "--base_model SASRec"),
+        ({"eval_rows": ["sft", "sft"]}, "eval_rows has 'sft' twice"),
+        ({"topk": [5, 5]}, "topk has 5 twice"),
+        ({"llm_layers": [0, 0]}, "llm_layers has 0 twice"),
+        ({"trace_endpoint": "localhost:8000"}, "expected a URL such as http://localhost:8000/v1"),
+        ({"trace_mode": "rejection", "trace_temperature": 0}, "all attempts would give the same reply"),
+        ({"trace_teacher": "recorded"}, "trace_file names no file with its traces"),
+    ],
+)
+def test_options_that_fail_late_are_refused(given, message):
+    assert message in problems(**given)
+
+
+def test_options_that_recbole_permits_are_permitted():
+    for given in (
+        {"rm_dup_inter": "last", "gpu_id": "", "field_separator": ",", "user_inter_num_interval": [5, 10]},
+        {"gpu_id": "0,1", "valid_metric": "gauc", "metrics": ["GAUC"], "topk": [1]},
+        {"eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}},
+        {"load_col": {"inter": "*", "item": ["item_id", "title"]}, "train_grades": {"rating": [3]}},
+        {"val_interval": {"rating": "[3,inf)", "brand": ["a", "b"]}},
+        {"base_model": "BPR", "base_train_neg_sample_args": {"distribution": "popularity", "sample_num": 2}},
+        {
+            "base_model": "SASRec",
+            "base_loss_type": "BPR",
+            "base_train_neg_sample_args": {"dynamic": True, "candidate_num": 2},
+        },
+        {"base_model": "SASRec", "base_hidden_size": 48, "base_n_heads": 3, "base_clip_grad_norm": {"max_norm": 5}},
+        {"trace_mode": "rejection", "trace_temperature": 0, "trace_tries": 1},
+        {"models": ["Pop", "OneRecThink", "GR2Generator", "TIGER"]},
+    ):
+        assert load_settings(config_dict={**SMOKE, **given})
+    chosen = load_settings(config_dict={**SMOKE, "user_inter_num_interval": [5, 10], "item_inter_num_interval": None})
+    assert chosen.recbole["user_inter_num_interval"] == "[5,10]"
+    assert chosen.recbole["item_inter_num_interval"] == "[0,inf)"
+
+
+def test_combinations_are_checked_with_the_preset_of_the_machine(monkeypatch):
+    given = {"rl_overlong_buffer": 90}  # the preset gpu permits 96 reasoning tokens, the default is 64
+    monkeypatch.setattr(config, "default_preset", lambda: "gpu")
+    assert load_settings(config_dict=given)["prompt_max_reasoning"] == 96
+    monkeypatch.setattr(config, "default_preset", lambda: "laptop")
+    with pytest.raises(ConfigurationError, match="rl_overlong_buffer is 90"):
+        load_settings(config_dict=given)
+    assert load_settings(config_dict=given, machine=False)["rl_overlong_buffer"] == 90
