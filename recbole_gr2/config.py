@@ -948,10 +948,6 @@ def _check_columns(values: Mapping[str, Any], declared: Mapping[str, Declaration
             texts = isinstance(columns, list) and all(isinstance(column, str) for column in columns)
             if not isinstance(file, str) or not (texts or (columns == "*" and key == "load_col")):
                 raise ValueError(f"{key} has {file!r}: {columns!r:.200}, expected a list of columns")
-    loaded, dropped = values["load_col"].get("inter", []), (values.get("unload_col") or {}).get("inter", [])
-    missing = [column for column in needed if column in dropped or (loaded != "*" and column not in loaded)]
-    if missing:
-        raise ValueError(f"load_col loads no column {', '.join(missing)} of the .inter file, which the run needs")
     unused = values.get("unused_col") or {}
     if foreign := set(unused) - set(values["load_col"]):
         raise ValueError(f"unused_col names the files {sorted(foreign)}, of which load_col loads nothing")

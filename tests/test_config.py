@@ -385,12 +385,12 @@ def test_nothing_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil = "__import__('os').system('touch owned')"
     settings = load_settings(
-        config_dict={**SMOKE, "wandb_project": evil, "base_hidden_act": evil},
+        config_dict={**SMOKE, "wandb_project": evil},
         command_line=parse([f"--trace_llm={evil}", "--base_initializer_range=1e-4"])[1],
     )
     assert settings["trace_llm"] == evil
     built = recbole_config(settings, "SASRec", loss_type="CE")
-    assert built["wandb_project"] == evil and built["hidden_act"] == evil
+    assert built["wandb_project"] == evil
     assert built["initializer_range"] == 1e-4
     assert not (tmp_path / "owned").exists()
 
@@ -641,7 +641,7 @@ def test_the_models_of_recbole_are_those_that_it_finds():
 
     kinds = {"general": {ModelType.GENERAL, ModelType.TRADITIONAL}, "sequential": {ModelType.SEQUENTIAL}}
     models = config.recbole_models()
-    assert len(models) == 93
+    assert len(models) == 94
     for name in ("SASRec", "FOSSIL", "EASE", "FM", "KGAT"):
         assert get_model(name).type in kinds.get(models[name], {ModelType.CONTEXT, ModelType.KNOWLEDGE})
 
@@ -663,10 +663,7 @@ def test_the_models_of_recbole_are_those_that_it_finds():
         ({"valid_metric": "Recall"}, "valid_metric is 'Recall', expected a metric and a cut-off"),
         ({"valid_metric": "GAUC@10"}, "valid_metric is 'GAUC@10'"),
         ({"valid_metric": "NDCG@0"}, "valid_metric is 'NDCG@0'"),
-        ({"load_col": {"inter": ["user_id", "item_id"]}}, "load_col loads no column timestamp"),
         ({"load_col": {"inter": "user_id"}}, "load_col has 'inter': 'user_id', expected a list of columns"),
-        ({"unload_col": {"inter": ["item_id"]}}, "load_col loads no column item_id"),
-        ({"TIME_FIELD": "time"}, "load_col loads no column time "),
         ({"USER_ID_FIELD": "item_id"}, "expected three columns"),
         ({"unused_col": {"inter": ["item_id"]}}, "unused_col has item_id, which the run needs"),
         ({"unused_col": {"user": ["age"]}}, "unused_col names the files ['user']"),

@@ -9,7 +9,6 @@ import numpy as np
 
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.sid.quantizer import CHUNK, Quantizer, SidConfig, fitting_codes
-from recbole_gr2.sid.rqvae import RQVAEConfig
 from recbole_gr2.types import Health, Neighbourhood
 
 
@@ -116,7 +115,7 @@ def usage_line(health: Health, config: SidConfig) -> str | None:
     if not few:
         return None
     remedies = [f"sid_codes {fitting_codes(health.items)}"] if config.codes > fitting_codes(health.items) else []
-    remedies += ["more sid_epochs"] if isinstance(config, RQVAEConfig) else []
+    remedies += ["more sid_epochs"] if config.by_steps else []
     return f"note: of {possible} possible codes the items use {', '.join(few)}; try {' or '.join(remedies)}"
 
 
@@ -158,7 +157,7 @@ def check(health: Health, min_unique: float, config: SidConfig) -> None:
 
 def _against_collapse(health: Health, level: int, config: SidConfig) -> list[str]:
     """Return what to do if a level uses one code. `level` is the first one, from 1."""
-    if isinstance(config, RQVAEConfig):
+    if config.by_steps:
         off = [f"sid_{name}" for name in ("kmeans_init", "ema") if not getattr(config, name)]
         if off:
             return [f"set {' and '.join(off)} to True"]
@@ -167,7 +166,7 @@ def _against_collapse(health: Health, level: int, config: SidConfig) -> list[str
         remedies.append(f"set sid_codes to {fitting_codes(health.items)}")
     if level > 2:
         remedies.append(f"set sid_levels to {level - 1}")
-    if isinstance(config, RQVAEConfig):
+    if config.by_steps:
         remedies.append("raise sid_epochs or lower sid_batch_size")
     return [" or ".join(remedies or ["check whether the item texts differ"])]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -29,10 +29,14 @@ class SidConfig:
             among all codes.
         seed: seed of the fit.
 
+    Attributes:
+        by_steps: whether the tokenizer is trained in optimizer steps.
+
     Raises:
         ConfigurationError: a value is outside its range. The error names all such values.
     """
 
+    by_steps: ClassVar[bool] = False
     levels: int = 4
     codes: int = 256
     random_last: int = 1

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class RQVAEConfig(SidConfig):
         learning_rate: learning rate of Adam.
     """
 
+    by_steps: ClassVar[bool] = True
     latent: int = 32
     hidden: tuple[int, ...] = (512, 256)
     commitment: float = 0.25
