@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n $(WORK
 SLOW = slow or distributed or packaging
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-all docs
+.PHONY: help install format lint types test test-all test-newest docs
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ test:  ## Run the fast tests.
 
 test-all:  ## Run every test.
 	$(PYTEST)
+
+test-newest:  ## Run every test with the newest versions that setup.cfg allows, in a new environment.
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install -q -e '.[test]'
+	$(MAKE) test-all PYTHON=.venv-newest/bin/python
 
 docs:  ## Write docs/settings.md from the property files.
 	$(PYTHON) -m recbole_gr2.config > docs/settings.md.tmp

@@ -52,7 +52,7 @@ def write_embeddings(folder: Path, embeddings: np.ndarray) -> None:
 
 def read_embeddings(folder: Path) -> np.ndarray:
     """Read the text embeddings of all items, (N, D) float32."""
-    return np.load(folder / "embeddings.npy")
+    return np.load(folder / "embeddings.npy", allow_pickle=False)
 
 
 def write_sids(folder: Path, catalog: Catalog, codes: np.ndarray) -> None:
@@ -255,8 +255,8 @@ def _cached_requests(folder: Path, split: str, catalog: Catalog) -> tuple[Reques
     requests = read_requests(folder / f"{split}.jsonl", catalog)
     if not (folder / f"features-{split}.npy").is_file():
         return tuple(requests)
-    features = np.load(folder / f"features-{split}.npy", mmap_mode="r")
-    pairs = np.load(folder / f"pairs-{split}.npy", mmap_mode="r")
+    features = np.load(folder / f"features-{split}.npy", mmap_mode="r", allow_pickle=False)
+    pairs = np.load(folder / f"pairs-{split}.npy", mmap_mode="r", allow_pickle=False)
     start, joined = 0, []
     for request in requests:
         if request.prior:

@@ -37,6 +37,7 @@ def apply() -> None:
     _check_pandas()
     _patch_numpy()
     _patch_scipy()
+    _patch_torch()
     _patch_recbole()
 
 
@@ -81,6 +82,22 @@ def _patch_scipy() -> None:
 
     if not hasattr(dok_matrix, "_update"):  # removed in SciPy 1.13; LightGCN and six other models call it
         dok_matrix._update = lambda self, entries: self._dict.update(entries)
+
+
+def _patch_torch() -> None:
+    import inspect
+
+    import torch
+
+    original = torch.Tensor.__array_wrap__
+    if "return_scalar" in inspect.signature(original).parameters:
+        return
+
+    def array_wrap(self: Any, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        """As in torch, with the parameters that NumPy 2 passes. RecBole sorts tensors by np.argsort."""
+        return original(self, array)
+
+    torch.Tensor.__array_wrap__ = array_wrap
 
 
 def _patch_recbole() -> None:

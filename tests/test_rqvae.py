@@ -11,11 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from recbole_gr2 import pipeline
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError, QualityCheckError
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings
-from recbole_gr2.sid.quality import check, health
-from recbole_gr2.sid.quantizer import assign, kmeans, kmeans_sample
-from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, fit_rqvae
+from recbole_gr2.sid.methods import tokenizer_config
+from recbole_gr2.sid.quality import check, health, usage_line
+from recbole_gr2.sid.quantizer import SidConfig, assign, fitting_codes, kmeans, kmeans_sample
+from recbole_gr2.sid.rqkmeans import fit_rqkmeans
+from recbole_gr2.sid.rqvae import RQVAE, Quantised, RQVAEConfig, epochs_for, fit_rqvae
 from recbole_gr2.types import Health
 
 SMALL = RQVAEConfig(
@@ -427,12 +432,118 @@ def test_check_passes_at_the_limit_and_reports_all_problems():
         entropy=(1.0, 3.0),
         reconstruction=0.9,
     )
-    check(good, 0.99)
+    config = RQVAEConfig(levels=2, codes=16)
+    check(good, 0.99, config)
     with pytest.raises(QualityCheckError, match="99.00% of semantic IDs are unique, below 99.90%"):
-        check(good, 0.999)
+        check(good, 0.999, config)
     with pytest.raises(QualityCheckError, match="fewer than 2 codes in use on level 2") as caught:
-        check(replace(good, uniqueness=0.5, used_codes=(2, 1)), 0.99)
+        check(replace(good, uniqueness=0.5, used_codes=(2, 1)), 0.99, config)
     assert "50.00%" in caught.value.what and caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (RQVAEConfig(kmeans_init=False), "set sid_kmeans_init to True"),
+        (RQVAEConfig(kmeans_init=False, ema=False), "set sid_kmeans_init and sid_ema to True"),
+        (RQVAEConfig(codes=16), "set sid_levels to 2 or raise sid_epochs or lower sid_batch_size"),
+        (
+            RQVAEConfig(codes=64),
+            "set sid_codes to 32 or set sid_levels to 2 or raise sid_epochs or lower sid_batch_size",
+        ),
+        (SidConfig(codes=64), "set sid_codes to 32 or set sid_levels to 2"),
+    ],
+)
+def test_the_advice_against_a_collapse_names_only_what_is_not_set_yet(config, advice):
+    collapsed = Health(
+        items=70,
+        uniqueness=1.0,
+        uniqueness_without_random_level=0.9,
+        largest_collision=1,
+        used_codes=(20, 10, 1, 30),
+        entropy=(1.0, 1.0, 0.0, 1.0),
+        reconstruction=0.9,
+    )
+    with pytest.raises(QualityCheckError) as caught:
+        check(collapsed, 0.99, config)
+    assert caught.value.do == advice
+
+
+@pytest.mark.parametrize(
+    ("random_last", "mode", "advice"),
+    [
+        (0, "unused_first", "set sid_random_last to 1"),
+        (1, "uniform", "set sid_random_mode to unused_first"),
+        (1, "unused_first", "raise sid_codes or sid_levels"),
+    ],
+)
+def test_the_advice_against_equal_semantic_ids_names_only_what_is_not_set_yet(random_last, mode, advice):
+    equal = Health(
+        items=70,
+        uniqueness=0.5,
+        uniqueness_without_random_level=0.5,
+        largest_collision=9,
+        used_codes=(20, 10, 30, 30),
+        entropy=(1.0, 1.0, 1.0, 1.0),
+        reconstruction=0.9,
+    )
+    with pytest.raises(QualityCheckError) as caught:
+        check(equal, 0.99, RQVAEConfig(random_last=random_last, random_mode=mode))
+    assert caught.value.do == advice
+
+
+def test_levels_that_use_few_codes_are_named_except_random_ones():
+    uneven = Health(
+        items=300,
+        uniqueness=1.0,
+        uniqueness_without_random_level=0.9,
+        largest_collision=1,
+        used_codes=(60, 128, 127, 40),
+        entropy=(1.0, 1.0, 1.0, 1.0),
+        reconstruction=0.9,
+    )
+    line = usage_line(uneven, RQVAEConfig(codes=256, random_last=1))
+    assert line == (
+        "note: of 256 possible codes the items use 60 on level 1, 127 on level 3; try sid_codes 128 or more sid_epochs"
+    )
+    assert usage_line(uneven, SidConfig(codes=64, random_last=1)) is None
+    assert "40 on level 4" in usage_line(uneven, RQVAEConfig(codes=256, random_last=0))
+
+
+@pytest.mark.parametrize("items", [70, 150])
+def test_small_catalogues_get_enough_steps_that_no_level_collapses(items):
+    """Twenty steps, which preset smoke had before, leave one code in use on the first level."""
+    vectors = np.random.default_rng(items).normal(size=(items, 48)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    model = fit_rqvae(vectors, RQVAEConfig(codes=64, hidden=(64,), epochs=20, seed=1))
+    assert min(len(set(codes)) for codes in model.encode(vectors).T) > 20
+
+
+@pytest.mark.parametrize(("preset", "epochs"), [("smoke", 20), ("laptop", 30), ("gpu", 30), ("paper", 30)])
+@pytest.mark.parametrize("items", [1682, 12_101, 18_357])
+def test_the_packaged_data_sets_keep_their_number_of_epochs(preset, epochs, items):
+    config = tokenizer_config(load_settings(config_dict={"preset": preset}))
+    assert config.epochs == epochs_for(items, config) == epochs
+
+
+def test_a_catalogue_with_fewer_items_than_codes_is_refused_before_any_stage_runs(tiny_settings, tmp_path):
+    settings = tiny_settings(tmp_path, sid_codes=64)
+    with pytest.raises(ConfigurationError, match="60 items are too few for 64 codes") as caught:
+        pipeline.plan(settings, Data(settings), stages=["tokenizer"])
+    assert caught.value.do == "set sid_codes to 16"
+
+
+@pytest.mark.parametrize("items", [5, 20, 40])
+@pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
+def test_the_advised_codebook_size_works_for_tiny_catalogues(items, method):
+    vectors = np.random.default_rng(items).normal(size=(items, 48)).astype(np.float32)
+    settings = {"codes": fitting_codes(items), "seed": 1}
+    if method == "rqvae":
+        model = fit_rqvae(vectors, RQVAEConfig(hidden=(64,), epochs=20, **settings))
+    else:
+        model = fit_rqkmeans(vectors, SidConfig(**settings))
+    codes = assign(model, vectors, seed=1)
+    check(health(codes, model, vectors), 0.99, model.config)
 
 
 def test_fit_stops_if_the_loss_is_not_finite():

@@ -134,15 +134,16 @@ def _load(source: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
         return _load_gguf(source)
     try:
         return (
-            AutoModelForCausalLM.from_pretrained(source, dtype=dtype),
-            AutoTokenizer.from_pretrained(source),
+            AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(source, trust_remote_code=False),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an unknown architecture, or one with code of its own.
         raise MissingFileError(
             f"transformers cannot load a language model from {str(source)!r}",
             where=str(error).strip().splitlines()[0],
             why="the stage needs this model",
-            do="check the name, connect to the hub, or give the path of a folder with a model",
+            do="check the name, connect to the hub, or give the path of a folder with a model; its weights must be "
+            "safetensors, and models with code of their own are not loaded, because pickles and code can do any harm",
         ) from error
 
 
@@ -186,8 +187,9 @@ def _load_gguf(folder: Path) -> tuple[Any, Any]:
         # Without dequantize the model cannot be saved or trained.
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
+        trust_remote_code=False,
     )
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
 
 
 def _gguf_file(folder: Path) -> Path:

@@ -46,14 +46,16 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
+        # Weights as pickles and code of the model's own could do any harm, so neither is loaded.
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+        model = model.to(device).eval()
     except (OSError, ValueError) as error:  # a folder or hub id that transformers cannot load, or another kind of model
         raise MissingFileError(
             f"no text encoder at {str(encoder)!r}: {error}",
             where="sid_encoder",
             why="semantic IDs are computed from the embeddings of item texts",
-            do="set sid_encoder to a packaged encoder (all-minilm-l6-v2), a folder, a hub id, or hash",
+            do="set sid_encoder to a packaged encoder (all-minilm-l6-v2), a folder with safetensors, a hub id, or hash",
         ) from error
     vectors = np.zeros((len(texts), model.config.hidden_size), dtype=np.float32)
     if not len(texts):
