@@ -152,7 +152,9 @@ def run_ablation(
     def plan(variant: Variant) -> list[pipeline.Planned]:
         nonlocal data
         data = data_for(settings[variant.name], data)
-        return pipeline.plan(settings[variant.name], data, stages=ablation.stages)
+        planned = pipeline.plan(settings[variant.name], data, stages=ablation.stages)
+        pipeline.check_data(planned, settings[variant.name], data)
+        return planned
 
     plans = _for_each(ablation, plan)
     _check_columns(ablation, plans)
@@ -160,7 +162,6 @@ def run_ablation(
     entries = {entry.folder: entry for planned in plans.values() for entry in planned}
     console.say(f"expected time: {preflight.expected_total(list(entries.values()))}")
     for name, planned in plans.items():
-        pipeline.check_data(planned, settings[name], data)
         preflight.check_resources(planned, settings[name], lambda text: None, dry_run=dry_run)
     if dry_run:
         return None

@@ -385,12 +385,12 @@ def test_nothing_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil = "__import__('os').system('touch owned')"
     settings = load_settings(
-        config_dict={**SMOKE, "wandb_project": evil},
+        config_dict={**SMOKE, "wandb_project": evil, "base_LABEL_FIELD": evil},
         command_line=parse([f"--trace_llm={evil}", "--base_initializer_range=1e-4"])[1],
     )
     assert settings["trace_llm"] == evil
     built = recbole_config(settings, "SASRec", loss_type="CE")
-    assert built["wandb_project"] == evil
+    assert built["wandb_project"] == evil and built["LABEL_FIELD"] == evil
     assert built["initializer_range"] == 1e-4
     assert not (tmp_path / "owned").exists()
 
@@ -633,6 +633,7 @@ def test_the_defaults_of_all_models_are_permitted():
     for model in models:
         for key, entry in config.model_declarations(model).items():
             assert entry.check(entry.default) == entry.default, (model, key)
+    for model in ("NextItNet", "CDAE", "GRU4RecCPR", "ItemKNN"):
         load_settings(config_dict={**SMOKE, "base_model": model})
 
 
