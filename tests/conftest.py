@@ -41,11 +41,13 @@ EXACT = {"preset": "smoke", "metrics": METRICS, "topk": [1, 5, 10, 20], "metric_
 
 @pytest.fixture(scope="session", autouse=True)
 def _working_folder(tmp_path_factory):
-    """RecBole writes log_tensorboard/ wherever it is started."""
-    before = Path.cwd()
-    os.chdir(tmp_path_factory.mktemp("cwd"))
+    """Tests run in an empty folder, in which the libraries must not leave their logs."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
+    os.chdir(folder)
     yield
     os.chdir(before)
+    logs = {"log", "log_tensorboard", "lightning_logs", "runs", "tmp_trainer", "trainer_output", "wandb"}
+    assert not logs & {path.name for path in folder.iterdir()}
 
 
 @dataclass(frozen=True)

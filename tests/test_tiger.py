@@ -219,7 +219,8 @@ def test_a_shared_sid_is_no_hit(folder, tmp_path):
 )
 def test_the_stage_that_trains_it_needs_the_tokenizer(folder, data, base, models, reads):
     words = {"preset": "smoke", "dataset": "planted", "data_path": str(folder), "checkpoint_dir": str(folder)}
-    planned = pipeline.plan(load_settings(config_dict={**words, "base_model": base, "models": models}), data)
+    settings = load_settings(config_dict={**words, "sid_codes": 8, "base_model": base, "models": models})
+    planned = pipeline.plan(settings, data)
     needs = {entry.stage.name: set(entry.needs) for entry in planned}
     assert {name for name in ("candidates", *models) if "tokenizer" in needs[name]} == reads
     assert not any("midtrain" in needs[name] for name in ("candidates", *models))
