@@ -181,8 +181,10 @@ def test_the_file_options_of_recbole_are_used(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(fields, min_size=1, max_size=4))
 def test_no_field_breaks_a_file(tmp_path_factory, values):
-    """A field of a file cannot contain tabs, line ends, NUL characters and lone surrogates. They are removed first."""
-    rows = ["".join(c for c in value if c not in "\t\r\n\x00" and not "\ud800" <= c <= "\udfff") for value in values]
+    """A field cannot contain tabs, line ends, NUL, U+001F and lone surrogates. They are removed first."""
+    rows = [
+        "".join(c for c in value if c not in "\t\r\n\x00\x1f" and not "\ud800" <= c <= "\udfff") for value in values
+    ]
     content = "\n".join(["item_id\ttitle\td", *(f"i{n}\t{row}\t{row}" for n, row in enumerate(rows))])
     texts = read(tmp_path_factory.mktemp("file"), content.encode())
     assert list(texts) == [f"i{n}" for n in range(len(rows))]

@@ -33,7 +33,8 @@ def disk(monkeypatch):
 
 
 def command(tiny_data: Path, root: Path, *argv: str) -> int:
-    return main(["--preset=smoke", "--dataset=tiny", f"--data_path={tiny_data}", f"--checkpoint_dir={root}", *argv])
+    options = ["--preset=smoke", "--dataset=tiny", "--sid_codes=8", f"--data_path={tiny_data}"]
+    return main([*options, f"--checkpoint_dir={root}", *argv])
 
 
 # --- folders and data sets -------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_a_missing_package_of_a_teacher_is_reported_before_any_stage(tiny_data, 
     [
         ({"topk": [5, 61]}, "topk contains 61, but 60 items per user are recommended"),
         ({"rl_prompts_per_step": 151}, "a round needs 151 train requests, and 150 users have one"),
-        ({"distilled_teacher": "nowhere", "eval_rows": ["distilled"]}, "nowhere/model/model.safetensors"),
+        ({"distilled_teacher": "nowhere", "eval_rows": ["distilled"]}, "nowhere/model"),
     ],
 )
 def test_what_the_data_do_not_allow_is_refused_before_any_stage(changes, text, tiny_settings, tmp_path, data):

@@ -20,7 +20,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "candidates": ("candidates",),
     "embeddings": ("embeddings",),
     "tokenizer": ("tokenizer",),
-    "midtrain": ("midtrain",),
+    "midtrain": ("midtrain", "midtrain_all"),
     "prior": ("prior",),
     "traces": ("traces",),
     "sft": ("sft",),
