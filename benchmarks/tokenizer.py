@@ -6,7 +6,8 @@ The embeddings are synthetic: 384 dimensions around cluster centres, of length 1
 process of its own, because it reports peak memory. "over" is the peak memory minus the memory before the fit, which
 includes the embeddings. The columns "per item" are the time per item relative to the first catalogue size. They are 1
 for linear scaling. Seconds are processor time over all threads, so other work on the machine does not matter. The fit
-has three epochs, so that 12,000 items have more than the least number of steps. k-means uses 256 items per code, so the fit of residual k-means has a constant cost above 65,536 items.
+has three epochs, so that 12,000 items have more than the least number of steps. k-means uses 256 items per code, so the
+fit of residual k-means has a constant cost above 65,536 items.
 """
 
 from __future__ import annotations
