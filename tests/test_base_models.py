@@ -1,6 +1,7 @@
 """Every model of RecBole is trained and scored, or refused at once with the reason."""
 
 import ast
+import contextlib
 import importlib.util
 import math
 import pkgutil
@@ -182,7 +183,9 @@ def test_pair_scores_are_those_of_predict_and_of_recboles_own_evaluation(tiny_se
     )
     del model.model.full_sort_predict
     loader = get_dataloader(data.config, "valid")(data.config, data.built[1], None, shuffle=False)
-    result = Trainer(config, model.model).evaluate(loader, load_best_model=False)
+    with contextlib.chdir(tmp_path):  # RecBole writes logs to the current folder
+        trainer = Trainer(config, model.model)
+    result = trainer.evaluate(loader, load_best_model=False)
     assert result["ndcg@10"] == pytest.approx(ndcg, abs=1e-9) and ndcg > 0.05
 
 

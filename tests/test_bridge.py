@@ -1,8 +1,10 @@
 """The RecBole adapter: rows in exact time order, base models, recommendations and RecBole's metrics."""
 
+import contextlib
 import copy
 import random
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +189,12 @@ def test_users_with_few_items(tmp_path):
 # --- the invariants of the evaluation --------------------------------------------------------------------------------
 
 
+def stock_trainer(trainer_class, config, model):
+    """A trainer of RecBole, which writes logs to the current folder."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        return trainer_class(config, model)
+
+
 def stock_metrics(data: Data, base, mask: bool = False) -> dict[str, float]:
     """RecBole's Trainer.evaluate on its test loader. With `mask`, a plain loop sets seen items to -inf."""
     from recbole.data.utils import get_dataloader
@@ -200,7 +208,7 @@ def stock_metrics(data: Data, base, mask: bool = False) -> dict[str, float]:
             return interaction, scores, rows, items
 
     loader = get_dataloader(data.config, "test")(data.config, data.built[2], None, shuffle=False)
-    trainer = (Masked if mask else Trainer)(data.config, base.model)
+    trainer = stock_trainer(Masked if mask else Trainer, data.config, base.model)
     trainer.eval_collector.data_collect(SimpleNamespace(dataset=data.built[0]))
     return {name: float(value) for name, value in trainer.evaluate(loader, load_best_model=False).items()}
 
@@ -288,7 +296,7 @@ def test_the_mask_is_that_of_recboles_general_protocol(movies, evaluated):
     built = dataset.build()
     sampler = create_samplers(config, dataset, built)[2]
     loader = get_dataloader(config, "test")(config, built[2], sampler, shuffle=False)
-    trainer = Trainer(config, trained.open.model)
+    trainer = stock_trainer(Trainer, config, trained.open.model)
     trainer.eval_collector.data_collect(SimpleNamespace(dataset=trained.data.built[0]))
     stock = {k: float(v) for k, v in trainer.evaluate(loader, load_best_model=False).items()}
     metrics = evaluated(trained.masked)

@@ -74,7 +74,7 @@ def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
 def test_invalid_targets_and_grades_are_errors(options):
     for change, message in (
         ({"train_targets": 0}, "train_targets"),
-        ({"train_grades": {"stars": [1]}}, "no column 'stars'"),
+        ({"train_grades": {"stars": [1]}}, "names the column 'stars'"),
         ({"train_grades": {"rating": [5, 3]}}, "rising thresholds"),
         ({"train_grades": {}}, "rising thresholds"),
     ):

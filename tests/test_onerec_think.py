@@ -610,7 +610,7 @@ def test_it_is_no_base_model(capsys, tmp_path, name):
     from recbole_gr2.quick_start import main
 
     assert main(["--preset=smoke", f"--base_model={name}", f"--checkpoint_dir={tmp_path}"]) == 2
-    assert f"{name} cannot be the base model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
+    assert f"{name} cannot be the base_model" in capsys.readouterr().err and not list(Path(tmp_path).iterdir())
 
 
 @pytest.fixture(scope="module")
