@@ -97,7 +97,8 @@ def _patch_torch() -> None:
         """As in torch, with the parameters that NumPy 2 passes. RecBole sorts tensors by np.argsort."""
         return original(self, array)
 
-    torch.Tensor.__array_wrap__ = array_wrap
+    tensor: Any = torch.Tensor
+    tensor.__array_wrap__ = array_wrap
 
 
 def _patch_recbole() -> None:

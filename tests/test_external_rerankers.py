@@ -195,7 +195,7 @@ def test_files_that_cannot_be_read(finished, tiny_run, tmp_path):
     ("rows", "message"),
     [
         (["lambdamrat"], "did you mean lambdamart"),
-        (["prior"], "eval_rows has 'prior', expected one of"),
+        (["prior"], "eval_rows has 'prior', expected one of lambdamart"),
         (["mine:nothing"], "cannot import 'mine:nothing'"),
         (["no_module_here:rank"], "no module"),
         (["mine:number"], "neither a subclass"),

@@ -78,8 +78,9 @@ class PartsTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         args: Any = self.args
+        texts: Any = self.train_dataset
         return LengthSampler(
-            self.train_dataset["length"],
+            texts["length"],
             batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             seed=args.seed,
             step=lambda: self.state.global_step,
