@@ -160,3 +160,8 @@ def test_shorten_and_kind_by_hand():
     assert shorten("Lacquer", 3) == "Lac"
     assert kind(CATALOG[0]) == "Kind1"
     assert kind(Item(item_id=1, token="t", title="x")) == ""
+
+
+def test_the_preset_of_the_paper_writes_its_reasoning_freely(tiny_settings, tmp_path):
+    settings = tiny_settings(tmp_path, preset="paper")
+    assert settings["prompt_grounded"] is False and settings["prior_features"] == []

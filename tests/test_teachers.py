@@ -222,6 +222,13 @@ def test_the_sentences_and_the_phrases_of_the_vocabulary():
     ]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 1e4])
+def test_the_rules_teacher_samples_at_every_temperature(temperature):
+    teacher, request = build("rules", trace_temperature=temperature), request_of(prior=(-900.0, -1.0, -5.0))
+    firsts = {teacher.argue([request], targeted=False, attempt=attempt)[0].ranking[0] for attempt in range(20)}
+    assert firsts == ({10, 11, 12} if temperature > 1 else {11})
+
+
 # --- recorded --------------------------------------------------------------------------------------------------------
 
 
