@@ -416,5 +416,5 @@ def test_transformers_serve(served, tmp_path, monkeypatch):
     assert usage["asked"] == 1 and usage["prompt_tokens"] > 100 and usage["completion_tokens"] > 0
     (line,) = (json.loads(line) for line in file.read_text().splitlines())
     assert set(line) == {"key", "text", "prompt_tokens", "completion_tokens"}
-    again = build(SimpleNamespace(url="http://127.0.0.1:9/v1"), replies=file, **settings)  # nothing listens there
+    again = build(served, replies=file, **settings)
     assert again.argue(SEVERAL[:1], targeted=False, attempt=0) == [reply] and again.usage["asked"] == 0
