@@ -8,6 +8,7 @@ is loaded and scored twice. A model that lacks an option or a column is tried ag
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import random
@@ -65,7 +66,8 @@ def attempt(name: str, folder: Path, options: dict[str, Any]) -> str:
         check_model(name, settings, base=True)
         data = Data(settings)
         check_model_size(name, data, base=True)
-        with tempfile.TemporaryDirectory() as models:
+        # FEARec prints.
+        with tempfile.TemporaryDirectory() as models, contextlib.redirect_stdout(sys.stderr):
             train_model(data, Path(models) / "base")
             train_model(data, Path(models) / "hold_out", hold_out=True, epochs=1)
             model = load_model(data, Path(models) / "base")
