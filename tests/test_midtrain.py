@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, MissingFileError
@@ -157,6 +158,23 @@ def test_midtrain_trains_the_embeddings_first(context, finished):
     assert summary["embedding_tokens"] >= 1000 and summary["tokens"]["general"] > 0
     assert summary["perplexity"]["after"] > 1 and 1 < summary["perplexity"]["before"] < 1e6
     assert not list((folder / "checkpoints").rglob("checkpoint-*"))
+
+
+def test_lora_starts_from_the_same_weights_after_a_kill_in_phase_2(context, tmp_path):
+    """Phase 1 is then loaded instead of trained, and leaves another random state."""
+
+    def kill(text):
+        if "phase 2" in text:
+            raise KeyboardInterrupt
+
+    options = {"llm_lora_rank": 2, "mid_tokens": 600, "mid_embedding_tokens": 600}
+    whole, again = (changed(context, tmp_path / name, **options) for name in ("whole", "again"))
+    midtrain.run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        midtrain.run(replace(again, say=kill))
+    midtrain.run(again)
+    one, two = (load_file(each.folder / "model" / "model.safetensors") for each in (whole, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_corpus_depends_on_nothing_outside_midtrains_key(context):
