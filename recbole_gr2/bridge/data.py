@@ -65,8 +65,8 @@ class Data:
         train_targets: number of targets of a training request.
 
     Raises:
-        ConfigurationError: a data file is malformed, a filter is invalid or leaves no interaction, the settings ask for
-            another split than leave-one-out in time order, or `train_targets` or `train_grades` is invalid.
+        ConfigurationError: a data file is malformed, a filter does not fit its column or leaves no interaction, or the
+            column of `train_grades` has no grades.
         MissingFileError: the data set has no interactions or no item texts.
     """
 
@@ -75,7 +75,6 @@ class Data:
         self.settings = settings
         # All sequential models get the same rows. RecBole reads only the type of the model class here.
         self.config = recbole_config(settings, "SASRec", loss_type="CE")
-        _check_protocol(self.config)
         _check_files(self.config)
         self.dataset = exact_time_dataset(sequential=True)(self.config)
         self.uid: str = self.dataset.uid_field
@@ -87,13 +86,6 @@ class Data:
         self.sequences: dict[int, np.ndarray] = {int(user): group.to_numpy() for user, group in groups}
         self.times: np.ndarray = self.dataset.exact_times[frame.index.to_numpy()]
         self.train_targets: int = settings["train_targets"]
-        if self.train_targets < 1:
-            raise ConfigurationError(
-                f"train_targets is {self.train_targets}",
-                where="train_targets",
-                why="each training request needs a target",
-                do="choose 1 or more",
-            )
         self._grades = _grades(frame, self.dataset, settings["train_grades"])
         self.built = self.dataset.build()
 
@@ -209,20 +201,11 @@ def _grades(
     """Grades of each user's interactions in the order of `frame`: the number of thresholds that the column reaches.
 
     Raises:
-        ConfigurationError: the setting is not one column with rising thresholds, or the column is not loaded, is not
-            of type float, or has missing values.
+        ConfigurationError: the column is not loaded, contains the times, is not of type float, or has missing values.
     """
     if thresholds_by_column is None:
         return {}
-    (column, thresholds), *more = thresholds_by_column.items() or [("", [])]
-    are_numbers = isinstance(thresholds, list) and all(type(value) in (int, float) for value in thresholds)
-    if more or not are_numbers or not thresholds or thresholds != sorted(set(thresholds)):
-        raise ConfigurationError(
-            f"train_grades is {thresholds_by_column!r}",
-            where="train_grades",
-            why="a grade is the number of thresholds that a column reaches",
-            do="name one column and its rising thresholds: {rating: [3, 5]}",
-        )
+    ((column, thresholds),) = thresholds_by_column.items()
     if column not in frame:
         raise ConfigurationError(
             f"the interactions have no column {column!r}",
@@ -248,25 +231,6 @@ def _grades(
     grades = np.searchsorted(np.asarray(thresholds, dtype=float), frame[column].to_numpy(dtype=float), side="right")
     places: Any = frame.groupby(dataset.uid_field).indices
     return {int(user): grades[rows] for user, rows in places.items()}
-
-
-def _check_protocol(config: Any) -> None:
-    """Raise a ConfigurationError for another evaluation protocol than leave-one-out in time order."""
-    split, order = config["eval_args"]["split"], config["eval_args"]["order"]
-    if config["benchmark_filename"] is not None:
-        raise ConfigurationError(
-            f"benchmark_filename names ready-made splits {config['benchmark_filename']}",
-            where="benchmark_filename",
-            why="candidates without leakage are defined for leave-one-out in time order, one row per user and split",
-            do="give one .inter file with all interactions",
-        )
-    if split != {"LS": "valid_and_test"} or order != "TO":
-        raise ConfigurationError(
-            f"eval_args asks for split {split}, order {order}",
-            where="eval_args",
-            why="candidates without leakage are defined for leave-one-out in time order, one row per user and split",
-            do="leave eval_args at {split: {LS: valid_and_test}, order: TO, mode: full}",
-        )
 
 
 def _check_files(config: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,6 @@ import pandas as pd
 from recbole_gr2.bridge.atomic import MISSING, AtomicFile
 from recbole_gr2.errors import ConfigurationError
 
-_POINT = r"[+-]?(inf|\d+\.?\d*|\.\d+)"
-INTERVALS = re.compile(
-    rf"\s*[(\[]\s*{_POINT}\s*,\s*{_POINT}\s*[)\]]\s*(;\s*[(\[]\s*{_POINT}\s*,\s*{_POINT}\s*[)\]]\s*)*"
-)
 FILTERS = {  # RecBole's steps that drop interactions, in their order: the options that cause them
     "_remove_duplication": ("rm_dup_inter",),
     "_filter_by_field_value": ("val_interval",),
@@ -56,13 +51,6 @@ def load_feature(dataset: Any, file: Path, source: Any) -> pd.DataFrame | None:
         "user": {"USER_ID_FIELD": dataset.uid_field},
         "item": {"ITEM_ID_FIELD": dataset.iid_field},
     }.get(ending, {})
-    if len(set(needed.values()) - {None}) < len(needed):
-        raise ConfigurationError(
-            f"{', '.join(f'{setting} is {name!r}' for setting, name in needed.items())}",
-            where=", ".join(needed),
-            why="users, items and times are read from three different columns",
-            do="name three different columns",
-        )
     if chosen == [] and ending != "inter":
         return None
     atomic = AtomicFile(file, dataset.config["field_separator"])
@@ -142,19 +130,7 @@ def filter_interactions(dataset: Any) -> None:
 
 def _columns(config: Any, source: str) -> tuple[list[str] | None, list[str]]:
     """Columns that `load_col` names for a file, None for all, and those that `unload_col` leaves out."""
-    values = {}
-    for option in ("load_col", "unload_col"):
-        by_source = config[option] or {}
-        value = by_source.get(source) if isinstance(by_source, dict) else by_source
-        if not isinstance(by_source, dict) or not (value is None or value == "*" or isinstance(value, list)):
-            raise ConfigurationError(
-                f"{option} is {by_source!r}",
-                where=option,
-                why="it is undefined which columns are loaded",
-                do=f"write lists of columns by file, for example {option}: {{inter: [user_id, item_id, timestamp]}}",
-            )
-        values[option] = value
-    chosen, left_out = values["load_col"], values["unload_col"]
+    chosen, left_out = config["load_col"].get(source), (config["unload_col"] or {}).get(source)
     if chosen not in (None, "*") and left_out:
         raise ConfigurationError(
             f"load_col and unload_col both choose columns of the .{source} file",
@@ -162,8 +138,7 @@ def _columns(config: Any, source: str) -> tuple[list[str] | None, list[str]]:
             why="one of them would have no effect",
             do=f"remove unload_col, or write load_col: {{{source}: '*'}}",
         )
-    everything = config["load_col"] is None or chosen == "*"
-    return None if everything else list(chosen or ()), list(left_out or ())
+    return None if chosen == "*" else list(chosen or ()), list(left_out or ())
 
 
 def _numbers(dataset: Any, atomic: AtomicFile, name: str, values: np.ndarray) -> np.ndarray:
@@ -202,14 +177,7 @@ def _check_filters(dataset: Any) -> None:
     """Raise a ConfigurationError for a filter that RecBole would ignore, or that would stop it with a traceback."""
     from recbole.utils import FeatureType
 
-    by_value = dataset.config["val_interval"] or {}
-    numbers = {key: dataset.config[key] for key in ("user_inter_num_interval", "item_inter_num_interval")}
-    if not isinstance(by_value, dict):
-        raise _filter_error("val_interval", by_value, 'write intervals by column, for example {rating: "[3,inf)"}')
-    for key, interval in numbers.items():
-        if interval is not None and not INTERVALS.fullmatch(str(interval)):
-            raise _filter_error(key, interval, 'write an interval such as "[5,inf)"')
-    for column, wanted in by_value.items():
+    for column, wanted in (dataset.config["val_interval"] or {}).items():
         where, kind = f"val_interval: {column}", dataset.field2type.get(column)
         if kind is None:
             raise ConfigurationError(
@@ -218,7 +186,7 @@ def _check_filters(dataset: Any) -> None:
                 why="interactions cannot be filtered by it",
                 do=f"choose from {sorted(dataset.field2type)}, or load it: load_col: {{inter: [..., {column}]}}",
             )
-        if kind == FeatureType.FLOAT and not INTERVALS.fullmatch(str(wanted)):
+        if kind == FeatureType.FLOAT and isinstance(wanted, list):
             raise _filter_error(where, wanted, 'write an interval such as "[3,inf)"')
         if kind == FeatureType.TOKEN and not isinstance(wanted, list):
             raise _filter_error(
