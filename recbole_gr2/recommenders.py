@@ -6,11 +6,11 @@ import numpy as np
 
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK, Generator
+from recbole_gr2.bridge.generative import Generator
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.support import check_size, check_support
 from recbole_gr2.bridge.training import train_or_load
-from recbole_gr2.config import Settings, base_model_properties
+from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.onerec_think import onerec_think_recommender

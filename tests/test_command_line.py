@@ -11,13 +11,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_gr2 import config, pipeline, preflight
-from recbole_gr2.config import declarations, load_settings, read_value, recbole_declarations
+from recbole_gr2 import pipeline, preflight
+from recbole_gr2.config import declarations, load_settings, read_value
+from recbole_gr2.config.declaration import recbole_declarations
+from recbole_gr2.config.values import check_intervals
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main, parse
 
 SMOKE = {"preset": "smoke"}
-ROOT = Path(config.__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(*argv: str):
@@ -52,7 +54,7 @@ def test_intervals_have_the_form_of_recbole(word, value, tmp_path):
     file.write_text(f"user_inter_num_interval: {word}  # a comment\nval_interval: {{rating: {word}}}\n")
     recbole = read("--config_files", str(file)).recbole
     assert recbole["user_inter_num_interval"] == value
-    assert config.check_intervals(recbole["val_interval"]["rating"]) == value
+    assert check_intervals(recbole["val_interval"]["rating"]) == value
     assert read(f"--val_interval={{rating: {word}}}").recbole["val_interval"] == recbole["val_interval"]
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.generative import GENERATOR
 from recbole_gr2.bridge.training import is_finished, read_metadata, train_model
-from recbole_gr2.config import Settings
+from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.recommenders import check_model, check_model_size, sids_for, stages_of, training_options
 from recbole_gr2.types import Context, Stage
 

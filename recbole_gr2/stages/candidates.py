@@ -14,10 +14,9 @@ from typing import Any
 from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
-from recbole_gr2.bridge.generative import GENERATOR
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.training import load_model
-from recbole_gr2.config import Settings
+from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.model import READS_SIDS
 from recbole_gr2.policy import whole_midtrain
