@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 
 # `pytest --hypothesis-profile=long FILE` tries many examples in the tests of FILE that do not set their number.
-settings.register_profile("long", max_examples=20_000, deadline=None)
+settings.register_profile("long", max_examples=int(os.environ.get("RECBOLE_GR2_EXAMPLES", "20000")), deadline=None)
 torch.set_num_threads(1)  # two threads on a loaded machine are many times slower than one
 
 # Ranking metrics that RecBole 1.2.1 has, in more digits than it prints, so that "equal" means equal.

@@ -1,6 +1,5 @@
 """The command line and config files: what is read, and that every mistake is one error of this package."""
 
-import os
 import string
 import subprocess
 import sys
@@ -240,10 +239,11 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(SCALARS, inner, max_size=3)),
     max_leaves=6,
 )
-EXAMPLES = os.environ.get("RECBOLE_GR2_EXAMPLES")  # number of random examples; by default few, always the same
+# `pytest tests/test_command_line.py -k test_any --hypothesis-profile=long` tries many more examples.
+PROFILE = settings().max_examples  # 100 without a profile
 ANY = settings(
-    max_examples=int(EXAMPLES or 40),
-    derandomize=not EXAMPLES,
+    max_examples=40 if PROFILE == 100 else PROFILE,
+    derandomize=PROFILE == 100,  # By default the examples are always the same.
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
