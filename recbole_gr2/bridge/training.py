@@ -304,6 +304,14 @@ def _reported(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if str(error) == "Training loss is nan":  # trainer.py:346
+            raise QualityCheckError(
+                f"the training loss of {name} is not a number",
+                where=f"model {name}",
+                why="the weights became too large",
+                do="lower the learning rate or the initial weights (base_learning_rate, base_initializer_range, or "
+                "models_options for a model of `models`)",
+            ) from error
         if name in MODELS or isinstance(error, GR2Error | OSError):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
