@@ -56,11 +56,23 @@ def check_support(name: str, settings: Settings, *, base: bool) -> None:
     where = "base_model" if base else "models"
     _check_graph(name, where)
     own = {} if base else settings["models_options"]
-    options = {**base_model_properties(name), **(settings.recbole if base else settings.shared_options), **own}
+    options = model_options(name, settings, base=base)
     _check_package(name, options, where)
     _check_options(name, options, OPTION[base])
     if any(key in base_model_properties(name) for key in FEATURES):
         _check_features(name, recbole_config(settings, model_class, base=base, **own), base)
+
+
+def model_options(name: str, settings: Settings, *, base: bool) -> dict[str, Any]:
+    """Return RecBole's options and those of a model by name.
+
+    Args:
+        name: name of a model of RecBole or of this package.
+        settings: settings of the run.
+        base: see `check_support`.
+    """
+    given = settings.recbole if base else {**settings.shared_options, **settings["models_options"]}
+    return {**base_model_properties(name), **given}
 
 
 def check_size(name: str, data: Data, *, base: bool) -> None:
