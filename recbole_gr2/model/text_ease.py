@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse
+import torch
 
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.model.linear import inverse_gram, largest_weights
 from recbole_gr2.model.traditional import TraditionalRecommender, unit_vectors
 
@@ -34,6 +36,8 @@ class TextEASE(TraditionalRecommender):
         dataset: RecBole's training data.
     """
 
+    MAX_ITEMS = 40_000  # Two matrices of 6.4 GB.
+
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.reg_weight, self.text_weight = config["reg_weight"], config["text_weight"]
@@ -43,11 +47,23 @@ class TextEASE(TraditionalRecommender):
         self.other_parameter_name = ["weights"]
 
     def fit(self, dataset: Dataset) -> None:
-        """Compute the weights from the training sequences."""
+        """Compute the weights from the training sequences.
+
+        Raises:
+            ConfigurationError: the matrix cannot be inverted in float32.
+        """
         users, items = self.training_sequences(dataset)
         ones = np.ones(len(items), dtype=np.float32)
         interactions = scipy.sparse.csr_matrix((ones, (users, items)), shape=(dataset.user_num, self.n_items))[:, 1:]
-        inverse = inverse_gram(interactions, self.vectors[1:], ridge=self.reg_weight, text_weight=self.text_weight)
+        try:
+            inverse = inverse_gram(interactions, self.vectors[1:], ridge=self.reg_weight, text_weight=self.text_weight)
+        except torch.linalg.LinAlgError as error:
+            raise ConfigurationError(
+                f"TextEASE cannot invert its matrix with reg_weight {self.reg_weight}",
+                where="reg_weight",
+                why="the matrix of interactions and texts has no full rank in float32",
+                do="raise reg_weight",
+            ) from error
         self.weights = largest_weights(inverse, self.max_weights)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
