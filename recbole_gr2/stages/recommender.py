@@ -40,7 +40,7 @@ def check_settings(settings: Settings) -> None:
 
 def stages(settings: Settings) -> list[Stage]:
     """Declare a stage for each recommender."""
-    return [_stage(model, stages_of(model, settings)) for model in dict.fromkeys(settings["models"])]
+    return [_stage(model, stages_of(model, settings, base=False)) for model in dict.fromkeys(settings["models"])]
 
 
 def _stage(model: str, needs: tuple[str, ...]) -> Stage:
