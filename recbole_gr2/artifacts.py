@@ -8,6 +8,7 @@ Files contain item tokens of the data files, never internal ids, so that other t
 | `sids.jsonl` | tokenizer | semantic ID of every item |
 | `<split>.jsonl` | candidates, prior | candidate lists; those of the prior stage have the prior |
 | `recommendations.npz` | candidates, other recommenders | the first items of the whole catalogue for every user |
+| `<base model>.npz` | candidates | the same of each base model alone, if there are several |
 | `features.json`, `features-<split>.npy`, `pairs-<split>.npy` | prior | features of the candidate lists |
 | `accepted.jsonl`, `rejected.jsonl` | traces | reasoning traces |
 | `rankings.jsonl` | rerank | the answers of a re-ranker |
@@ -32,7 +33,16 @@ import pandas as pd
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.store import numbered_lines, read_lines, write_json, write_lines
-from recbole_gr2.types import Answer, Candidate, CandidateFeatures, Context, Recommendations, Request, Trace
+from recbole_gr2.types import (
+    Answer,
+    Candidate,
+    CandidateFeatures,
+    Context,
+    Recommendations,
+    Request,
+    SourceScores,
+    Trace,
+)
 
 SPLITS = ("train", "valid", "test")
 
@@ -86,13 +96,14 @@ def write_requests(file: Path, requests: Iterable[Request], catalog: Catalog) ->
     """Write candidate lists as JSON lines and return their number.
 
     The fields are `request_id, user_id, split, history, target, candidates, scores, provider`; `grades` in train lists
-    with several or graded targets; `log_prior` after the prior stage.
+    with several or graded targets; `sources`, ranks and scores by each base model, if there are several; `log_prior`
+    after the prior stage.
     """
     return write_lines(file, (_request_record(request, catalog) for request in requests))
 
 
 def _request_record(request: Request, catalog: Catalog) -> dict[str, Any]:
-    record = {
+    record: dict[str, Any] = {
         "request_id": request.request_id,
         "user_id": request.user_token,
         "split": request.split,
@@ -102,6 +113,8 @@ def _request_record(request: Request, catalog: Catalog) -> dict[str, Any]:
         "scores": [candidate.score for candidate in request.candidates],
         "provider": request.provider,
     }
+    if request.sources:
+        record["sources"] = {name: {"ranks": ranks, "scores": scores} for name, ranks, scores in request.sources}
     if request.grades:
         record["grades"] = request.grades
     if request.prior:
@@ -184,6 +197,7 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
             for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
         ),
         provider=line.get("provider", provider),
+        sources=_read_sources(line.get("sources", {}), len(items)),
         prior=tuple(line.get("log_prior", ())),
         grades=tuple(line.get("grades", ())),
     )
@@ -196,9 +210,23 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
     return request
 
 
-def write_recommendations(folder: Path, recommendations: Recommendations) -> None:
-    """Write the recommendations of the test split to recommendations.npz."""
-    temporary = folder / ".recommendations.npz.tmp"
+def _read_sources(sources: Any, count: int) -> tuple[SourceScores, ...]:
+    """The field `sources` of a line whose list has `count` candidates. Raises a ValueError if it has another form."""
+    read = []
+    for name, values in dict(sources).items():
+        ranks, scores = values["ranks"], values["scores"]
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in [*ranks, *scores])
+        if not numbers or not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise ValueError("ranks have to be integers of at least 1, and scores finite numbers")
+        if not len(ranks) == len(scores) == count:
+            raise ValueError("each of sources has one rank and one score for each candidate")
+        read.append(SourceScores(str(name), tuple(ranks), tuple(map(float, scores))))
+    return tuple(read)
+
+
+def write_recommendations(folder: Path, recommendations: Recommendations, name: str = "recommendations") -> None:
+    """Write the recommendations of the test split to <name>.npz."""
+    temporary = folder / f".{name}.npz.tmp"
     with open(temporary, "wb") as handle:
         np.savez_compressed(
             handle,
@@ -207,12 +235,12 @@ def write_recommendations(folder: Path, recommendations: Recommendations) -> Non
             target_rank=recommendations.target_rank,
             exclude_seen=np.array(recommendations.exclude_seen),
         )
-    os.replace(temporary, folder / "recommendations.npz")
+    os.replace(temporary, folder / f"{name}.npz")
 
 
-def read_recommendations(folder: Path) -> Recommendations:
-    """Read the recommendations of the test split."""
-    with np.load(folder / "recommendations.npz", allow_pickle=False) as arrays:
+def read_recommendations(folder: Path, name: str = "recommendations") -> Recommendations:
+    """Read the recommendations of the test split from <name>.npz."""
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
         return Recommendations(
             users=tuple(arrays["users"].tolist()),
             items=arrays["items"],

@@ -143,7 +143,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     )
     parser.add_argument("-m", "--model", help="the re-ranker (GR2)")
     parser.add_argument("-d", "--dataset", help="folder of RecBole atomic files under data_path, or ml-100k")
-    parser.add_argument("--base_model", help="RecBole model that proposes the candidates")
+    parser.add_argument("--base_model", metavar="A,B", help="models that propose the candidates, one or several")
     parser.add_argument("--models", metavar="A,B", help="other recommenders for the same table")
     parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
     parser.add_argument(
@@ -177,13 +177,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     # argparse reads a word with a blank, such as "--eval_rows=[midtrain, sft]", as one more config file.
     rest += [word for word in options.config_files if word.startswith("--")]
     options.config_files = [word for word in options.config_files if not word.startswith("--")]
-    named = {key: getattr(options, key) for key in ("model", "dataset", "base_model", "preset")}
+    named = {key: getattr(options, key) for key in ("model", "dataset", "preset")}
     settings = {key: value for key, value in named.items() if value is not None}
-    if options.models is not None:
-        from recbole_gr2.config import read_value
+    for key in ("base_model", "models"):
+        if getattr(options, key) is not None:
+            from recbole_gr2.config import read_value
 
-        models = read_value(options.models)  # A,B or, as in a file, [A, B]
-        settings["models"] = [name.strip() for name in models.split(",")] if isinstance(models, str) else models or []
+            names = read_value(getattr(options, key))  # A,B or, as in a file, [A, B]
+            settings[key] = [name.strip() for name in names.split(",")] if isinstance(names, str) else names or []
     return options, settings | _settings(rest)
 
 
@@ -311,7 +312,7 @@ def _run_once(
     from recbole_gr2.bridge.data import Data
 
     console.say(
-        f"GR2 on {settings['dataset']}, base model {settings['base_model']}, LLM {settings['llm']}, "
+        f"GR2 on {settings['dataset']}, base model {' + '.join(settings['base_model'])}, LLM {settings['llm']}, "
         f"preset {settings['preset']}, seed {settings['seed']}"
     )
     pipeline.check(settings)

@@ -9,6 +9,7 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.generative import Generator
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.support import check_size, check_support, model_options
+from recbole_gr2.bridge.training import load_model as load_base
 from recbole_gr2.bridge.training import train_or_load
 from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
@@ -19,8 +20,14 @@ from recbole_gr2.prompts import history_ids
 from recbole_gr2.sid.embed import item_text
 from recbole_gr2.types import Context
 
+BASE, HOLD_OUT = "base", "hold_out"  # folders of a base model and of its hold-out base model in their stage
 EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
 STAGE_OF = {"sids": "tokenizer", "text_embeddings": "embeddings"}  # Input of a model -> the stage that makes it.
+
+
+def base_stage(model: str) -> str:
+    """Return the name of the stage that trains a base model."""
+    return f"base_model_{model}"
 
 
 def stages_of(model: str, settings: Settings, *, base: bool) -> tuple[str, ...]:
@@ -45,9 +52,9 @@ def training_options(settings: Settings, model: str, *, base: bool) -> dict[str,
     Args:
         settings: settings of the run.
         model: name of the RecBole model.
-        base: whether it is the base model, whose own options are `base_<option>`.
+        base: whether it is a base model, see `Settings.options_of`.
     """
-    options = settings.recbole_results(base=base)
+    options = settings.recbole_results(base=base) | (settings["base_options"].get(model, {}) if base else {})
     values: dict[str, object] = {f"recbole.{k}": v for k, v in options.items() if k not in EVALUATION}
     return {**values, f"{model}.defaults": base_model_properties(model)}
 
@@ -99,6 +106,21 @@ def model_inputs(context: Context, model: str, *, base: bool) -> dict[str, Any]:
     return {}
 
 
+def load_base_model(context: Context, name: str, *, hold_out: bool) -> BaseModel:
+    """Return a trained base model.
+
+    Args:
+        context: a context whose stage needs `base_stage(name)` and the stages of `stages_of(name)`; for the mid-trained
+            model see `load_generator`.
+        name: name of the base model.
+        hold_out: whether to return the model that proposes the candidates of train requests.
+    """
+    if name == GENERATOR:
+        return load_generator(context, hold_out=hold_out)
+    folder = context.folders[base_stage(name)] / (HOLD_OUT if hold_out else BASE)
+    return load_base(context.data, folder, model=name, inputs=model_inputs(context, name, base=True))
+
+
 def load_generator(context: Context, *, hold_out: bool = False) -> Generator:
     """Return a mid-trained model as a recommender (GR2, section 4).
 
@@ -138,4 +160,4 @@ def load_recommender(context: Context, name: str) -> BaseModel:
     if name in ONEREC_THINK:
         return onerec_think_recommender(context, name)
     inputs = model_inputs(context, name, base=False)
-    return train_or_load(context.data, context.folder / "model", model=name, inputs=inputs, say=context.say)
+    return train_or_load(context.data, context.folder / "model", model=name, base=False, inputs=inputs, say=context.say)

@@ -54,6 +54,20 @@ class Candidate:
     rank: int
 
 
+class SourceScores(NamedTuple):
+    """What one of several base models says of the candidates of a list.
+
+    Attributes:
+        name: name of the base model.
+        ranks: rank of each candidate among all unmasked items by this model, from 1, (K,).
+        scores: its score of each candidate, standardised over the unmasked items, (K,).
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
 class CandidateFeatures(NamedTuple):
     """Features of one candidate list.
 
@@ -86,7 +100,8 @@ class Request:
         history: item ids of the user's earlier interactions, oldest first.
         candidates: the candidate list in base order.
         target: id of the item that the user interacted with next; 0 if it is withheld.
-        provider: name of the model that proposed the candidates.
+        provider: name of the model that proposed the candidates, or of the models, joined by " + ".
+        sources: ranks and scores by each base model, if several proposed the candidates together; else ().
         prior: log-probability of each candidate under the prior, in base order, (K,); () without a prior.
         grades: relevance grade of each candidate in base order, (K,), in train lists with several or graded targets;
             else ().
@@ -100,6 +115,7 @@ class Request:
     candidates: tuple[Candidate, ...]
     target: int
     provider: str
+    sources: tuple[SourceScores, ...] = ()
     prior: tuple[float, ...] = ()
     grades: tuple[int, ...] = ()
     features: CandidateFeatures | None = field(default=None, compare=False, repr=False)

@@ -426,7 +426,7 @@ def test_the_first_items_do_not_depend_on_the_depth(movies):
 def test_a_wrong_order_is_not_stored(movies):
     """The check of the scoring pass notices a wrong rank, and items in a wrong order."""
     base = movies("BPR").masked
-    ((rows, scores),) = base.batches("test")
+    ((rows, scores, _),) = base.batches("test")
     targets = rows[base.data.iid]
     (batch,) = recommend(base, "test", depth_of(base.data), break_ties=False)
     check = RecboleCheck(base)
@@ -621,11 +621,11 @@ def test_a_finished_base_is_loaded_and_scores_the_same(planted, tmp_path, monkey
 
 def test_a_model_without_metadata_is_not_finished(planted, tmp_path):
     data = Data(toy_settings(planted, "planted"))
-    train_model(data, tmp_path, model="Pop", epochs=1)
+    train_model(data, tmp_path, model="Pop", base=False, epochs=1)
     (tmp_path / "metadata.json").unlink()
     with pytest.raises(MissingFileError, match="not been trained"):
-        load_model(data, tmp_path, model="Pop")
-    assert train_or_load(data, tmp_path, model="Pop", epochs=1).metadata["model"] == "Pop"
+        load_model(data, tmp_path, model="Pop", base=False)
+    assert train_or_load(data, tmp_path, model="Pop", base=False, epochs=1).metadata["model"] == "Pop"
 
 
 def test_the_hold_out_base_differs_from_the_base(movies, tmp_path):
@@ -951,8 +951,9 @@ def stage_context(name: str, data: Data, folder: Path, **folders: Path) -> Conte
 
 def run_stages(root: Path, folder: Path, **options) -> tuple[Data, dict, dict]:
     data = Data(toy_settings(folder, "planted", base_model="BPR", base_epochs=2, **options))
-    base = base_model.run(stage_context("base_model", data, root))
-    summary = candidates.run(stage_context("candidates", data, root, base_model=root / "base_model"))
+    (stage,) = base_model.stages(data.settings)
+    base = stage.run(stage_context(stage.name, data, root))
+    summary = candidates.run(stage_context("candidates", data, root, **{stage.name: root / stage.name}))
     return data, base, summary
 
 
@@ -977,7 +978,8 @@ def test_stages_base_model_and_candidates(planted, tmp_path, monkeypatch):
     assert recommendations.items.shape == (60, 40) and recommendations.exclude_seen
     assert set(map(len, map(set, users.values()))) == {40 - 8 + 1}  # 0 fills the places of seen items
     monkeypatch.setattr("recbole.trainer.Trainer.fit", stop_training)
-    again = base_model.run(replace(stage_context("again", data, tmp_path), folder=tmp_path / "base_model"))
+    (stage,) = base_model.stages(data.settings)
+    again = stage.run(replace(stage_context("again", data, tmp_path), folder=tmp_path / stage.name))
     assert again == base  # An interrupted stage does not train a finished model again.
 
 
@@ -1007,7 +1009,7 @@ def test_stage_of_another_recommender(planted, tmp_path, recommendations_of):
     assert summary["model"] == "ItemKNN" and summary["hold_out"] is False
     folder = tmp_path / "ItemKNN"
     metrics = evaluate_methods(data, read_recommendations(folder), {"m": None}, {"s": None})["m"]["s"]
-    model = load_model(data, tmp_path / "ItemKNN" / "model", model="ItemKNN")
+    model = load_model(data, tmp_path / "ItemKNN" / "model", model="ItemKNN", base=False)
     assert metrics == evaluate_methods(data, recommendations_of(model), {"m": None}, {"s": None})["m"]["s"]
 
 

@@ -149,7 +149,7 @@ def test_text_ease_without_texts_is_recboles_ease(tmp_path):
     data = Data(settings_for(folder, "TextEASE", base_text_weight=0, base_reg_weight=2, base_max_weights=0))
     ours = train_or_load(data, tmp_path / "ours", inputs=inputs(data))
     data.settings = settings_for(folder, "TextEASE", models=["EASE"], models_options={"reg_weight": 2.0})
-    theirs = train_or_load(data, tmp_path / "theirs", model="EASE")
+    theirs = train_or_load(data, tmp_path / "theirs", model="EASE", base=False)
     assert torch.allclose(scores_of(ours), scores_of(theirs), atol=1e-5)
     assert (scores_of(ours)[:, E] == 0).all() and scores_of(ours)[:, A].all()  # E has no training interactions.
 
@@ -339,9 +339,12 @@ def test_options_that_cannot_work_are_refused(five, model, option, value, messag
     ("changes", "readers"),
     [
         ({"base_model": "PairCounts", "base_text_weight": 6}, set()),
-        ({"base_model": "TextEASE"}, {"base_model", "candidates"}),
+        ({"base_model": "TextEASE"}, {"base_model_TextEASE", "candidates"}),
         ({"base_model": "TextNeighbours", "models": ["TextSASRec"]}, {"TextSASRec"}),
-        ({"base_model": "TextNeighbours", "base_representation": "embedding"}, {"base_model", "candidates"}),
+        (
+            {"base_model": "TextNeighbours", "base_representation": "embedding"},
+            {"base_model_TextNeighbours", "candidates"},
+        ),
         (
             {"base_model": "Pop", "models": ["TextNeighbours"], "models_options": {"representation": "embedding"}},
             {"TextNeighbours"},
@@ -360,7 +363,7 @@ def test_stages_read_embeddings_only_if_their_model_does(tiny_settings, tmp_path
     settings = tiny_settings(tmp_path, **changes)
     planned = pipeline.plan(settings, Data(settings))
     needs = {entry.stage.name: set(entry.needs) for entry in planned}
-    recommenders = ("base_model", "candidates", *changes.get("models", ()))
+    recommenders = (f"base_model_{changes['base_model']}", "candidates", *changes.get("models", ()))
     assert {name for name in recommenders if "embeddings" in needs[name]} == readers
     assert not any("tokenizer" in needs[name] for name in recommenders)
 
@@ -373,5 +376,5 @@ def test_the_stages_train_and_load_each_model(tiny_run, tmp_path, model):
     short = {"epochs": 2, "eval_step": 1}
     run = tiny_run(tmp_path, ["candidates", *others], base_model=model, models=others, models_options=short)
     assert 0.1 < run.records["candidates"].summary["stats"]["test"]["recall@5"] <= 1
-    assert run.records["base_model"].summary["hold_out"]["hold_out"] is True
+    assert run.records[f"base_model_{model}"].summary["hold_out"]["hold_out"] is True
     assert all(run.records[name].summary["model"] == name for name in others)

@@ -209,6 +209,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("text_missing", "tokens", "collaborative, token"),
         ("sid_method", "rqvea", "rqvae, rqkmeans"),
         ("sid_random_mode", "uniformly", "unused_first, uniform"),
+        ("cand_fusion", "zscor", "zscore, rank, quota"),
         ("trace_teacher", "rule", "rules, local_llm, openai_api, recorded, module:attribute"),
     ],
 )
@@ -563,7 +564,7 @@ def test_both_ways_to_write_a_setting():
     )
     assert settings == {
         "dataset": "ml-100k",
-        "base_model": "BPR",
+        "base_model": ["BPR"],
         "seed": 3,
         "rl_steps": 7,
         "rl_rewards": {"ndcg": 0.1},

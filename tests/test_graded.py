@@ -65,7 +65,7 @@ def test_the_last_three_train_items_are_targets(plain, rated):
 
 def test_the_hold_out_base_sees_none_of_them(plain, rated, tmp_path):
     rows = [
-        train_model(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop")["training_rows"]
+        train_model(data, tmp_path / str(number), hold_out=True, epochs=1, model="Pop", base=False)["training_rows"]
         for number, data in enumerate((plain, rated))
     ]
     assert rows[0] - rows[1] == 2 * MOVIE_USERS

@@ -531,7 +531,7 @@ def test_metrics_change_only_evaluate(command, data, changes):
 @pytest.mark.parametrize("changes", [{"cand_num": 7}, {"cand_exclude_seen": False}])
 def test_the_form_of_the_lists_never_trains_a_base_model(command, data, changes):
     plan = planned(command, data, **changes)
-    assert plan["base_model"].action == "cached"
+    assert plan["base_model_CausalSASRec"].action == "cached"
     assert {"candidates", "prior", "sft", "evaluate"} <= set(again(plan))
 
 
@@ -550,8 +550,8 @@ LISTS = {"candidates", "prior", "traces", "rerank_lambdamart", "rerank_midtrain"
         ({"prompt_max_reasoning": 20}, {"traces", *LANGUAGE_MODELS}),
         ({"mid_tokens": 100}, {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}),
         ({"llm_lora_rank": 4}, {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}),
-        ({"base_epochs": 1}, {"base_model", *LISTS}),
-        ({"MAX_ITEM_LIST_LENGTH": 10}, {"base_model", *LISTS}),
+        ({"base_epochs": 1}, {"base_model_CausalSASRec", *LISTS}),
+        ({"MAX_ITEM_LIST_LENGTH": 10}, {"base_model_CausalSASRec", *LISTS}),
         ({"eval_rows": ["rl"]}, {"evaluate"}),
     ],
 )
@@ -656,7 +656,10 @@ def test_the_files_of_a_model_folder_are_part_of_the_keys(command, data, tmp_pat
     weights.write_bytes(b"Weights")
     changed = keys()
     assert next(name for name in changed if changed[name] != before[name]) == first
-    assert before["evaluate"] != changed["evaluate"] and before["base_model"] == changed["base_model"]
+    assert (
+        before["evaluate"] != changed["evaluate"]
+        and before["base_model_CausalSASRec"] == changed["base_model_CausalSASRec"]
+    )
     assert keys(folder.rename(tmp_path / "renamed")) == changed
 
 

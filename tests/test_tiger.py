@@ -169,15 +169,16 @@ def trained(folder: Path, place: Path, sids: np.ndarray, **changes) -> BaseModel
     ]
     (place / "sids.jsonl").write_text("\n".join(lines[::-1]) + "\n")
     context = Context(
-        stage="base_model",
+        stage="base_model_TIGER",
         settings=data.settings,
         data=data,
         folder=place,
         inputs={},
-        folders={"tokenizer": place, "base_model": place},
+        folders={"tokenizer": place, "base_model_TIGER": place},
         say=print,
     )
-    base_model.run(context)
+    (stage,) = base_model.stages(data.settings)
+    stage.run(context)
     return base_models(context)[0]
 
 

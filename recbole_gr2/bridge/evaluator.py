@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.fusion import item_ranks, standardise
 from recbole_gr2.bridge.models import UNREACHED, BaseModel, find_model, seen_items
 from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.console import progress
@@ -33,6 +34,20 @@ CHECKED_METRICS = ("Recall", "NDCG", "MRR")
 ITEM_METRICS = ("itemcoverage", "averagepopularity", "shannonentropy", "giniindex", "tailpercentage")
 
 
+class Source(NamedTuple):
+    """What one of several base models contributes to a scored batch.
+
+    Attributes:
+        alone: the result of this model alone.
+        ranks: rank of each item of the fused list among all items by this model, (B, D) int64.
+        scores: standardised score of each item of the fused list, (B, D) float32, see `fusion.standardise`.
+    """
+
+    alone: Scored
+    ranks: np.ndarray
+    scores: np.ndarray
+
+
 class Scored(NamedTuple):
     """The result of one scored batch.
 
@@ -42,12 +57,14 @@ class Scored(NamedTuple):
         scores: their scores in the precision of the model, (B, D). -inf for a place without an item.
         target_rank: rank of the target among all items that are not masked, from 1, (B,) int64; 0 if the target is not
             proposed.
+        sources: the contribution of each model, if the scores are fused from several; else ().
     """
 
     users: np.ndarray
     items: np.ndarray
     scores: np.ndarray
     target_rank: np.ndarray
+    sources: tuple[Source, ...] = ()
 
 
 def depth_of(data: Data) -> int:
@@ -77,7 +94,7 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
     import torch
 
     comparison = RecboleCheck(model) if check else None
-    for rows, scores in model.batches(split):
+    for rows, scores, parts in model.batches(split):
         targets = rows[model.data.iid].to(scores.device)
         if torch.isnan(scores).any():
             raise QualityCheckError(
@@ -88,18 +105,40 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
             )
         if break_ties:
             scores = model.break_ties(scores, targets)
-        items, values, ranks = rank_items(scores, targets, depth)
-        batch = Scored(
-            users=rows[model.data.uid].numpy(),
-            items=items.cpu().numpy(),
-            scores=values.cpu().numpy(),
-            target_rank=ranks.cpu().numpy(),
-        )
+        users = rows[model.data.uid].numpy()
+        batch = _scored(users, scores, targets, depth)
+        if parts:
+            batch = batch._replace(sources=_sources(model, batch, parts, targets, depth))
         if comparison:
             comparison.add(batch, scores, targets)
         yield batch
     if comparison:
         comparison.finish()
+
+
+def _scored(users: np.ndarray, scores: Tensor, targets: Tensor, depth: int) -> Scored:
+    """The first items of a batch, see `rank_items`."""
+    items, values, ranks = rank_items(scores, targets, depth)
+    return Scored(users=users, items=items.cpu().numpy(), scores=values.cpu().numpy(), target_rank=ranks.cpu().numpy())
+
+
+def _sources(
+    model: BaseModel, batch: Scored, parts: Sequence[Tensor], targets: Tensor, depth: int
+) -> tuple[Source, ...]:
+    """The contribution of each base model to a batch of a `FusedModel`. Its own list has the ties of its own rule."""
+    import torch
+
+    found = []
+    for source, part in zip(model.sources, parts, strict=True):
+        items = torch.from_numpy(batch.items).to(part.device)
+        found.append(
+            Source(
+                alone=_scored(batch.users, source.break_ties(part, targets), targets, depth),
+                ranks=item_ranks(part).gather(1, items).cpu().numpy(),
+                scores=standardise(part).gather(1, items).cpu().numpy(),
+            )
+        )
+    return tuple(found)
 
 
 def rank_items(scores: Tensor, targets: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:

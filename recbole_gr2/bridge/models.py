@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -100,6 +100,20 @@ class PairScores:
         return torch.cat(scores)
 
 
+class Batch(NamedTuple):
+    """Scored rows.
+
+    Attributes:
+        rows: RecBole's Interaction of B rows.
+        scores: masked scores of the catalogue for each row, (B, N + 1).
+        parts: those of each base model, if the scores are fused from several; else ().
+    """
+
+    rows: Any
+    scores: Tensor
+    parts: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseModel:
     """A trained model in evaluation mode that scores the rows of a data set.
@@ -118,8 +132,13 @@ class BaseModel:
     exclude_seen: bool
     metadata: dict[str, Any]
 
-    def batches(self, split: str) -> Iterator[tuple[Any, Tensor]]:
-        """Rows of a split in batches, as RecBole's Interaction, with their masked scores (B, N + 1)."""
+    @property
+    def sources(self) -> Sequence[BaseModel]:
+        """The models whose scores are fused: this model alone."""
+        return (self,)
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """Rows of a split in batches, with their scores."""
         import torch
 
         feat, _ = self.data.rows(split)
@@ -127,14 +146,18 @@ class BaseModel:
         for start in progress(range(0, len(feat), size), f"{split} rows"):
             rows = feat[start : start + size]
             with torch.no_grad():
-                scores = self.score_rows(rows, split)
+                batch = self.score(rows, split)
             # The yield is outside of no_grad. Two interleaved iterators would otherwise restore each other's mode.
-            yield rows, scores
+            yield batch
 
     def scores(self, split: str) -> Iterator[tuple[np.ndarray, Tensor]]:
         """User ids (B,) of a split in batches, with their masked scores (B, N + 1)."""
-        for rows, scores in self.batches(split):
-            yield rows[self.data.uid].numpy(), scores
+        for batch in self.batches(split):
+            yield batch.rows[self.data.uid].numpy(), batch.scores
+
+    def score(self, rows: Any, split: str) -> Batch:
+        """Rows of a split with their scores."""
+        return Batch(rows, self.score_rows(rows, split))
 
     def score_rows(self, rows: Any, split: str) -> Tensor:
         """Scores of the catalogue for each row, (B, N + 1) float32. Padding and masked items have -inf."""

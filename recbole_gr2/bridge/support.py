@@ -43,8 +43,7 @@ def check_support(name: str, settings: Settings, *, base: bool) -> None:
     Args:
         name: name of a model of RecBole or of this package.
         settings: settings of the run.
-        base: whether it is the base model, whose own options are `base_<option>`; else it is one of `models`, whose
-            options are `models_options`.
+        base: whether it is a base model, see `Settings.options_of`; else it is one of `models`.
 
     Raises:
         ConfigurationError: there is no such model, it cannot score the catalogue, or it lacks something.
@@ -55,12 +54,11 @@ def check_support(name: str, settings: Settings, *, base: bool) -> None:
         return
     where = "base_model" if base else "models"
     _check_graph(name, where)
-    own = {} if base else settings["models_options"]
     options = model_options(name, settings, base=base)
     _check_package(name, options, where)
     _check_options(name, options, OPTION[base])
     if any(key in base_model_properties(name) for key in FEATURES):
-        _check_features(name, recbole_config(settings, model_class, base=base, **own), base)
+        _check_features(name, recbole_config(settings, model_class, base=base), base)
 
 
 def model_options(name: str, settings: Settings, *, base: bool) -> dict[str, Any]:
@@ -71,8 +69,7 @@ def model_options(name: str, settings: Settings, *, base: bool) -> dict[str, Any
         settings: settings of the run.
         base: see `check_support`.
     """
-    given = settings.recbole if base else {**settings.shared_options, **settings["models_options"]}
-    return {**base_model_properties(name), **given}
+    return {**base_model_properties(name), **settings.options_of(name, base=base)}
 
 
 def check_size(name: str, data: Data, *, base: bool) -> None:
@@ -90,8 +87,7 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
     if name in MODELS:
         _check_catalogue(model_class, data, base)
         return
-    own = {} if base else data.settings["models_options"]
-    config = recbole_config(data.settings, model_class, base=base, **own)
+    config = recbole_config(data.settings, model_class, base=base)
     option = OPTION[base]
     for key in ITEMS:
         wanted = max(map(int, str(config[key] or 0).split(",")))  # reranker_CAN_NUM may be a text such as 500,100,20.

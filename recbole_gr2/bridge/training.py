@@ -41,14 +41,15 @@ def train_or_load(
     hold_out: bool = False,
     epochs: int | None = None,
     model: str | None = None,
+    base: bool = True,
     inputs: Mapping[str, Any] | None = None,
     exclude_seen: bool | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> BaseModel:
     """Load the model of a folder, or train it if the folder is not finished. See `train_model` for the arguments."""
     if not is_finished(folder):
-        train_model(data, folder, hold_out=hold_out, epochs=epochs, model=model, inputs=inputs, say=say)
-    return load_model(data, folder, model=model, inputs=inputs, exclude_seen=exclude_seen)
+        train_model(data, folder, hold_out=hold_out, epochs=epochs, model=model, base=base, inputs=inputs, say=say)
+    return load_model(data, folder, model=model, base=base, inputs=inputs, exclude_seen=exclude_seen)
 
 
 def is_traditional(model_class: Any) -> bool:
@@ -73,6 +74,7 @@ def train_model(
     hold_out: bool = False,
     epochs: int | None = None,
     model: str | None = None,
+    base: bool = True,
     inputs: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -85,7 +87,8 @@ def train_model(
             the training requests.
         epochs: number of epochs without validation. By default early stopping by `valid_metric` chooses it. A hold-out
             base model is trained for as many epochs as the base model, so that its targets do not choose the number.
-        model: name of another model than the base model. Options of the base model do not apply to it.
+        model: name of the model; by default the first base model.
+        base: whether it is a base model, see `Settings.options_of`.
         inputs: what the model reads besides RecBole's training data, as values of its configuration, see `model.READS`.
         say: prints a line for each validation.
 
@@ -100,10 +103,11 @@ def train_model(
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.utils import ModelType, get_trainer
 
-    setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, inputs=inputs)
+    setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, base=base, inputs=inputs)
     config = setup.config
-    samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
-    loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
+    with _reported(setup.name):  # RecBole refuses users who interacted with all items.
+        samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
+        loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
     valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
     folder.mkdir(parents=True, exist_ok=True)
     metric = str(config["valid_metric"])
@@ -148,6 +152,7 @@ def load_model(
     folder: Path,
     *,
     model: str | None = None,
+    base: bool = True,
     inputs: Mapping[str, Any] | None = None,
     exclude_seen: bool | None = None,
 ) -> BaseModel:
@@ -156,7 +161,8 @@ def load_model(
     Args:
         data: the data set.
         folder: the folder of the model.
-        model: name of another model than the base model.
+        model: name of the model; by default the first base model.
+        base: whether it is a base model, see `Settings.options_of`.
         inputs: what the model reads besides RecBole's training data, as values of its configuration, see `model.READS`.
         exclude_seen: whether its scores mask the items of the user's history; `cand_exclude_seen` by default.
 
@@ -171,7 +177,7 @@ def load_model(
             do="run the stage that trains it",
         )
     metadata = read_metadata(folder)
-    setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, inputs=inputs)
+    setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, base=base, inputs=inputs)
     with _reported(setup.name):
         network = _network(setup, data)
     _load_weights(network, folder / WEIGHTS)
@@ -193,7 +199,14 @@ class _SetUp:
 
 
 def _set_up(
-    data: Data, folder: Path, *, hold_out: bool, epochs: int | None, model: str | None, inputs: Mapping[str, Any] | None
+    data: Data,
+    folder: Path,
+    *,
+    hold_out: bool,
+    epochs: int | None,
+    model: str | None,
+    base: bool,
+    inputs: Mapping[str, Any] | None,
 ) -> _SetUp:
     """Seed RecBole and prepare the Config and the training rows of a model.
 
@@ -203,16 +216,16 @@ def _set_up(
     """
     from recbole.utils import ModelType, init_seed
 
-    settings, name = data.settings, model or data.settings["base_model"]
+    settings, name = data.settings, model or data.settings["base_model"][0]
     model_class: Any = find_model(name)
     config = recbole_config(
         settings,
         model_class,
-        base=model is None,
-        **_overrides(data, folder, model_class, epochs=epochs, model=model, inputs=inputs),
+        base=base,
+        **_overrides(data, folder, model_class, epochs=epochs, inputs=inputs),
     )
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    purpose = ("base", hold_out) if model is None else ("models", name)
+    purpose = ("base", hold_out) if base else ("models", name)
     init_seed(derive_seed(settings["seed"], *purpose), config["reproducibility"])
     own = None if name in MODELS else dataset_class(name)
     dataset, built = (data.dataset, data.built) if sequential and own is None else _own_rows(data, config, own)
@@ -239,7 +252,6 @@ def _overrides(
     model_class: Any,
     *,
     epochs: int | None,
-    model: str | None,
     inputs: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """RecBole options that training sets itself."""
@@ -252,8 +264,6 @@ def _overrides(
         "metrics": [metric],
         "topk": [int(cutoff or DEFAULT_CUTOFF)],
     }
-    if model:
-        overrides |= data.settings["models_options"]
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
     elif is_traditional(model_class):

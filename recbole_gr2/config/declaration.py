@@ -114,13 +114,16 @@ class Declaration:
     def check(self, value: Any) -> Any:
         """Return `value` converted to the declared type.
 
-        An int becomes a float, and a number becomes a string, where the declaration requires it.
+        An int becomes a float, a number becomes a string, and one text becomes a list of texts, where the declaration
+        requires it.
 
         Raises:
             ValueError: The value has another type, is not a choice, or is out of range.
         """
         if value is None and self.optional:
             return None
+        if self.element is str and self.type is list and isinstance(value, str):
+            value = [value]
         values = self._checked(value, self.type, limited=self.element is None)
         if self.element is None:
             return values

@@ -81,11 +81,6 @@ def candidate_models() -> list[str]:
     return sorted({*own, *(name for name, kind in recbole_models().items() if kind in (SEQUENTIAL, GENERAL))})
 
 
-def base_model_options(model: str) -> set[str]:
-    """Return the hyper-parameters of a base model: the keys of its property file."""
-    return set(base_model_properties(model))
-
-
 def model_declarations(model: str) -> dict[str, Declaration]:
     """Return the declarations of a model's options.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,31 +62,66 @@ def _check_reranker(values: Mapping[str, Any], declared: Mapping[str, Declaratio
 
 
 def _check_base_model(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    name = values["base_model"]
-    if name in ONEREC_THINK:
+    if not values["base_model"]:
+        raise ValueError("base_model is [], expected at least one model")
+    for name in values["base_model"]:
+        if name in ONEREC_THINK:
+            raise ValueError(
+                f"{name} cannot be the base_model: it proposes no candidates of train requests; name it in models"
+            )
+        _check_model(name, [*candidate_models(), GENERATOR])
+
+
+def _check_base_options(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    for name, options in values["base_options"].items():
+        if name not in values["base_model"]:
+            raise ValueError(
+                f"base_options has {name!r:.200}, expected a name in base_model ({', '.join(values['base_model'])})"
+            )
+        _check_options(options, RECBOLE_TRAINING, [name], f"base_options.{name}", declared)
+
+
+def _check_weights(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    weights = values["cand_weights"]
+    if weights is None:
+        return
+    if unknown := [name for name in weights if name not in values["base_model"]]:
         raise ValueError(
-            f"{name} cannot be the base_model: it proposes no candidates of train requests; name it in models"
+            f"cand_weights has {unknown[0]!r:.200}, expected names in base_model ({', '.join(values['base_model'])})"
         )
-    _check_model(name, [*candidate_models(), GENERATOR])
+    if not any(weights.values()):
+        raise ValueError(f"cand_weights is {weights!r:.200}, expected at least one weight > 0")
 
 
 def _check_models(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     for name in values["models"]:
         _check_model(name, [*candidate_models(), GENERATOR, *ONEREC_THINK])
+    shared = recbole_options() | RECBOLE_TRAINING
+    _check_options(values["models_options"], shared, values["models"], "models_options", declared)
+
+
+def _check_options(
+    options: Mapping[str, Any],
+    shared: Iterable[str],
+    models: Sequence[str],
+    key: str,
+    declared: Mapping[str, Declaration],
+) -> None:
+    """Check the options in the setting `key`: options of these models, and RecBole's options `shared`."""
     known = {**recbole_declarations(), **declared}
-    known = {name: known[name] for name in (recbole_options() | RECBOLE_TRAINING) - set(RECBOLE_FIXED) if name in known}
-    own = [model_declarations(model) for model in values["models"]]
-    for option, value in values["models_options"].items():
+    known = {name: known[name] for name in set(shared) - set(RECBOLE_FIXED) if name in known}
+    own = [model_declarations(model) for model in models]
+    for option, value in options.items():
         entries = [each[option] for each in [*own, known] if option in each]
         if not entries:
             similar = nearest(str(option), {*known, *(name for entries in own for name in entries)}, cutoff=0.6)
             raise ValueError(
-                f"models_options has the unknown option {option!r:.200} of {', '.join(values['models']) or 'no model'}"
+                f"{key} has the unknown option {option!r:.200} of {', '.join(models) or 'no model'}"
                 + (f"; nearest: {', '.join(similar)}" if similar else "")
             )
         for entry in entries:
-            check_option(replace(entry, key=f"models_options.{option}"), value)
-    _check_negatives(values["models_options"], declared)
+            check_option(replace(entry, key=f"{key}.{option}"), value)
+    _check_negatives(options, declared)
 
 
 def _check_model(name: str, names: Iterable[str]) -> None:
@@ -275,6 +310,8 @@ RULES: dict[str, Rule] = {
     "dataset": _check_dataset,
     "model": _check_reranker,
     "base_model": _check_base_model,
+    "base_options": _check_base_options,
+    "cand_weights": _check_weights,
     "models": _check_models,
     "valid_metric": _check_metrics,
     "eval_args": _check_protocol,
@@ -326,28 +363,31 @@ def _check_recorded(values: Mapping[str, Any], declared: Mapping[str, Declaratio
 
 
 def _check_heads(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    options = {**base_model_properties(values["base_model"]), **values}
-    if "n_heads" in options and "hidden_size" in options and "head_size" not in options:
-        width, heads = options["hidden_size"], options["n_heads"]
-        if not heads or width % heads:
-            raise ValueError(f"base_hidden_size is {width}, expected a multiple of base_n_heads ({heads})")
+    for name in values["base_model"]:
+        options = {**base_model_properties(name), **values, **values["base_options"].get(name, {})}
+        if "n_heads" in options and "hidden_size" in options and "head_size" not in options:
+            width, heads = options["hidden_size"], options["n_heads"]
+            if not heads or width % heads:
+                raise ValueError(f"base_hidden_size is {width}, expected a multiple of base_n_heads ({heads})")
 
 
 def _check_precision(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    if values["enable_amp"] and model_file(properties_folder(), values["base_model"]):
-        raise ValueError(f"base_enable_amp is True, but {values['base_model']} has no mixed precision")
+    for name in values["base_model"]:
+        precise = values["base_options"].get(name, {}).get("enable_amp", values.get("enable_amp"))
+        if precise and model_file(properties_folder(), name):
+            raise ValueError(f"base_enable_amp is True, but {name} has no mixed precision")
 
 
 def _check_loss(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    name = values["base_model"]
-    own = model_file(properties_folder(), name)
-    if values["train_neg_sample_args"] is None or not (own or recbole_models().get(name) == SEQUENTIAL):
-        return
-    if values.get("loss_type", base_model_properties(name).get("loss_type")) == "CE":
-        raise ValueError(
-            f"base_train_neg_sample_args is given, but the loss of {name} is CE, over all items; leave it out"
-            + ("" if own else ", or set base_loss_type to BPR")
-        )
+    for name in values["base_model"]:
+        own, options = model_file(properties_folder(), name), {**values, **values["base_options"].get(name, {})}
+        if options.get("train_neg_sample_args") is None or not (own or recbole_models().get(name) == SEQUENTIAL):
+            continue
+        if options.get("loss_type", base_model_properties(name).get("loss_type")) == "CE":
+            raise ValueError(
+                f"base_train_neg_sample_args is given, but the loss of {name} is CE, over all items; leave it out"
+                + ("" if own else ", or set base_loss_type to BPR")
+            )
 
 
 COMBINATIONS: dict[str, Rule] = {

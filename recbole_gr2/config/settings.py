@@ -21,7 +21,6 @@ from recbole_gr2.config.declaration import (
 from recbole_gr2.config.recbole_options import (
     RECBOLE_FIXED,
     RECBOLE_TRAINING,
-    base_model_options,
     base_model_properties,
     model_declarations,
     model_file,
@@ -103,6 +102,18 @@ class Settings(Mapping[str, Any]):
         base = {f"base_{k}": self.recbole[k] for k in self.base_options}
         shared = {k: v for k, v in self.recbole.items() if k not in self.base_options and k not in RECBOLE_FIXED}
         return yaml.safe_dump({**self._values, **shared, **base}, sort_keys=True)
+
+    def options_of(self, model: str, *, base: bool) -> dict[str, Any]:
+        """Return the RecBole options of one model that are given, without its defaults.
+
+        Args:
+            model: Name of the model.
+            base: Whether it is a base model, whose options are `base_<option>` and `base_options`; else it is one of
+                `models`, whose options are `models_options`.
+        """
+        if base:
+            return {**self.recbole, **self["base_options"].get(model, {})}
+        return {**self.shared_options, **self["models_options"]}
 
     @property
     def shared_options(self) -> dict[str, Any]:
@@ -227,9 +238,10 @@ def _check_all(
 ) -> Settings:
     """Check every key and value, and separate the keys of this package from the options of RecBole."""
     options = recbole_options()
-    base_model = str(merged["base_model"][0])
-    base_declared = {**recbole_declarations(), **declared, **model_declarations(base_model)}
-    base_options = (RECBOLE_TRAINING | base_model_options(base_model) | options) & set(base_declared)
+    shared = {**recbole_declarations(), **declared}
+    given = merged["base_model"][0]
+    own = [model_declarations(str(name)) for name in (given if isinstance(given, list) else [given])]
+    base_options = (RECBOLE_TRAINING | options) & set(shared) | {option for entries in own for option in entries}
     base_options -= set(RECBOLE_FIXED)
     values: dict[str, Any] = {}
     recbole: dict[str, Any] = {}
@@ -247,9 +259,10 @@ def _check_all(
             elif key in RENAMED:
                 raise ValueError(f"{key} is now named {RENAMED[key]}")
             elif key != name and name in base_options:
-                recbole[name] = check_option(replace(base_declared[name], key=key), value)
+                for entry in [entries[name] for entries in own if name in entries] or [shared[name]]:
+                    recbole[name] = check_option(replace(entry, key=key), value)
             elif key in options:
-                checked = check_option(base_declared[key], value)
+                checked = check_option(next((each[key] for each in own if key in each), shared[key]), value)
                 recbole.setdefault(key, checked)  # base_<option> has precedence for the base model
             elif key in RECBOLE_TRAINING:
                 stages = [other for other in declared if other.endswith(f"_{key}")]
@@ -302,7 +315,7 @@ def recbole_config(settings: Settings, model: type | str, *, base: bool = True, 
     Args:
         settings: Settings of the run.
         model: A RecBole model class, or the name of one.
-        base: Whether the model is the base model, which receives the options `base_<option>`.
+        base: Whether it is a base model, see `Settings.options_of`.
         **overrides: RecBole options that override the settings.
     """
     compat.apply()
@@ -323,8 +336,8 @@ def recbole_config(settings: Settings, model: type | str, *, base: bool = True, 
                 final["train_neg_sample_args"] = None  # RecBole refuses its default together with cross-entropy
             return final
 
-    options = dict(settings.recbole) if base else settings.shared_options
     name = model if isinstance(model, str) else model.__name__
+    options = settings.options_of(name, base=base)
     if model_file(properties_folder(), name):
         options = {**base_model_properties(name), **options}
     gpu = options.get("gpu_id", "0")

@@ -64,6 +64,21 @@ def base(data: TrainingData) -> Describe:
     return describe
 
 
+def sources(data: TrainingData) -> Describe:
+    """Features of each of several base models: logarithm of its rank, and its standardised score.
+
+    A list that one base model proposed has none of them; its rank and score are in `base`.
+    """
+
+    def describe(request: Request) -> Features:
+        features: Features = {}
+        for name, ranks, scores in request.sources:
+            features |= {f"log rank by {name}": np.log(ranks), f"score by {name}": np.array(scores)}
+        return features
+
+    return describe
+
+
 def popularity(data: TrainingData) -> Describe:
     """log(1 + n), where n is the number of interactions with a candidate."""
     counts = np.zeros(len(data.catalog) + 1)
@@ -202,6 +217,7 @@ def category(data: TrainingData) -> Describe:
 
 PROVIDERS: Mapping[str, Provider] = {
     "base": base,
+    "sources": sources,
     "popularity": popularity,
     "transition": transition,
     "together": together,

@@ -101,7 +101,7 @@ def finished_run(
         path=path,
         command=command,
         dataset=settings["dataset"],
-        base_model=settings["base_model"],
+        base_model=" + ".join(settings["base_model"]),
         llm=settings["llm"],
         preset=settings["preset"],
         seed=settings["seed"],

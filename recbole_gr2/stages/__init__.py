@@ -16,7 +16,7 @@ from recbole_gr2.types import Stage
 
 # Module -> names of its stages; () if they depend on the settings.
 MODULES: Mapping[str, tuple[str, ...]] = {
-    "base_model": ("base_model",),  # first, because its mistakes are found within seconds, and it needs no other stage
+    "base_model": (),  # first, because its mistakes are found within seconds, and most models need no other stage
     "candidates": ("candidates",),
     "embeddings": ("embeddings",),
     "tokenizer": ("tokenizer",),
@@ -30,6 +30,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "rerank": (),
     "evaluate": ("evaluate",),
 }
+BASE_MODEL = "base_model_"  # start of the names of the stages that train a base model
 RERANK = "rerank_"  # start of the names of the stages that run a re-ranker
 
 
@@ -50,7 +51,8 @@ def check_names(names: Iterable[str], settings: Settings) -> None:
     Raises:
         ConfigurationError: there is no stage of a name. The error names the nearest ones.
     """
-    known = [name for group in MODULES.values() for name in group] + settings["models"]
+    known = [f"{BASE_MODEL}{name}" for name in settings["base_model"]]
+    known += [name for group in MODULES.values() for name in group] + settings["models"]
     methods = [*settings["eval_rows"], *(ONEREC_THINK[model] for model in settings["models"] if model in ONEREC_THINK)]
     known += dict.fromkeys(f"{RERANK}{name}" for name in methods if ":" not in name)
     for name in names:

@@ -1,7 +1,8 @@
 """Stage `candidates`: the candidate list of each user in each split, and the recommendations of the test split.
 
-The base model proposes the lists of validation and test, the hold-out base model those of training. The target is never
-inserted. With `cand_file` the lists are imported, and no base model is used.
+The base model proposes the lists of validation and test, the hold-out base model those of training. Several base models
+propose one list together; validation chooses their weights, see `bridge.fusion`. The target is never inserted. With
+`cand_file` the lists are imported, and no base model is used.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from typing import Any
 from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
+from recbole_gr2.bridge.fusion import FusedModel, Method, choose_weights
 from recbole_gr2.bridge.models import BaseModel
-from recbole_gr2.bridge.training import load_model
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
-from recbole_gr2.policy import whole_midtrain
-from recbole_gr2.recommenders import load_generator, model_inputs, stages_of
+from recbole_gr2.recommenders import base_stage, load_base_model, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
-from recbole_gr2.types import Candidate, Context, Request, Stage
+from recbole_gr2.types import Candidate, Context, Request, SourceScores, Stage
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write train.jsonl, valid.jsonl, test.jsonl, recommendations.npz of the test split and stats.json.
+
+    Several base models also have <name>.npz, the recommendations of each of them.
 
     Raises:
         QualityCheckError: Recall@K of a split is 0.
@@ -36,11 +38,16 @@ def run(context: Context) -> dict[str, Any]:
         lists, summary["imported"] = _import(context), settings["cand_file"]
         recommendations = from_lists(context.data, lists["test"])
     else:
-        base, hold_out = base_models(context)
+        base, hold_out, summary["fusion"] = base_models(context)
         lists = {"train": top_candidates(hold_out, "train", count), "valid": top_candidates(base, "valid", count)}
         scored = list(recommend(base, "test", depth_of(context.data), break_ties=False, check=True))
         lists["test"] = to_requests(base, "test", scored, count)
         recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
+        for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
+            alone = [batch.sources[position].alone for batch in scored]
+            write_recommendations(
+                context.folder, collect(context.data, alone, exclude_seen=base.exclude_seen), source.name
+            )
         if base.exclude_seen:
             _report_masked_targets(context)
     for split in SPLITS:
@@ -51,14 +58,22 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
-def base_models(context: Context) -> tuple[BaseModel, BaseModel]:
-    """The trained base model and hold-out base model."""
-    name = context.settings["base_model"]
-    if name == GENERATOR:
-        return load_generator(context), load_generator(context, hold_out=True)
-    inputs, folder = model_inputs(context, name, base=True), context.folders["base_model"]
-    base, hold_out = (load_model(context.data, folder / each, inputs=inputs) for each in ("base", "hold_out"))
-    return base, hold_out
+def base_models(context: Context) -> tuple[BaseModel, BaseModel, dict[str, Any]]:
+    """The base model and the hold-out base model, each fused if there are several, and a summary of the fusion."""
+    settings, names = context.settings, context.settings["base_model"]
+    base = [load_base_model(context, name, hold_out=False) for name in names]
+    hold_out = [load_base_model(context, name, hold_out=True) for name in names]
+    if len(names) == 1:
+        return base[0], hold_out[0], {}
+    method = Method(settings["cand_fusion"])
+    if settings["cand_weights"]:
+        weights = tuple(float(settings["cand_weights"].get(name, 0)) for name in names)
+    else:
+        weights, recall = choose_weights(base, method, settings["cand_num"])
+        context.say(f"weights chosen on validation, where they give recall@{settings['cand_num']} {recall:.4f}")
+    summary = dict(zip(names, weights, strict=True))
+    context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
+    return FusedModel.of(base, method, weights), FusedModel.of(hold_out, method, weights), summary
 
 
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
@@ -84,8 +99,8 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
     provider = f"{base.name}{' hold-out' if base.metadata['hold_out'] else ''}"
     requests = []
     for batch in scored:
-        for user, items, scores in zip(
-            batch.users.tolist(), batch.items[:, :count].tolist(), batch.scores[:, :count].tolist(), strict=True
+        for row, (user, items, scores) in enumerate(
+            zip(batch.users.tolist(), batch.items[:, :count].tolist(), batch.scores[:, :count].tolist(), strict=True)
         ):
             history = data.history(user, split)
             proposed = [(item, score) for item, score in zip(items, scores, strict=True) if item > 0]
@@ -106,6 +121,14 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
                     target=_best_target(targets, [item for item, _ in proposed]),
                     grades=tuple(targets.get(item, 0) for item, _ in proposed) if graded else (),
                     provider=provider,
+                    sources=tuple(
+                        SourceScores(
+                            model.name,
+                            tuple(source.ranks[row, : len(proposed)].tolist()),
+                            tuple(source.scores[row, : len(proposed)].tolist()),
+                        )
+                        for model, source in zip(base.sources, batch.sources, strict=bool(batch.sources))
+                    ),
                 )
             )
     return requests
@@ -131,7 +154,7 @@ def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[st
     if not ranks:
         raise QualityCheckError(
             f"no {split} list contains its target: recall@{count} is 0",
-            where=f"base_model {context.settings['base_model']}",
+            where=f"base_model {', '.join(context.settings['base_model'])}",
             why="re-ranking cannot improve a list without its target",
             do="train the base model longer (base_epochs) or raise cand_num; if users repeat items, set "
             "cand_exclude_seen: False",
@@ -195,7 +218,7 @@ def _import(context: Context) -> dict[str, list[Request]]:
 
 def check_settings(settings: Settings) -> None:
     """Check the imported file, or that there is a model that may propose the candidates of train requests."""
-    if settings["base_model"] == GENERATOR and not settings["cand_file"] and not settings["mid_hold_out"]:
+    if GENERATOR in settings["base_model"] and not settings["cand_file"] and not settings["mid_hold_out"]:
         raise ConfigurationError(
             f"with mid_hold_out: False, {GENERATOR} is mid-trained on the targets of the train requests",
             where="mid_hold_out",
@@ -219,25 +242,25 @@ def check_data(settings: Settings, data: Data) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hash of the imported file."""
-    return {"cand_file": file_hash(settings["cand_file"], where="cand_file")} if settings["cand_file"] else {}
+    """Return the hash of the imported file, or the base models in their order."""
+    if settings["cand_file"]:
+        return {"cand_file": file_hash(settings["cand_file"], where="cand_file")}
+    return {"base_model": settings["base_model"]}
 
 
 def stages(settings: Settings) -> list[Stage]:
     """Declare the stage. What it needs depends on what proposes the candidates."""
-    if settings["cand_file"]:
-        needs: tuple[str, ...] = ()
-    elif settings["base_model"] == GENERATOR:
-        needs = ("tokenizer", "midtrain", whole_midtrain(settings))
-    else:
-        needs = ("base_model", *stages_of(settings["base_model"], settings, base=True))
+    needs: list[str] = []
+    for name in () if settings["cand_file"] else settings["base_model"]:
+        needs += ("midtrain",) if name == GENERATOR else (base_stage(name),)
+        needs += stages_of(name, settings, base=True)
     return [
         Stage(
             name="candidates",
-            version=2,
+            version=3,
             run=run,
             settings=("cand_", "seed"),
-            needs=needs,
+            needs=tuple(dict.fromkeys(needs)),
             check=check_settings,
             check_data=check_data,
             key_values=key_values,

@@ -55,13 +55,15 @@ def run(context: Context) -> dict[str, Any]:
         else:
             ordered = as_answers(requests, method(context).rank(requests), method=method.name)
             rankings[method.name] = {answer.request_id: answer.ranking for answer in ordered}
-    recommendations = {name: read_recommendations(context.folders[name]) for name in _models(settings)}
+    recommendations = {name: read_recommendations(context.folders["candidates"], name) for name in _alone(settings)} | {
+        name: read_recommendations(context.folders[name]) for name in _models(settings)
+    }
     base = read_recommendations(context.folders["candidates"])
     entries = _methods(context, requests, hits, rankings, base, recommendations)
     descriptions = {method.name: method.description for method in methods}
     diagnostic = [method.name for method in methods if method.diagnostic]
     for entry in entries:
-        entry["description"] = descriptions.get(entry["method"], "another recommender, over the whole catalogue")
+        entry["description"] = descriptions.get(entry["method"], "a recommender, over the whole catalogue")
         entry["diagnostic"] = entry["method"] in diagnostic
     for scope in ("all_users", "hit_users"):
         family = [e["vs_base"] for e in entries if e["scope"] == scope and not e["diagnostic"]]
@@ -110,7 +112,7 @@ def _methods(
         name: {r.user_token: given[r.request_id] for r in requests if r.request_id in given}
         for name, given in rankings.items()
     }
-    general = not settings["cand_file"] and is_general(settings["base_model"])
+    general = not settings["cand_file"] and all(map(is_general, settings["base_model"]))
     metrics = evaluate_methods(data, base, by_user, scopes, general=general)
     base_rank = _target_ranks(base)
     listed = {
@@ -182,6 +184,13 @@ def _write_per_user(context: Context, hits: Sequence[Request], rankings: Mapping
 def _models(settings: Settings) -> list[str]:
     """Names of the other recommenders of the run."""
     return list(dict.fromkeys(settings["models"]))
+
+
+def _alone(settings: Settings) -> list[str]:
+    """Names of the base models that are a method of their own: of several, those that are not in `models`."""
+    names = settings["base_model"]
+    alone = len(names) > 1 and not settings["cand_file"]
+    return [name for name in names if name not in settings["models"]] if alone else []
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
