@@ -19,8 +19,8 @@ def inverse_gram(
 
     The weights of EASE (Steck, WWW 2019, arXiv 1905.03375, equation 8) are B = -P / diag(P) with a diagonal of 0. The
     dimensions of the text embeddings are further rows of X, weighted by `text_weight` (collective EASE; Jeunen, Van
-    Balen and Goethals, RecSys 2020). The matrix is inverted in place by a Cholesky decomposition in float32. The memory
-    is about 2 x 4 N^2 bytes.
+    Balen and Goethals, RecSys 2020). The matrix is inverted in place by a Cholesky decomposition in float32, so that
+    the memory is about 4 N^2 bytes.
 
     Args:
         interactions: X, (U, N) float32.

@@ -36,7 +36,7 @@ class TextEASE(TraditionalRecommender):
         dataset: RecBole's training data.
     """
 
-    MAX_ITEMS = 40_000  # Two matrices of 6.4 GB.
+    MAX_ITEMS = 40_000  # A matrix of 6.4 GB.
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
