@@ -265,7 +265,21 @@ def candidates_section(page: Page) -> str:
         for split, figures in _maps(summary["stats"]):
             header = header or ["split", *figures]
             lines.append([*seed, split, *(_number(figures.get(name)) for name in header[1:])])
-    return f"## Candidates\n\n{page.table(header, lines)}" if lines else ""
+    if not lines:
+        return ""
+    parts = [f"## Candidates\n\n{page.table(header, lines)}"]
+    depths: list[list[str]] = []
+    header = []
+    for seed, _, summary in page.summaries(depth=Mapping):
+        weights = summary.get("fusion", {})
+        for name, figures in _maps(summary["depth"]):
+            header = header or ["base model", "weight", *figures]
+            depths.append([*seed, name, _number(weights.get(name)), *(_number(figures.get(key)) for key in header[2:])])
+    if depths:
+        parts.append(
+            f"Recall of the base models by depth, over all users of the test split.\n\n{page.table(header, depths)}"
+        )
+    return "\n\n".join(parts)
 
 
 def semantic_ids_section(page: Page) -> str:

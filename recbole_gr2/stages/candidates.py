@@ -21,7 +21,9 @@ from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.recommenders import base_stage, load_base_model, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
-from recbole_gr2.types import Candidate, Context, Request, SourceScores, Stage
+from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
+
+DEPTHS = (10, 20, 50, 100, 200)  # at which the recall of the base models is reported
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -43,11 +45,12 @@ def run(context: Context) -> dict[str, Any]:
         scored = list(recommend(base, "test", depth_of(context.data), break_ties=False, check=True))
         lists["test"] = to_requests(base, "test", scored, count)
         recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
+        summary["depth"] = {base.name: recall_by_depth(recommendations)}
         for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
-            alone = [batch.sources[position].alone for batch in scored]
-            write_recommendations(
-                context.folder, collect(context.data, alone, exclude_seen=base.exclude_seen), source.name
-            )
+            parts = [batch.sources[position].alone for batch in scored]
+            alone = collect(context.data, parts, exclude_seen=base.exclude_seen)
+            write_recommendations(context.folder, alone, source.name)
+            summary["depth"][source.name] = recall_by_depth(alone)
         if base.exclude_seen:
             _report_masked_targets(context)
     for split in SPLITS:
@@ -74,6 +77,19 @@ def base_models(context: Context) -> tuple[BaseModel, BaseModel, dict[str, Any]]
     summary = dict(zip(names, weights, strict=True))
     context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
     return FusedModel.of(base, method, weights), FusedModel.of(hold_out, method, weights), summary
+
+
+def recall_by_depth(recommendations: Recommendations) -> dict[str, float]:
+    """Share of the users whose target is among their first 10, 20, 50, 100 and 200 items, as far as there are so many.
+
+    >>> import numpy as np
+    >>> items, ranks = np.ones((2, 20), dtype=np.int32), np.array([11, 0], dtype=np.int32)
+    >>> recall_by_depth(Recommendations(users=("a", "b"), items=items, target_rank=ranks, exclude_seen=True))
+    {'recall@10': 0.0, 'recall@20': 0.5}
+    """
+    ranks = recommendations.target_rank
+    depths = [depth for depth in DEPTHS if depth <= recommendations.items.shape[1]]
+    return {f"recall@{depth}": float(((ranks > 0) & (ranks <= depth)).mean()) for depth in depths}
 
 
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
