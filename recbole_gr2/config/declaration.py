@@ -52,12 +52,17 @@ def properties_folder() -> Path:
     Raises:
         MissingFileError: There is no such folder.
     """
-    for folder in (PACKAGE / "properties", PACKAGE.parent / "properties"):
+    return _properties_of(PACKAGE)
+
+
+@cache
+def _properties_of(package: Path) -> Path:
+    for folder in (package / "properties", package.parent / "properties"):
         if folder.is_dir():
             return folder
     raise MissingFileError(
         "the property files are missing",
-        where=str(PACKAGE),
+        where=str(package),
         why="they hold the default of every setting",
         do="reinstall recbole-gr2",
     )

@@ -40,13 +40,14 @@ GENERATOR = "GR2Generator"  # the mid-trained language model as a recommender
 ONEREC_THINK = {"OneRecThink": "onerec_think", "OneRecThink-no-think": "onerec_think-no-think"}
 
 
-def recbole_options() -> set[str]:
+@cache
+def recbole_options() -> frozenset[str]:
     """Return the options of RecBole's Config that do not belong to one model or to its training."""
     folder = recbole_properties()
     options = {"eval_args"}
     for file in (folder / "overall.yaml", folder / "dataset" / "sample.yaml"):
         options |= set(read_yaml(file.read_text(encoding="utf-8")))
-    return options - RECBOLE_TRAINING - set(RECBOLE_FIXED)
+    return frozenset(options - RECBOLE_TRAINING - set(RECBOLE_FIXED))
 
 
 def recbole_metrics() -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,12 @@ def read_yaml(text: str) -> Any:
 
 
 def _parse(text: str) -> Any:
+    """Parse YAML. Equal texts are parsed once per process; the caller gets a copy."""
+    return copy.deepcopy(_parse_once(text))
+
+
+@lru_cache(maxsize=512)
+def _parse_once(text: str) -> Any:
     try:
         return yaml.load(text, Loader=SettingsLoader)
     except yaml.MarkedYAMLError as error:
