@@ -10,8 +10,9 @@ item texts. It must not read `target` or `grades` of a request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -188,16 +189,16 @@ def text(data: TrainingData) -> Describe:
 
 def brand(data: TrainingData) -> Describe:
     """Whether a candidate has the brand of the last history item, and the share of the history with its brand."""
+    codes, names = _codes(item.brand for item in data.catalog)
+    missing = names.index("") if "" in names else -1
 
     def describe(request: Request) -> Features:
-        history = [data.catalog.item(i).brand for i in request.history]
-        candidates = [data.catalog.item(i).brand for i in request.items]
+        history, candidates = codes[list(request.history)], codes[list(request.items)]
+        same = (history[:, None] == candidates) & (candidates != missing)
         return {
-            "brand of last": np.array([float(b != "" and b == history[-1]) for b in candidates]),
-            "brand": np.array([history.count(b) / len(history) if b else 0.0 for b in candidates]),
-            "brand of each": np.array(
-                [[float(b != "" and b == past) for b in candidates] for past in history[-RECENT:]]
-            ),
+            "brand of last": same[-1].astype(float),
+            "brand": same.sum(axis=0) / len(history),
+            "brand of each": same[-RECENT:].astype(float),
         }
 
     return describe
@@ -205,11 +206,17 @@ def brand(data: TrainingData) -> Describe:
 
 def category(data: TrainingData) -> Describe:
     """Overlap of the category path of a candidate with those of the last history items: the last one, and the mean."""
+    codes, names = _codes(item.categories for item in data.catalog)
+
+    @cache
+    def overlap_of(pair: int) -> float:
+        one, other = divmod(pair, len(names))
+        return category_overlap(names[one], names[other])
 
     def describe(request: Request) -> Features:
-        recent = [data.catalog.item(i) for i in request.history[-RECENT:]]
-        candidates = [data.catalog.item(i) for i in request.items]
-        shared = np.array([[overlap(candidate, past) for candidate in candidates] for past in recent])
+        recent, items = codes[list(request.history[-RECENT:])], codes[list(request.items)]
+        pairs, places = np.unique(recent[:, None] * len(names) + items, return_inverse=True)
+        shared = np.array([overlap_of(pair) for pair in pairs.tolist()])[places].reshape(len(recent), len(items))
         return {"category of last": shared[-1], "category": shared.mean(axis=0), "category of each": shared}
 
     return describe
@@ -229,24 +236,35 @@ PROVIDERS: Mapping[str, Provider] = {
 
 
 def overlap(one: Item, other: Item) -> float:
-    """Return the overlap of the categories of two items, 0 to 1.
+    """Return the overlap of the categories of two items, see `category_overlap`."""
+    return category_overlap(one.categories, other.categories)
+
+
+def category_overlap(one: str, other: str) -> float:
+    """Return the overlap of two categories, 0 to 1.
 
     For paths it is the number of common parts from the root, divided by the length of the longer path. For plain words
-    it is the Jaccard index. An item without a category has the overlap 0.
+    it is the Jaccard index. An empty category has the overlap 0.
 
-    >>> soap, comb = (Item(item_id=1, token="", title="", categories=c) for c in ("Beauty > Bath", "Beauty > Hair"))
-    >>> overlap(soap, comb)
-    0.5
+    >>> category_overlap("Beauty > Bath", "Beauty > Hair"), category_overlap("Comedy Drama", "Drama Romance Thriller")
+    (0.5, 0.25)
     """
-    if not one.categories or not other.categories:
+    if not one or not other:
         return 0.0
-    if " > " in one.categories or " > " in other.categories:
-        path, other_path = one.categories.split(" > "), other.categories.split(" > ")
+    if " > " in one or " > " in other:
+        path, other_path = one.split(" > "), other.split(" > ")
         shorter = min(len(path), len(other_path))
         depth = next((d for d, (a, b) in enumerate(zip(path, other_path, strict=False)) if a != b), shorter)
         return depth / max(len(path), len(other_path))
-    words, other_words = set(one.categories.split()), set(other.categories.split())
+    words, other_words = set(one.split()), set(other.split())
     return len(words & other_words) / len(words | other_words)
+
+
+def _codes(texts: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """Code of the text of each item by internal id, (N + 1,), and the text of each code. Item 0 has the code 0."""
+    position: dict[str, int] = {}
+    codes = [position.setdefault(text, len(position)) for text in texts]
+    return np.array([0, *codes]), list(position)
 
 
 class SparseLookup:
