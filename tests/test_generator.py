@@ -14,9 +14,9 @@ from recbole_gr2.recommenders import load_generator
 
 
 @pytest.fixture(scope="module")
-def generated(tiny_run, tmp_path_factory):
+def generated(tiny_run, finished_copy):
     return tiny_run(
-        tmp_path_factory.mktemp("generator"),
+        finished_copy(),
         ["GR2Generator", "evaluate"],
         base_model="GR2Generator",
         models=["GR2Generator"],

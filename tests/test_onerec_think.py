@@ -614,10 +614,9 @@ def test_it_is_no_base_model(capsys, tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def tabled(tiny_run, tmp_path_factory):
+def tabled(tiny_run, finished_copy):
     """A run on the data set `tiny` with both as re-rankers, and with the faster one as a recommender."""
-    options = {"models": [QUICK], "eval_rows": [THINK]}
-    return tiny_run(tmp_path_factory.mktemp("tabled"), **options)
+    return tiny_run(finished_copy(), models=[QUICK], eval_rows=[THINK])
 
 
 def test_methods_of_the_table(tabled):
