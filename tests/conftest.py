@@ -20,13 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy a core
 
 import pytest
-import torch
 import yaml
 from hypothesis import settings
 
 # `pytest --hypothesis-profile=long FILE` tries many examples in the tests of FILE that do not set their number.
 settings.register_profile("long", max_examples=20_000, deadline=None)
-torch.set_num_threads(1)  # two threads on a loaded machine are many times slower than one
+settings.register_profile("short", max_examples=25, deadline=None)
+settings.load_profile("short")
 
 # Ranking metrics that RecBole 1.2.1 has, in more digits than it prints, so that "equal" means equal.
 METRICS = [
@@ -54,7 +54,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _working_folder(tmp_path_factory):
-    """Tests run in an empty folder, in which the libraries must not leave their logs."""
+    """Tests run in an empty folder, in which the libraries must not leave their logs, and in one thread."""
+    import torch  # not at the top: the process that distributes the tests does not need it
+
+    torch.set_num_threads(1)  # two threads on a loaded machine are many times slower than one
     before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
     os.chdir(folder)
     yield
@@ -125,7 +128,8 @@ def movies(shared, movies_folder):
 
     def build(name: str) -> Trained:
         if name not in built:
-            settings = load_settings(config_dict={**options, "base_model": name})
+            changes = {"base_epochs": 2} if name == "CausalSASRec" else {}  # of a second each
+            settings = load_settings(config_dict={**options, "base_model": name, **changes})
             data = Data(settings)
             with shared(name) as folder:
                 base = train_or_load(data, folder / "base")
@@ -152,7 +156,7 @@ TINY = {
     "sid_epochs": 20,
     "sid_batch_size": 16,
     "sid_min_unique": 0.5,
-    "prior_steps": 30,
+    "prior_steps": 10,
     "mid_tokens": 4000,
     "mid_embedding_tokens": 1000,
     "mid_batch_size": 8,
@@ -303,7 +307,7 @@ class Command:
 
 
 @pytest.fixture(scope="session")
-def command(shared, tiny_settings) -> Command:
+def finished_command(shared, tiny_settings) -> Command:
     """All default stages on the data set `tiny`, run by the command once in a test run. Do not write to its folders."""
     with shared("command") as folder:
         config, root, stdout = folder / "tiny.yaml", folder / "saved", folder / "stdout"
@@ -321,23 +325,23 @@ def command(shared, tiny_settings) -> Command:
 
 
 @pytest.fixture(scope="session")
-def finished(command, tiny_settings) -> Run:
-    """The run `command`. Do not write to its folders."""
+def finished(finished_command, tiny_settings) -> Run:
+    """The run of `finished_command`. Do not write to its folders."""
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.store import read_manifest
 
-    settings = tiny_settings(command.root)
-    records = {name: read_manifest(folder) for name, folder in command.stages.items()}
-    return Run(settings, Data(settings), command.stages, records)
+    settings = tiny_settings(finished_command.root)
+    records = {name: read_manifest(folder) for name, folder in finished_command.stages.items()}
+    return Run(settings, Data(settings), finished_command.stages, records)
 
 
 @pytest.fixture(scope="session")
-def finished_copy(command, tmp_path_factory) -> Callable[[], Path]:
-    """finished_copy(): a new folder with the finished stages of `command`, which `tiny_run` does not run again."""
+def finished_copy(finished_command, tmp_path_factory) -> Callable[[], Path]:
+    """finished_copy(): a new folder with the finished stages of `finished_command`, which `tiny_run` does not run again."""
 
     def copied() -> Path:
         root = tmp_path_factory.mktemp("copy") / "saved"
-        command.copy(root)
+        finished_command.copy(root)
         return root
 
     return copied

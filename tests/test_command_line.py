@@ -240,7 +240,7 @@ VALUES = st.recursive(
 )
 EXAMPLES = os.environ.get("RECBOLE_GR2_EXAMPLES")  # number of random examples; by default few, always the same
 ANY = settings(
-    max_examples=int(EXAMPLES or 40),
+    max_examples=int(EXAMPLES or 25),
     derandomize=not EXAMPLES,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -45,8 +45,8 @@ def test_the_last_three_train_items_are_targets(plain, rated):
     seen = set()
     for user, items in rated.sequences.items():
         assert np.array_equal(items, plain.sequences[user])
-        asked = items[-5:-2].tolist()
-        assert rated.targets(user, "train") == {i: (rating[user, i] >= 3) + (rating[user, i] >= 5) for i in asked}
+        targets = items[-5:-2].tolist()
+        assert rated.targets(user, "train") == {i: (rating[user, i] >= 3) + (rating[user, i] >= 5) for i in targets}
         assert rated.history(user, "train") == tuple(items[:-5].tolist())
         assert plain.targets(user, "train") == {int(items[-3]): 1}
         for split in ("valid", "test"):

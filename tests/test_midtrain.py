@@ -87,6 +87,7 @@ def test_midtrain_leaves_the_targets_of_the_train_lists_out(context, tmp_path, m
         assert not set(context.data.targets(user, "train")) & set(held[user])
 
 
+@pytest.mark.slow
 def test_only_the_second_model_learns_the_targets_of_the_train_lists(tiny_run, finished_copy):
     """After a change of item n-2 of every user, midtrain has the same weights. midtrain_all and OneRec-Think differ."""
     stages, other = ["midtrain", "onerec_think-no-think"], "midtrain_all"

@@ -443,6 +443,11 @@ def test_an_option_of_one_of_the_models_is_enough():
 
 
 @pytest.fixture(scope="module")
+def command(finished_command):
+    return finished_command
+
+
+@pytest.fixture(scope="module")
 def data(command):
     from recbole_gr2.bridge.data import Data
 

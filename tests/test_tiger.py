@@ -84,7 +84,7 @@ def untaught(data: Data, sids: np.ndarray, **words) -> TIGER:
 
 
 def written(model: TIGER, row, item: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (1, L, V) of an item's codes behind one row, by T5's own teacher forcing, without padding; and codes."""
+    """Logits (1, L, V) of an item's codes after one row, by T5's own teacher forcing, without padding; and codes."""
     tokens = model.inputs(row)
     tokens = tokens[:, tokens[0] != 0]
     codes = model.item_tokens[torch.tensor([item])]
