@@ -337,7 +337,7 @@ def finished(finished_command, tiny_settings) -> Run:
 
 @pytest.fixture(scope="session")
 def finished_copy(finished_command, tmp_path_factory) -> Callable[[], Path]:
-    """finished_copy(): a new folder with the finished stages of `finished_command`, which `tiny_run` does not run again."""
+    """finished_copy(): a new folder with the finished stages, which `tiny_run` does not run again in it."""
 
     def copied() -> Path:
         root = tmp_path_factory.mktemp("copy") / "saved"

@@ -1021,7 +1021,7 @@ def test_training_reads_no_setting_of_lists_and_no_reported_metric(planted, tmp_
             {"cand_num": 4, "cand_exclude_seen": False},
         )
     ):
-        data = Data(toy_settings(planted, "planted", base_model=name, base_epochs=3, **options))
+        data = Data(toy_settings(planted, "planted", base_model=name, base_epochs=1, **options))
         metadata = train_model(data, tmp_path / str(number))
         trained.append((metadata, (tmp_path / str(number) / "model.safetensors").read_bytes()))
     assert trained[0] == trained[1] == trained[2] and list(trained[0][0]["best_valid"]) == ["NDCG@10"]
