@@ -22,8 +22,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog
-from recbole_gr2.bridge.generative import ONEREC_THINK, Generator
+from recbole_gr2.bridge.generative import Generator
 from recbole_gr2.catalog import Catalog
+from recbole_gr2.config import ONEREC_THINK
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.policy import load_model, sid_log_likelihood, use_bf16

@@ -235,19 +235,25 @@ def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
     if folder.is_dir():
         return RESUME, "interrupted before it was finished"
     for other in other_records(folder)[:1]:
-        changes = [
-            f"{name} {other.settings.get(name)} -> {values.get(name)}"
-            for name in sorted({*values, *other.settings})
-            if _as_json(other.settings.get(name)) != _as_json(values.get(name))
-        ]
+        changed = changed_settings(other.settings, values)
+        changes = [f"{name} {other.settings.get(name)} -> {values.get(name)}" for name in changed]
         changes += [f"new {name}" for name in needs if other.needs.get(name) != needs[name]]
         return RUN, "; ".join(changes[:3]) or "data or code changed"
     return RUN, "first time"
 
 
-def _as_json(value: Any) -> Any:
-    """A value as the manifest contains it: JSON has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
+def changed_settings(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings that have another value, or that one of them lacks.
+
+    Args:
+        earlier: settings in the manifest of an earlier run.
+        current: settings in the key of a planned stage. Tuples equal the lists that JSON makes of them.
+    """
+
+    def as_json(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return [name for name in sorted({*earlier, *current}) if as_json(earlier.get(name)) != as_json(current.get(name))]
 
 
 def execute(

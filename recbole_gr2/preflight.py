@@ -7,19 +7,18 @@ a stage from earlier runs.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from recbole_gr2.config import Settings, read_yaml, recbole_properties
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest
-from recbole_gr2.pipeline import Planned
+from recbole_gr2.pipeline import Planned, changed_settings
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.stages import check_names
-from recbole_gr2.store import other_records, read_manifest
+from recbole_gr2.store import existing_folder, other_records, read_manifest
+from recbole_gr2.types import StageRecord
 
 LEAST_FREE = 50 * 2**20  # bytes; a smaller disk cannot even hold the lists and features of a small data set
 TRAINS = "llm_lora_rank"  # a stage with this setting in its key trains a language model
@@ -82,7 +81,7 @@ def check_folder(folder: Path, *, where: str) -> None:
         ConfigurationError: the folder cannot be written to, or the disk is full.
     """
     try:
-        existing = _existing(folder)
+        existing = existing_folder(folder)
         with tempfile.TemporaryDirectory(prefix=".check-", dir=existing) as scratch:
             (Path(scratch) / folder.absolute().relative_to(existing)).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(existing).free
@@ -101,14 +100,6 @@ def check_folder(folder: Path, *, where: str) -> None:
             why="a stage would stop while it writes its results",
             do="remove files, or name a folder on another disk",
         )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder or the nearest one above it that exists."""
-    folder = folder.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    return folder
 
 
 def check_resources(
@@ -147,7 +138,7 @@ def check_resources(
         f"{settings['llm']}: {size.parameters / 1e6:,.1f} M parameters; training needs more than {_gib(memory)} of "
         f"memory and {_gib(disk)} of disk space"
     )
-    free_memory, free_disk = gpu_memory(), shutil.disk_usage(_existing(settings.results_folder)).free
+    free_memory, free_disk = gpu_memory(), shutil.disk_usage(existing_folder(settings.results_folder)).free
     if free_memory is not None and free_memory < memory:
         raise ConfigurationError(
             f"the GPU has {_gib(free_memory)} of free memory, and training {settings['llm']} needs more than "
@@ -214,17 +205,11 @@ def _earlier(entry: Planned) -> tuple[float | None, bool]:
     if not records:
         return None, False
 
-    def changes(settings: dict[str, Any]) -> int:
-        keys = {*settings, *entry.settings}
-        return sum(_plain(settings.get(key)) != _plain(entry.settings.get(key)) for key in keys)
+    def changes(record: StageRecord) -> int:
+        return len(changed_settings(record.settings, entry.settings))
 
-    nearest_record = min(records, key=lambda record: changes(record.settings))
-    return nearest_record.seconds, not changes(nearest_record.settings)
-
-
-def _plain(value: Any) -> Any:
-    """A value as a manifest contains it: JSON has no tuples."""
-    return list(value) if isinstance(value, tuple) else value
+    nearest_record = min(records, key=changes)
+    return nearest_record.seconds, not changes(nearest_record)
 
 
 def duration(seconds: float) -> str:

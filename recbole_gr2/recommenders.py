@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK, Generator
+from recbole_gr2.bridge.generative import Generator
 from recbole_gr2.bridge.models import BaseModel
-from recbole_gr2.bridge.support import check_size, check_support
+from recbole_gr2.bridge.support import check_size, check_support, model_options
 from recbole_gr2.bridge.training import train_or_load
-from recbole_gr2.config import Settings, base_model_properties
+from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.model import READS_SIDS
+from recbole_gr2.model import input_of
 from recbole_gr2.onerec_think import onerec_think_recommender
 from recbole_gr2.policy import load_model, use_bf16, whole_midtrain
 from recbole_gr2.prompts import history_ids
+from recbole_gr2.sid.embed import item_text
 from recbole_gr2.types import Context
 
 EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
+STAGE_OF = {"sids": "tokenizer", "text_embeddings": "embeddings"}  # Input of a model -> the stage that makes it.
 
 
-def stages_of(model: str, settings: Settings) -> tuple[str, ...]:
-    """Return the names of the stages that a recommender reads."""
+def stages_of(model: str, settings: Settings, *, base: bool) -> tuple[str, ...]:
+    """Return the names of the stages that a recommender reads.
+
+    Args:
+        model: name of the recommender.
+        settings: settings of the run.
+        base: whether it is the base model, see `training_options`.
+    """
     if model == GENERATOR:
         return ("tokenizer", whole_midtrain(settings))
     if model in ONEREC_THINK:
         return ("tokenizer", ONEREC_THINK[model])
-    return ("tokenizer",) if model in READS_SIDS else ()
+    reads = input_of(model, model_options(model, settings, base=base))
+    return (STAGE_OF[reads],) if reads in STAGE_OF else ()
 
 
 def training_options(settings: Settings, model: str, *, base: bool) -> dict[str, object]:
@@ -72,9 +81,22 @@ def check_model_size(name: str, data: Data, *, base: bool) -> None:
         check_size(name, data, base=base)
 
 
-def sids_for(context: Context, model: str) -> np.ndarray | None:
-    """Return the codes of all items, (N, L), for a model that reads semantic IDs, else None."""
-    return load_catalog(context).sids if model in READS_SIDS else None
+def model_inputs(context: Context, model: str, *, base: bool) -> dict[str, Any]:
+    """Return what a RecBole model reads besides RecBole's training data, as values of its configuration.
+
+    Args:
+        context: a context whose stage needs the stages of `stages_of(model)`.
+        model: name of the model.
+        base: whether it is the base model, see `training_options`.
+    """
+    reads = input_of(model, model_options(model, context.settings, base=base))
+    if reads == "sids":
+        return {"sids": load_catalog(context).sids, "cand_beams": context.settings["cand_beams"]}
+    if reads == "item_texts":
+        return {"item_texts": [item_text(item) for item in context.data.catalog]}
+    if reads == "text_embeddings":
+        return {"text_embeddings": read_embeddings(context.folders["embeddings"])}
+    return {}
 
 
 def load_generator(context: Context, *, hold_out: bool = False) -> Generator:
@@ -115,5 +137,5 @@ def load_recommender(context: Context, name: str) -> BaseModel:
         return load_generator(context)
     if name in ONEREC_THINK:
         return onerec_think_recommender(context, name)
-    sids = sids_for(context, name)
-    return train_or_load(context.data, context.folder / "model", model=name, sids=sids, say=context.say)
+    inputs = model_inputs(context, name, base=False)
+    return train_or_load(context.data, context.folder / "model", model=name, inputs=inputs, say=context.say)

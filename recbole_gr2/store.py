@@ -228,9 +228,13 @@ def file_hash(file: str | Path, *, where: str) -> str:
     try:
         return sha256(Path(file))[:12]
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        raise MissingFileError(
-            f"the file {file} cannot be read: {error}", where=where, do="correct the path in this setting"
-        ) from error
+        raise _unreadable(file, error, where) from error
+
+
+def _unreadable(file: str | Path, error: Exception, where: str) -> MissingFileError:
+    return MissingFileError(
+        f"the file {file} cannot be read: {error}", where=where, do="correct the path in this setting"
+    )
 
 
 def check_text(file: str | Path, *, where: str) -> None:
@@ -243,7 +247,6 @@ def check_text(file: str | Path, *, where: str) -> None:
         MissingFileError: the file cannot be read.
         ConfigurationError: it is empty, or not encoded in UTF-8.
     """
-    file_hash(file, where=where)
     count = 0  # lines read so far
     try:
         with open(file, encoding="utf-8") as lines:
@@ -253,6 +256,8 @@ def check_text(file: str | Path, *, where: str) -> None:
         raise ConfigurationError(
             f"the file {file} is not encoded in UTF-8", where=f"{where}, after line {count}", do="save it in UTF-8"
         ) from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        raise _unreadable(file, error, where) from error
     if not count:
         raise ConfigurationError(f"the file {file} is empty", where=where, do="correct the path in this setting")
 
@@ -447,15 +452,16 @@ def _says_no_space(error: BaseException, folder: Path) -> bool:
     """
     if os.strerror(errno.ENOSPC) in str(error):
         return True
-    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(_existing(folder)).free < SMALL
+    return isinstance(error, OSError | RuntimeError) and shutil.disk_usage(existing_folder(folder)).free < SMALL
 
 
 def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(_existing(folder)).free / 2**20:,.0f} MiB"
+    return f"{shutil.disk_usage(existing_folder(folder)).free / 2**20:,.0f} MiB"
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+def existing_folder(folder: Path) -> Path:
+    """Return a folder, or the nearest one above it that exists. A link exists even if its target does not."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
 
 
 def write_text(file: Path, text: str) -> None:

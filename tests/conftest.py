@@ -24,7 +24,7 @@ import yaml
 from hypothesis import settings
 
 # `pytest --hypothesis-profile=long FILE` tries many examples in the tests of FILE that do not set their number.
-settings.register_profile("long", max_examples=20_000, deadline=None)
+settings.register_profile("long", max_examples=int(os.environ.get("RECBOLE_GR2_EXAMPLES", "20000")), deadline=None)
 settings.register_profile("short", max_examples=25, deadline=None)
 settings.load_profile("short")
 

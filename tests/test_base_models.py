@@ -18,7 +18,7 @@ from recbole_gr2.bridge.models import PairScores, find_model
 from recbole_gr2.bridge.support import PACKAGES, check_size, check_support
 from recbole_gr2.bridge.training import load_model, train_model
 from recbole_gr2.config import recbole_config
-from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error
+from recbole_gr2.errors import ConfigurationError, DependencyError, GR2Error, QualityCheckError
 
 FEATURES = {"load_col": {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "brand"]}}
 # Models that lack something on a data set without item features and a knowledge graph -> what the error names.
@@ -150,6 +150,14 @@ def test_an_error_of_a_recbole_model_names_the_model_and_the_line(tiny_settings,
     with pytest.raises(GR2Error, match="BPR stops with ZeroDivisionError: no items") as caught:
         train_model(data, tmp_path / "base", epochs=1)
     assert Path(__file__).name in caught.value.where and isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("name", ["CausalSASRec", "BPR"])
+def test_a_loss_that_is_no_number_is_one_error(tiny_settings, tmp_path, name):
+    data = Data(tiny_settings(tmp_path, base_model=name, base_learning_rate=1e30))
+    with pytest.raises(QualityCheckError, match=f"the training loss of {name} is not a number") as caught:
+        train_model(data, tmp_path / "base", epochs=3)
+    assert "base_learning_rate" in caught.value.do
 
 
 def test_pair_scores_are_those_of_predict_and_of_recboles_own_evaluation(tiny_settings, tmp_path):

@@ -1,6 +1,5 @@
 """The command line and config files: what is read, and that every mistake is one error of this package."""
 
-import os
 import string
 import subprocess
 import sys
@@ -11,13 +10,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_gr2 import config, pipeline, preflight
-from recbole_gr2.config import declarations, load_settings, read_value, recbole_declarations
+from recbole_gr2 import pipeline, preflight
+from recbole_gr2.config import declarations, load_settings, read_value
+from recbole_gr2.config.declaration import recbole_declarations
+from recbole_gr2.config.values import check_intervals
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import main, parse
 
 SMOKE = {"preset": "smoke"}
-ROOT = Path(config.__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def read(*argv: str):
@@ -52,7 +53,7 @@ def test_intervals_have_the_form_of_recbole(word, value, tmp_path):
     file.write_text(f"user_inter_num_interval: {word}  # a comment\nval_interval: {{rating: {word}}}\n")
     recbole = read("--config_files", str(file)).recbole
     assert recbole["user_inter_num_interval"] == value
-    assert config.check_intervals(recbole["val_interval"]["rating"]) == value
+    assert check_intervals(recbole["val_interval"]["rating"]) == value
     assert read(f"--val_interval={{rating: {word}}}").recbole["val_interval"] == recbole["val_interval"]
 
 
@@ -238,11 +239,9 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(SCALARS, inner, max_size=3)),
     max_leaves=6,
 )
-EXAMPLES = os.environ.get("RECBOLE_GR2_EXAMPLES")  # number of random examples; by default few, always the same
+# `pytest tests/test_command_line.py -k test_any --hypothesis-profile=long` tries many more examples.
 ANY = settings(
-    max_examples=int(EXAMPLES or 25),
-    derandomize=not EXAMPLES,
-    deadline=None,
+    derandomize=settings().max_examples == 25,  # By default the examples are always the same.
     suppress_health_check=list(HealthCheck),
 )
 

@@ -1,6 +1,7 @@
 """Settings: where a value comes from, what is refused, and what reaches RecBole."""
 
 import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -10,22 +11,26 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recbole_gr2 import config
 from recbole_gr2.config import (
-    CUSTOM,
-    RECBOLE_FIXED,
-    REMOVED,
-    RENAMED,
-    RENAMED_VALUES,
-    TYPES,
     declarations,
     load_settings,
     properties_folder,
     read_declarations,
     read_yaml,
     recbole_config,
-    settings_page,
+    recbole_models,
+    recbole_properties,
 )
+from recbole_gr2.config.declaration import CUSTOM, PACKAGE, TYPES, check_option, recbole_declarations, speed_settings
+from recbole_gr2.config.page import settings_page
+from recbole_gr2.config.recbole_options import (
+    RECBOLE_FIXED,
+    RECBOLE_TRAINING,
+    candidate_models,
+    model_declarations,
+    recbole_options,
+)
+from recbole_gr2.config.renamed import REMOVED, RENAMED, RENAMED_VALUES
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.quick_start import main, parse
 
@@ -50,7 +55,7 @@ def test_precedence(tmp_path, monkeypatch):
     files = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
     for file in files:
         file.write_text("")
-    monkeypatch.setattr(config, "properties_folder", lambda: folder)
+    monkeypatch.setattr("recbole_gr2.config.declaration.PACKAGE", tmp_path)
 
     def value(**layers):
         settings = load_settings(
@@ -416,7 +421,7 @@ def test_every_key_is_documented():
 def test_an_undocumented_or_untyped_key_is_found(tmp_path, monkeypatch):
     folder = tmp_path / "properties"
     shutil.copytree(properties_folder(), folder)
-    monkeypatch.setattr(config, "properties_folder", lambda: folder)
+    monkeypatch.setattr("recbole_gr2.config.declaration.PACKAGE", tmp_path)
     file = folder / "stage" / "rl.yaml"
     text = file.read_text()
     file.write_text(text + "\nrl_new: 3\n")
@@ -441,7 +446,7 @@ def test_errors_name_settings_that_exist():
     declared = declarations()
     prefixes = "cand|distilled|eval|llm|mid|onerec_think|prior|prompt|rl|sft|sid|trace"
     word, named = re.compile(rf"\b(?:{prefixes})_[a-z_]+\b"), {}
-    for file in Path(config.__file__).parent.rglob("*.py"):
+    for file in PACKAGE.rglob("*.py"):
         calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
         for argument in (keyword for call in calls for keyword in call.keywords if keyword.arg in ("where", "do")):
             for part in ast.walk(argument.value):
@@ -461,6 +466,8 @@ def test_no_preset_is_left_out():
 
 
 def test_data_set_and_model_files_have_known_keys():
+    from recbole_gr2.bridge.models import find_model
+
     datasets = sorted((properties_folder() / "dataset").glob("*.yaml"))
     models = sorted((properties_folder() / "model").glob("*.yaml"))
     assert len(datasets) >= 3 and {"CausalSASRec", "TIGER"} <= {file.stem for file in models}
@@ -468,17 +475,13 @@ def test_data_set_and_model_files_have_known_keys():
         load_settings(config_dict={**SMOKE, "dataset": file.stem})
     for file in models:
         load_settings(config_dict={**SMOKE, "base_model": file.stem})
-        theirs = config.recbole_properties() / "model" / f"{file.stem.removeprefix('Causal')}.yaml"
-        if theirs.is_file():
-            options = set(read_yaml(theirs.read_text()))
-        else:  # a model that RecBole does not have: what its class reads
-            source = Path(config.__file__).parent / "model" / f"{file.stem.lower()}.py"
-            options = set(re.findall(r'config\["(\w+)"\]', source.read_text()))
-        assert set(read_yaml(file.read_text())) <= options | config.RECBOLE_TRAINING
+        bases = [base for base in find_model(file.stem).__mro__ if "recbole" in base.__module__]
+        options = {key for base in bases for key in re.findall(r'config\[\s*"(\w+)"\s*\]', inspect.getsource(base))}
+        assert set(read_yaml(file.read_text())) <= options | RECBOLE_TRAINING
 
 
 def test_declared_recbole_options_reach_recbole():
-    shared = {key for key in declarations() if key in config.recbole_options()}
+    shared = {key for key in declarations() if key in recbole_options()}
     assert {"seed", "topk", "metrics", "valid_metric", "eval_args", "eval_batch_size"} <= shared
     settings = load_settings(config_dict={**SMOKE, "topk": [2, 4], "valid_metric": "MRR@4", "eval_batch_size": 77})
     built = recbole_config(settings, "SASRec", loss_type="CE")
@@ -489,7 +492,7 @@ def test_the_settings_page_is_up_to_date():
     page = settings_page()
     assert (ROOT / "docs" / "settings.md").read_text() == page, "run: python -m recbole_gr2.config > docs/settings.md"
     models = [entry for file in (properties_folder() / "model").iterdir() for entry in read_declarations(file).values()]
-    assert page.count("\n| `") == len(declarations()) + len(config.recbole_declarations()) + len(models)
+    assert page.count("\n| `") == len(declarations()) + len(recbole_declarations()) + len(models)
     assert "| `cand_num` | int | 2 to 26 | `10` |  |  | Number of candidates" in page
     assert "| `data_path` | str |  | `dataset/` |  | yes |" in page
     assert "| `base_n_layers` | int | >= 1 | `2` |" in page
@@ -528,8 +531,8 @@ def test_speed_settings_are_in_no_result():
     speed = {key for key, entry in declarations().items() if entry.speed}
     assert {"eval_batch_lists", "rl_save_steps", "data_path"} <= speed
     assert not speed & set(everything) and len(everything) > 50
-    assert {"gpu_id", "worker", "log_wandb"} <= config.speed_settings()
-    assert not config.speed_settings() & set(settings.recbole_results())
+    assert {"gpu_id", "worker", "log_wandb"} <= speed_settings()
+    assert not speed_settings() & set(settings.recbole_results())
     assert "eval_batch_size" in settings.recbole and "metrics" in settings.recbole_results()
 
 
@@ -616,22 +619,22 @@ def test_models_on_the_command_line(word):
 
 
 def test_every_option_of_recbole_is_declared_with_its_default():
-    declared, defaults = config.recbole_declarations(), {}
+    declared, defaults = recbole_declarations(), {}
     for name in ("overall.yaml", "dataset/sample.yaml"):
-        defaults |= read_yaml((config.recbole_properties() / name).read_text())
-    options = (config.recbole_options() | config.RECBOLE_TRAINING) - set(RECBOLE_FIXED)
+        defaults |= read_yaml((recbole_properties() / name).read_text())
+    options = (recbole_options() | RECBOLE_TRAINING) - set(RECBOLE_FIXED)
     assert options - set(declared) - set(declarations()) == {"loss_type"}  # an option of some models
     assert set(declared) <= options and not set(declared) & set(declarations())
     assert {key: entry.default for key, entry in declared.items()} == {key: defaults[key] for key in declared}
     for entry in declared.values():
-        assert config._check_option(entry, entry.default) == entry.default
+        assert check_option(entry, entry.default) == entry.default
 
 
 def test_the_defaults_of_all_models_are_permitted():
-    models = config.candidate_models()
-    assert len(models) == 66 and {"CausalSASRec", "TIGER", "SASRec", "BPR", "EASE"} <= set(models)
+    models = candidate_models()
+    assert len(models) == 70 and {"CausalSASRec", "TIGER", "SASRec", "BPR", "EASE"} <= set(models)
     for model in models:
-        for key, entry in config.model_declarations(model).items():
+        for key, entry in model_declarations(model).items():
             assert entry.check(entry.default) == entry.default, (model, key)
     for model in ("NextItNet", "CDAE", "GRU4RecCPR", "ItemKNN"):
         load_settings(config_dict={**SMOKE, "base_model": model})
@@ -641,7 +644,7 @@ def test_the_models_of_recbole_are_those_that_it_finds():
     from recbole.utils import ModelType, get_model
 
     kinds = {"general": {ModelType.GENERAL, ModelType.TRADITIONAL}, "sequential": {ModelType.SEQUENTIAL}}
-    models = config.recbole_models()
+    models = recbole_models()
     assert len(models) == 94
     for name in ("SASRec", "FOSSIL", "EASE", "FM", "KGAT"):
         assert get_model(name).type in kinds.get(models[name], {ModelType.CONTEXT, ModelType.KNOWLEDGE})
@@ -665,6 +668,10 @@ def test_the_models_of_recbole_are_those_that_it_finds():
         ({"valid_metric": "GAUC@10"}, "valid_metric is 'GAUC@10'"),
         ({"valid_metric": "NDCG@0"}, "valid_metric is 'NDCG@0'"),
         ({"load_col": {"inter": "user_id"}}, "load_col has 'inter': 'user_id', expected a list of columns"),
+        (
+            {"numerical_features": ["timestamp"]},
+            "numerical_features has timestamp, which the run reads as user, item or time",
+        ),
         ({"USER_ID_FIELD": "item_id"}, "expected three columns"),
         ({"unused_col": {"inter": ["item_id"]}}, "unused_col has item_id, which the run needs"),
         ({"unused_col": {"user": ["age"]}}, "unused_col names the files ['user']"),
@@ -740,9 +747,9 @@ def test_options_that_recbole_permits_are_permitted():
 
 def test_combinations_are_checked_with_the_preset_of_the_machine(monkeypatch):
     given = {"rl_overlong_buffer": 90}  # the preset gpu permits 96 reasoning tokens, the default is 64
-    monkeypatch.setattr(config, "default_preset", lambda: "gpu")
+    monkeypatch.setattr("recbole_gr2.config.settings.default_preset", lambda: "gpu")
     assert load_settings(config_dict=given)["prompt_max_reasoning"] == 96
-    monkeypatch.setattr(config, "default_preset", lambda: "laptop")
+    monkeypatch.setattr("recbole_gr2.config.settings.default_preset", lambda: "laptop")
     with pytest.raises(ConfigurationError, match="rl_overlong_buffer is 90"):
         load_settings(config_dict=given)
     assert load_settings(config_dict=given, machine=False)["rl_overlong_buffer"] == 90

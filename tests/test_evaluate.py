@@ -29,10 +29,9 @@ from recbole_gr2.bridge.evaluator import (
     item_counts,
     recommend,
 )
-from recbole_gr2.bridge.generative import ONEREC_THINK
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.config import load_settings, recbole_config
+from recbole_gr2.config import ONEREC_THINK, load_settings, recbole_config
 from recbole_gr2.console import Console
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import load_requests
-from recbole_gr2.bridge.generative import ONEREC_THINK
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.config import load_settings
+from recbole_gr2.config import ONEREC_THINK, load_settings
 from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.beam import SidTrie, beam_items
 from recbole_gr2.llm.likelihood import continuation_log_likelihood

@@ -19,7 +19,8 @@ from conftest import called
 import recbole_gr2
 from recbole_gr2 import pipeline, store
 from recbole_gr2.artifacts import read_per_user
-from recbole_gr2.config import declarations, load_settings, speed_settings
+from recbole_gr2.config import declarations, load_settings
+from recbole_gr2.config.declaration import speed_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.meter import CLOCK

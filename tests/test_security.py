@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import recbole_gr2
-from recbole_gr2 import config
+from recbole_gr2.config import values
 from recbole_gr2.errors import MissingFileError
 from recbole_gr2.llm.model import load_saved, random_model
 from recbole_gr2.sid.embed import embed_texts
@@ -36,7 +36,10 @@ def unsafe_calls(source: str) -> list[str]:
             or attribute == "read_pickle"
             or (name == "torch.load" and given.get("weights_only") != "True")
             or (name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False")
-            or (name in ("yaml.load", "yaml.load_all") and given.get("Loader") not in ("_Loader", "yaml.SafeLoader"))
+            or (
+                name in ("yaml.load", "yaml.load_all")
+                and given.get("Loader") not in ("SettingsLoader", "yaml.SafeLoader")
+            )
             or attribute in ("unsafe_load", "full_load")
             or (attribute == "from_pretrained" and given.get("trust_remote_code") != "False")
             or (
@@ -57,9 +60,9 @@ def test_no_source_file_unpickles_or_evaluates(file):
 
 
 def test_the_yaml_loader_is_safe():
-    assert issubclass(config._Loader, yaml.SafeLoader)
+    assert issubclass(values.SettingsLoader, yaml.SafeLoader)
     with pytest.raises(ValueError, match="could not determine a constructor"):
-        config.read_yaml("!!python/object/apply:os.getcwd []")
+        values.read_yaml("!!python/object/apply:os.getcwd []")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
 from recbole_gr2.bridge.models import UNREACHED, BaseModel, find_model, seen_items
+from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.types import Recommendations, Request

@@ -14,13 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from recbole_gr2.bridge.models import BaseModel, mask_seen, seen_items
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.llm.beam import Beams, SidTrie, beam_items, item_scores, target_last
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["GENERATOR", "ONEREC_THINK", "Generator"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,11 +56,23 @@ def check_support(name: str, settings: Settings, *, base: bool) -> None:
     where = "base_model" if base else "models"
     _check_graph(name, where)
     own = {} if base else settings["models_options"]
-    options = {**base_model_properties(name), **(settings.recbole if base else settings.shared_options), **own}
+    options = model_options(name, settings, base=base)
     _check_package(name, options, where)
     _check_options(name, options, OPTION[base])
     if any(key in base_model_properties(name) for key in FEATURES):
         _check_features(name, recbole_config(settings, model_class, base=base, **own), base)
+
+
+def model_options(name: str, settings: Settings, *, base: bool) -> dict[str, Any]:
+    """Return RecBole's options and those of a model by name.
+
+    Args:
+        name: name of a model of RecBole or of this package.
+        settings: settings of the run.
+        base: see `check_support`.
+    """
+    given = settings.recbole if base else {**settings.shared_options, **settings["models_options"]}
+    return {**base_model_properties(name), **given}
 
 
 def check_size(name: str, data: Data, *, base: bool) -> None:
@@ -74,10 +86,12 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
     Raises:
         ConfigurationError: the model draws more items or users than there are.
     """
+    model_class: Any = find_model(name)
     if name in MODELS:
+        _check_catalogue(model_class, data, base)
         return
     own = {} if base else data.settings["models_options"]
-    config = recbole_config(data.settings, find_model(name), base=base, **own)
+    config = recbole_config(data.settings, model_class, base=base, **own)
     option = OPTION[base]
     for key in ITEMS:
         wanted = max(map(int, str(config[key] or 0).split(",")))  # reranker_CAN_NUM may be a text such as 500,100,20.
@@ -101,6 +115,18 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
                 do="lower it, so that an epoch has more batches, or set "
                 f"{option.format('cor_weight')} to 0 to train without this loss",
             )
+
+
+def _check_catalogue(model_class: Any, data: Data, base: bool) -> None:
+    """Raise a ConfigurationError if the catalogue has more items than the model's `MAX_ITEMS`, if it has a limit."""
+    largest = getattr(model_class, "MAX_ITEMS", data.item_count)
+    if data.item_count > largest:
+        raise ConfigurationError(
+            f"{model_class.__name__} accepts at most {largest:,} items, and the catalogue has {data.item_count:,}",
+            where="base_model" if base else "models",
+            why="its memory grows with the square of the number of items",
+            do="filter the items (item_inter_num_interval), or choose another model",
+        )
 
 
 def _check_package(name: str, options: Mapping[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,19 @@ def train_or_load(
     hold_out: bool = False,
     epochs: int | None = None,
     model: str | None = None,
-    sids: np.ndarray | None = None,
+    inputs: Mapping[str, Any] | None = None,
     exclude_seen: bool | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> BaseModel:
     """Load the model of a folder, or train it if the folder is not finished. See `train_model` for the arguments."""
     if not is_finished(folder):
-        train_model(data, folder, hold_out=hold_out, epochs=epochs, model=model, sids=sids, say=say)
-    return load_model(data, folder, model=model, sids=sids, exclude_seen=exclude_seen)
+        train_model(data, folder, hold_out=hold_out, epochs=epochs, model=model, inputs=inputs, say=say)
+    return load_model(data, folder, model=model, inputs=inputs, exclude_seen=exclude_seen)
+
+
+def is_traditional(model_class: Any) -> bool:
+    """Whether a model of this package is computed in one pass by its method `fit`, without gradient training."""
+    return hasattr(model_class, "fit")
 
 
 def is_finished(folder: Path) -> bool:
@@ -68,7 +73,7 @@ def train_model(
     hold_out: bool = False,
     epochs: int | None = None,
     model: str | None = None,
-    sids: np.ndarray | None = None,
+    inputs: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Train a RecBole model with RecBole's trainer and write its folder.
@@ -81,7 +86,7 @@ def train_model(
         epochs: number of epochs without validation. By default early stopping by `valid_metric` chooses it. A hold-out
             base model is trained for as many epochs as the base model, so that its targets do not choose the number.
         model: name of another model than the base model. Options of the base model do not apply to it.
-        sids: codes (N, L) of the items 1..N, for the models of `model.READS_SIDS`.
+        inputs: what the model reads besides RecBole's training data, as values of its configuration, see `model.READS`.
         say: prints a line for each validation.
 
     Returns:
@@ -93,16 +98,17 @@ def train_model(
         GR2Error: a model of RecBole stops with an error.
     """
     from recbole.data.utils import create_samplers, get_dataloader
-    from recbole.utils import get_trainer
+    from recbole.utils import ModelType, get_trainer
 
-    setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, sids=sids)
+    setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, inputs=inputs)
     config = setup.config
     samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
     loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
     valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
     folder.mkdir(parents=True, exist_ok=True)
     metric = str(config["valid_metric"])
-    trainer_class = get_trainer(config["MODEL_TYPE"], config["model"])
+    kind = ModelType.TRADITIONAL if is_traditional(setup.model_class) else config["MODEL_TYPE"]
+    trainer_class = get_trainer(kind, config["model"])
     with _reported(setup.name):
         network = _network(setup, data)
         for stage in PRETRAINED.get(setup.name, ())[1:]:
@@ -142,7 +148,7 @@ def load_model(
     folder: Path,
     *,
     model: str | None = None,
-    sids: np.ndarray | None = None,
+    inputs: Mapping[str, Any] | None = None,
     exclude_seen: bool | None = None,
 ) -> BaseModel:
     """Load a trained model. This creates the network on its training rows, but no sampler and no loader.
@@ -151,7 +157,7 @@ def load_model(
         data: the data set.
         folder: the folder of the model.
         model: name of another model than the base model.
-        sids: codes (N, L) of the items 1..N, for the models of `model.READS_SIDS`.
+        inputs: what the model reads besides RecBole's training data, as values of its configuration, see `model.READS`.
         exclude_seen: whether its scores mask the items of the user's history; `cand_exclude_seen` by default.
 
     Raises:
@@ -165,7 +171,7 @@ def load_model(
             do="run the stage that trains it",
         )
     metadata = read_metadata(folder)
-    setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, sids=sids)
+    setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, inputs=inputs)
     with _reported(setup.name):
         network = _network(setup, data)
     _load_weights(network, folder / WEIGHTS)
@@ -187,7 +193,7 @@ class _SetUp:
 
 
 def _set_up(
-    data: Data, folder: Path, *, hold_out: bool, epochs: int | None, model: str | None, sids: np.ndarray | None
+    data: Data, folder: Path, *, hold_out: bool, epochs: int | None, model: str | None, inputs: Mapping[str, Any] | None
 ) -> _SetUp:
     """Seed RecBole and prepare the Config and the training rows of a model.
 
@@ -203,7 +209,7 @@ def _set_up(
         settings,
         model_class,
         base=model is None,
-        **_overrides(data, folder, model_class, epochs=epochs, model=model, sids=sids),
+        **_overrides(data, folder, model_class, epochs=epochs, model=model, inputs=inputs),
     )
     sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     purpose = ("base", hold_out) if model is None else ("models", name)
@@ -228,7 +234,13 @@ def _set_up(
 
 
 def _overrides(
-    data: Data, folder: Path, model_class: Any, *, epochs: int | None, model: str | None, sids: np.ndarray | None
+    data: Data,
+    folder: Path,
+    model_class: Any,
+    *,
+    epochs: int | None,
+    model: str | None,
+    inputs: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """RecBole options that training sets itself."""
     from recbole.utils import ModelType
@@ -244,14 +256,14 @@ def _overrides(
         overrides |= data.settings["models_options"]
     if epochs is not None:
         overrides |= {"epochs": epochs, "eval_step": 0}
+    elif is_traditional(model_class):
+        overrides["eval_step"] = 1
     if stages := PRETRAINED.get(model_class.__name__):
         overrides["train_stage"] = stages[0]
     if model_class.type != ModelType.SEQUENTIAL:
         # If `repeatable` is set, RecBole draws negatives from the user's training items (sampler.py:371).
         overrides["repeatable"] = False
-    if sids is not None:
-        overrides |= {"sids": sids, "cand_beams": data.settings["cand_beams"]}
-    return overrides
+    return overrides | dict(inputs or {})
 
 
 def _own_rows(data: Data, config: Any, own: type | None) -> tuple[Any, Any]:
@@ -304,6 +316,14 @@ def _reported(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if str(error) == "Training loss is nan":  # trainer.py:346
+            raise QualityCheckError(
+                f"the training loss of {name} is not a number",
+                where=f"model {name}",
+                why="the weights became too large",
+                do="lower the learning rate or the initial weights (base_learning_rate, base_initializer_range, or "
+                "models_options for a model of `models`)",
+            ) from error
         if name in MODELS or isinstance(error, GR2Error | OSError):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -398,17 +418,23 @@ class _NoTensorboard:
 
 
 def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, weights: Path) -> Any:
-    """RecBole's trainer of a model with three differences.
+    """RecBole's trainer of a model with four differences.
 
     Validation uses the mask and the tie rule of the evaluation. Checkpoints are safetensors without an optimizer,
     because RecBole pickles the whole Config, which torch >= 2.6 refuses to load (trainer.py:323, 583). There is no
-    TensorBoard log.
+    TensorBoard log. A traditional model of this package is fitted instead of trained.
     """
     from unittest.mock import patch
 
     mask = not data.has_repeats
 
     class PluginTrainer(trainer_class):
+        def _train_epoch(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+            if not is_traditional(self.model):
+                return super()._train_epoch(train_data, *args, **kwargs)
+            self.model.fit(train_data._dataset)
+            return 0.0
+
         def _full_sort_batch_eval(self, batched_data: Any) -> Any:
             interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
             if mask:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recbole_gr2.catalog import Catalog
+from recbole_gr2.model.linear import inverse_gram
 from recbole_gr2.types import RECENT, Item, Request
 
 if TYPE_CHECKING:
@@ -137,21 +138,12 @@ def linear(data: TrainingData) -> Describe:
 
     Only the `MAX_LINEAR_ITEMS` most popular items have weights. The weights of all other items are 0.
     """
-    import torch
-
     interactions = _interactions(data.sequences, len(data.catalog) + 1)
     counts = np.asarray(interactions.sum(axis=0)).ravel()
     popular = np.argsort(-counts, kind="stable")[: min(MAX_LINEAR_ITEMS, np.count_nonzero(counts))]
     index = np.full(len(counts), -1)  # Row of each item id in the matrix of weights, or -1.
     index[popular] = np.arange(len(popular))
-    interactions = interactions[:, popular]
-    matrix = torch.from_numpy((interactions.T @ interactions).toarray())
-    texts = torch.from_numpy(np.asarray(data.embeddings, dtype=np.float32)[popular - 1])
-    matrix.addmm_(texts, texts.T, alpha=TEXT).diagonal().add_(RIDGE)
-    # The matrix is inverted in place, because it can be large.
-    torch.linalg.cholesky(matrix, out=matrix)
-    torch.cholesky_inverse(matrix, out=matrix)
-    inverse = matrix.numpy()
+    inverse = inverse_gram(interactions[:, popular], data.embeddings[popular - 1], ridge=RIDGE, text_weight=TEXT)
     scale = inverse.diagonal()
 
     def describe(request: Request) -> Features:

@@ -49,10 +49,21 @@ class CausalSASRec(SASRec):
         starts = np.r_[0, ends[:-1] + 1]
         return np.concatenate([np.arange(end, start - 1, -length) for start, end in zip(starts, ends, strict=True)])
 
-    def encode(self, item_seq: Tensor) -> Tensor:
-        """Return the hidden state at each position, (B, T) -> (B, T, D), with the layers of RecBole's `forward`."""
+    def item_table(self) -> Tensor:
+        """Return the embeddings of all items, (N + 1, D), for the input and the output."""
+        return self.item_embedding.weight
+
+    def encode(self, item_seq: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the hidden state at each position, (B, T) -> (B, T, D), with the layers of RecBole's `forward`.
+
+        Args:
+            item_seq: item ids, padded at the end, (B, T).
+            table: result of `item_table`, which is called by default.
+        """
+        table = self.item_table() if table is None else table
         positions = torch.arange(item_seq.size(1), device=item_seq.device).expand_as(item_seq)
-        hidden = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + self.position_embedding(positions)))
+        items = torch.nn.functional.embedding(item_seq, table, padding_idx=0)
+        hidden = self.dropout(self.LayerNorm(items + self.position_embedding(positions)))
         return self.trm_encoder(hidden, self.get_attention_mask(item_seq), output_all_encoded_layers=True)[-1]
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
@@ -62,9 +73,10 @@ class CausalSASRec(SASRec):
             item_seq: item ids, padded at the end, (B, T).
             item_seq_len: number of items, (B,).
         """
-        last = item_seq.new_empty(len(item_seq), self.hidden_size, dtype=self.item_embedding.weight.dtype)
+        table = self.item_table()
+        last = item_seq.new_empty(len(item_seq), self.hidden_size, dtype=table.dtype)
         for positions, longest in by_length(item_seq_len, PREDICT_SLICE):
-            hidden = self.encode(item_seq[positions, :longest])
+            hidden = self.encode(item_seq[positions, :longest], table)
             last[positions] = self.gather_indexes(hidden, item_seq_len[positions] - 1)
         return last
 
@@ -74,12 +86,13 @@ class CausalSASRec(SASRec):
         targets = torch.zeros_like(item_seq)
         targets[:, :-1] = item_seq[:, 1:]
         targets.scatter_(1, (lengths - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
+        table = self.item_table()  # Once per step.
         hidden, labels = [], []
         for positions, longest in by_length(lengths, TRAIN_SLICE):
             is_item = targets[positions, :longest] > 0
-            hidden.append(self.encode(item_seq[positions, :longest])[is_item])
+            hidden.append(self.encode(item_seq[positions, :longest], table)[is_item])
             labels.append(targets[positions, :longest][is_item])
-        return CatalogueCrossEntropy.apply(torch.cat(hidden), self.item_embedding.weight, torch.cat(labels))
+        return CatalogueCrossEntropy.apply(torch.cat(hidden), table, torch.cat(labels))
 
 
 class CatalogueCrossEntropy(torch.autograd.Function):

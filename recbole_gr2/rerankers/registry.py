@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from recbole_gr2.bridge.generative import ONEREC_THINK
-from recbole_gr2.config import Settings
+from recbole_gr2.config import ONEREC_THINK, Settings
 from recbole_gr2.errors import ConfigurationError, nearest
 from recbole_gr2.plugins import find
 from recbole_gr2.rerankers.answers import Distilled, Internalised, Rl, Sft, Shuffled

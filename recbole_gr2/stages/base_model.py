@@ -11,10 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.generative import GENERATOR
 from recbole_gr2.bridge.training import is_finished, read_metadata, train_model
-from recbole_gr2.config import Settings
-from recbole_gr2.recommenders import check_model, check_model_size, sids_for, stages_of, training_options
+from recbole_gr2.config import GENERATOR, Settings
+from recbole_gr2.recommenders import check_model, check_model_size, model_inputs, stages_of, training_options
 from recbole_gr2.types import Context, Stage
 
 BASE, HOLD_OUT = "base", "hold_out"  # folders of the two models
@@ -23,15 +22,15 @@ BASE, HOLD_OUT = "base", "hold_out"  # folders of the two models
 def run(context: Context) -> dict[str, Any]:
     """Train both models. Write base/ and hold_out/ with weights and metadata. A finished model is not trained again."""
     name = context.settings["base_model"]
-    sids = sids_for(context, name)
+    inputs = model_inputs(context, name, base=True)
     base, hold_out = context.folder / BASE, context.folder / HOLD_OUT
     if not is_finished(base):
-        train_model(context.data, base, sids=sids, say=context.say)
+        train_model(context.data, base, inputs=inputs, say=context.say)
     metadata = read_metadata(base)
     context.say(f"base model {name}: best epoch {metadata['epochs']}, validation {metadata.get('best_valid')}")
     if not is_finished(hold_out):
         context.say(f"hold-out base model: {metadata['epochs']} epochs without the targets of the training requests")
-        train_model(context.data, hold_out, hold_out=True, epochs=metadata["epochs"], sids=sids, say=context.say)
+        train_model(context.data, hold_out, hold_out=True, epochs=metadata["epochs"], inputs=inputs, say=context.say)
     return {BASE: metadata, HOLD_OUT: read_metadata(hold_out)}
 
 
@@ -59,7 +58,7 @@ def stages(settings: Settings) -> list[Stage]:
             version=1,
             run=run,
             settings=("base_model", "cand_beams", "seed", "train_"),
-            needs=stages_of(settings["base_model"], settings) if needed else (),
+            needs=stages_of(settings["base_model"], settings, base=True) if needed else (),
             check=check_settings,
             check_data=check_data,
             key_values=key_values,

@@ -14,14 +14,12 @@ from typing import Any
 from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
-from recbole_gr2.bridge.generative import GENERATOR
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.training import load_model
-from recbole_gr2.config import Settings
+from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
-from recbole_gr2.model import READS_SIDS
 from recbole_gr2.policy import whole_midtrain
-from recbole_gr2.recommenders import load_generator, sids_for
+from recbole_gr2.recommenders import load_generator, model_inputs, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Request, Stage
 
@@ -58,11 +56,9 @@ def base_models(context: Context) -> tuple[BaseModel, BaseModel]:
     name = context.settings["base_model"]
     if name == GENERATOR:
         return load_generator(context), load_generator(context, hold_out=True)
-    sids = sids_for(context, name)
-    folder = context.folders["base_model"]
-    return load_model(context.data, folder / "base", sids=sids), load_model(
-        context.data, folder / "hold_out", sids=sids
-    )
+    inputs, folder = model_inputs(context, name, base=True), context.folders["base_model"]
+    base, hold_out = (load_model(context.data, folder / each, inputs=inputs) for each in ("base", "hold_out"))
+    return base, hold_out
 
 
 def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
@@ -234,7 +230,7 @@ def stages(settings: Settings) -> list[Stage]:
     elif settings["base_model"] == GENERATOR:
         needs = ("tokenizer", "midtrain", whole_midtrain(settings))
     else:
-        needs = ("base_model", *(("tokenizer",) if settings["base_model"] in READS_SIDS else ()))
+        needs = ("base_model", *stages_of(settings["base_model"], settings, base=True))
     return [
         Stage(
             name="candidates",

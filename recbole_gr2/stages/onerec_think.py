@@ -15,8 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
-from recbole_gr2.bridge.generative import ONEREC_THINK
-from recbole_gr2.config import Settings
+from recbole_gr2.config import ONEREC_THINK, Settings
 from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie

@@ -11,8 +11,7 @@ from typing import Any
 from recbole_gr2.artifacts import write_recommendations
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
-from recbole_gr2.bridge.generative import GENERATOR, ONEREC_THINK
-from recbole_gr2.config import Settings
+from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings
 from recbole_gr2.onerec_think import search_width
 from recbole_gr2.recommenders import check_model, check_model_size, load_recommender, stages_of, training_options
 from recbole_gr2.types import Context, Stage
@@ -41,7 +40,7 @@ def check_settings(settings: Settings) -> None:
 
 def stages(settings: Settings) -> list[Stage]:
     """Declare a stage for each recommender."""
-    return [_stage(model, stages_of(model, settings)) for model in dict.fromkeys(settings["models"])]
+    return [_stage(model, stages_of(model, settings, base=False)) for model in dict.fromkeys(settings["models"])]
 
 
 def _stage(model: str, needs: tuple[str, ...]) -> Stage:
