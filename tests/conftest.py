@@ -1,8 +1,14 @@
 """Fixtures of the test files. Tests run in one thread, without network, and in a temporary working folder."""
 
+import contextlib
+import fcntl
+import gc
+import io
+import json
 import os
 import random
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not occupy a core
 
 import pytest
-import torch
+import yaml
 from hypothesis import settings
 
 # `pytest --hypothesis-profile=long FILE` tries many examples in the tests of FILE that do not set their number.
 settings.register_profile("long", max_examples=int(os.environ.get("RECBOLE_GR2_EXAMPLES", "20000")), deadline=None)
-torch.set_num_threads(1)  # two threads on a loaded machine are many times slower than one
+settings.register_profile("short", max_examples=25, deadline=None)
+settings.load_profile("short")
 
 # Ranking metrics that RecBole 1.2.1 has, in more digits than it prints, so that "equal" means equal.
 METRICS = [
@@ -39,15 +46,41 @@ METRICS = [
 EXACT = {"preset": "smoke", "metrics": METRICS, "topk": [1, 5, 10, 20], "metric_decimal_place": 12, "base_epochs": 1}
 
 
+def pytest_collection_finish() -> None:
+    """Leave all imported modules out of garbage collections. Each training ends with one, which takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _working_folder(tmp_path_factory):
-    """Tests run in an empty folder, in which the libraries must not leave their logs."""
+    """Tests run in an empty folder, in which the libraries must not leave their logs, and in one thread."""
+    import torch  # not at the top: the process that distributes the tests does not need it
+
+    torch.set_num_threads(1)  # two threads on a loaded machine are many times slower than one
     before, folder = Path.cwd(), tmp_path_factory.mktemp("cwd")
     os.chdir(folder)
     yield
     os.chdir(before)
     logs = {"log", "log_tensorboard", "lightning_logs", "runs", "tmp_trainer", "trainer_output", "wandb"}
     assert not logs & {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str], contextlib.AbstractContextManager[Path]]:
+    """shared(name): a folder of all processes of this test run. One process at a time is in the `with` block."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has its own folder in that of the test run
+
+    @contextlib.contextmanager
+    def locked(name: str) -> Iterator[Path]:
+        (folder / f"shared-{name}").mkdir(exist_ok=True)
+        with open(folder / f"shared-{name}.lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield folder / f"shared-{name}"
+
+    return locked
 
 
 @dataclass(frozen=True)
@@ -83,8 +116,8 @@ MOVIES = {"dataset": "movies", "text_title": "movie_title", "text_categories": "
 
 
 @pytest.fixture(scope="session")
-def movies(tmp_path_factory, movies_folder):
-    """movies(name): the data set `movies` and a base model, trained once a session."""
+def movies(shared, movies_folder):
+    """movies(name): the data set `movies` and a base model, which is trained once in a test run."""
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.bridge.training import train_or_load
     from recbole_gr2.config import load_settings
@@ -95,9 +128,11 @@ def movies(tmp_path_factory, movies_folder):
 
     def build(name: str) -> Trained:
         if name not in built:
-            settings = load_settings(config_dict={**options, "base_model": name})
+            changes = {"base_epochs": 2} if name == "CausalSASRec" else {}  # of a second each
+            settings = load_settings(config_dict={**options, "base_model": name, **changes})
             data = Data(settings)
-            base = train_or_load(data, tmp_path_factory.mktemp(name) / "base")
+            with shared(name) as folder:
+                base = train_or_load(data, folder / "base")
             built[name] = Trained(settings, data, base, replace(base, exclude_seen=True))
         return built[name]
 
@@ -121,7 +156,7 @@ TINY = {
     "sid_epochs": 20,
     "sid_batch_size": 16,
     "sid_min_unique": 0.5,
-    "prior_steps": 30,
+    "prior_steps": 10,
     "mid_tokens": 4000,
     "mid_embedding_tokens": 1000,
     "mid_batch_size": 8,
@@ -141,14 +176,21 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
+def tiny_data(shared) -> Path:
     """The folder of the data set `tiny`: 150 users, 60 items of 6 kinds, 2 brands.
 
     The next item of a user is mostly the successor of the last one in a circle of its kind, so that every split has
     lists that contain their target. No user has an item twice.
     """
-    rng, folder = random.Random(7), tmp_path_factory.mktemp("data") / "tiny"
-    folder.mkdir()
+    with shared("tiny") as folder:
+        if not (folder / "tiny").exists():
+            (folder / "tiny").mkdir()
+            _write_tiny(folder / "tiny")
+    return folder
+
+
+def _write_tiny(folder: Path) -> None:
+    rng = random.Random(7)
     lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     for user in range(USERS):
         kind = rng.randrange(KINDS)
@@ -171,7 +213,6 @@ def tiny_data(tmp_path_factory) -> Path:
             title = f"{names[kind].title()} number {item}"
             lines.append(f"i{kind}{item}\t{title}\tThings > {names[kind].title()}s\t{('Acme', 'Bolt')[item % 2]}")
     (folder / "tiny.item").write_text("\n".join(lines) + "\n")
-    return folder.parent
 
 
 @dataclass(frozen=True)
@@ -231,10 +272,79 @@ def tiny_run(tiny_settings) -> Callable[..., Run]:
     return run
 
 
+def called(argv: Sequence[str | Path]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    from recbole_gr2.quick_start import main
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        code = main([str(word) for word in argv])
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+@dataclass(frozen=True)
+class Command:
+    """A finished run of the command on the data set `tiny`."""
+
+    argv: list[str]  # ends with checkpoint_dir
+    root: Path  # checkpoint_dir
+    path: Path  # of result.json
+    stdout: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())
+
+    @property
+    def stages(self) -> dict[str, Path]:
+        run = json.loads((self.path.parent / "run.json").read_text())
+        return {name: Path(folder) for name, folder in run["stages"].items()}
+
+    def copy(self, root: Path) -> list[str]:
+        """The same command on a copy of its finished stages in the new folder `root`."""
+        shutil.copytree(self.root, root, ignore=shutil.ignore_patterns("runs"))
+        return [*self.argv[:-1], str(root)]
+
+
 @pytest.fixture(scope="session")
-def finished(tiny_run, tmp_path_factory) -> Run:
-    """A run of all default stages on the data set `tiny`. Do not write to its folders."""
-    return tiny_run(tmp_path_factory.mktemp("finished"))
+def finished_command(shared, tiny_settings) -> Command:
+    """All default stages on the data set `tiny`, run by the command once in a test run. Do not write to its folders."""
+    with shared("command") as folder:
+        config, root, stdout = folder / "tiny.yaml", folder / "saved", folder / "stdout"
+        argv = ["--config_files", str(config), "--checkpoint_dir", str(root)]
+        if not stdout.exists():
+            settings = tiny_settings(root)
+            values = {key: entry["value"] for key, entry in settings.chosen().items()}
+            values |= {"preset": "smoke", "dataset": settings["dataset"], "data_path": settings["data_path"]}
+            config.write_text(yaml.safe_dump(values))
+            code, printed, errors = called(argv)
+            assert code == 0, errors
+            stdout.write_text(printed)
+        printed = stdout.read_text()
+    return Command(argv, root, Path(printed.splitlines()[-1]), printed)
+
+
+@pytest.fixture(scope="session")
+def finished(finished_command, tiny_settings) -> Run:
+    """The run of `finished_command`. Do not write to its folders."""
+    from recbole_gr2.bridge.data import Data
+    from recbole_gr2.store import read_manifest
+
+    settings = tiny_settings(finished_command.root)
+    records = {name: read_manifest(folder) for name, folder in finished_command.stages.items()}
+    return Run(settings, Data(settings), finished_command.stages, records)
+
+
+@pytest.fixture(scope="session")
+def finished_copy(finished_command, tmp_path_factory) -> Callable[[], Path]:
+    """finished_copy(): a new folder with the finished stages, which `tiny_run` does not run again in it."""
+
+    def copied() -> Path:
+        root = tmp_path_factory.mktemp("copy") / "saved"
+        finished_command.copy(root)
+        return root
+
+    return copied
 
 
 @pytest.fixture(scope="session")

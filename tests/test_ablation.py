@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from conftest import MOVIES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,13 +62,20 @@ def _load_once(loaded, monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path):
+def smoke(tmp_path, movies_folder):
+    """Arguments for a short run on the data set `movies` with its results in an empty folder."""
+    options = {**MOVIES, "preset": "smoke", "data_path": movies_folder, "checkpoint_dir": tmp_path / "saved"}
+    return [f"--{key}={value}" for key, value in options.items()]
+
+
+@pytest.fixture
+def command(tmp_path, smoke):
     """command(values of the file, further arguments): the argv of an ablation in an empty folder."""
 
     def build(values=TWO, *arguments):
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump(values, sort_keys=False))
-        return ["--ablation", str(file), "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", *arguments]
+        return ["--ablation", str(file), *smoke, *arguments]
 
     return build
 
@@ -119,7 +127,7 @@ def changed(**fields):
 
 def manifests(tmp_path) -> dict[Path, int]:
     """Every finished tokenizer stage, and when it was finished."""
-    stage = tmp_path / "saved" / "gr2" / "ml-100k" / "stages" / "tokenizer"
+    stage = tmp_path / "saved" / "gr2" / "movies" / "stages" / "tokenizer"
     return {file: file.stat().st_mtime_ns for file in stage.glob("*/manifest.json")}
 
 
@@ -137,7 +145,7 @@ def keys_of(variant) -> dict[str, str]:
 
 def check_two_variants(path: Path, result: dict, tmp_path: Path) -> None:
     """Check what an ablation of the two variants of TWO wrote."""
-    assert path.name == "result.json" and path.parent.parent == tmp_path / "saved" / "gr2" / "ml-100k" / "ablations"
+    assert path.name == "result.json" and path.parent.parent == tmp_path / "saved" / "gr2" / "movies" / "ablations"
     jsonschema.validate(result, SCHEMA, cls=jsonschema.Draft202012Validator)
     records = {file.parent.name: read_manifest(file.parent) for file in manifests(tmp_path)}
     assert len(records) == 2 and (result["schema"], result["seeds"]) == (2, [2020])
@@ -439,9 +447,9 @@ def test_there_are_packaged_ablations():
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_packaged_ablations_can_be_planned(name, tmp_path, capsys):
+def test_packaged_ablations_can_be_planned(name, smoke, capsys):
     """Settings, stages and the stages of columns are checked by the plan; no two variants are the same run."""
-    assert main(["--ablation", name, "--preset=smoke", f"--checkpoint_dir={tmp_path / 'saved'}", "--dry_run"]) == 0
+    assert main(["--ablation", name, *smoke, "--dry_run"]) == 0
     text = capsys.readouterr().err
     shared = [line for line in text.splitlines() if " shared " in line]
     mine = read_ablation(name)

@@ -263,7 +263,7 @@ def test_ract_is_trained_in_its_three_stages(tiny_settings, tmp_path):
     """The critic is trained in the second stage only, the actor in the other two."""
     from recbole_gr2.bridge import training
 
-    said, states, real = [], [], training._make_trainer
+    lines, states, real = [], [], training._make_trainer
 
     def spy(trainer_class, config, network, *rest):
         states.append((config["train_stage"], {k: v.clone() for k, v in network.state_dict().items()}))
@@ -272,7 +272,7 @@ def test_ract_is_trained_in_its_three_stages(tiny_settings, tmp_path):
     data = Data(tiny_settings(tmp_path, base_model="RaCT", **SHORT, **SPECIAL["RaCT"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_make_trainer", spy)
-        train_model(data, tmp_path / "base", say=said.append)
+        train_model(data, tmp_path / "base", say=lines.append)
     assert [stage for stage, _ in states] == ["actor_pretrain", "critic_pretrain", "finetune"]
     _, first = states[0]
     _, second = states[1]
@@ -280,4 +280,4 @@ def test_ract_is_trained_in_its_three_stages(tiny_settings, tmp_path):
     critic, actor = "critic_net.1.weight", "encoder.0.weight"
     assert torch.equal(first[critic], second[critic]) and not torch.equal(second[critic], third[critic])
     assert not torch.equal(first[actor], second[actor]) and torch.equal(second[actor], third[actor])
-    assert len(said) == 3
+    assert len(lines) == 3

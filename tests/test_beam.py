@@ -401,4 +401,4 @@ def test_the_evaluator_of_recbole_reads_these_scores():
     expected = {"recall@1": 1, "recall@2": 1, "recall@3": 2, "recall@4": 2, "mrr@4": 1 + 1 / 3}
     for name, total in expected.items():
         assert metrics[name] == pytest.approx(total / 3, abs=1e-5), name
-    assert metrics["gauc"] == pytest.approx((4 / 4 + 2 / 4 + 0 / 4) / 3)  # share of the 4 others that are behind
+    assert metrics["gauc"] == pytest.approx((4 / 4 + 2 / 4 + 0 / 4) / 3)  # share of the 4 others that rank below it

@@ -23,8 +23,7 @@ from recbole_gr2.stages import candidates
 from recbole_gr2.types import Context
 
 # `pytest --hypothesis-profile=long -k corrupted tests/test_candidate_files.py` tries more examples.
-PROFILE = settings().max_examples  # 100 without a profile
-QUICK = settings(max_examples=60 if PROFILE == 100 else PROFILE, deadline=None, suppress_health_check=list(HealthCheck))
+FILES = settings(suppress_health_check=list(HealthCheck))
 
 
 def changed(context: Context, folder: Path, **changes) -> Context:
@@ -242,7 +241,7 @@ def short_file(context, exported) -> str:
     return "".join(json.dumps(line) + "\n" for user in users for line in by_user[user])
 
 
-@QUICK
+@FILES
 @given(corruptions())
 def test_a_corrupted_candidate_file_is_an_error_or_gives_exact_metrics(context, short_file, tmp_path_factory, changes):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -279,7 +278,7 @@ def test_a_corrupted_candidate_file_is_an_error_or_gives_exact_metrics(context, 
         assert found[f"ndcg@{k}"] == pytest.approx(np.mean(inside / np.log2(np.array(ranks) + 1)), abs=1e-4)
 
 
-@QUICK
+@FILES
 @given(corruptions(), st.sampled_from(["json", "trec"]), st.integers(0, 2**32))
 def test_a_corrupted_ranking_file_is_an_error_or_is_read_exactly(
     context, catalog, tmp_path_factory, changes, form, seed

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from recbole_gr2.bridge.atomic import AtomicFile
@@ -352,8 +352,6 @@ def test_files_that_cannot_be_read(tmp_path):
 # --- random files -----------------------------------------------------------------------------------------------------
 
 # `pytest tests/test_data_files.py -k random --hypothesis-profile=long` tries many more files.
-EXAMPLES = settings().max_examples
-FILES = settings(deadline=None, max_examples=25 if EXAMPLES <= 100 else EXAMPLES)
 
 
 @dataclass(frozen=True)
@@ -422,7 +420,6 @@ def written(form: Form, rows, users, items, titles, kind) -> tuple[bytes, bytes]
     return form.file(inter), form.file(item)
 
 
-@FILES
 @given(
     form=forms,
     rows=tables,
@@ -454,7 +451,6 @@ def test_random_files_are_read_exactly(tmp_path_factory, form, rows, users, item
     assert {item.token: item.title for item in catalog} == {item.token: title_of[item.token] for item in catalog}
 
 
-@FILES
 @given(
     form=forms,
     rows=tables,

@@ -122,9 +122,9 @@ EXACT = {
 
 
 @pytest.fixture(scope="module")
-def table(tiny_run, tmp_path_factory):
+def table(tiny_run, finished_copy):
     """A run with lists of five candidates, cut-offs up to 20, and two other recommenders, in exact figures."""
-    return tiny_run(tmp_path_factory.mktemp("table"), **EXACT)
+    return tiny_run(finished_copy(), **EXACT)
 
 
 def entries_of(run) -> dict[tuple[str, str], dict]:

@@ -80,9 +80,9 @@ def mine(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory):
+def finished(tiny_run, finished_copy):
     """A run on the data set `tiny` without language model."""
-    return tiny_run(tmp_path_factory.mktemp("external"), eval_rows=["lambdamart"])
+    return tiny_run(finished_copy(), eval_rows=["lambdamart"])
 
 
 def again(finished, tiny_run, **changes):

@@ -224,7 +224,7 @@ def test_what_a_prompt_shows():
     assert GROUNDED.cited(torch.tensor([[4, 5, 6]]), NONE).tokens.tolist() == [[none]]
     assert GROUNDED.cited(torch.tensor([SHOWN[:-1]]), NONE).tokens.tolist() == [[first, second, third]]  # cut off
     assert replace(GROUNDED, sid_ids=None).cited(prompts, NONE.repeat(2, 1)) is None
-    labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # behind the second and the third
+    labelled = torch.tensor([[*SHOWN[:10], B, *SHOWN[10:14], A]])  # after the second and the third
     prior = torch.tensor([[-1.0, -2.0, -torch.inf, -torch.inf, -torch.inf]])
     cited = GROUNDED.cited(labelled, prior)
     assert cited.tokens.tolist() == [[first, [*second[:-1], B], [*third[:-1], A]]]

@@ -14,9 +14,9 @@ from recbole_gr2.recommenders import load_generator
 
 
 @pytest.fixture(scope="module")
-def generated(tiny_run, tmp_path_factory):
+def generated(tiny_run, finished_copy):
     return tiny_run(
-        tmp_path_factory.mktemp("generator"),
+        finished_copy(),
         ["GR2Generator", "evaluate"],
         base_model="GR2Generator",
         models=["GR2Generator"],
@@ -59,9 +59,9 @@ def test_it_has_not_seen_the_targets_of_train_requests(generated):
         context = generated.context()
         folders = {**context.folders, "midtrain_all": context.folders[stage]}
         generator = load_generator(replace(context, folders=folders))
-        asked = lists[split][:20]
-        rows = {generated.data.uid: torch.tensor([users[request.user_token] for request in asked])}
-        for request, scores in zip(asked, generator.score_rows(rows, split).tolist(), strict=True):
+        requests = lists[split][:20]
+        rows = {generated.data.uid: torch.tensor([users[request.user_token] for request in requests])}
+        for request, scores in zip(requests, generator.score_rows(rows, split).tolist(), strict=True):
             expected = [candidate.score for candidate in request.candidates]
             assert [scores[item] for item in request.items] == pytest.approx(expected, abs=1e-4)
 

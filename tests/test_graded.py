@@ -45,8 +45,8 @@ def test_the_last_three_train_items_are_targets(plain, rated):
     seen = set()
     for user, items in rated.sequences.items():
         assert np.array_equal(items, plain.sequences[user])
-        asked = items[-5:-2].tolist()
-        assert rated.targets(user, "train") == {i: (rating[user, i] >= 3) + (rating[user, i] >= 5) for i in asked}
+        targets = items[-5:-2].tolist()
+        assert rated.targets(user, "train") == {i: (rating[user, i] >= 3) + (rating[user, i] >= 5) for i in targets}
         assert rated.history(user, "train") == tuple(items[:-5].tolist())
         assert plain.targets(user, "train") == {int(items[-3]): 1}
         for split in ("valid", "test"):
@@ -82,12 +82,25 @@ def test_invalid_targets_and_grades_are_errors(options):
             Data(load_settings(config_dict={**options, **change}))
 
 
-def test_a_run_on_graded_lists(tiny_run, tmp_path):
-    """The targets of the lists are graded, traces argue for a best one, and graded NDCG is the reward of RL."""
-    load_col = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
-    rewards = {"ndcg": {"weight": 1.0, "only_if": ["format", "moved"]}, "format": 0.2}
-    graded = {"train_targets": 3, "train_grades": {"rating": [3, 5]}, "load_col": load_col, "rl_rewards": rewards}
-    run = tiny_run(tmp_path, ["rl"], **graded, sft_steps=20, cand_num=8, rl_max_resample=20)
+GRADED = {
+    "train_targets": 3,
+    "train_grades": {"rating": [3, 5]},
+    "load_col": RATED["load_col"],
+    "rl_rewards": {"ndcg": {"weight": 1.0, "only_if": ["format", "moved"]}, "format": 0.2},
+    "sft_steps": 20,
+    "cand_num": 8,
+    "rl_max_resample": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def root(finished_copy):
+    """A folder of results for the runs on graded lists."""
+    return finished_copy()
+
+
+def test_lists_are_graded_and_traces_argue_for_a_best_target(tiny_run, root, tmp_path):
+    run = tiny_run(root, ["traces"], **GRADED)
     data, folder = run.data, run.folders["candidates"]
     requests = {r.request_id: r for r in read_requests(folder / "train.jsonl", data.catalog)}
     usable = [r for r in requests.values() if r.target_rank and r.has_signal]
@@ -105,6 +118,11 @@ def test_a_run_on_graded_lists(tiny_run, tmp_path):
     for line in map(json.loads, (run.folders["traces"] / "accepted.jsonl").read_text().splitlines()):
         request = requests[line["request_id"]]
         assert request.relevance[request.items.index(ids[line["ranking"][0]])] == max(request.relevance)
+
+
+@pytest.mark.slow
+def test_graded_ndcg_is_the_reward_of_rl(tiny_run, root):
+    run = tiny_run(root, ["rl"], **GRADED)
     file = run.folders["rl"] / "checkpoints" / "rollouts.jsonl"
     ndcg = {line["terms"]["ndcg"] for line in map(json.loads, file.read_text().splitlines())}
     assert len(ndcg) > 3 and all(0 < value <= 1 for value in ndcg)

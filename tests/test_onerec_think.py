@@ -75,7 +75,7 @@ def toy_items() -> tuple[Item, ...]:
 
 @dataclass
 class ToyData:
-    """Every shopper takes the items in a circle: behind n comes n + 1."""
+    """Every shopper takes the items in a circle: item n + 1 follows item n."""
 
     users: int = 40
     uid: str = "user"
@@ -97,7 +97,7 @@ class ToyData:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Context:
+def toy(tmp_path_factory) -> Context:
     """A toy catalogue with a random language model in the place of the mid-trained one; nothing is trained yet."""
     root, data = tmp_path_factory.mktemp("toy"), ToyData()
     corpus = [describe(PromptMaker.of(SETTINGS, data.catalog).fields(item.item_id)) for item in data.catalog]
@@ -141,19 +141,19 @@ class Recorded(dict):
 
 
 @pytest.fixture(scope="module")
-def trained(world):
-    """The same world when both models are there."""
+def trained(toy):
+    """The context `toy` when both models are trained."""
     for name in (THINK, NO_THINK):
-        run(at(world, name))
-    return world
+        run(at(toy, name))
+    return toy
 
 
 @pytest.fixture(scope="module")
-def untrained(world):
+def untrained(toy):
     """(model, tokenizer, maker) with the marks of a trace."""
-    model, tokenizer = load_model(world.folders["midtrain_all"])
+    model, tokenizer = load_model(toy.folders["midtrain_all"])
     add_tokens(model, tokenizer, ["<think>", "</think>"])
-    return model, tokenizer, prompt_maker(SETTINGS, world.data.catalog)
+    return model, tokenizer, prompt_maker(SETTINGS, toy.data.catalog)
 
 
 def changed(context: Context, **changes) -> Context:
@@ -161,7 +161,7 @@ def changed(context: Context, **changes) -> Context:
 
 
 def at(context: Context, name: str, folder: Path | None = None, **changes) -> Context:
-    """The same world as the stage `name` sees it, writing to `folder`, with other settings."""
+    """The same context as the stage `name` sees it, writing to `folder`, with other settings."""
     folder = folder or context.folders[name]
     return replace(changed(context, **changes), stage=name, folder=folder, folders={**context.folders, name: folder})
 
@@ -193,10 +193,10 @@ def test_rows_by_hand(untrained):
 
     trace = sentence(target)
     assert trace == " Next is Brush. "
-    said = tokenizer(trace, add_special_tokens=False)["input_ids"]
+    trace_ids = tokenizer(trace, add_special_tokens=False)["input_ids"]
     row = training_example(maker, tokenizer, (2, 3), target, trace, 20)
     assert tokenizer.decode(row.input_ids) == f"{SHOWN}<think> Next is Brush. </think>{NEXT}"
-    assert row.parts == [0] * length + [0] + [1] * (len(said) + 1) + [0, 2, 2, 0]
+    assert row.parts == [0] * length + [0] + [1] * (len(trace_ids) + 1) + [0, 2, 2, 0]
     assert row.input_ids[:length] == plain.input_ids[:length]
 
     cut = training_example(maker, tokenizer, (2, 3), target, trace, 3)
@@ -223,9 +223,9 @@ def test_training_positions(hold_out):
     assert all(target == history[-1] % COUNT + 1 for history, target in found)
 
 
-def test_steps_end_with_the_passes(world, tmp_path):
+def test_steps_end_with_the_passes(toy, tmp_path):
     once = at(
-        world,
+        toy,
         NO_THINK,
         tmp_path,
         onerec_think_passes=1.0,
@@ -233,8 +233,8 @@ def test_steps_end_with_the_passes(world, tmp_path):
         onerec_think_batch_size=40,
         llm_micro_batch_size=40,
     )
-    facts = run(once)
-    assert facts["texts"] == 160 and facts["steps"] == 4  # 40 users with 4 positions each
+    summary = run(once)
+    assert summary["texts"] == 160 and summary["steps"] == 4  # 40 users with 4 positions each
 
 
 # --- traces and scores -----------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_a_trace_of_no_tokens_is_no_trace(untrained):
 
 
 def brute_force(context: Context, name: str, histories) -> np.ndarray:
-    """(B, N): every item's log-likelihood behind every prompt of a stage, the best of each history's prompts."""
+    """(B, N): every item's log-likelihood after every prompt of a stage, the best of each history's prompts."""
     model, tokenizer = load_model(context.folders[name])
     items, rows = context.data.catalog, []
     maker = prompt_maker(context.settings, items)
@@ -351,7 +351,7 @@ class ToyRecent(ToyData):
 
 @pytest.mark.slow
 def test_it_learns_a_planted_pattern(trained):
-    """Behind n comes n + 1; nobody's valid and test items were learnt."""
+    """Item n + 1 follows item n; nobody's valid and test items were learnt."""
     users, trained = list(range(40)), replace(trained, data=ToyRecent())
     targets = torch.tensor([int(trained.data.sequences[user][-1]) for user in users])
     for name in ONEREC_THINK:
@@ -415,10 +415,10 @@ def test_most_similar_items_stay_in_time_order():
 
 
 @pytest.fixture(scope="module")
-def papered(world, tmp_path_factory):
-    """(context, facts) of the paper's variant."""
-    np.save(world.folders["embeddings"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
-    context = at(world, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
+def papered(toy, tmp_path_factory):
+    """(context, summary) of the paper's variant."""
+    np.save(toy.folders["embeddings"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
+    context = at(toy, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
     context = replace(context, settings=Recorded(context.settings))
     return context, run(context)
 
@@ -430,14 +430,14 @@ def lines(file: Path) -> list[dict]:
 def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained):
     context, _ = papered
     _, tokenizer, maker = untrained
-    asked = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
-    assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in asked
+    prompt = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
+    assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in prompt
     written = lines(context.folder / "rationales.jsonl")
     drawn = training_positions(
         training_histories(context.data, hold_out=False), seed=derive_seed(SETTINGS["seed"], "onerec_think")
     )
-    asked = [(tuple(line["history"]), line["target"]) for line in written]
-    assert asked == drawn[: len(asked)] and len(asked) > 100
+    examples = [(tuple(line["history"]), line["target"]) for line in written]
+    assert examples == drawn[: len(examples)] and len(examples) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
     named = sid_text(maker.catalog.item(drawn[0][1]).sid)
@@ -445,26 +445,26 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
 
 
 def test_rollouts_are_paid_by_their_beams(papered):
-    context, facts = papered
+    context, summary = papered
     rolled = lines(context.folder / "checkpoints" / "rl" / "rollouts.jsonl")
     assert len(rolled) == 4 * 4 * 4 and {line["step"] for line in rolled} == {0, 1, 2, 3}
     rewards = [line["reward"] for line in rolled]
     assert rewards == [line["terms"]["rollout_beam"] for line in rolled]
     assert set(rewards) <= {0.0, 1.0, 2.0} and len(set(rewards)) > 1
-    assert facts["rl_first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
+    assert summary["rl_first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
 
 
-def test_rl_moves_the_model_away_from_its_reference(world, tmp_path):
+def test_rl_moves_the_model_away_from_its_reference(toy, tmp_path):
     """From a half-trained public model, whose traces differ and lead to different items."""
     half = at(
-        world,
+        toy,
         THINK,
         tmp_path,
         **{
             **PAPER,
             "onerec_think_variant": "public",
-            "onerec_think_steps": 70,
-            "onerec_think_learning_rate": 2e-3,
+            "onerec_think_steps": 35,
+            "onerec_think_learning_rate": 4e-3,
             "onerec_think_max_trace": 12,
         },
     )
@@ -498,8 +498,8 @@ def test_a_reward_is_that_of_the_own_search(untrained):
     heads = prompts_with_traces(model, tokenizer, maker, {**SETTINGS, "onerec_think_samples": 8}, True, [(2, 3)])
     size = len(prompt_ids(maker, tokenizer, (2, 3))) + 1  # with <think>
     row = {"request_id": "r", "prompt_ids": heads[0][:size]}
-    said = [[*ids[size:], begin, tokenizer.eos_token_id] for ids in heads]
-    found = [terms["rollout_beam"] for terms in RolloutBeamTrainer.reward_terms(trainer, row, said, [])]
+    completions = [[*ids[size:], begin, tokenizer.eos_token_id] for ids in heads]
+    found = [terms["rollout_beam"] for terms in RolloutBeamTrainer.reward_terms(trainer, row, completions, [])]
     expected = []
     for ids in heads:
         (leaves,) = beam_items(model, [ids], trie, beams=3, batch_size=1, pad_id=tokenizer.pad_token_id).leaves
@@ -521,17 +521,17 @@ def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
     again = replace(at(context, THINK, tmp_path), say=kill)
     with pytest.raises(Killed):
         run(again)
-    said = []
-    run(replace(again, say=said.append))
-    assert sum("frac_groups_kept" in line for line in said) < 4
+    printed = []
+    run(replace(again, say=printed.append))
+    assert sum("frac_groups_kept" in line for line in printed) < 4
     assert_same_model(context, again)
     rolled = Path("checkpoints/rl/rollouts.jsonl")
     assert (tmp_path / rolled).read_text() == (context.folder / rolled).read_text()
 
 
-def test_without_traces_the_variants_are_one(world, tmp_path):
+def test_without_traces_the_variants_are_one(toy, tmp_path):
     models = [
-        at(world, NO_THINK, tmp_path / name, **{**PAPER, "onerec_think_variant": name, "onerec_think_steps": 2})
+        at(toy, NO_THINK, tmp_path / name, **{**PAPER, "onerec_think_variant": name, "onerec_think_steps": 2})
         for name in ("public", "paper")
     ]
     for context in models:
@@ -553,21 +553,21 @@ def assert_same_model(one: Context, two: Context) -> None:
 
 
 @pytest.mark.parametrize("name", [THINK, NO_THINK])
-def test_a_killed_stage_ends_as_one_that_was_not(world, tmp_path, name):
+def test_a_killed_stage_ends_as_one_that_was_not(toy, tmp_path, name):
     def kill(line):
-        if line.startswith("step 9/12"):
+        if line.startswith("step 5/6"):
             raise Killed
 
     whole, again = (
-        at(world, name, tmp_path / folder, onerec_think_steps=12, llm_save_steps=5) for folder in ("whole", "again")
+        at(toy, name, tmp_path / folder, onerec_think_steps=6, llm_save_steps=3) for folder in ("whole", "again")
     )
-    said = []
+    printed = []
     run(whole)
     with pytest.raises(Killed):
         run(replace(again, say=kill))
-    facts = run(replace(again, say=said.append))
-    assert next(line for line in said if line.startswith("step ")).startswith("step 6/")  # behind the checkpoint at 5
-    assert facts["steps"] == 12 and (again.folder / "sample.txt").is_file()
+    summary = run(replace(again, say=printed.append))
+    assert next(line for line in printed if line.startswith("step ")).startswith("step 4/")  # after the checkpoint at 3
+    assert summary["steps"] == 6 and (again.folder / "sample.txt").is_file()
     assert_same_model(whole, again)
 
 
@@ -613,10 +613,9 @@ def test_it_is_no_base_model(capsys, tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def tabled(tiny_run, tmp_path_factory):
+def tabled(tiny_run, finished_copy):
     """A run on the data set `tiny` with both as re-rankers, and with the faster one as a recommender."""
-    options = {"models": [QUICK], "eval_rows": [THINK]}
-    return tiny_run(tmp_path_factory.mktemp("tabled"), **options)
+    return tiny_run(finished_copy(), models=[QUICK], eval_rows=[THINK])
 
 
 def test_methods_of_the_table(tabled):
@@ -650,30 +649,32 @@ def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
     assert read - speed <= tabled.settings.results(prefixes).keys()
 
 
-def test_the_mid_trained_generator_has_one_prompt_a_history(world):
+def test_the_mid_trained_generator_has_one_prompt_a_history(toy):
     """GR2Generator shares its class: SIDs alone, one prompt a history, all items scored by their own likelihood."""
     from recbole_gr2.prompts import history_ids
 
-    context = changed(world, cand_beams=COUNT, cand_exclude_seen=False, mid_max_length=64)
+    context = changed(toy, cand_beams=COUNT, cand_exclude_seen=False, mid_max_length=64)
     generator = load_generator(context)
-    model, tokenizer = load_model(world.folders["midtrain_all"])
-    begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), world.data.catalog
+    model, tokenizer = load_model(toy.folders["midtrain_all"])
+    begin, items = tokenizer.convert_tokens_to_ids("<|sid_begin|>"), toy.data.catalog
     codes = [tokenizer(sid_text(i.sid), add_special_tokens=False)["input_ids"][1:-1] for i in items]
-    heads = [[*history_ids(world.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
+    heads = [[*history_ids(toy.data.history(user, "test"), items, tokenizer, 64), begin] for user in range(4)]
     expected = continuation_log_likelihood(
-        model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id, trie=sid_trie(world.settings, tokenizer, items)
+        model, heads, [codes] * 4, pad_id=tokenizer.pad_token_id, trie=sid_trie(toy.settings, tokenizer, items)
     )
     np.testing.assert_allclose(score_rows(generator, range(4))[:, 1:].numpy(), expected, atol=2e-4)
 
 
 @pytest.mark.slow
-def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
-    """Behind n comes n + 1, learnt by mid-training itself, without valid and test items. Prompts are no longer than
-    what was learnt: a model of this size knows no other position."""
+def test_the_mid_trained_generator_learns_a_planted_pattern(toy, tmp_path):
+    """Mid-training itself learns that item n + 1 follows item n, without valid and test items.
+
+    Prompts are no longer than what was learnt: a model of this size knows no other position.
+    """
     from recbole_gr2.stages import midtrain
 
     context = at(
-        world,
+        toy,
         "midtrain_all",
         tmp_path / "midtrain_all",
         sid_levels=LEVELS,
@@ -685,11 +686,11 @@ def test_the_mid_trained_generator_learns_a_planted_pattern(world, tmp_path):
         mid_learning_rate=3e-3,
         cand_beams=COUNT,
     )
-    facts = midtrain.run(context)
-    longest = facts["tokens"]["sequential"] // facts["texts"]["sequential"]
+    summary = midtrain.run(context)
+    longest = summary["tokens"]["sequential"] // summary["texts"]["sequential"]
     context = changed(context, mid_max_length=longest)
     users = list(range(40))
-    targets = torch.tensor([int(world.data.sequences[user][-1]) for user in users])
+    targets = torch.tensor([int(toy.data.sequences[user][-1]) for user in users])
     for mask in (False, True):
         generator = load_generator(changed(context, cand_exclude_seen=mask))
         assert (score_rows(generator, users).argmax(1) == targets).float().mean() > 0.9

@@ -148,9 +148,9 @@ def test_responses_survive_a_killed_process(endpoint, tmp_path):
         ({}, {"trace_temperature": 0.1}),
         ({}, {"trace_endpoint_model": "other"}),
     ]
-    for number, (asked, changed) in enumerate(changes, start=1):  # each one is another request
+    for number, (options, changed) in enumerate(changes, start=1):  # each one is another request
         teacher = build(endpoint, replies=file, **changed)
-        teacher.argue(SEVERAL[:1], **{"targeted": False, "attempt": 0, **asked})
+        teacher.argue(SEVERAL[:1], **{"targeted": False, "attempt": 0, **options})
         assert len(endpoint.seen) == 6 + number
 
 
@@ -295,7 +295,7 @@ def test_any_reply_is_a_permutation_or_rejected(text, before):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("<html>please log in</html>", "no JSON object: <html>please log in</html>"),
         ("", "no JSON object: "),
@@ -314,11 +314,11 @@ def test_any_reply_is_a_permutation_or_rejected(text, before):
     ],
 )
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])
-def test_a_response_of_another_service_is_an_error_that_names_the_endpoint(endpoint, tmp_path, body, said, kind):
+def test_a_response_of_another_service_is_an_error_that_names_the_endpoint(endpoint, tmp_path, body, message, kind):
     endpoint.raw = (200, kind, body if isinstance(body, bytes) else body.encode())
     with pytest.raises(GR2Error) as stopped:
         build(endpoint, replies=tmp_path / "replies.jsonl").argue([request_of()], targeted=False, attempt=0)
-    assert said in stopped.value.what and f"{endpoint.url}/, model big" in stopped.value.where
+    assert message in stopped.value.what and f"{endpoint.url}/, model big" in stopped.value.where
     assert not (tmp_path / "replies.jsonl").exists()
 
 

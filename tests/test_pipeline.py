@@ -1,22 +1,20 @@
 """The run as a whole: what is cached, what runs again and why, and what a run leaves behind."""
 
-import contextlib
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
 import pytest
-import yaml
+from conftest import called
 
 import recbole_gr2
 from recbole_gr2 import pipeline, store
@@ -26,7 +24,6 @@ from recbole_gr2.config.declaration import speed_settings
 from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.meter import CLOCK
-from recbole_gr2.quick_start import main
 from recbole_gr2.store import LOCK, code_version, locked, read_lines, read_manifest, write_json
 from recbole_gr2.types import Stage
 
@@ -446,51 +443,9 @@ def test_an_option_of_one_of_the_models_is_enough():
     )
 
 
-@dataclass(frozen=True)
-class Command:
-    """A finished run of the command on the data set `tiny`."""
-
-    argv: list[str]
-    root: Path
-    path: Path
-    stdout: str
-
-    @property
-    def result(self) -> dict:
-        return json.loads(self.path.read_text())
-
-    @property
-    def stages(self) -> dict[str, Path]:
-        run = json.loads((self.path.parent / "run.json").read_text())
-        return {name: Path(folder) for name, folder in run["stages"].items()}
-
-    def copy(self, root: Path) -> list[str]:
-        """The same command on a copy of its folder."""
-        shutil.copytree(self.root, root)
-        return [*self.argv[:-1], str(root)]
-
-
-def called(argv) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        code = main([str(word) for word in argv])
-    return code, stdout.getvalue(), stderr.getvalue()
-
-
 @pytest.fixture(scope="module")
-def command(tiny_settings, tmp_path_factory) -> Command:
-    root = tmp_path_factory.mktemp("command")
-    settings = tiny_settings(root / "saved")
-    config = root / "tiny.yaml"
-    config.write_text(
-        yaml.safe_dump({k: v["value"] for k, v in settings.chosen().items()})
-        + f"dataset: {settings['dataset']}\npreset: smoke\ndata_path: {settings['data_path']}\n"
-    )
-    argv = ["--config_files", str(config), "--checkpoint_dir", str(root / "saved")]
-    code, stdout, stderr = called(argv)
-    assert code == 0, stderr
-    return Command(argv, root / "saved", Path(stdout.splitlines()[-1]), stdout)
+def command(finished_command):
+    return finished_command
 
 
 @pytest.fixture(scope="module")

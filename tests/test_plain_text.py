@@ -162,13 +162,13 @@ def test_a_title_changes_the_allowed_tokens_of_no_list(tokenizer, texts):
 def test_a_reasoning_keeps_only_semantic_ids(tokenizer, text):
     """No trace contains a label, a mark or a turn, whoever wrote it."""
 
-    class Said:
-        name = "said"
+    class Teacher:
+        name = "mine"
 
         def argue(self, requests, *, targeted, attempt):
             return [TeacherReply(reasoning=text, ranking=REQUEST.items)]
 
-    (reply,) = ask(Said(), [REQUEST], targeted=False, attempt=0)
+    (reply,) = ask(Teacher(), [REQUEST], targeted=False, attempt=0)
     sids = {SID_BEGIN, SID_END, "<s_a_3>", "<s_b_0>"}
     assert set(control(encode(reply.reasoning, tokenizer), tokenizer)) <= sids
     assert [reply.reasoning.count(token) for token in sids] == [text.count(token) for token in sids]

@@ -15,6 +15,7 @@ from recbole_gr2 import pipeline
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError, QualityCheckError
+from recbole_gr2.sid import rqvae
 from recbole_gr2.sid.embed import embed_texts, hash_embeddings
 from recbole_gr2.sid.methods import tokenizer_config
 from recbole_gr2.sid.quality import check, health, usage_line
@@ -26,6 +27,12 @@ from recbole_gr2.types import Health
 SMALL = RQVAEConfig(
     levels=3, codes=8, latent=4, hidden=(16,), reset_after=0, random_last=0, epochs=3, batch_size=32, seed=7
 )
+
+
+@pytest.fixture
+def short_fits(monkeypatch):
+    """Train small catalogues for the chosen number of epochs, without the least number of steps."""
+    monkeypatch.setattr(rqvae, "MIN_STEPS", 1)
 
 
 def clustered(items_each: int = 40, clusters: int = 4, dim: int = 12, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -178,6 +185,7 @@ def test_ema_update_by_hand():
     assert model.codebooks.flatten().tolist() == pytest.approx([0.6 / 2.1, 9.9 / 1.0])
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_ema_with_equal_use_is_the_form_of_the_paper_and_unused_codes_stay():
     """With the counts of the batch, e <- g * e + (1 - g) * mean. The unused code neither moves nor becomes nan."""
     model = bare(1, levels=1, codes=2, ema_decay=0.9)
@@ -259,6 +267,7 @@ def test_kmeans_uses_256_items_per_code():
     assert len(set(many)) == 512 and 2000 < many.mean() < 3000
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_kmeans_init_happens_once_and_the_flag_survives_a_round_trip(tmp_path):
     vectors, _ = clustered()
     model = fit_rqvae(vectors, SMALL)
@@ -277,6 +286,7 @@ def test_kmeans_init_happens_once_and_the_flag_survives_a_round_trip(tmp_path):
     assert not torch.equal(fresh.codebooks, start)
 
 
+@pytest.mark.usefixtures("short_fits")
 @pytest.mark.parametrize("ema", [True, False])
 def test_save_and_load_give_the_same_model(tmp_path, ema):
     vectors, _ = clustered()
@@ -299,6 +309,7 @@ def test_load_reports_the_missing_file(tmp_path):
         RQVAE.load(tmp_path)
 
 
+@pytest.mark.usefixtures("short_fits")
 @pytest.mark.parametrize("kmeans_init", [True, False])
 def test_fit_depends_on_the_seed_only_and_keeps_the_random_state_of_torch(kmeans_init):
     vectors, _ = clustered()
@@ -390,6 +401,7 @@ def test_uniform_draws_each_code_equally_often_and_collides():
     assert sum(len(set(draw)) < 4 for draw in four) > 30  # The probability of no collision is 4! / 4^4 = 9 %.
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_only_the_last_levels_are_random():
     vectors, _ = clustered()
     model = fit_rqvae(vectors, SMALL)

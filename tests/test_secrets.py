@@ -39,9 +39,9 @@ def endpoint(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder of results for all runs, so that the first stages run once."""
-    return tmp_path_factory.mktemp("runs")
+def root(finished_copy):
+    """A folder of results for all runs, in which the stages before the traces are finished."""
+    return finished_copy()
 
 
 @pytest.mark.parametrize("fault", [401, "html", None])

@@ -97,14 +97,14 @@ def test_a_training_row_by_hand(student, longest):
     row = training_example(toy_maker(), request, prompt, trace, tokenizer, grammar)
     head = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
     head = tokenizer(head, add_special_tokens=False)["input_ids"]
-    said = tokenizer("The shopper takes comedies.", add_special_tokens=False)["input_ids"]
-    said = said[: max(longest - 1, 0)]  # one place is left for the mark to be chosen
+    reasoning = tokenizer("The shopper takes comedies.", add_special_tokens=False)["input_ids"]
+    reasoning = reasoning[: max(longest - 1, 0)]  # one place is left for the mark to be chosen
     a, b, c = labels
-    assert row.input_ids == [*head, *said, grammar.ranking_id, c, b, a, grammar.eos_id]
+    assert row.input_ids == [*head, *reasoning, grammar.ranking_id, c, b, a, grammar.eos_id]
     mark = 2 if longest else 0  # forced where there is no reasoning to end
-    assert row.parts == [0] * len(head) + [1] * len(said) + [mark, 2, 2, 0, 0]  # last label and end are forced
+    assert row.parts == [0] * len(head) + [1] * len(reasoning) + [mark, 2, 2, 0, 0]  # last label and end are forced
     assert not grammar.was_truncated(row.input_ids[len(head) :])
-    start = len(head) + len(said) + 1
+    start = len(head) + len(reasoning) + 1
     assert row.choices == {start: {a: 0, b: 0, c: 0}, start + 1: {a: 0, b: 0}}  # no evidence, and C is taken
     assert row.from_prior == set()
     request = replace(request, prior=(-1.0, -2.0, -3.0))
@@ -119,13 +119,13 @@ def test_a_training_row_by_hand(student, longest):
 
 
 def test_a_grounded_training_row_by_hand(student):
-    """What can be cited is a choice, what is forced or cannot be said has no loss, and no ID is cut in two."""
+    """What can be cited is a choice, what is forced or cannot be written has no loss, and no ID is cut in two."""
     _, tokenizer = student
     number, request = tokenizer.convert_tokens_to_ids, replace(toy_request(11), prior=(-1.0, -2.0, -3.0))
     prompt = toy_maker(history=1).render(request)  # shows items 3, 10, 11, 12: all first codes differ
     grammar = Grammar.of(tokenizer, "<|ranking|>", ["<|A|>", "<|B|>", "<|C|>"], 64, grounded=True)
-    maker, said = toy_maker(history=1), f"Best {sid_text((11, 12))} or {sid_text((5, 6))}."
-    row = training_example(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, grammar)
+    maker, reasoning = toy_maker(history=1), f"Best {sid_text((11, 12))} or {sid_text((5, 6))}."
+    row = training_example(maker, request, prompt, toy_trace(request, (11, 10, 12), reasoning), tokenizer, grammar)
     head = row.parts.index(1)
     words = tokenizer.convert_ids_to_tokens(row.input_ids[head:])
     one, two = (place for place, word in enumerate(words) if word == "<|sid_begin|>")
@@ -138,11 +138,11 @@ def test_a_grounded_training_row_by_hand(student):
     assert min(row.choices) == head + one + 1 and len(row.choices) == 3  # beside the first two of three labels
     for longest in range(one + 2, one + 6):  # the limit stands in the first citation
         short = replace(grammar, max_reasoning=longest)
-        cut = training_example(maker, request, prompt, toy_trace(request, (11, 10, 12), said), tokenizer, short)
+        cut = training_example(maker, request, prompt, toy_trace(request, (11, 10, 12), reasoning), tokenizer, short)
         assert cut.input_ids[head : head + one + 1] == [*row.input_ids[head : head + one], grammar.ranking_id]
         assert len(cut.choices) == 2
     answer = read_answer(request, row.input_ids[head:], maker.label_items(request, prompt), grammar, tokenizer)
-    assert answer.reasoning.replace(" ", "") == said.replace(" ", "")  # read back without the label
+    assert answer.reasoning.replace(" ", "") == reasoning.replace(" ", "")  # read back without the label
     twins = replace(maker, catalog=Catalog(replace(item, sid=(7, 7)) for item in maker.catalog))
     prompt, trace = twins.render(request), toy_trace(request, (11, 10, 12), f"Best is {sid_text((7, 7))}")
     row = training_example(twins, request, prompt, trace, tokenizer, grammar)

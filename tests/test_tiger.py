@@ -84,7 +84,7 @@ def untaught(data: Data, sids: np.ndarray, **words) -> TIGER:
 
 
 def written(model: TIGER, row, item: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (1, L, V) of an item's codes behind one row, by T5's own teacher forcing, without padding; and codes."""
+    """Logits (1, L, V) of an item's codes after one row, by T5's own teacher forcing, without padding; and codes."""
     tokens = model.inputs(row)
     tokens = tokens[:, tokens[0] != 0]
     codes = model.item_tokens[torch.tensor([item])]
@@ -125,9 +125,9 @@ def test_the_loss_is_the_mean_over_rows_and_codes(data, distinct):
 
 @pytest.mark.parametrize("users", [0, 7])
 def test_scores_are_the_log_probabilities_of_all_items(data, distinct, users):
-    model, rows = untaught(data, distinct, n_user_tokens=users), mixed_rows(data, 12)
+    model, rows = untaught(data, distinct, n_user_tokens=users), mixed_rows(data, 5)
     scores = model.full_sort_predict(rows)
-    assert scores.shape == (12, ITEMS + 1) and (scores[:, 0] == -torch.inf).all()
+    assert scores.shape == (5, ITEMS + 1) and (scores[:, 0] == -torch.inf).all()
     for number, row in enumerate(scores):
         for item in range(1, ITEMS + 1):
             logits, codes = written(model, rows[number : number + 1], item)

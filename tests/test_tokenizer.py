@@ -18,6 +18,7 @@ from recbole_gr2.bridge.data import Data, read_item_texts
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.sid import rqvae
 from recbole_gr2.sid.contrastive import co_engaged, info_nce, positive_mask, sample_positives
 from recbole_gr2.sid.embed import hash_embeddings, item_text, neighbour_means
 from recbole_gr2.sid.methods import fit, load_codebooks, tokenizer_config
@@ -30,6 +31,12 @@ from recbole_gr2.store import read_lines
 from recbole_gr2.types import Context, Item
 
 PLAIN = SidConfig(levels=2, codes=4, random_last=0, seed=3)
+
+
+@pytest.fixture
+def short_fits(monkeypatch):
+    """Train small catalogues for the chosen number of epochs, without the least number of steps."""
+    monkeypatch.setattr(rqvae, "MIN_STEPS", 1)
 
 
 def planted(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +159,7 @@ def test_the_contrastive_loss_by_hand():
     assert loss.item() == pytest.approx(0.5 * -np.log(each).mean(), rel=1e-4)
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_only_the_contrastive_loss_reads_pairs_and_needs_them():
     vectors, _ = planted()
     config = RQVAEConfig(levels=2, codes=4, latent=4, hidden=(16,), epochs=1, batch_size=32)
@@ -356,6 +364,7 @@ def test_same_category_for_paths_and_for_plain_words():
 CATEGORIES = ["", "A > x", "A > x > p", "A > x > q", "A > y", "B", "Drama Comedy", "Comedy Drama", "Comedy Drama War"]
 
 
+@pytest.mark.usefixtures("short_fits")
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 3, st.sampled_from(CATEGORIES)), max_size=14))
 def test_neighbourhood_counts_all_pairs(rows):
@@ -432,6 +441,7 @@ def tokenized(folder: Path, data: object = None, **changes: object) -> tuple[lis
     return [sids[item.token] for item in data.catalog], summary
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_positives_are_training_interactions_without_targets(tmp_path):
     """The last three items of a user are targets and do not change the result. The item before them changes it."""
     on = {"sid_contrastive": 0.5, "sid_min_unique": 0.0}
@@ -446,6 +456,7 @@ def test_positives_are_training_interactions_without_targets(tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
 
 
+@pytest.mark.usefixtures("short_fits")
 def test_without_the_contrastive_loss_no_interaction_is_read(tmp_path):
     without_interactions = SimpleNamespace(catalog=SmallData.catalog)
     off = {"sid_contrastive": 0.0}
@@ -469,6 +480,7 @@ def test_both_methods_write_the_same_files(tmp_path, method):
     assert tokenized(tmp_path / "again", sid_method=method)[0] == sids
 
 
+@pytest.mark.usefixtures("short_fits")
 @pytest.mark.parametrize("method", ["rqvae", "rqkmeans"])
 def test_codebooks_are_loaded_by_the_name_of_the_method(tmp_path, method):
     options = load_settings(config_dict={**SMALL, "sid_method": method, "sid_contrastive": 0.0})

@@ -57,27 +57,27 @@ def toy_maker(history: int = 8, chars: int = 60) -> PromptMaker:
 
 
 def test_targeted_traces(context, catalog, tmp_path):
-    facts = traces.run(changed(context, tmp_path, trace_mode="targeted"))
+    summary = traces.run(changed(context, tmp_path, trace_mode="targeted"))
     accepted = lines(tmp_path / "accepted.jsonl")
     requests = {r.request_id: r for r in training_requests(context)}
-    assert facts["accepted_share"] == 1.0 and facts["accepted"] == len(accepted) == len(requests) > 30
+    assert summary["accepted_share"] == 1.0 and summary["accepted"] == len(accepted) == len(requests) > 30
     tokens = {item.item_id: item.token for item in catalog}
     for line in accepted:
         request = requests[line["request_id"]]
         assert line["ranking"][0] == tokens[request.target]
         assert sorted(line["ranking"]) == sorted(tokens[item] for item in request.items)
         assert line["mode"] == "targeted" and line["teacher"] == "rules" and line["reasoning"]
-    assert facts["grounded"] == 1.0 and not lines(tmp_path / "rejected.jsonl")
+    assert summary["grounded"] == 1.0 and not lines(tmp_path / "rejected.jsonl")
 
 
 def test_rejected_traces_are_kept_with_their_reasons(context, catalog, tmp_path):
-    facts = traces.run(changed(context, tmp_path, trace_mode="rejection", trace_tries=4, trace_min_accepted=0.0))
+    summary = traces.run(changed(context, tmp_path, trace_mode="rejection", trace_tries=4, trace_min_accepted=0.0))
     accepted, rejected = lines(tmp_path / "accepted.jsonl"), lines(tmp_path / "rejected.jsonl")
     targets = {r.request_id: catalog.item(r.target).token for r in training_requests(context)}
     assert accepted and rejected
     assert all(line["ranking"][0] == targets[line["request_id"]] for line in accepted)
     assert all(line["ranking"][0] != targets[line["request_id"]] for line in rejected)
-    assert {line["reason"] for line in rejected} == {"top-1 is not the target"} == set(facts["rejected_for"])
+    assert {line["reason"] for line in rejected} == {"top-1 is not the target"} == set(summary["rejected_for"])
     tries: dict[str, list[int]] = {}
     for line in rejected + accepted:
         tries.setdefault(line["request_id"], []).append(line["tries"])
@@ -85,7 +85,7 @@ def test_rejected_traces_are_kept_with_their_reasons(context, catalog, tmp_path)
         last = max(tries[request_id])
         assert sorted(tries[request_id]) == list(range(1, last + 1))
         assert last == 4 or any(line["request_id"] == request_id for line in accepted)
-    assert facts["tries_mean"] == sum(line["tries"] for line in accepted) / len(accepted)
+    assert summary["tries_mean"] == sum(line["tries"] for line in accepted) / len(accepted)
 
 
 def test_too_few_accepted_traces_stop_the_stage(context, tmp_path):
@@ -106,7 +106,7 @@ def test_recorded_traces(context, catalog, tmp_path):
     first.mkdir(), second.mkdir()
     whole = traces.run(changed(context, first, trace_mode="rejection", trace_tries=1, trace_min_accepted=0.0))
     tries = sorted(lines(first / "rejected.jsonl") + lines(first / "accepted.jsonl"), key=lambda line: line["tries"])
-    file = tmp_path / "said.jsonl"
+    file = tmp_path / "replies.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in tries))
     recorded = {
         "trace_teacher": "recorded",
@@ -138,10 +138,10 @@ def test_grounding_by_hand():
         provider="",
         candidates=tuple(Candidate(item_id=i, score=0.0, rank=r) for r, i in enumerate((4, 5), start=1)),
     )
-    said = ["no ID", f"{sid_text((3, 0))} so {sid_text((5, 0))}", f"{sid_text((1, 0))} or {sid_text((7, 0))}"]
+    texts = ["no ID", f"{sid_text((3, 0))} so {sid_text((5, 0))}", f"{sid_text((1, 0))} or {sid_text((7, 0))}"]
     kept = [
         Trace(request_id="r", teacher="", mode="", reasoning=text, ranking=(5, 4), accepted=True, reason="")
-        for text in said
+        for text in texts
     ]
     assert citations(kept, [request], items, 2) == {"grounded": 1 / 3, "cited": 4, "cited_in_prompt": 0.5}
     assert citations(kept, [request], items, 3)["cited_in_prompt"] == 0.75
@@ -151,8 +151,8 @@ def test_grounding_by_hand():
 def test_a_teacher_of_the_users_own(context, tmp_path, monkeypatch):
     (tmp_path / "my_teacher.py").write_text(TEACHER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    facts = traces.run(changed(context, tmp_path, trace_teacher="my_teacher:Mine", trace_mode="targeted"))
-    assert facts["accepted_share"] == 1.0 and facts["grounded"] == 0.0
+    summary = traces.run(changed(context, tmp_path, trace_teacher="my_teacher:Mine", trace_mode="targeted"))
+    assert summary["accepted_share"] == 1.0 and summary["grounded"] == 0.0
     assert {line["teacher"] for line in lines(tmp_path / "accepted.jsonl")} == {"mine"}
     with pytest.raises(GR2Error, match="replies"):
         (tmp_path / "short_teacher.py").write_text(
@@ -187,8 +187,10 @@ def test_objections(ranking, reasoning, reason):
 
 
 def test_a_local_llm_teaches(context, tmp_path):
-    facts = traces.run(changed(context, tmp_path, trace_teacher="local_llm", trace_max_lists=6, trace_min_accepted=0.0))
-    assert facts["requests"] == 6
+    summary = traces.run(
+        changed(context, tmp_path, trace_teacher="local_llm", trace_max_lists=6, trace_min_accepted=0.0)
+    )
+    assert summary["requests"] == 6
     everything = lines(tmp_path / "accepted.jsonl") + lines(tmp_path / "rejected.jsonl")
     assert len(everything) == 6 and {line["teacher"] for line in everything} == {"local_llm"}
 

@@ -222,8 +222,11 @@ RANDOM_CONFIG: Mapping[str, Any] = {
 LEAST_VOCABULARY = 259  # 256 bytes and 3 special tokens
 
 
+_TRIED: set[str] = set()  # settings of random models that can be built
+
+
 def random_config(config: Mapping[str, Any]) -> Any:
-    """Return the configuration of `random_model`. A model of it has been tried without weights.
+    """Return the configuration of `random_model`. A model of it has been tried without weights, once in a process.
 
     Raises:
         ConfigurationError: A field does not exist, or no model can have these values.
@@ -244,8 +247,10 @@ def random_config(config: Mapping[str, Any]) -> Any:
         if not settings["vocab_size"] >= LEAST_VOCABULARY:
             raise ValueError(f"vocab_size is below {LEAST_VOCABULARY}, the bytes and special tokens")
         built = LlamaConfig(pad_token_id=0, eos_token_id=2, **settings)
-        with torch.device("meta"):
-            LlamaForCausalLM(built)(input_ids=torch.zeros(1, 4, dtype=torch.long))
+        if repr(settings) not in _TRIED:
+            with torch.device("meta"):
+                LlamaForCausalLM(built)(input_ids=torch.zeros(1, 4, dtype=torch.long))
+            _TRIED.add(repr(settings))
     except Exception as error:  # torch and transformers raise many classes for values that do not fit each other
         raise ConfigurationError(
             f"no model can have llm_random {dict(config)!r:.300}: {' '.join(str(error).split())[:300]}",
