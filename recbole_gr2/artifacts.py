@@ -274,12 +274,12 @@ def load_requests(context: Context, split: str) -> list[Request]:
 
     Train requests without a training signal have neither prior nor features.
     """
-    return list(_cached_requests(context.folders["prior"], split, context.data.catalog))
+    return list(read_prior(context.folders["prior"], split, context.data.catalog))
 
 
 @lru_cache(maxsize=6)
-def _cached_requests(folder: Path, split: str, catalog: Catalog) -> tuple[Request, ...]:
-    """The requests of a finished stage. Its files never change, so that they are parsed once per process."""
+def read_prior(folder: Path, split: str, catalog: Catalog) -> tuple[Request, ...]:
+    """Return the requests in the folder of a finished prior stage. They are parsed once per process."""
     requests = read_requests(folder / f"{split}.jsonl", catalog)
     if not (folder / f"features-{split}.npy").is_file():
         return tuple(requests)

@@ -7,6 +7,7 @@ O output tokens. Ranks start at 1, positions at 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,9 +152,39 @@ class Request:
         relevance = dict(zip(self.items, self.relevance, strict=True))
         return tuple(sorted(ranking, key=lambda item: -relevance[item]))
 
+    def shortlist(self, items: Sequence[int]) -> Request:
+        """Return a copy whose candidates are some of the items, in base order and with new ranks.
+
+        The prior is normalised over the remaining candidates.
+
+        Args:
+            items: item ids of at least two candidates.
+        """
+        chosen = set(items)
+        kept = [position for position, item in enumerate(self.items) if item in chosen]
+        return replace(
+            self,
+            candidates=tuple(
+                replace(self.candidates[position], rank=rank) for rank, position in enumerate(kept, start=1)
+            ),
+            prior=_log_softmax([self.prior[position] for position in kept]) if self.prior else (),
+            grades=tuple(self.grades[position] for position in kept) if self.grades else (),
+            sources=tuple(
+                SourceScores(name, tuple(ranks[p] for p in kept), tuple(scores[p] for p in kept))
+                for name, ranks, scores in self.sources
+            ),
+            features=self.features and CandidateFeatures(self.features.candidates[kept], self.features.pairs[kept]),
+        )
+
     def without_labels(self) -> Request:
         """Return a copy whose target is 0 and whose grades are ()."""
         return replace(self, target=0, grades=())
+
+
+def _log_softmax(values: Sequence[float]) -> tuple[float, ...]:
+    highest = max(values)
+    total = highest + math.log(math.fsum(math.exp(value - highest) for value in values))
+    return tuple(value - total for value in values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

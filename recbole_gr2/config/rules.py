@@ -337,6 +337,14 @@ def _check_random_levels(values: Mapping[str, Any], declared: Mapping[str, Decla
         )
 
 
+def _check_pool(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    pool, count = values["cand_pool"], values["cand_num"]
+    if pool is not None and pool < count:
+        raise ValueError(f"cand_pool is {pool}, expected at least cand_num ({count})")
+    if pool is not None and pool > count and values["cand_ranker"] == "prior" and not values["prior_features"]:
+        raise ValueError("cand_ranker is prior, but prior_features is []; set cand_ranker to none, or name features")
+
+
 def _check_buffer(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     buffer, longest = values["rl_overlong_buffer"], values["prompt_max_reasoning"]
     if 0 < longest < buffer:
@@ -392,6 +400,7 @@ def _check_loss(values: Mapping[str, Any], declared: Mapping[str, Declaration]) 
 
 COMBINATIONS: dict[str, Rule] = {
     "sid_random_last": _check_random_levels,
+    "cand_pool": _check_pool,
     "rl_overlong_buffer": _check_buffer,
     "trace_temperature": _check_attempts,
     "trace_file": _check_recorded,

@@ -59,6 +59,9 @@ class Reranker:
     needs_features: ClassVar[bool] = False
     """Whether it needs candidate features. Without feature providers the method is left out."""
 
+    whole_pool: ClassVar[bool] = False
+    """Whether it ranks all `cand_pool` items that the base models propose; else the `cand_num` candidates."""
+
     settings_prefixes: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the settings that can change its rankings."""
 

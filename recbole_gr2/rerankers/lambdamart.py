@@ -21,6 +21,7 @@ class LambdaMART(Reranker):
     """
 
     name = "lambdamart"
+    whole_pool = True
     description = "LightGBM's LambdaMART on the features and train requests of the prior"
     trained = True
     needs_features = True

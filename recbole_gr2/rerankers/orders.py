@@ -13,6 +13,7 @@ class BaseOrder(Reranker):
     """The base model's order."""
 
     name = "base"
+    whole_pool = True
     description = "the order of the base model"
 
     def rank(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
@@ -24,6 +25,7 @@ class Oracle(Reranker):
     """The target first: the best possible order. It is the only method that gets requests with their labels."""
 
     name = "oracle"
+    whole_pool = True
     description = "the target first, an upper bound"
     diagnostic = True
 
@@ -36,6 +38,7 @@ class PriorOrder(Reranker):
     """The order of the prior, from which sft and rl start."""
 
     name = "prior"
+    whole_pool = True
     description = "the order of the prior, a small model of the candidate features, without a language model"
     trained = True
     compare_with = ("lambdamart",)

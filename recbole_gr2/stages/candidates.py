@@ -19,6 +19,7 @@ from recbole_gr2.bridge.fusion import FusedModel, Method, choose_weights
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
+from recbole_gr2.lists import pool_size
 from recbole_gr2.recommenders import base_stage, load_base_model, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
@@ -34,7 +35,7 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         QualityCheckError: Recall@K of a split is 0.
     """
-    settings, count = context.settings, context.settings["cand_num"]
+    settings, count = context.settings, pool_size(context.settings)
     summary: dict[str, Any] = {}
     if settings["cand_file"]:
         lists, summary["imported"] = _import(context), settings["cand_file"]
@@ -72,8 +73,9 @@ def base_models(context: Context) -> tuple[BaseModel, BaseModel, dict[str, Any]]
     if settings["cand_weights"]:
         weights = tuple(float(settings["cand_weights"].get(name, 0)) for name in names)
     else:
-        weights, recall = choose_weights(base, method, settings["cand_num"])
-        context.say(f"weights chosen on validation, where they give recall@{settings['cand_num']} {recall:.4f}")
+        count = pool_size(settings)
+        weights, recall = choose_weights(base, method, count)
+        context.say(f"weights chosen on validation, where they give recall@{count} {recall:.4f}")
     summary = dict(zip(names, weights, strict=True))
     context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
     return FusedModel.of(base, method, weights), FusedModel.of(hold_out, method, weights), summary
@@ -163,7 +165,7 @@ def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[st
     Raises:
         QualityCheckError: no list contains its target.
     """
-    count = context.settings["cand_num"]
+    count = pool_size(context.settings)
     ranks = [r.target_rank for r in requests if r.target_rank]
     recall = len(ranks) / max(len(requests), 1)
     context.say(f"{split}: {len(requests)} lists, {len(ranks)} contain their target ({recall:.4f})")
@@ -172,7 +174,7 @@ def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[st
             f"no {split} list contains its target: recall@{count} is 0",
             where=f"base_model {', '.join(context.settings['base_model'])}",
             why="re-ranking cannot improve a list without its target",
-            do="train the base model longer (base_epochs) or raise cand_num; if users repeat items, set "
+            do="train the base model longer (base_epochs) or raise cand_pool or cand_num; if users repeat items, set "
             "cand_exclude_seen: False",
         )
     return {
@@ -201,7 +203,7 @@ def _import(context: Context) -> dict[str, list[Request]]:
     Raises:
         ConfigurationError: a history or a target is not the one of the data set, or a list has the wrong length.
     """
-    data, count = context.data, context.settings["cand_num"]
+    data, count = context.data, pool_size(context.settings)
     users = {token: user for user, token in enumerate(data.user_tokens)}
     lists: dict[str, list[Request]] = {split: [] for split in SPLITS}
     file = Path(context.settings["cand_file"])
@@ -224,8 +226,8 @@ def _import(context: Context) -> dict[str, list[Request]]:
             raise ConfigurationError(
                 f"an imported list has {len(request.items)} candidates",
                 where=where,
-                why=f"cand_num is {count}, and a list needs two candidates to order",
-                do="import lists of 2 to cand_num candidates",
+                why=f"cand_pool, by default cand_num, is {count}, and a list needs two candidates to order",
+                do="import lists of 2 to cand_pool candidates",
             )
         # The prior stage computes the prior of these lists itself.
         lists[request.split].append(replace(request, prior=()))
@@ -260,8 +262,8 @@ def check_data(settings: Settings, data: Data) -> None:
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the imported file, or the base models in their order."""
     if settings["cand_file"]:
-        return {"cand_file": file_hash(settings["cand_file"], where="cand_file")}
-    return {"base_model": settings["base_model"]}
+        return {"cand_file": file_hash(settings["cand_file"], where="cand_file"), "pool": pool_size(settings)}
+    return {"base_model": settings["base_model"], "pool": pool_size(settings)}
 
 
 def stages(settings: Settings) -> list[Stage]:
@@ -275,7 +277,7 @@ def stages(settings: Settings) -> list[Stage]:
             name="candidates",
             version=3,
             run=run,
-            settings=("cand_", "seed"),
+            settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "seed"),
             needs=tuple(dict.fromkeys(needs)),
             check=check_settings,
             check_data=check_data,

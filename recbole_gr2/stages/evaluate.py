@@ -24,7 +24,7 @@ from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
-from recbole_gr2.lists import reported_requests
+from recbole_gr2.lists import pool_size, reported_requests, selected
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
 from recbole_gr2.rerankers.base import as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
@@ -43,23 +43,34 @@ def run(context: Context) -> dict[str, Any]:
         GR2Error: an identity that the metrics must fulfil is violated.
     """
     settings, catalog = context.settings, load_catalog(context)
-    requests, hits = reported_requests(context)
+    requests, hits = reported_requests(context, pool=True)
     context.say(f"{len(hits):,} of {len(requests):,} candidate lists contain their target")
     methods = [*orders(settings), *chosen(settings)]
     rankings: dict[str, Rankings] = {}
+    unchanged: dict[str, float] = {}
     answers: dict[str, dict[str, Answer]] = {}
     for method in methods:
         if stage_name(method.name) in context.folders:
             answers[method.name] = read_answers(context.folders[stage_name(method.name)], catalog)
-            rankings[method.name] = {name: answer.ranking for name, answer in answers[method.name].items()}
+            given = {name: answer.ranking for name, answer in answers[method.name].items()}
         else:
             ordered = as_answers(requests, method(context).rank(requests), method=method.name)
-            rankings[method.name] = {answer.request_id: answer.ranking for answer in ordered}
+            given = {answer.request_id: answer.ranking for answer in ordered}
+        inputs = {r.request_id: _input(r, settings, whole=method.whole_pool) for r in requests}
+        rankings[method.name] = {
+            r.request_id: given[r.request_id] + inputs[r.request_id][len(given[r.request_id]) :]
+            if r.request_id in given
+            else inputs[r.request_id]
+            for r in (requests if len(given) == len(requests) else hits)
+        }
+        unchanged[method.name] = float(
+            np.mean([rankings[method.name][r.request_id] == inputs[r.request_id] for r in hits])
+        )
     recommendations = {name: read_recommendations(context.folders["candidates"], name) for name in _alone(settings)} | {
         name: read_recommendations(context.folders[name]) for name in _models(settings)
     }
     base = read_recommendations(context.folders["candidates"])
-    entries = _methods(context, requests, hits, rankings, base, recommendations)
+    entries = _methods(context, requests, hits, rankings, unchanged, base, recommendations)
     descriptions = {method.name: method.description for method in methods}
     diagnostic = [method.name for method in methods if method.diagnostic]
     for entry in entries:
@@ -72,9 +83,10 @@ def run(context: Context) -> dict[str, Any]:
     _write_per_user(context, hits, rankings)
     history = settings["prompt_history"]
     reasoning = {name: each for name, each in answers.items() if any(a.reasoning for a in each.values())}
+    _, listed = reported_requests(context)
     if reasoning:
         name = "rl" if "rl" in reasoning else list(reasoning)[-1]
-        text = examples(hits, name, reasoning[name], catalog, history)
+        text = examples(listed, name, reasoning[name], catalog, history)
         (context.folder / "examples.md").write_text(text, encoding="utf-8")
     checkable = settings["trace_teacher"] == "rules"
     pairs = declared_pairs(
@@ -92,8 +104,22 @@ def run(context: Context) -> dict[str, Any]:
         "hit_users": len(hits),
         "methods": entries,
         "comparisons": [{**pair, "scope": "hit_users"} for pair in comparisons],
-        "truth": {name: truthfulness(hits, each, catalog, history) for name, each in reasoning.items() if checkable},
+        "truth": {name: truthfulness(listed, each, catalog, history) for name, each in reasoning.items() if checkable},
     }
+
+
+def _input(request: Request, settings: Settings, *, whole: bool) -> tuple[int, ...]:
+    """The order that a method changes: the base order, or the selected candidates in base order and the others behind.
+
+    Args:
+        request: the request with the whole pool.
+        settings: settings of the run.
+        whole: whether the method ranks the whole pool.
+    """
+    if whole or pool_size(settings) == settings["cand_num"]:
+        return request.items
+    candidates, others = selected(request, settings)
+    return candidates + others
 
 
 def _methods(
@@ -101,11 +127,12 @@ def _methods(
     requests: Sequence[Request],
     hits: Sequence[Request],
     rankings: Mapping[str, Rankings],
+    unchanged: Mapping[str, float],
     base: Recommendations,
     recommendations: Mapping[str, Recommendations],
 ) -> list[dict[str, Any]]:
     """RecBole's metrics of every method in both scopes, with the paired comparison to the base order."""
-    settings, data, count = context.settings, context.data, context.settings["cand_num"]
+    settings, data, count = context.settings, context.data, pool_size(context.settings)
     users = set(base.users) if settings["eval_max_lists"] is None else {r.user_token for r in requests}
     scopes = {"all_users": users, "hit_users": {r.user_token for r in hits}}
     by_user = {
@@ -122,14 +149,14 @@ def _methods(
     ranks = {name: _ranks(hits, given) for name, given in rankings.items()}
     entries: list[dict[str, Any]] = []
     for scope, members in scopes.items():
-        for name, given in rankings.items():
+        for name in rankings:
             entries.append(
                 {
                     "method": name,
                     "scope": scope,
                     "n": len(members),
                     "metrics": metrics[name][scope],
-                    "unchanged": float(np.mean([given[r.request_id] == r.items for r in hits])),
+                    "unchanged": unchanged[name],
                     "vs_base": {} if name == "base" else _compare(settings, ranks[name], ranks["base"], len(members)),
                 }
             )
@@ -220,7 +247,7 @@ def stages(settings: Settings) -> list[Stage]:
             name="evaluate",
             version=8,
             run=run,
-            settings=("eval_", "seed", "trace_teacher", "prompt_history"),
+            settings=("eval_", "cand_num", "cand_ranker", "seed", "trace_teacher", "prompt_history"),
             needs=(
                 "candidates",
                 "tokenizer",

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gr2.artifacts import load_catalog, load_requests, write_answers
+from recbole_gr2.artifacts import load_catalog, write_answers
 from recbole_gr2.config import Settings
-from recbole_gr2.lists import reported_requests, training_requests
+from recbole_gr2.lists import candidate_requests, reported_requests, training_requests
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
@@ -27,12 +27,14 @@ def run(context: Context) -> dict[str, Any]:
     The re-ranker gets requests without labels. With `eval_scope: hit_users` it gets the requests of the hit users only.
     """
     settings = context.settings
-    requests, hits = reported_requests(context)
+    reranker: Reranker = context.parameters["reranker"](context)
+    pool = reranker.whole_pool
+    requests, hits = reported_requests(context, pool=pool)
     if settings["eval_scope"] == "hit_users":
         requests = hits
-    reranker: Reranker = context.parameters["reranker"](context)
     if type(reranker).fit is not Reranker.fit:
-        reranker.fit(training_requests(context), [r for r in load_requests(context, "valid") if r.has_signal])
+        valid = [request for request in candidate_requests(context, "valid", pool=pool) if request.has_signal]
+        reranker.fit(training_requests(context, pool=pool), valid)
     started = time.monotonic()
     answers = as_answers(
         requests, reranker.rank([request.without_labels() for request in requests]), method=reranker.name
@@ -82,7 +84,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
         name=stage_name(reranker.name),
         version=5,
         run=run,
-        settings=("eval_scope", "eval_max_lists", "seed", *reranker.settings_prefixes),
+        settings=("eval_scope", "eval_max_lists", "cand_num", "cand_ranker", "seed", *reranker.settings_prefixes),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
         check=check_settings,

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from recbole_gr2.artifacts import load_catalog, load_requests, read_traces
+from recbole_gr2.artifacts import load_catalog, read_traces
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import QualityCheckError
-from recbole_gr2.lists import training_requests
+from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
@@ -93,7 +93,7 @@ def run(context: Context) -> dict[str, Any]:
 def _check_answers(context: Context, policy: Policy, seed: int) -> dict[str, int]:
     """Answer a sample of validation requests, write samples.json, and return the number of answers by status."""
     settings = context.settings
-    requests = load_requests(context, "valid")
+    requests = candidate_requests(context, "valid")
     requests = random.Random(seed).sample(requests, min(settings["sft_check_lists"], len(requests)))
     answers, completions = policy.answer(requests)
     statuses = Counter(answer.status for answer in answers)
@@ -220,7 +220,16 @@ STAGE = Stage(
     name="sft",
     version=8,
     run=run,
-    settings=("sft_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
+    settings=(
+        "sft_",
+        "cand_num",
+        "cand_ranker",
+        "prompt_",
+        "llm_lora_rank",
+        "llm_bf16",
+        "llm_micro_batch_size",
+        "seed",
+    ),
     needs=("tokenizer", "prior", "midtrain", "traces"),
     key_values=key_values,
 )

@@ -175,7 +175,7 @@ def stages(settings: Settings) -> list[Stage]:
             name="traces",
             version=8,
             run=run,
-            settings=("trace_", "prompt_", "seed"),
+            settings=("trace_", "cand_num", "cand_ranker", "prompt_", "seed"),
             needs=("tokenizer", "prior", *(("midtrain",) if own_model else ())),
             check=check_settings,
             check_data=check_data,
