@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from recbole_gr2.distributed import choose_threads, describe_threads
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The last line on stdout is the path of result.json.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    choose_threads()
     sys.path.insert(0, os.getcwd())  # modules of the user that settings name
     try:
         options, command_line = parse(argv)
@@ -315,6 +317,7 @@ def _run_once(
         f"GR2 on {settings['dataset']}, base model {' + '.join(settings['base_model'])}, LLM {settings['llm']}, "
         f"preset {settings['preset']}, seed {settings['seed']}"
     )
+    console.say(describe_threads())
     pipeline.check(settings)
     data = Data(settings)
     summary = data.summary()
