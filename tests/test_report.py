@@ -29,6 +29,7 @@ from recbole_gr2.report import (
 )
 from recbole_gr2.report.page import cautions
 from recbole_gr2.report.tables import (
+    PROTOCOL,
     comparisons_table,
     cost_table,
     curves_table,
@@ -427,30 +428,31 @@ def test_cost_table(three, one):
     assert cost_table(one[1]).splitlines()[0].split()[:3] == ["stage", "wall", "time"]
 
 
-def test_published_figures_have_known_metrics_and_ranges():
+def test_published_figures_have_known_metrics_ranges_and_sources():
     figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
-    assert set(figures) == {"amazon-beauty", "amazon-sports"}
+    sources = figures.pop("sources")
+    assert set(figures) == {"amazon-beauty", "amazon-sports", "amazon-toys"}
     assert {scope for scopes in figures.values() for scope in scopes} == {"all_users", "hit_users"}
-    values = [
-        (metric, value)
-        for scopes in figures.values()
-        for methods in scopes.values()
-        for method in methods.values()
-        for metric, value in method.items()
-    ]
+    entries = [(scope, entry) for scopes in figures.values() for scope, rows in scopes.items() for entry in rows]
+    assert {entry["source"] for _, entry in entries} == set(sources)
+    assert {entry.get("mask", "yes") for _, entry in entries} == {"yes"}
+    assert {entry.get("fit", "n-2") for _, entry in entries} == {"n-2"}
     known = {"recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10"}
-    assert len(values) > 60 and {metric for metric, _ in values} <= known
-    assert all(0 < value < 1 for _, value in values)
-    assert all(v > 0.2 for scopes in figures.values() for m in scopes["hit_users"].values() for v in m.values())
+    values = [(scope, name, value) for scope, entry in entries for name, value in entry.items() if name not in PROTOCOL]
+    assert len(values) > 60 and {name for _, name, _ in values} <= known
+    assert all((0.2 if scope == "hit_users" else 0) < value < 1 for scope, _, value in values)
 
 
 def test_published_figures_are_shown_for_their_data_set_alone(one):
     run, result = one
-    tables = published_tables("amazon-beauty")
-    assert "RL, rejection, KP (GR2)" in tables["hit_users"] and "0.5234" in tables["hit_users"]
-    assert tables["hit_users"].splitlines()[0].split()[1:] == ["recall@1", "recall@3", "recall@5", "ndcg@5"]
-    assert published_tables("ml-100k") == {} and "for reference" not in render_report(result, [run])
-    assert "for reference" in render_report({**result, "dataset": "amazon-beauty"}, [run])
+    tables, sources = published_tables("amazon-beauty")
+    assert "RL, rejection, KP" in tables["hit_users"] and "0.5234" in tables["hit_users"]
+    header = ["method", "source", "mask", "fit", "recall@1", "recall@3", "recall@5", "ndcg@5", "ndcg@10"]
+    assert tables["hit_users"].splitlines()[0].split() == header
+    assert "arXiv 2311.02089" in sources["LlamaRec"]
+    assert published_tables("ml-100k") == ({}, {}) and "for reference" not in render_report(result, [run])
+    page = render_report({**result, "dataset": "amazon-beauty"}, [run])
+    assert "for reference" in page and f"- LlamaRec: {sources['LlamaRec']}." in page
 
 
 # --- report.md -------------------------------------------------------------------------------------------------------

@@ -168,16 +168,20 @@ def slices_section(page: Page) -> str:
 
 def published_section(page: Page) -> str:
     """Return the figures of papers for this data set."""
-    tables = published_tables(page.result["dataset"])
+    tables, sources = published_tables(page.result["dataset"])
     if not tables:
         return ""
     parts = [
-        "## Published figures, for reference\n\nThese are figures of papers. Their candidate lists, splits and budgets "
-        "differ from those of this run."
+        "## Published figures, for reference\n\n"
+        "These are figures of papers, on the same data set with leave-one-out over the full catalogue. "
+        "Their candidate lists and budgets differ from those of this run. `mask`: items of the history "
+        "are excluded. `fit`: n-2 if the validation item of a user only chooses the model, n-1 if the "
+        "model learns from it too. Empty: the source does not state it. Only rows with the protocol of "
+        "this package (mask yes, fit n-2) can be compared with its figures, and only roughly."
     ]
-    return "\n\n".join(
-        [*parts, *(f"{SCOPES.get(scope, scope)}:\n\n{_block(table)}" for scope, table in tables.items())]
-    )
+    parts += [f"{SCOPES.get(scope, scope)}:\n\n{_block(table)}" for scope, table in tables.items()]
+    parts.append("\n".join(f"- {name}: {text}." for name, text in sources.items()))
+    return "\n\n".join(parts)
 
 
 def answers_section(page: Page) -> str:

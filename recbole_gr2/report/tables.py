@@ -184,18 +184,28 @@ def cost_table(result: Mapping[str, Any]) -> str:
     return render_table(["stage", *times, "peak memory", "cached", "code"], [*lines, ["all", *totals, "", "", ""]])
 
 
-def published_tables(dataset: str) -> dict[str, str]:
-    """Return the published figures of papers for a data set: scope -> table; {} if there are none."""
-    figures = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8")).get(dataset, {})
-    tables = {}
-    for scope, methods in figures.items():
-        names = _grouped(dict.fromkeys(metric for values in methods.values() for metric in values))
+PROTOCOL = ("method", "source", "mask", "fit")  # fields of a published figure that are no metrics
+
+
+def published_tables(dataset: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the published figures of papers for a data set: scope -> table, and the sources that the tables name.
+
+    Both are empty if there are no figures. properties/published.yaml explains the columns.
+    """
+    published = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
+    tables, sources = {}, {}
+    for scope, entries in published.get(dataset, {}).items():
+        names = _grouped(dict.fromkeys(name for entry in entries for name in entry if name not in PROTOCOL))
         lines = [
-            [method, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
-            for method, values in methods.items()
+            [
+                *(entry.get(name, "") for name in PROTOCOL),
+                *(f"{entry[name]:.4f}" if name in entry else "" for name in names),
+            ]
+            for entry in entries
         ]
-        tables[scope] = render_table(["published", *names], lines)
-    return tables
+        tables[scope] = render_table([*PROTOCOL, *names], lines)
+        sources |= {entry["source"]: published["sources"][entry["source"]] for entry in entries}
+    return tables, sources
 
 
 def latex_tables(result: Mapping[str, Any]) -> str:
