@@ -163,7 +163,21 @@ def slices_section(page: Page) -> str:
     methods = [entry["method"] for entry in in_scope(page.result, "hit_users") if not entry["diagnostic"]]
     table = slices_table([run.per_user() for run in page.runs], methods)
     seeds = ", of all seeds" if page.several else ""
-    return f"## Slices\n\nNDCG@5 over parts of the hit users{seeds}.\n\n{_block(table)}"
+    parts = [f"## Slices\n\nNDCG@5 over parts of the hit users{seeds}.\n\n{_block(table)}"]
+    lines: list[list[str]] = []
+    for seed, _, summary in page.summaries(slices=list):
+        for entry in summary["slices"]:
+            figures = [entry["users"], f"{entry['share']:.1%}", f"{entry['listed']:.1%}"]
+            lines.append(
+                [*seed, entry["slice"], *map(_number, figures), *(_number(entry["ndcg@10"].get(m)) for m in methods)]
+            )
+    if lines:
+        parts.append(
+            "NDCG@10 over parts of all users, by the training data: how often the target occurs, and whether it "
+            "follows an item of the history in the training items of any user. `listed` is the share of the users whose "
+            f"list contains the target.\n\n{page.table(['target', 'users', 'share', 'listed', *methods], lines)}"
+        )
+    return "\n\n".join(parts)
 
 
 def published_section(page: Page) -> str:

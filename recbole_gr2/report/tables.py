@@ -193,7 +193,8 @@ def published_tables(dataset: str) -> tuple[dict[str, str], dict[str, str]]:
     Both are empty if there are no figures. properties/published.yaml explains the columns.
     """
     published = read_yaml((properties_folder() / "published.yaml").read_text(encoding="utf-8"))
-    tables, sources = {}, {}
+    tables: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for scope, entries in published.get(dataset, {}).items():
         names = _grouped(dict.fromkeys(name for entry in entries for name in entry if name not in PROTOCOL))
         lines = [

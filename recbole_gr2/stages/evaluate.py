@@ -29,6 +29,7 @@ from recbole_gr2.ranking import Comparison, adjust, compare_ranks
 from recbole_gr2.rerankers.base import as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
 from recbole_gr2.seeding import derive_seed
+from recbole_gr2.slices import slice_metrics, target_slices
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Answer, Context, Recommendations, Request, Stage
 
@@ -64,7 +65,9 @@ def run(context: Context) -> dict[str, Any]:
             for r in (requests if len(given) == len(requests) else hits)
         }
         unchanged[method.name] = float(
-            np.mean([rankings[method.name][r.request_id] == inputs[r.request_id] for r in hits])
+            np.mean(
+                [rankings[method.name][r.request_id] == inputs[r.request_id] for r in hits if r.request_id in given]
+            )
         )
     recommendations = {name: read_recommendations(context.folders["candidates"], name) for name in _alone(settings)} | {
         name: read_recommendations(context.folders[name]) for name in _models(settings)
@@ -99,7 +102,10 @@ def run(context: Context) -> dict[str, Any]:
     comparisons = compare_pairs(
         pairs, lambda one, other: _compare(settings, ranks[one], ranks[other], len(hits)), diagnostic
     )
+    users = [request.user_token for request in requests]
+    places = {name: dict(zip([r.user_token for r in hits], each.tolist(), strict=True)) for name, each in ranks.items()}
     return {
+        "slices": slice_metrics(target_slices(context.data, users), users, places),
         "requests": len(requests),
         "hit_users": len(hits),
         "methods": entries,
@@ -245,7 +251,7 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name="evaluate",
-            version=8,
+            version=9,
             run=run,
             settings=("eval_", "cand_num", "cand_ranker", "seed", "trace_teacher", "prompt_history"),
             needs=(

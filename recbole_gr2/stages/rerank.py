@@ -11,6 +11,7 @@ import numpy as np
 
 from recbole_gr2.artifacts import load_catalog, write_answers
 from recbole_gr2.config import Settings
+from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.lists import candidate_requests, reported_requests, training_requests
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
@@ -25,11 +26,21 @@ def run(context: Context) -> dict[str, Any]:
     """Write rankings.jsonl, the answers of the re-ranker that the parameter `reranker` names.
 
     The re-ranker gets requests without labels. With `eval_scope: hit_users` it gets the requests of the hit users only.
+
+    Raises:
+        QualityCheckError: no list contains its target.
     """
     settings = context.settings
     reranker: Reranker = context.parameters["reranker"](context)
     pool = reranker.whole_pool
     requests, hits = reported_requests(context, pool=pool)
+    if not hits:
+        raise QualityCheckError(
+            f"no test list of {reranker.name} contains its target",
+            where=f"cand_num {settings['cand_num']}, cand_ranker {settings['cand_ranker']}",
+            why="re-ranking cannot improve such a list",
+            do="raise cand_num, or train the base models longer (base_epochs)",
+        )
     if settings["eval_scope"] == "hit_users":
         requests = hits
     if type(reranker).fit is not Reranker.fit:
