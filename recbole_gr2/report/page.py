@@ -174,7 +174,7 @@ def slices_section(page: Page) -> str:
     if lines:
         parts.append(
             "NDCG@10 over parts of all users, by the training data: how often the target occurs, and whether it "
-            "follows an item of the history in the training items of any user. `listed` is the share of the users whose "
+            "follows an item of the history in the training items of any user. `listed` is the share of users whose "
             f"list contains the target.\n\n{page.table(['target', 'users', 'share', 'listed', *methods], lines)}"
         )
     return "\n\n".join(parts)
