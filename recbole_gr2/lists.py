@@ -82,13 +82,17 @@ def reported_requests(context: Context, *, pool: bool = False) -> tuple[list[Req
     return requests, [request for request in requests if request.target_rank]
 
 
-def training_histories(data: Data, hold_out: bool) -> list[list[int]]:
-    """Return the training interactions of every user as item ids, oldest first.
+def training_histories(data: Data, interactions: str = "train") -> list[list[int]]:
+    """Return the known interactions of every user as item ids, oldest first.
 
     Args:
         data: the data set.
-        hold_out: leave out the targets of the train requests.
+        interactions: `train`, the training interactions; `hold_out`, those without the targets of the train requests;
+            `refit`, those and the validation items.
     """
-    if hold_out:
+    if interactions == "hold_out":
         return data.sequences_without_train_targets()
-    return [sequence.tolist() for sequence in data.train_sequences().values()]
+    sequences = data.train_sequences()
+    if interactions == "refit":
+        return [data.sequences[user][:-1].tolist() for user in sequences]
+    return [sequence.tolist() for sequence in sequences.values()]

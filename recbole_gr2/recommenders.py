@@ -20,7 +20,8 @@ from recbole_gr2.prompts import history_ids
 from recbole_gr2.sid.embed import item_text
 from recbole_gr2.types import Context
 
-BASE, HOLD_OUT = "base", "hold_out"  # folders of a base model and of its hold-out base model in their stage
+# Folders in the stage of a base model: the base model, the hold-out base model, and the one of `refit`.
+BASE, HOLD_OUT, REFIT = "base", "hold_out", "refit"
 EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
 STAGE_OF = {"sids": "tokenizer", "text_embeddings": "embeddings"}  # Input of a model -> the stage that makes it.
 
@@ -106,18 +107,18 @@ def model_inputs(context: Context, model: str, *, base: bool) -> dict[str, Any]:
     return {}
 
 
-def load_base_model(context: Context, name: str, *, hold_out: bool) -> BaseModel:
+def load_base_model(context: Context, name: str, kind: str = BASE) -> BaseModel:
     """Return a trained base model.
 
     Args:
         context: a context whose stage needs `base_stage(name)` and the stages of `stages_of(name)`; for the mid-trained
             model see `load_generator`.
         name: name of the base model.
-        hold_out: whether to return the model that proposes the candidates of train requests.
+        kind: BASE, HOLD_OUT or REFIT: the model of validation and test, of train requests, or the refitted one of test.
     """
     if name == GENERATOR:
-        return load_generator(context, hold_out=hold_out)
-    folder = context.folders[base_stage(name)] / (HOLD_OUT if hold_out else BASE)
+        return load_generator(context, hold_out=kind == HOLD_OUT)
+    folder = context.folders[base_stage(name)] / kind
     return load_base(context.data, folder, model=name, inputs=model_inputs(context, name, base=True))
 
 
@@ -160,4 +161,10 @@ def load_recommender(context: Context, name: str) -> BaseModel:
     if name in ONEREC_THINK:
         return onerec_think_recommender(context, name)
     inputs = model_inputs(context, name, base=False)
-    return train_or_load(context.data, context.folder / "model", model=name, base=False, inputs=inputs, say=context.say)
+    options: dict[str, Any] = {"model": name, "base": False, "inputs": inputs, "say": context.say}
+    model = train_or_load(context.data, context.folder / "model", **options)
+    if not context.settings["refit"]:
+        return model
+    epochs = model.metadata["epochs"]
+    context.say(f"refit: {epochs} epochs with the validation items")
+    return train_or_load(context.data, context.folder / REFIT, refit=True, epochs=epochs, **options)

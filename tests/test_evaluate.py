@@ -60,7 +60,7 @@ def test_features_belong_to_their_requests(finished):
     assert [r.features.pairs.shape[:2] for r in requests] == [(len(r.items), min(len(r.history), 10)) for r in requests]
     training = TrainingData(
         catalog=finished.data.catalog,
-        sequences=training_histories(finished.data, hold_out=False),
+        sequences=training_histories(finished.data),
         embeddings=read_embeddings(finished.folders["embeddings"]),
     )
     names, again = extract_features(requests, finished.settings["prior_features"], training)

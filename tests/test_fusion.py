@@ -155,7 +155,7 @@ def test_lists_are_those_of_the_fused_scores(run):
         for split in ("train", "valid", "test")
     }
     for split in requests:
-        models = [load_base_model(context, name, hold_out=split == "train") for name in TWO]
+        models = [load_base_model(context, name, "hold_out" if split == "train" else "base") for name in TWO]
         scores = [
             {
                 user: row.double().numpy()
@@ -191,7 +191,8 @@ def test_each_base_model_alone_recommends_what_it_recommends_without_the_other(r
 
 
 def test_the_fused_order_is_what_recboles_evaluator_scores(run):
-    base, hold_out, _ = base_models(run.context())
+    models, _ = base_models(run.context())
+    base, hold_out = models["base"], models["hold_out"]
     assert (base.metadata["hold_out"], hold_out.metadata["hold_out"]) == (False, True)
     check = RecboleCheck(base)
     recommended = read_recommendations(run.folders["candidates"])

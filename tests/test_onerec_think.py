@@ -212,7 +212,7 @@ def test_a_sentence_without_category_or_title():
 @pytest.mark.parametrize("hold_out", [True, False])
 def test_training_positions(hold_out):
     data = ToyData()
-    learnt = training_histories(data, hold_out)
+    learnt = training_histories(data, "hold_out" if hold_out else "train")
     found = training_positions(learnt, seed=3)
     assert len(found) == data.users * (4 - hold_out)
     assert len({history for history, _ in found}) <= len(found) and found != sorted(found)
@@ -433,9 +433,7 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     prompt = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
     assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in prompt
     written = lines(context.folder / "rationales.jsonl")
-    drawn = training_positions(
-        training_histories(context.data, hold_out=False), seed=derive_seed(SETTINGS["seed"], "onerec_think")
-    )
+    drawn = training_positions(training_histories(context.data), seed=derive_seed(SETTINGS["seed"], "onerec_think"))
     examples = [(tuple(line["history"]), line["target"]) for line in written]
     assert examples == drawn[: len(examples)] and len(examples) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")

@@ -179,7 +179,7 @@ def trained(folder: Path, place: Path, sids: np.ndarray, **changes) -> BaseModel
     )
     (stage,) = base_model.stages(data.settings)
     stage.run(context)
-    return base_models(context)[0]
+    return base_models(context)[0]["base"]
 
 
 def metrics_of(base: BaseModel, rankings=None, break_ties: bool = True) -> dict[str, float]:

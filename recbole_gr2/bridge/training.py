@@ -39,6 +39,7 @@ def train_or_load(
     folder: Path,
     *,
     hold_out: bool = False,
+    refit: bool = False,
     epochs: int | None = None,
     model: str | None = None,
     base: bool = True,
@@ -48,7 +49,17 @@ def train_or_load(
 ) -> BaseModel:
     """Load the model of a folder, or train it if the folder is not finished. See `train_model` for the arguments."""
     if not is_finished(folder):
-        train_model(data, folder, hold_out=hold_out, epochs=epochs, model=model, base=base, inputs=inputs, say=say)
+        train_model(
+            data,
+            folder,
+            hold_out=hold_out,
+            refit=refit,
+            epochs=epochs,
+            model=model,
+            base=base,
+            inputs=inputs,
+            say=say,
+        )
     return load_model(data, folder, model=model, base=base, inputs=inputs, exclude_seen=exclude_seen)
 
 
@@ -72,6 +83,7 @@ def train_model(
     folder: Path,
     *,
     hold_out: bool = False,
+    refit: bool = False,
     epochs: int | None = None,
     model: str | None = None,
     base: bool = True,
@@ -85,6 +97,7 @@ def train_model(
         folder: the folder of the model.
         hold_out: whether to leave out each user's last `train_targets` training interactions, which are the targets of
             the training requests.
+        refit: whether to add the validation items, for the lists of the test split. It requires `epochs`.
         epochs: number of epochs without validation. By default early stopping by `valid_metric` chooses it. A hold-out
             base model is trained for as many epochs as the base model, so that its targets do not choose the number.
         model: name of the model; by default the first base model.
@@ -93,7 +106,7 @@ def train_model(
         say: prints a line for each validation.
 
     Returns:
-        The metadata: `model`, `hold_out`, `epochs`, `training_rows`, and `best_valid` with early stopping.
+        The metadata: `model`, `hold_out`, `refit`, `epochs`, `training_rows`, and `best_valid` with early stopping.
 
     Raises:
         ConfigurationError: the model is neither sequential nor general, or its state cannot be stored.
@@ -103,7 +116,7 @@ def train_model(
     from recbole.data.utils import create_samplers, get_dataloader
     from recbole.utils import ModelType, get_trainer
 
-    setup = _set_up(data, folder, hold_out=hold_out, epochs=epochs, model=model, base=base, inputs=inputs)
+    setup = _set_up(data, folder, hold_out=hold_out, refit=refit, epochs=epochs, model=model, base=base, inputs=inputs)
     config = setup.config
     with _reported(setup.name):  # RecBole refuses users who interacted with all items.
         samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
@@ -138,6 +151,7 @@ def train_model(
     metadata: dict[str, Any] = {
         "model": setup.name,
         "hold_out": hold_out,
+        "refit": refit,
         "epochs": trainer.saved_epoch + 1,
         "training_rows": len(setup.train),
     }
@@ -177,7 +191,16 @@ def load_model(
             do="run the stage that trains it",
         )
     metadata = read_metadata(folder)
-    setup = _set_up(data, folder, hold_out=metadata["hold_out"], epochs=None, model=model, base=base, inputs=inputs)
+    setup = _set_up(
+        data,
+        folder,
+        hold_out=metadata["hold_out"],
+        refit=metadata["refit"],
+        epochs=None,
+        model=model,
+        base=base,
+        inputs=inputs,
+    )
     with _reported(setup.name):
         network = _network(setup, data)
     _load_weights(network, folder / WEIGHTS)
@@ -203,6 +226,7 @@ def _set_up(
     folder: Path,
     *,
     hold_out: bool,
+    refit: bool,
     epochs: int | None,
     model: str | None,
     base: bool,
@@ -230,6 +254,8 @@ def _set_up(
     own = None if name in MODELS else dataset_class(name)
     dataset, built = (data.dataset, data.built) if sequential and own is None else _own_rows(data, config, own)
     train = built[0]
+    if refit:
+        train = _with_validation(built[0], built[1], data.uid)
     keep = np.arange(len(train.inter_feat))
     if hold_out:
         keep = np.flatnonzero(from_end(train.inter_feat[data.uid].numpy()) > data.train_targets)
@@ -244,6 +270,14 @@ def _set_up(
         built=built,
         train=train.copy(train.inter_feat[keep]),
     )
+
+
+def _with_validation(train: Any, valid: Any, user: str) -> Any:
+    """RecBole's data set with the rows of training and validation, those of each user together and in time order."""
+    from recbole.data.interaction import cat_interactions
+
+    rows = cat_interactions([train.inter_feat, valid.inter_feat])
+    return train.copy(rows[np.argsort(rows[user].numpy(), kind="stable")])
 
 
 def _overrides(

@@ -3,7 +3,8 @@
 The base model is trained on the training interactions. It proposes the candidates of validation and test requests. The
 hold-out base model is trained without each user's last `train_targets` training interactions, the targets of the
 training requests, and proposes their candidates. A model that was trained on a target ranks it first far too often, and
-a re-ranker that learns from such lists keeps their order.
+a re-ranker that learns from such lists keeps their order. With `refit` a third model is trained on the training and
+validation interactions, and proposes the candidates of test requests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.recommenders import (
     BASE,
     HOLD_OUT,
+    REFIT,
     base_stage,
     check_model,
     check_model_size,
@@ -35,20 +37,26 @@ def stages(settings: Settings) -> list[Stage]:
 
 def _stage(name: str, settings: Settings) -> Stage:
     def run(context: Context) -> dict[str, Any]:
-        """Train both models. Write base/ and hold_out/, each with weights and metadata. Finished ones stay."""
+        """Train the models. Write base/, hold_out/ and, with `refit`, refit/. Finished models stay."""
         inputs = model_inputs(context, name, base=True)
-        base, hold_out = context.folder / BASE, context.folder / HOLD_OUT
+        base, hold_out, refit = (context.folder / kind for kind in (BASE, HOLD_OUT, REFIT))
         if not is_finished(base):
             train_model(context.data, base, model=name, inputs=inputs, say=context.say)
         metadata = read_metadata(base)
         context.say(f"base model {name}: best epoch {metadata['epochs']}, validation {metadata.get('best_valid')}")
+        epochs = metadata["epochs"]
         if not is_finished(hold_out):
-            epochs = metadata["epochs"]
             context.say(f"hold-out base model: {epochs} epochs without the targets of the training requests")
             train_model(
                 context.data, hold_out, hold_out=True, epochs=epochs, model=name, inputs=inputs, say=context.say
             )
-        return {BASE: metadata, HOLD_OUT: read_metadata(hold_out)}
+        summary = {BASE: metadata, HOLD_OUT: read_metadata(hold_out)}
+        if context.settings["refit"]:
+            if not is_finished(refit):
+                context.say(f"refitted base model: {epochs} epochs with the validation items")
+                train_model(context.data, refit, refit=True, epochs=epochs, model=name, inputs=inputs, say=context.say)
+            summary[REFIT] = read_metadata(refit)
+        return summary
 
     def key_values(settings: Settings) -> dict[str, Any]:
         return training_options(settings, name, base=True)
@@ -63,7 +71,7 @@ def _stage(name: str, settings: Settings) -> Stage:
         name=base_stage(name),
         version=1,
         run=run,
-        settings=("cand_beams", "seed", "train_"),
+        settings=("cand_beams", "refit", "seed", "train_"),
         needs=stages_of(name, settings, base=True),
         check=check_settings,
         check_data=check_data,

@@ -20,7 +20,7 @@ from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import pool_size
-from recbole_gr2.recommenders import base_stage, load_base_model, stages_of
+from recbole_gr2.recommenders import BASE, HOLD_OUT, REFIT, base_stage, load_base_model, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
 
@@ -41,8 +41,12 @@ def run(context: Context) -> dict[str, Any]:
         lists, summary["imported"] = _import(context), settings["cand_file"]
         recommendations = from_lists(context.data, lists["test"])
     else:
-        base, hold_out, summary["fusion"] = base_models(context)
-        lists = {"train": top_candidates(hold_out, "train", count), "valid": top_candidates(base, "valid", count)}
+        models, summary["fusion"] = base_models(context)
+        lists = {
+            "train": top_candidates(models[HOLD_OUT], "train", count),
+            "valid": top_candidates(models[BASE], "valid", count),
+        }
+        base = models[REFIT if settings["refit"] else BASE]
         scored = list(recommend(base, "test", depth_of(context.data), break_ties=False, check=True))
         lists["test"] = to_requests(base, "test", scored, count)
         recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
@@ -62,23 +66,26 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
-def base_models(context: Context) -> tuple[BaseModel, BaseModel, dict[str, Any]]:
-    """The base model and the hold-out base model, each fused if there are several, and a summary of the fusion."""
+def base_models(context: Context) -> tuple[dict[str, BaseModel], dict[str, Any]]:
+    """The base model, the hold-out base model and, for `refit`, the refitted one, and the weights of the fusion.
+
+    Each is fused if there are several base models.
+    """
     settings, names = context.settings, context.settings["base_model"]
-    base = [load_base_model(context, name, hold_out=False) for name in names]
-    hold_out = [load_base_model(context, name, hold_out=True) for name in names]
+    kinds = (BASE, HOLD_OUT, *((REFIT,) if settings["refit"] else ()))
+    models = {kind: [load_base_model(context, name, kind) for name in names] for kind in kinds}
     if len(names) == 1:
-        return base[0], hold_out[0], {}
+        return {kind: each[0] for kind, each in models.items()}, {}
     method = Method(settings["cand_fusion"])
     if settings["cand_weights"]:
         weights = tuple(float(settings["cand_weights"].get(name, 0)) for name in names)
     else:
         count = pool_size(settings)
-        weights, recall = choose_weights(base, method, count)
+        weights, recall = choose_weights(models[BASE], method, count)
         context.say(f"weights chosen on validation, where they give recall@{count} {recall:.4f}")
     summary = dict(zip(names, weights, strict=True))
     context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
-    return FusedModel.of(base, method, weights), FusedModel.of(hold_out, method, weights), summary
+    return {kind: FusedModel.of(each, method, weights) for kind, each in models.items()}, summary
 
 
 def recall_by_depth(recommendations: Recommendations) -> dict[str, float]:
@@ -277,7 +284,7 @@ def stages(settings: Settings) -> list[Stage]:
             name="candidates",
             version=3,
             run=run,
-            settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "seed"),
+            settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "refit", "seed"),
             needs=tuple(dict.fromkeys(needs)),
             check=check_settings,
             check_data=check_data,

@@ -88,7 +88,8 @@ def run(context: Context) -> dict[str, Any]:
         "say": context.say,
         "trie": sid_trie(settings, tokenizer, catalog),
     }
-    histories = training_histories(context.data, context.parameters.get("hold_out", settings["mid_hold_out"]))
+    hold_out = context.parameters.get("hold_out", settings["mid_hold_out"])
+    histories = training_histories(context.data, "hold_out" if hold_out else "train")
     texts = task_texts(catalog, histories, general, settings)
     first = examples_of(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
     logs = []

@@ -47,7 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     settings, catalog, with_traces = context.settings, load_catalog(context), reasons(context.stage)
     maker = prompt_maker(settings, catalog)
     seed = derive_seed(settings["seed"], "onerec_think")  # the same for both models: they learn the same histories
-    positions = training_positions(training_histories(context.data, hold_out=False), seed=seed)
+    positions = training_positions(training_histories(context.data), seed=seed)
     size = settings["onerec_think_batch_size"]
     steps = min(settings["onerec_think_steps"], math.ceil(settings["onerec_think_passes"] * len(positions) / size))
     positions = positions[: steps * size]

@@ -91,9 +91,12 @@ def _features(
     embeddings = read_embeddings(context.folders["embeddings"])
     names: list[str] = []
     features: dict[str, list[CandidateFeatures]] = {}
-    for splits, hold_out in ((("train",), True), (("valid", "test"), False)):
+    known: dict[str, tuple[str, ...]] = {"hold_out": ("train",), "train": ("valid", "test")}
+    if settings["refit"]:
+        known = {"hold_out": ("train",), "train": ("valid",), "refit": ("test",)}
+    for interactions, splits in known.items():
         training = TrainingData(
-            catalog=data.catalog, sequences=training_histories(data, hold_out), embeddings=embeddings
+            catalog=data.catalog, sequences=training_histories(data, interactions), embeddings=embeddings
         )
         together = [request for split in splits for request in requests[split]]
         names, rows = extract_features(together, settings["prior_features"], training)
@@ -135,7 +138,7 @@ STAGE = Stage(
     name="prior",
     version=5,
     run=run,
-    settings=("prior_", "seed"),
+    settings=("prior_", "refit", "seed"),
     needs=("candidates", "embeddings"),
     check=check_settings,
     key_values=key_values,

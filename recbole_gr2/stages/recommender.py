@@ -44,7 +44,7 @@ def stages(settings: Settings) -> list[Stage]:
 
 
 def _stage(model: str, needs: tuple[str, ...]) -> Stage:
-    common = ("cand_exclude_seen", "seed")
+    common: tuple[str, ...] = ("cand_exclude_seen", "seed")
     if model in ONEREC_THINK:
         return Stage(
             name=model,
@@ -75,7 +75,7 @@ def _stage(model: str, needs: tuple[str, ...]) -> Stage:
         name=model,
         version=2,
         run=run,
-        settings=(*common, "models_options", "cand_beams"),
+        settings=(*common, "models_options", "cand_beams", "refit"),
         needs=needs,
         key_values=key_values,
         check=check_settings,
