@@ -279,7 +279,8 @@ def test_metrics_of_short_lists_are_those_of_a_brute_force(table, drawn):
                 assert found[f"itemcoverage@{k}"] == pytest.approx(len(covered) / data.item_count, abs=0.02)
 
 
-@pytest.mark.parametrize("model", ["GR2Generator", pytest.param("TIGER", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["GR2Generator", "TIGER"])
 def test_a_search_with_few_beams_gives_short_lists(table, tiny_run, model):
     """Three semantic IDs, with cand_num 5 and cut-offs up to 20."""
     options = {**EXACT, "base_model": model, "models": ["Pop"], "cand_beams": 3}
@@ -302,6 +303,7 @@ def test_a_search_with_few_beams_gives_short_lists(table, tiny_run, model):
 # --- other recommenders on a part of the users ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [150, 70])
 def test_recommenders_beside_imported_lists(table, tiny_run, tmp_path, kept):
     """They are reported on the users of the lists. Lists that cover all users give the figures of all users."""

@@ -452,6 +452,7 @@ def test_rollouts_are_paid_by_their_beams(papered):
     assert summary["rl_first"]["reward"] == pytest.approx(np.mean(rewards[:16]))
 
 
+@pytest.mark.slow
 def test_rl_moves_the_model_away_from_its_reference(toy, tmp_path):
     """From a half-trained public model, whose traces differ and lead to different items."""
     half = at(
@@ -506,6 +507,7 @@ def test_a_reward_is_that_of_the_own_search(untrained):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_killed_rl_ends_as_one_that_was_not(papered, tmp_path):
     context, _ = papered
     rounds = 0
@@ -550,6 +552,7 @@ def assert_same_model(one: Context, two: Context) -> None:
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [THINK, NO_THINK])
 def test_a_killed_stage_ends_as_one_that_was_not(toy, tmp_path, name):
     def kill(line):
