@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recbole_gr2.artifacts import read_recommendations, read_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import RecboleCheck
-from recbole_gr2.bridge.fusion import Method, choose_weights, item_ranks, places_of, standardise
+from recbole_gr2.bridge.fusion import Fusion, choose_weights, item_ranks, places_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, Batch
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features
@@ -26,9 +26,9 @@ TWO = ["PairCounts", "ItemKNN"]
 
 
 def fused(name: str, weights: list[float], *scores: list[float]) -> list[float]:
-    method = Method(name)
-    parts = torch.stack([method.comparable(torch.tensor([row])) for row in scores])
-    return method.fuse(parts, weights)[0].tolist()
+    fusion = Fusion(name)
+    parts = torch.stack([fusion.comparable(torch.tensor([row])) for row in scores])
+    return fusion.fuse(parts, weights)[0].tolist()
 
 
 # --- values computed by hand -----------------------------------------------------------------------------------------
@@ -115,27 +115,27 @@ def random_models(users: int = 60, items: int = 300) -> tuple[list[SimpleNamespa
 @pytest.mark.parametrize("name", ["zscore", "rank", "quota"])
 def test_validation_chooses_weights_with_the_highest_recall(name):
     models, _ = random_models()
-    method = Method(name)
-    weights, recall = choose_weights(models, method, 10)
+    fusion = Fusion(name)
+    weights, recall = choose_weights(models, fusion, 10)
 
     def recall_of(weights):
         rank = []
         for batches in zip(*(model.batches("valid") for model in models), strict=True):
-            parts = torch.stack([method.comparable(batch.scores) for batch in batches])
-            scores = method.fuse(parts, weights)
+            parts = torch.stack([fusion.comparable(batch.scores) for batch in batches])
+            scores = fusion.fuse(parts, weights)
             rank += item_ranks(scores).gather(1, batches[0].rows["item"][:, None])[:, 0].tolist()
         return float(np.mean(np.array(rank) <= 10))
 
     assert recall == pytest.approx(recall_of(weights))
     assert recall > max(recall_of((1, 1, 1)), recall_of((1, 0, 0)), recall_of((0, 1, 0)))
     assert weights[2] < min(weights[:2])
-    assert (weights, recall) == choose_weights(models, method, 10)
+    assert (weights, recall) == choose_weights(models, fusion, 10)
 
 
 def test_no_target_among_the_candidates_is_an_error():
     scores = np.tile(np.arange(300.0), (4, 1))
     with pytest.raises(QualityCheckError, match="no validation target is among the first 10 items"):
-        choose_weights([model_of(scores, np.array([1, 2, 3, 4]))] * 2, Method("zscore"), 10)
+        choose_weights([model_of(scores, np.array([1, 2, 3, 4]))] * 2, Fusion("zscore"), 10)
 
 
 # --- lists of a run --------------------------------------------------------------------------------------------------

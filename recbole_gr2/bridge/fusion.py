@@ -1,7 +1,7 @@
 """Fusion: one ranking of the catalogue from the scores of several base models.
 
 Every base model scores the whole catalogue for a row. The scores are made comparable within the row, weighted, and
-added. There are three methods:
+added. There are three ways:
 
 * `zscore`: each model's scores, standardised over the items that are not masked. The fused score is their weighted sum.
 * `rank`: reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009). An item at rank r of a model counts
@@ -104,8 +104,12 @@ def places_of(weights: Sequence[float], count: int) -> np.ndarray:
     return np.where(np.isfinite(positions), places.reshape(positions.shape), np.inf)
 
 
-class Method(NamedTuple):
-    """A method of fusion: how the scores of one model are made comparable, and how those of all models are joined."""
+class Fusion(NamedTuple):
+    """How the scores of one model are made comparable, and how those of all models are joined.
+
+    Attributes:
+        name: zscore, rank or quota.
+    """
 
     name: str
 
@@ -115,9 +119,8 @@ class Method(NamedTuple):
 
         if self.name == "zscore":
             return standardise(scores)
-        places = item_ranks(scores).masked_fill(
-            scores <= UNREACHED, scores.size(1)
-        )  # Items that were not reached come last.
+        # Items that a generative model did not reach come last.
+        places = item_ranks(scores).masked_fill(scores <= UNREACHED, scores.size(1))
         return places.double().masked_fill(scores == -torch.inf, -torch.inf)
 
     def fuse(self, parts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -151,12 +154,12 @@ class FusedModel(BaseModel):
 
     Attributes:
         members: the base models. They mask the same items.
-        method: the method of fusion.
+        fusion: how their scores are joined.
         weights: weight of each base model.
     """
 
     members: tuple[BaseModel, ...]
-    method: Method
+    fusion: Fusion
     weights: tuple[float, ...]
 
     @property
@@ -165,7 +168,7 @@ class FusedModel(BaseModel):
         return self.members
 
     @classmethod
-    def of(cls, sources: Sequence[BaseModel], method: Method, weights: Sequence[float]) -> FusedModel:
+    def of(cls, sources: Sequence[BaseModel], fusion: Fusion, weights: Sequence[float]) -> FusedModel:
         """Fuse base models."""
         first = sources[0]
         return cls(
@@ -175,7 +178,7 @@ class FusedModel(BaseModel):
             exclude_seen=first.exclude_seen,
             metadata={"hold_out": first.metadata["hold_out"]},
             members=tuple(sources),
-            method=method,
+            fusion=fusion,
             weights=tuple(weights),
         )
 
@@ -184,11 +187,11 @@ class FusedModel(BaseModel):
         import torch
 
         parts = tuple(source.score_rows(rows, split) for source in self.members)
-        fused = self.method.fuse(torch.stack([self.method.comparable(part) for part in parts]), self.weights)
+        fused = self.fusion.fuse(torch.stack([self.fusion.comparable(part) for part in parts]), self.weights)
         return Batch(rows, fused, parts)
 
 
-def choose_weights(sources: Sequence[BaseModel], method: Method, count: int) -> tuple[tuple[float, ...], float]:
+def choose_weights(sources: Sequence[BaseModel], fusion: Fusion, count: int) -> tuple[tuple[float, ...], float]:
     """Choose the weights of base models on validation rows.
 
     Starting from equal weights, the search changes one weight after the other to the best value of `GRID`, in
@@ -198,7 +201,7 @@ def choose_weights(sources: Sequence[BaseModel], method: Method, count: int) -> 
 
     Args:
         sources: the base models, trained without the targets of validation.
-        method: the method of fusion.
+        fusion: how their scores are joined.
         count: number K of candidates of a list.
 
     Returns:
@@ -207,12 +210,12 @@ def choose_weights(sources: Sequence[BaseModel], method: Method, count: int) -> 
     Raises:
         QualityCheckError: with no weights a target is among the first K items.
     """
-    pools = [_pool(batch, method, max(POOL, count)) for batch in _batches(sources)]
+    pools = [_pool(batch, fusion, max(POOL, count)) for batch in _batches(sources)]
 
     def quality(weights: Sequence[float]) -> tuple[float, float]:
         if not any(weights):
             return -1.0, -1.0
-        rank = np.concatenate([_target_rank(method.fuse(parts, weights)) for parts in pools])
+        rank = np.concatenate([_target_rank(fusion.fuse(parts, weights)) for parts in pools])
         return float((rank <= count).mean()), float(np.where(rank <= count, ndcg_at(rank, count), 0).mean())
 
     best = (1.0,) * len(sources)
@@ -235,15 +238,12 @@ def choose_weights(sources: Sequence[BaseModel], method: Method, count: int) -> 
 
 def _batches(sources: Sequence[BaseModel]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Targets (B,) of the validation rows in batches, with the scores (B, N + 1) of each model."""
-    import torch
-
     for batches in zip(*(source.batches("valid") for source in sources), strict=True):
         rows = batches[0].rows
-        targets = rows[sources[0].data.iid]
-        yield targets, [torch.as_tensor(batch.scores) for batch in batches]
+        yield rows[sources[0].data.iid].to(batches[0].scores.device), [batch.scores for batch in batches]
 
 
-def _pool(batch: tuple[Tensor, list[Tensor]], method: Method, depth: int) -> Tensor:
+def _pool(batch: tuple[Tensor, list[Tensor]], fusion: Fusion, depth: int) -> Tensor:
     """Comparable scores of the target, and of the first items of each model, (S, B, 1 + S * depth).
 
     The target has the place 0. It, and an item that several models propose, is masked at its further places.
@@ -253,7 +253,7 @@ def _pool(batch: tuple[Tensor, list[Tensor]], method: Method, depth: int) -> Ten
     targets, scores = batch
     depth = min(depth, scores[0].size(1) - 1)
     items = torch.cat([targets.unsqueeze(1), *(torch.topk(each, depth, dim=1).indices for each in scores)], dim=1)
-    parts = torch.stack([method.comparable(each).gather(1, items) for each in scores])
+    parts = torch.stack([fusion.comparable(each).gather(1, items) for each in scores])
     ordered, order = torch.sort(items, dim=1, stable=True)
     repeats = torch.zeros_like(items, dtype=torch.bool)
     repeats.scatter_(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])

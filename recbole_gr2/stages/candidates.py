@@ -15,7 +15,7 @@ from typing import Any
 from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
-from recbole_gr2.bridge.fusion import FusedModel, Method, choose_weights
+from recbole_gr2.bridge.fusion import FusedModel, Fusion, choose_weights
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
@@ -76,16 +76,16 @@ def base_models(context: Context) -> tuple[dict[str, BaseModel], dict[str, Any]]
     models = {kind: [load_base_model(context, name, kind) for name in names] for kind in kinds}
     if len(names) == 1:
         return {kind: each[0] for kind, each in models.items()}, {}
-    method = Method(settings["cand_fusion"])
+    fusion = Fusion(settings["cand_fusion"])
     if settings["cand_weights"]:
         weights = tuple(float(settings["cand_weights"].get(name, 0)) for name in names)
     else:
         count = pool_size(settings)
-        weights, recall = choose_weights(models[BASE], method, count)
+        weights, recall = choose_weights(models[BASE], fusion, count)
         context.say(f"weights chosen on validation, where they give recall@{count} {recall:.4f}")
     summary = dict(zip(names, weights, strict=True))
     context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
-    return {kind: FusedModel.of(each, method, weights) for kind, each in models.items()}, summary
+    return {kind: FusedModel.of(each, fusion, weights) for kind, each in models.items()}, summary
 
 
 def recall_by_depth(recommendations: Recommendations) -> dict[str, float]:
