@@ -372,13 +372,18 @@ def test_cross_entropy_by_hand():
     assert cross_entropy(log_probs, shares([(1, 2, 0, 0)])).item() == pytest.approx(by_hand)
 
 
-def test_a_cross_fitted_list_does_not_depend_on_its_target(small_prior):
+def test_a_cross_fitted_list_does_not_depend_on_the_targets_of_its_user(small_prior):
     lists, relevance = planted(40, 0)
-    before = cross_fit(lists, relevance, steps=[4, 3], seed=1)
+    users = [str(number % 36) for number in range(40)]  # The lists 0 to 3 and 36 to 39 have the same users.
+    before = cross_fit(lists, relevance, users=users, steps=[4, 3], seed=1)
     changed = list(relevance)
     changed[7] = relevance[7][1:] + relevance[7][:1]
-    after = cross_fit(lists, changed, steps=[4, 3], seed=1)
+    after = cross_fit(lists, changed, users=users, steps=[4, 3], seed=1)
     assert before[7] == after[7] and before != after
+    changed = list(relevance)
+    changed[37] = relevance[37][1:] + relevance[37][:1]
+    after = cross_fit(lists, changed, users=users, steps=[4, 3], seed=1)
+    assert (before[1], before[37]) == (after[1], after[37]) and before != after
     assert len(before) == 40 and all(len(row) == 5 for row in before)
 
 

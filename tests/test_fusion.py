@@ -1,13 +1,12 @@
 """Fusion of several base models: values computed by hand, the choice of weights, and the lists of a run."""
 
-import random
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from changed_data import copy_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -217,36 +216,11 @@ def test_ranks_and_scores_of_the_models_are_features(run):
         assert np.allclose(values.candidates[:, 3], request.sources[1].scores)
 
 
-def with_scrambled_targets(folder: Path, copy: Path, *, scramble: bool) -> None:
-    """Copy the data set tiny; if wanted, replace the last item of each user by another one.
-
-    Two further users have all items, in the first lines. So the internal ids, and the order of ties, are equal in both.
-    """
-    shutil.copytree(folder / "tiny", copy / "tiny")
-    file = copy / "tiny" / "tiny.inter"
-    header, *rows = [line.split("\t") for line in file.read_text().splitlines()]
-    user, item, time = (
-        next(i for i, name in enumerate(header) if name.startswith(part)) for part in ("user", "item", "time")
-    )
-    items, rng = sorted({row[item] for row in rows}), random.Random(1)
-    if scramble:
-        last: dict[str, int] = {}
-        for number, row in enumerate(rows):
-            if row[user] not in last or float(row[time]) >= float(rows[last[row[user]]][time]):
-                last[row[user]] = number
-        for number in last.values():
-            rows[number][item] = rng.choice([other for other in items if other != rows[number][item]])
-    first = [["" for _ in header] for _ in items]
-    for number, (row, token) in enumerate(zip(first, items, strict=True)):
-        row[user], row[item], row[time] = ("first" if number % 2 else "second"), token, str(number)
-    file.write_text("\n".join("\t".join(row) for row in [header, *first, *rows]) + "\n")
-
-
 def test_test_targets_change_no_list(tiny_run, tiny_data, tmp_path):
     runs = []
     for scramble in (False, True):
         copy = tmp_path / str(scramble)
-        with_scrambled_targets(Path(tiny_data), copy, scramble=scramble)
+        copy_tiny(Path(tiny_data), copy, scrambled=1 if scramble else 0)
         options = {"base_model": TWO, "cand_num": 8, "data_path": str(copy), "dataset": "tiny"}
         runs.append(tiny_run(copy / "run", ["candidates"], **options))
     assert runs[0].records["candidates"].summary["fusion"] == runs[1].records["candidates"].summary["fusion"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_fusion import with_scrambled_targets
+from changed_data import copy_tiny
 
 from recbole_gr2.artifacts import read_feature_names, read_recommendations, read_requests
 from recbole_gr2.bridge.data import Data
@@ -66,7 +66,7 @@ def test_test_targets_change_no_list(tiny_run, tiny_data, tmp_path):
     lists = []
     for scramble in (False, True):
         copy = tmp_path / str(scramble)
-        with_scrambled_targets(tiny_data, copy, scramble=scramble)
+        copy_tiny(tiny_data, copy, scrambled=1 if scramble else 0)
         options = {"base_model": MODELS, "cand_num": 8, "data_path": str(copy), "refit": True}
         run = tiny_run(copy / "run", ["candidates"], **options)
         requests = requests_of(run, "test").items()

@@ -2,7 +2,9 @@
 
 The splits are those of RecBole's `SequentialDataset` under leave-one-out (`eval_args`: `LS: valid_and_test`, order
 `TO`). They do not depend on the base model. Each user has one test row and one validation row. The training request of
-a user starts `train_targets` interactions before the end of its training interactions.
+a user starts `train_targets` interactions before the end of its training interactions. With `train_requests` above 1 a
+user has further training requests, each with one target: the splits `train`, `train-2` and so on start 1, 2 and so on
+interactions before the end.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Data:
         times: time of each interaction, in the order of `sequences`, (R,). Its unit is that of the file; seconds if the
             file has dates.
         train_targets: number of targets of a training request.
+        train_requests: number of training requests of a user.
 
     Raises:
         ConfigurationError: a data file is malformed, a filter does not fit its column or leaves no interaction, or the
@@ -86,6 +89,7 @@ class Data:
         self.sequences: dict[int, np.ndarray] = {int(user): group.to_numpy() for user, group in groups}
         self.times: np.ndarray = self.dataset.exact_times[frame.index.to_numpy()]
         self.train_targets: int = settings["train_targets"]
+        self.train_requests: int = settings["train_requests"]
         self._grades = _grades(frame, self.dataset, settings["train_grades"])
         self.built = self.dataset.build()
 
@@ -105,6 +109,8 @@ class Data:
         digest.update(str(self.dataset.max_item_list_len).encode())
         if self.train_targets > 1:
             digest.update(f"{self.train_targets} targets".encode())
+        if self.train_requests > 1:
+            digest.update(f"{self.train_requests} requests".encode())
         for grades in self._grades.values():
             digest.update(grades.tobytes())
         return digest.hexdigest()[:16]
@@ -154,21 +160,31 @@ class Data:
         return {user: items[:-2] for user, items in self.sequences.items() if len(items) > 2}
 
     def sequences_without_train_targets(self) -> list[list[int]]:
-        """Training items of each user without the targets of its training request, oldest first."""
-        return [items[: -self.train_targets].tolist() for items in self.train_sequences().values()]
+        """Training items of each user without the targets of its training requests, oldest first."""
+        return [items[: -self.held_out].tolist() for items in self.train_sequences().values()]
+
+    @property
+    def held_out(self) -> int:
+        """Number of last training interactions of a user that are targets of its training requests."""
+        return max(self.train_targets, self.train_requests)
+
+    @property
+    def train_splits(self) -> tuple[str, ...]:
+        """Names of the splits of the training requests: `train`, then `train-2` and so on, from new to old."""
+        return "train", *(f"train-{number}" for number in range(2, self.train_requests + 1))
 
     def rows(self, split: str) -> tuple[Any, np.ndarray]:
         """Rows of a split, one per user.
 
-        The row of `train` is the one whose target is the first target of the user's training request. It exists if the
-        request has at least one item of history.
+        The row of `train`, or of `train-2` and so on, is the one whose target is the first target of this training
+        request. It exists if the request has at least one item of history.
 
         Returns:
             The rows as RecBole's Interaction, and their user ids (B,).
         """
-        feat = self.built[SPLITS.index(split)].inter_feat
-        if split == "train":
-            feat = feat[np.flatnonzero(from_end(feat[self.uid].numpy()) == self.train_targets)]
+        feat = self.built[SPLITS.index(split.partition("-")[0])].inter_feat
+        if split in self.train_splits:
+            feat = feat[np.flatnonzero(from_end(feat[self.uid].numpy()) == self._first_target(split) - 2)]
         return feat, feat[self.uid].numpy()
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
@@ -185,14 +201,17 @@ class Data:
         items, first = self.sequences[user], self._first_target(split)
         if len(items) <= first:
             return {}
-        count = self.train_targets if split == "train" else 1
+        trained = split in self.train_splits
+        count = self.train_targets if trained else 1
         places = slice(len(items) - first, len(items) - first + count)
-        grades = self._grades[user][places] if split == "train" and self._grades else np.ones(count, dtype=int)
+        grades = self._grades[user][places] if trained and self._grades else np.ones(count, dtype=int)
         return dict(zip(items[places].tolist(), grades.tolist(), strict=True))
 
     def _first_target(self, split: str) -> int:
         """Position of the first target of a split, counted from the end of a sequence, from 1."""
-        return {"train": 2 + self.train_targets, "valid": 2, "test": 1}[split]
+        if split in self.train_splits:
+            return 2 + self.train_targets + self.train_splits.index(split)
+        return {"valid": 2, "test": 1}[split]
 
 
 def _grades(

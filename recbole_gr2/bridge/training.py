@@ -95,8 +95,8 @@ def train_model(
     Args:
         data: the data set.
         folder: the folder of the model.
-        hold_out: whether to leave out each user's last `train_targets` training interactions, which are the targets of
-            the training requests.
+        hold_out: whether to leave out each user's last training interactions that are targets of its training
+            requests.
         refit: whether to add the validation items, for the lists of the test split. It requires `epochs`.
         epochs: number of epochs without validation. By default early stopping by `valid_metric` chooses it. A hold-out
             base model is trained for as many epochs as the base model, so that its targets do not choose the number.
@@ -258,7 +258,7 @@ def _set_up(
         train = _with_validation(built[0], built[1], data.uid)
     keep = np.arange(len(train.inter_feat))
     if hold_out:
-        keep = np.flatnonzero(from_end(train.inter_feat[data.uid].numpy()) > data.train_targets)
+        keep = np.flatnonzero(from_end(train.inter_feat[data.uid].numpy()) > data.held_out)
     if hasattr(model_class, "training_rows"):
         keep = keep[model_class.training_rows(train.inter_feat[keep], config)]
     return _SetUp(

@@ -337,6 +337,14 @@ def _check_random_levels(values: Mapping[str, Any], declared: Mapping[str, Decla
         )
 
 
+def _check_requests(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    if values["train_requests"] > 1 and values["train_targets"] > 1:
+        raise ValueError(
+            f"train_requests is {values['train_requests']}, and train_targets is {values['train_targets']}; set one of "
+            "them to 1: several requests of a user have one target each"
+        )
+
+
 def _check_pool(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     pool, count = values["cand_pool"], values["cand_num"]
     if pool is not None and pool < count:
@@ -401,6 +409,7 @@ def _check_loss(values: Mapping[str, Any], declared: Mapping[str, Declaration]) 
 COMBINATIONS: dict[str, Rule] = {
     "sid_random_last": _check_random_levels,
     "cand_pool": _check_pool,
+    "train_requests": _check_requests,
     "rl_overlong_buffer": _check_buffer,
     "trace_temperature": _check_attempts,
     "trace_file": _check_recorded,

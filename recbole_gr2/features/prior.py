@@ -234,7 +234,12 @@ def fit_priors(
 
 
 def cross_fit(
-    features: Sequence[CandidateFeatures], relevance: Relevance, *, steps: Sequence[int], seed: int
+    features: Sequence[CandidateFeatures],
+    relevance: Relevance,
+    *,
+    users: Sequence[str],
+    steps: Sequence[int],
+    seed: int,
 ) -> list[list[float]]:
     """Return the log-probabilities of each list under an ensemble that was not fitted to it, by `FOLDS`-fold fitting.
 
@@ -244,13 +249,16 @@ def cross_fit(
     Args:
         features: features of the train lists, see `fit_prior`.
         relevance: relevance of their candidates.
+        users: user of each list. The lists of a user are in the same fold.
         steps: number of optimizer steps of each member of an ensemble.
         seed: seed of the folds and of the fits.
 
     Returns:
         Log-probabilities (K,) of the candidates of each list.
     """
-    fold_of = np.random.default_rng(seed).permutation(len(features)) % FOLDS
+    number_of = {user: number for number, user in enumerate(dict.fromkeys(users))}
+    folds = np.random.default_rng(seed).permutation(len(number_of)) % FOLDS
+    fold_of = folds[[number_of[user] for user in users]]
     log_probs: list[list[float]] = [[]] * len(features)
     for fold in range(FOLDS):
         inside, outside = np.flatnonzero(fold_of == fold).tolist(), np.flatnonzero(fold_of != fold).tolist()

@@ -1,7 +1,7 @@
 """Stages `base_model_<name>`: each trains one base model and its hold-out base model.
 
 The base model is trained on the training interactions. It proposes the candidates of validation and test requests. The
-hold-out base model is trained without each user's last `train_targets` training interactions, the targets of the
+hold-out base model is trained without each user's last training interactions that are targets of the
 training requests, and proposes their candidates. A model that was trained on a target ranks it first far too often, and
 a re-ranker that learns from such lists keeps their order. With `refit` a third model is trained on the training and
 validation interactions, and proposes the candidates of test requests.

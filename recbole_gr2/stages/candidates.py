@@ -43,7 +43,11 @@ def run(context: Context) -> dict[str, Any]:
     else:
         models, summary["fusion"] = base_models(context)
         lists = {
-            "train": top_candidates(models[HOLD_OUT], "train", count),
+            "train": [
+                request
+                for split in context.data.train_splits
+                for request in top_candidates(models[HOLD_OUT], split, count)
+            ],
             "valid": top_candidates(models[BASE], "valid", count),
         }
         base = models[REFIT if settings["refit"] else BASE]
@@ -116,7 +120,7 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
 
     Args:
         base: the model that scored the rows.
-        split: train, valid or test.
+        split: a split of `Data.rows`; the training requests of all splits have the split train.
         scored: result of `recommend` for this split, with a depth of at least `count` or the whole catalogue.
         count: largest number K of candidates.
     """
@@ -132,12 +136,12 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
             if not history or len(proposed) < 2:
                 continue
             targets = data.targets(user, split)
-            graded = split == "train" and data.graded
+            graded = split in data.train_splits and data.graded
             requests.append(
                 Request(
                     request_id=request_id(split, data.user_tokens[user]),
                     user_token=data.user_tokens[user],
-                    split=split,
+                    split="train" if split in data.train_splits else split,
                     history=history,
                     candidates=tuple(
                         Candidate(item_id=item, score=score, rank=rank)
@@ -220,8 +224,10 @@ def _import(context: Context) -> dict[str, list[Request]]:
         if (
             request.split not in SPLITS
             or user not in data.sequences
-            or request.history != data.history(user, request.split)
-            or request.target not in data.targets(user, request.split)
+            or not any(
+                request.history == data.history(user, split) and request.target in data.targets(user, split)
+                for split in (data.train_splits if request.split == "train" else (request.split,))
+            )
         ):
             raise ConfigurationError(
                 "an imported list does not belong to a row of this data set",

@@ -61,7 +61,8 @@ def run(context: Context) -> dict[str, Any]:
         seed=seed,
     )
     priors = {split: log_prior(prior, features[split]) for split in ("valid", "test")}
-    priors["train"] = cross_fit(features["train"], relevance, steps=steps, seed=seed)
+    users = [request.user_token for request in used["train"]]
+    priors["train"] = cross_fit(features["train"], relevance, users=users, steps=steps, seed=seed)
     save_file(prior.state_dict(), context.folder / "prior.safetensors")
     write_feature_names(context.folder, names)
     quality = {}
