@@ -26,6 +26,7 @@ from recbole_gr2.config.recbole_options import (
 from recbole_gr2.config.values import check_intervals, is_file
 from recbole_gr2.errors import nearest
 
+LEAST_TEMPERATURE = 0.01  # of sampling, besides 0 for the most likely token
 PATHS = ("data_path", "checkpoint_dir", "prompt_template", "cand_file", "mid_general", "trace_file")
 
 
@@ -302,6 +303,14 @@ def _check_endpoint(values: Mapping[str, Any], declared: Mapping[str, Declaratio
         raise ValueError(f"trace_endpoint is {url!r:.200}, expected a URL such as http://localhost:8000/v1")
 
 
+def _check_temperatures(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    for key in ("trace_temperature", "onerec_think_temperature"):
+        if 0 < values[key] < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"{key} is {values[key]}, expected 0 or at least {LEAST_TEMPERATURE}: logits would overflow"
+            )
+
+
 # Checks that a declaration cannot express. A check raises ValueError; the key names the source in the message.
 Rule = Callable[[Mapping[str, Any], Mapping[str, Declaration]], None]
 RULES: dict[str, Rule] = {
@@ -327,6 +336,7 @@ RULES: dict[str, Rule] = {
     "prompt_template": _check_template,
     "trace_price": _check_price,
     "trace_endpoint": _check_endpoint,
+    "temperature": _check_temperatures,
 }
 
 
