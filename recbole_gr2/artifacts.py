@@ -137,7 +137,7 @@ def read_requests(file: Path, catalog: Catalog) -> list[Request]:
 
 def numbered_requests(file: Path, catalog: Catalog) -> Iterator[tuple[int, Request]]:
     """Yield the number of the line, from 1, and the request of each candidate list, see `read_requests`."""
-    names: set[str | tuple[str, str]] = set()
+    names: set[str | tuple[str, str, int]] = set()
     for number, line in numbered_lines(file):
         where = f"{file}:{number}"
         try:
@@ -148,15 +148,12 @@ def numbered_requests(file: Path, catalog: Catalog) -> Iterator[tuple[int, Reque
                 where=where,
                 do="use item tokens of this data set and the fields user_id, split, history, target, candidates",
             ) from error
-        if (
-            len(set(request.items)) < len(request.items)
-            or request.request_id in names
-            or (request.split != "train" and (request.split, request.user_token) in names)
-        ):
+        row = request.split, request.user_token, len(request.history)
+        if len(set(request.items)) < len(request.items) or request.request_id in names or row in names:
             raise ConfigurationError(
                 "a candidate or a request occurs twice", where=where, do="remove the second occurrence"
             )
-        names |= {request.request_id, (request.split, request.user_token)}
+        names |= {request.request_id, row}
         yield number, request
 
 

@@ -32,7 +32,6 @@ class DataSummary:
         tied_users: share of the users with several interactions whose last two have the same time.
         test_users: number of users with a test target.
         train_lists: number of users with enough interactions for a training list.
-        train_requests: number of training lists of a user with enough interactions.
         train_targets: number of targets of a training list.
         masked_targets: share of the test targets that are in the user's own history.
         reachable_targets: number of test targets that occur in training interactions and, if seen items are masked, not
@@ -58,7 +57,6 @@ class DataSummary:
     test_users: int
     train_lists: int
     train_targets: int
-    train_requests: int
     masked_targets: float
     reachable_targets: int
     masks_seen: bool
@@ -205,7 +203,6 @@ def summarise(data: Data) -> DataSummary:
         test_users=len(tested),
         train_lists=int((lengths >= 3 + data.train_targets).sum()),
         train_targets=data.train_targets,
-        train_requests=data.train_requests,
         masked_targets=float(repeated[tested].mean()) if len(tested) else 0.0,
         reachable_targets=int(reachable.sum()),
         masks_seen=masks_seen,
