@@ -55,9 +55,12 @@ def training_options(settings: Settings, model: str, *, base: bool) -> dict[str,
         model: name of the RecBole model.
         base: whether it is a base model, see `Settings.options_of`.
     """
-    options = settings.recbole_results(base=base) | (settings["base_options"].get(model, {}) if base else {})
+    options = settings.recbole_results(base=base)
     values: dict[str, object] = {f"recbole.{k}": v for k, v in options.items() if k not in EVALUATION}
-    return {**values, f"{model}.defaults": base_model_properties(model)}
+    values[f"{model}.defaults"] = base_model_properties(model)
+    if base:
+        values["base_options"] = settings["base_options"].get(model, {})
+    return values
 
 
 def check_model(name: str, settings: Settings, *, base: bool) -> None:

@@ -36,7 +36,7 @@ from recbole_gr2.rerankers.base import Reranker
 from recbole_gr2.rerankers.external import from_function
 from recbole_gr2.sid.tokens import MAX_CANDIDATES
 from recbole_gr2.teachers.base import TeacherReply
-from recbole_gr2.types import RECENT, Answer, Candidate, CandidateFeatures, Context, Item, Request
+from recbole_gr2.types import RECENT, Answer, Candidate, CandidateFeatures, Context, Item, Request, SourceScores
 
 FEATURES, PAIR_FEATURES = 4, 3  # F and P of the synthetic requests
 BRANDS = ("", "Acme", "Birch", "Cedar")
@@ -101,6 +101,10 @@ def synthetic_request(
         ),
         target=rng.choice(drawn[:candidates]) if target else drawn[-1],
         provider="synthetic",
+        sources=(
+            SourceScores("synthetic", tuple(range(1, candidates + 1)), tuple(scores)),
+            SourceScores("reversed", tuple(range(candidates, 0, -1)), tuple(reversed(scores))),
+        ),
         prior=tuple(log_prior.tolist()) if prior else (),
         features=CandidateFeatures(
             numbers.normal(size=(candidates, FEATURES)).astype(np.float32),

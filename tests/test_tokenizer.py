@@ -200,11 +200,9 @@ class WithoutTexts:
         Item(item_id=n, token=f"t{n}", title=title)
         for n, title in enumerate(["Nail polish", "Shampoo", "Razor", "", "", ""], start=1)
     )
-    train_targets, train_sequences, sequences_without_train_targets = (
-        1,
-        Data.train_sequences,
-        Data.sequences_without_train_targets,
-    )
+    train_targets = train_requests = 1
+    held_out, train_sequences = Data.held_out, Data.train_sequences
+    sequences_without_train_targets = Data.sequences_without_train_targets
 
     def __init__(self, *tails: list[int]) -> None:
         heads = [[1, 4, 1], [2, 4, 5]]
@@ -409,11 +407,9 @@ class SmallData:
         Item(item_id=n, token=f"t{n}", title=f"{KINDS[n % 3].split()[-1]} {n}", categories=f"Beauty > {KINDS[n % 3]}")
         for n in range(1, 49)
     )
-    train_targets, train_sequences, sequences_without_train_targets = (
-        1,
-        Data.train_sequences,
-        Data.sequences_without_train_targets,
-    )
+    train_targets = train_requests = 1
+    held_out, train_sequences = Data.held_out, Data.train_sequences
+    sequences_without_train_targets = Data.sequences_without_train_targets
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)

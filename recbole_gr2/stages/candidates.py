@@ -273,10 +273,13 @@ def check_data(settings: Settings, data: Data) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hash of the imported file, or the base models in their order."""
-    if settings["cand_file"]:
-        return {"cand_file": file_hash(settings["cand_file"], where="cand_file"), "pool": pool_size(settings)}
-    return {"base_model": settings["base_model"], "pool": pool_size(settings)}
+    """Return the size of the pool, and the hash of the imported file or the base models in their order."""
+    file = settings["cand_file"]
+    return {
+        "cand_pool": pool_size(settings),
+        "cand_file": file_hash(file, where="cand_file") if file else None,
+        "base_model": [] if file else settings["base_model"],
+    }
 
 
 def stages(settings: Settings) -> list[Stage]:
