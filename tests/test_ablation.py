@@ -456,6 +456,7 @@ def test_packaged_ablations_can_be_planned(name, smoke, capsys):
     assert " run " in text and mine.note and not any(f" {mine.stages[-1]} " in line for line in shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rerank", "reward"])
 def test_the_columns_of_packaged_ablations_are_figures_of_a_run(finished, name):
     summaries, rounds = {stage: record.summary for stage, record in finished.records.items()}, 2

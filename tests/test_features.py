@@ -309,6 +309,7 @@ def test_a_fit_depends_on_the_seed_only(small_prior):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_the_prior_learns_which_history_item_matters(small_prior, monkeypatch):
     """The mean over all history items gives 45 % correct lists."""
     monkeypatch.setattr(prior_module, "HIDDEN", 32)

@@ -162,6 +162,7 @@ def test_midtrain_trains_the_embeddings_first(context, finished):
     assert not list((folder / "checkpoints").rglob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_lora_starts_from_the_same_weights_after_a_kill_in_phase_2(context, tmp_path):
     """Phase 1 is then loaded instead of trained, and leaves another random state."""
 

@@ -207,6 +207,7 @@ MANY = [
 PASSES = {"steps": 8, "save_steps": 1, "part_weights": {"text": 1.0}}  # 2 2/3 passes of 8, 8 and 4 texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bf16", "stops"),
     [
