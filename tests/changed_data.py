@@ -28,10 +28,10 @@ def copy_tiny(folder: Path, copy: Path, *, scrambled: int, from_end: int = 1) ->
     items = sorted({row[item] for row in rows})
     for name in dict.fromkeys(row[user] for row in rows):
         own = sorted((row for row in rows if row[user] == name), key=lambda row: float(row[time]))
-        taken = {row[item] for row in own}
+        known = {row[item] for row in own}
         for row in own[len(own) - from_end - scrambled + 1 : len(own) - from_end + 1]:
-            row[item] = rng.choice([other for other in items if other not in taken])
-            taken.add(row[item])
+            row[item] = rng.choice([other for other in items if other not in known])
+            known.add(row[item])
     first = []
     for number, token in enumerate(items):
         row = ["" for _ in rows[0]]

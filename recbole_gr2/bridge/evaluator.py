@@ -125,7 +125,7 @@ def _scored(users: np.ndarray, scores: Tensor, targets: Tensor, depth: int) -> S
 def _sources(
     model: BaseModel, batch: Scored, parts: Sequence[Tensor], targets: Tensor, depth: int
 ) -> tuple[Source, ...]:
-    """The contribution of each base model to a batch of a `FusedModel`. Its own list has the ties of its own rule."""
+    """The contribution of each base model to a batch of a `FusedModel`. Each model breaks ties in its own list."""
     import torch
 
     found = []

@@ -1,7 +1,7 @@
 """Fusion: one ranking of the catalogue from the scores of several base models.
 
-Every base model scores the whole catalogue for a row. The scores are made comparable within the row, weighted, and
-added. There are three ways:
+Every base model scores the whole catalogue for a row. The scores are made comparable within the row, and joined with a
+weight for each model in one of three ways:
 
 * `zscore`: each model's scores, standardised over the items that are not masked. The fused score is their weighted sum.
 * `rank`: reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009). An item at rank r of a model counts
@@ -216,7 +216,7 @@ def choose_weights(sources: Sequence[BaseModel], fusion: Fusion, count: int) -> 
         if not any(weights):
             return -1.0, -1.0
         rank = np.concatenate([_target_rank(fusion.fuse(parts, weights)) for parts in pools])
-        return float((rank <= count).mean()), float(np.where(rank <= count, ndcg_at(rank, count), 0).mean())
+        return float((rank <= count).mean()), float(ndcg_at(rank, count).mean())
 
     best = (1.0,) * len(sources)
     found = quality(best)
@@ -261,7 +261,7 @@ def _pool(batch: tuple[Tensor, list[Tensor]], fusion: Fusion, depth: int) -> Ten
 
 
 def _target_rank(fused: Tensor) -> np.ndarray:
-    """Rank of the target, the item at place 0, from 1, (B,). A masked target is behind all items."""
+    """Rank of the target, the item at place 0, from 1, (B,). A masked target comes after all items."""
     import torch
 
     target = fused[:, :1]

@@ -14,7 +14,6 @@ express, and `settings` merges all sources. `python -m recbole_gr2.config` print
 
 from recbole_gr2.config.declaration import Declaration, declarations, properties_folder, read_declarations
 from recbole_gr2.config.recbole_options import (
-    GENERAL,
     GENERATOR,
     ONEREC_THINK,
     base_model_properties,
@@ -25,7 +24,6 @@ from recbole_gr2.config.settings import Settings, load_settings, recbole_config
 from recbole_gr2.config.values import read_value, read_yaml, read_yaml_file
 
 __all__ = [
-    "GENERAL",
     "GENERATOR",
     "ONEREC_THINK",
     "Declaration",

@@ -4,8 +4,8 @@ A declaration has the form
 
     key: default  # (type[ rule][, optional][, speed]) sentence
 
-The type is int, float, str, bool, interval, list or dict, or `list of` / `dict of` one of the first five, which then
-applies to each element. The rule limits the values: `str: targeted | rejection`, `int >= 1`, `float > 0`, `int 2..26`,
+The type is int, float, str, bool, interval, list or dict, or `list of` / `dict of` another type, which then applies
+to each element. The rule limits the values: `str: targeted | rejection`, `int >= 1`, `float > 0`, `int 2..26`,
 `float >= 0, < 1`. Numbers are finite. An interval has RecBole's form `[5,inf)`; several are joined by a semicolon.
 `optional` permits an empty value (`~`). `speed` marks a setting that never changes a result, and therefore enters no
 stage key. `properties/recbole.yaml` declares RecBole's options in the same form.

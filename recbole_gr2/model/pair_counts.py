@@ -24,7 +24,7 @@ class PairCounts(TraditionalRecommender):
     The term of an item of age a (0 for the last item) is `age_decay`^a [log(1 + C_hj / (`popularity_scale` p_j)) +
     `text_weight` cos(t_h, t_j)].
 
-    C_hj counts how often j is at most `window` steps behind h in a training sequence. A pair at distance d counts
+    C_hj counts how often j occurs at most `window` steps after h in a training sequence. A pair at distance d counts
     `distance_decay`^(d - 1). p_j = (n_j + `smoothing`) / sum_k (n_k + `smoothing`) is the popularity of j with n_j
     training interactions. t are TF-IDF vectors of the item texts.
 
@@ -74,7 +74,7 @@ class PairCounts(TraditionalRecommender):
 def decayed_pairs(
     users: np.ndarray, items: np.ndarray, window: int, decay: float, size: int
 ) -> scipy.sparse.csr_matrix:
-    """Return the counts C of ordered pairs, (size, size) float64: C[h, j] counts j behind h.
+    """Return the counts C of ordered pairs, (size, size) float64: C[h, j] counts j after h.
 
     Args:
         users: user of each interaction, (R,). The interactions of a user are adjacent and in time order.

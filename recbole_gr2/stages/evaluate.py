@@ -58,11 +58,9 @@ def run(context: Context) -> dict[str, Any]:
             ordered = as_answers(requests, method(context).rank(requests), method=method.name)
             given = {answer.request_id: answer.ranking for answer in ordered}
         inputs = {r.request_id: _input(r, settings, whole=method.whole_pool) for r in requests}
+        ranked = requests if len(given) == len(requests) else hits
         rankings[method.name] = {
-            r.request_id: given[r.request_id] + inputs[r.request_id][len(given[r.request_id]) :]
-            if r.request_id in given
-            else inputs[r.request_id]
-            for r in (requests if len(given) == len(requests) else hits)
+            r.request_id: _completed(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
         }
         unchanged[method.name] = float(
             np.mean(
@@ -115,7 +113,7 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _input(request: Request, settings: Settings, *, whole: bool) -> tuple[int, ...]:
-    """The order that a method changes: the base order, or the selected candidates in base order and the others behind.
+    """The order that a method changes: the base order, or the selected candidates in base order, then the other items.
 
     Args:
         request: the request with the whole pool.
@@ -126,6 +124,11 @@ def _input(request: Request, settings: Settings, *, whole: bool) -> tuple[int, .
         return request.items
     candidates, others = selected(request, settings)
     return candidates + others
+
+
+def _completed(ranking: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """A ranking of the first items of an order, followed by the other items of this order."""
+    return ranking + order[len(ranking) :]
 
 
 def _methods(
