@@ -58,7 +58,7 @@ def serve(answer: Callable[[dict, Any], dict]) -> Iterator[Any]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     Handler.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     try:
         yield Handler

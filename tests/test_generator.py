@@ -25,6 +25,7 @@ def generated(tiny_run, finished_copy):
     )
 
 
+@pytest.mark.slow
 def test_it_proposes_the_candidates_of_all_splits(generated):
     assert not any(name.startswith("base_model") for name in generated.folders)
     for split in ("train", "valid", "test"):
@@ -37,6 +38,7 @@ def test_it_proposes_the_candidates_of_all_splits(generated):
             assert scores == sorted(scores, reverse=True) and scores[-1] > -1e3 and scores[0] < 0
 
 
+@pytest.mark.slow
 def test_as_a_recommender_it_has_the_recall_of_its_lists(generated):
     stats = json.loads((generated.folders["candidates"] / "stats.json").read_text())["test"]
     ranks = read_recommendations(generated.folders["GR2Generator"]).target_rank
@@ -46,6 +48,7 @@ def test_as_a_recommender_it_has_the_recall_of_its_lists(generated):
     assert oracle["ndcg@5"] == pytest.approx(base["recall@5"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_it_has_not_seen_the_targets_of_train_requests(generated):
     """The stage `midtrain` proposes the candidates of train requests, and `midtrain_all` all others."""
     lists = {
@@ -73,6 +76,7 @@ def test_without_hold_out_it_cannot_be_the_base_model(tiny_settings, tmp_path):
     pipeline.check(tiny_settings(tmp_path, models=["GR2Generator"], mid_hold_out=False))
 
 
+@pytest.mark.slow
 def test_few_beams_give_as_many_unseen_items(generated):
     """No beam ends at a seen item, and the scores of the others do not depend on the mask."""
     context = generated.context(cand_beams=5)

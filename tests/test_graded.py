@@ -99,6 +99,7 @@ def root(finished_copy):
     return finished_copy()
 
 
+@pytest.mark.slow
 def test_lists_are_graded_and_traces_argue_for_a_best_target(tiny_run, root, tmp_path):
     run = tiny_run(root, ["traces"], **GRADED)
     data, folder = run.data, run.folders["candidates"]

@@ -427,6 +427,7 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained):
     context, _ = papered
     _, tokenizer, maker = untrained
@@ -442,6 +443,7 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     assert sample.startswith(f"{head}<think> ") and sample.endswith(f"</think>{named}")
 
 
+@pytest.mark.slow
 def test_rollouts_are_paid_by_their_beams(papered):
     context, summary = papered
     rolled = lines(context.folder / "checkpoints" / "rl" / "rollouts.jsonl")
@@ -619,6 +621,7 @@ def tabled(tiny_run, finished_copy):
     return tiny_run(finished_copy(), models=[QUICK], eval_rows=[THINK])
 
 
+@pytest.mark.slow
 def test_methods_of_the_table(tabled):
     entries = tabled.records["evaluate"].summary["methods"]
     methods = {(entry["method"], entry["scope"]): entry for entry in entries}
@@ -633,6 +636,7 @@ def test_methods_of_the_table(tabled):
         assert {"model/model.safetensors", "log.json", "sample.txt"} < set(record.files)
 
 
+@pytest.mark.slow
 def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
     """Otherwise a changed setting would be answered from the cache."""
     context, _ = papered

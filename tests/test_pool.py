@@ -54,6 +54,7 @@ def run(finished_copy, tiny_run):
     return tiny_run(finished_copy(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
 def test_language_models_get_the_selected_candidates_and_others_the_whole_pool(run, split):
     context = run.context()
@@ -68,6 +69,7 @@ def test_language_models_get_the_selected_candidates_and_others_the_whole_pool(r
         assert len(request.items) == COUNT and request.target in request.items
 
 
+@pytest.mark.slow
 def test_answers_of_a_language_model_rank_its_candidates(run):
     _, hits = reported_requests(run.context())
     answers = read_answers(run.folders["rerank_sft"], run.data.catalog)
@@ -77,6 +79,7 @@ def test_answers_of_a_language_model_rank_its_candidates(run):
     assert all(len(answer.ranking) == POOL for answer in answers.values())
 
 
+@pytest.mark.slow
 def test_items_behind_the_candidates_keep_the_order_of_the_ranker(run):
     _, pools = reported_requests(run.context(), pool=True)
     answers = read_answers(run.folders["rerank_sft"], run.data.catalog)
@@ -95,6 +98,7 @@ def test_items_behind_the_candidates_keep_the_order_of_the_ranker(run):
     assert behind > 0
 
 
+@pytest.mark.slow
 def test_no_method_changes_which_items_are_in_the_pool(run):
     rows = {(entry["method"], entry["scope"]): entry["metrics"] for entry in run.records["evaluate"].summary["methods"]}
     assert {method for method, _ in rows} == {"base", "oracle", "prior", "lambdamart", "sft"}

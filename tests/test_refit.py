@@ -27,6 +27,7 @@ def requests_of(run, split):
     }
 
 
+@pytest.mark.slow
 def test_validation_items_are_known_to_the_refitted_model_alone(runs):
     data = runs[True].data
     plain, refit = training_histories(data), training_histories(data, "refit")
@@ -41,6 +42,7 @@ def test_validation_items_are_known_to_the_refitted_model_alone(runs):
         assert "refit" not in runs[False].records[f"base_model_{name}"].summary
 
 
+@pytest.mark.slow
 def test_train_and_validation_lists_do_not_change_and_test_lists_do(runs):
     for split in ("train", "valid"):
         assert requests_of(runs[False], split) == requests_of(runs[True], split)
@@ -51,6 +53,7 @@ def test_train_and_validation_lists_do_not_change_and_test_lists_do(runs):
     assert not np.array_equal(one.items, other.items)
 
 
+@pytest.mark.slow
 def test_features_of_test_lists_know_the_validation_items(runs):
     names = read_feature_names(runs[True].folders["prior"])
     column = names.index("popularity")
@@ -62,6 +65,7 @@ def test_features_of_test_lists_know_the_validation_items(runs):
                 assert np.allclose(request.features.candidates[:, column], np.log1p(expected[list(request.items)]))
 
 
+@pytest.mark.slow
 def test_test_targets_change_no_list(tiny_run, tiny_data, tmp_path):
     lists = []
     for scramble in (False, True):

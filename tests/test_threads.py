@@ -19,6 +19,7 @@ def test_the_quota_of_a_container_limits_the_cores(tmp_path, text, limit):
     assert usable_cores(tmp_path / "missing") == cores
 
 
+@pytest.mark.slow
 def test_the_affinity_of_the_process_limits_the_threads():
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"

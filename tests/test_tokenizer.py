@@ -105,6 +105,7 @@ def test_the_probability_of_a_positive_is_proportional_to_its_count():
     assert len(anchors) == len(positives) == 0
 
 
+@pytest.mark.slow
 def test_a_fit_brings_co_engaged_items_together():
     """The items of a pair are from different clusters. The contrastive loss makes their latents similar."""
     vectors, _ = planted()

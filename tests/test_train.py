@@ -231,6 +231,7 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tokenizer, tmp_path, bf
     assert train(again, tokenizer, folder, MANY, bf16=bf16, **PASSES) == log and equal(whole, again)
 
 
+@pytest.mark.slow
 def test_the_log_does_not_depend_on_the_steps_between_checkpoints(tokenizer, tmp_path):
     """With 60 steps there is a line of the log for every second step; a checkpoint in between would shorten a mean."""
     options = {**PASSES, "steps": 60, "save_steps": 100}

@@ -23,6 +23,7 @@ def train_lists(run):
     return read_requests(run.folders["candidates"] / "train.jsonl", run.data.catalog)
 
 
+@pytest.mark.slow
 def test_each_of_the_last_training_items_is_the_target_of_one_request(run):
     data = run.data
     ids = {token: user for user, token in enumerate(data.user_tokens)}
@@ -39,6 +40,7 @@ def test_each_of_the_last_training_items_is_the_target_of_one_request(run):
     assert len(training_requests(run.context())) > 150  # of 150 users
 
 
+@pytest.mark.slow
 def test_base_models_and_features_know_none_of_the_targets(run):
     data = run.data
     hold_out = training_histories(data, "hold_out")
@@ -49,6 +51,7 @@ def test_base_models_and_features_know_none_of_the_targets(run):
         assert summary["base"]["training_rows"] - summary["hold_out"]["training_rows"] == lost
 
 
+@pytest.mark.slow
 def test_training_targets_change_no_training_list(tiny_run, tiny_data, tmp_path):
     """The targets of all training requests become other items. The oldest request of a user has none in its history."""
     lists = []
