@@ -16,7 +16,7 @@ from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
-from recbole_gr2.llm.model import best_dtype, device, load_saved
+from recbole_gr2.llm.model import device, load_saved, uses_bf16
 from recbole_gr2.prompts import PromptMaker, encode_prompt, recent
 from recbole_gr2.sid.tokens import RANKING, SID, SID_BEGIN, label_tokens, sid_text
 from recbole_gr2.types import Answer, Context, Request, Trace
@@ -24,7 +24,7 @@ from recbole_gr2.types import Answer, Context, Request, Trace
 
 def use_bf16(settings: Mapping[str, Any], device_name: str) -> bool:
     """Return whether to train and generate under bfloat16 autocast. By default the hardware decides."""
-    return best_dtype(device_name) == "bf16" if settings["llm_bf16"] is None else settings["llm_bf16"]
+    return uses_bf16(settings["llm_bf16"], device_name)
 
 
 def whole_midtrain(settings: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from recbole_gr2.bridge.training import load_model as load_base
 from recbole_gr2.bridge.training import train_or_load
 from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings, base_model_properties
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.model import device, uses_bf16
 from recbole_gr2.model import input_of
 from recbole_gr2.onerec_think import onerec_think_recommender
 from recbole_gr2.policy import load_model, use_bf16, whole_midtrain
@@ -58,6 +59,8 @@ def training_options(settings: Settings, model: str, *, base: bool) -> dict[str,
     options = settings.recbole_results(base=base)
     values: dict[str, object] = {f"recbole.{k}": v for k, v in options.items() if k not in EVALUATION}
     values[f"{model}.defaults"] = base_model_properties(model)
+    if "bf16" in base_model_properties(model):
+        values[f"{model}.bf16"] = uses_bf16(model_options(model, settings, base=base)["bf16"], device())
     if base:
         values["base_options"] = settings["base_options"].get(model, {})
     return values

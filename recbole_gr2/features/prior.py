@@ -29,7 +29,7 @@ FOLDS = 5  # Folds of `cross_fit`.
 BATCH = 512  # Lists per optimizer step.
 CHECK_EVERY = 10  # Steps between evaluations on the validation lists.
 PATIENCE = 250  # Steps without a better validation loss after which the fit stops.
-SCORE_BATCH = 4096  # Lists per forward pass outside training.
+SCORE_BATCH = 512  # Lists per forward pass outside training.
 
 
 class Batch(NamedTuple):
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     Attributes:
         candidates: F features of each candidate, (B, K, F).
-        pairs: P features of each candidate with each recent history item, newest first, (B, K, RECENT, P).
+        pairs: P features of each candidate with each recent history item, newest first, (B, RECENT, K, P).
         is_candidate: False for padding, (B, K) bool.
         is_history: whether there is such a history item, (B, RECENT) bool.
     """
@@ -74,17 +74,16 @@ class Prior(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
         half = HIDDEN // 2
-        self.pair = nn.Sequential(
-            nn.Linear(pairs + RECENT, half), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(half, half)
-        )
-        self.attention = nn.Linear(half, 1)
+        self.pair_hidden = nn.Linear(pairs + RECENT, half)
+        self.pair_output = nn.Linear(half, half)
+        self.attention = nn.Linear(half, 1, bias=False)
         self.score = nn.Sequential(
             nn.Linear(candidates + 2 * half, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
         )
 
     def normalise_by(self, batch: Batch) -> None:
         """Set the means and standard deviations that features are normalised by to those of a batch."""
-        is_pair = batch.is_candidate.unsqueeze(-1) & batch.is_history.unsqueeze(1)
+        is_pair = batch.is_candidate.unsqueeze(1) & batch.is_history.unsqueeze(2)
         for values, mean, scale in (
             (batch.candidates[batch.is_candidate], self.candidates_mean, self.candidates_scale),
             (batch.pairs[is_pair].float(), self.pairs_mean, self.pairs_scale),
@@ -95,14 +94,31 @@ class Prior(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the log-probability of each candidate of each list, (B, K). Padding has -inf."""
-        is_history = batch.is_history[:, None, :, None]  # (B, 1, R, 1)
-        pairs = (batch.pairs.float() - self.pairs_mean) / self.pairs_scale
-        position = torch.eye(RECENT).expand(*pairs.shape[:2], RECENT, RECENT)
-        each = self.pair(torch.cat([pairs, position], dim=-1)) * is_history
-        weights = self.attention(each).masked_fill(~is_history, -torch.inf).softmax(dim=2)
         candidates = (batch.candidates - self.candidates_mean) / self.candidates_scale
-        inputs = torch.cat([candidates, (weights * each).sum(dim=2), each.sum(dim=2)], dim=-1)
+        inputs = torch.cat([candidates, *self._pair_summaries(batch)], dim=-1)
         return self.score(inputs).squeeze(-1).masked_fill(~batch.is_candidate, -torch.inf).log_softmax(-1)
+
+    def _pair_summaries(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean under the attention and the sum of the pair network over the history, each (B, K, half).
+
+        Only existing history items are computed. Each is one of the M rows below; a user of Amazon Beauty has about
+        half of the `RECENT` items.
+        """
+        lists, slots = batch.is_history.nonzero(as_tuple=True)  # (M,), (M,)
+        weight, features = self.pair_hidden.weight, batch.pairs.size(-1)
+        # The input is the normalised features and a one-hot encoding of the position in the history.
+        scaled = weight[:, :features] / self.pairs_scale
+        bias = self.pair_hidden.bias - scaled @ self.pairs_mean + weight[:, features:].T[slots]  # (M, half)
+        hidden = batch.pairs[lists, slots].float() @ scaled.T + bias.unsqueeze(1)
+        hidden = nn.functional.dropout(nn.functional.gelu(hidden), DROPOUT, self.training)  # (M, K, half)
+        # The output layer is linear: it is applied to sums over the history, and joined with the attention.
+        logits = hidden @ (self.attention.weight @ self.pair_output.weight).squeeze(0)  # (M, K)
+        attention = logits.new_full(batch.pairs.shape[:3], -torch.inf).index_put((lists, slots), logits).softmax(1)
+        attention = attention[lists, slots].unsqueeze(-1)  # (M, K, 1)
+        zeros = hidden.new_zeros(len(batch.pairs), *hidden.shape[1:])
+        mean = self.pair_output(zeros.index_add(0, lists, attention * hidden))
+        total = nn.functional.linear(zeros.index_add(0, lists, hidden), self.pair_output.weight)
+        return mean, total + batch.is_history.sum(1).view(-1, 1, 1) * self.pair_output.bias
 
 
 class Priors(nn.ModuleList):
@@ -315,11 +331,12 @@ def pad(features: Sequence[CandidateFeatures]) -> Batch:
     """Combine the features of lists of different lengths, with histories of different lengths, into one batch."""
     longest = max(len(each.candidates) for each in features)
     candidates = torch.zeros(len(features), longest, features[0].candidates.shape[1])
-    pairs = torch.zeros(len(features), longest, RECENT, features[0].pairs.shape[2], dtype=torch.float16)
+    pairs = torch.zeros(len(features), RECENT, longest, features[0].pairs.shape[2], dtype=torch.float16)
     is_candidate = torch.zeros(len(features), longest, dtype=torch.bool)
     is_history = torch.zeros(len(features), RECENT, dtype=torch.bool)
     for row, each in enumerate(features):
         size, recent = each.pairs.shape[:2]
         candidates[row, :size], is_candidate[row, :size] = torch.from_numpy(each.candidates), True
-        pairs[row, :size, :recent], is_history[row, :recent] = torch.from_numpy(each.pairs), True
+        pairs[row, :recent, :size] = torch.from_numpy(each.pairs).transpose(0, 1)
+        is_history[row, :recent] = True
     return Batch(candidates, pairs, is_candidate, is_history)

@@ -123,6 +123,11 @@ def best_dtype(device: str | torch.device) -> str:
     return "fp32"
 
 
+def uses_bf16(choice: bool | None, device: str | torch.device) -> bool:
+    """Return a choice whether to compute in bfloat16; None chooses the faster type of the device."""
+    return best_dtype(device) == "bf16" if choice is None else choice
+
+
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 

@@ -19,10 +19,12 @@ compat.apply()  # Before RecBole's models are imported: one of them slows down e
 from recbole.model.sequential_recommender.sasrec import SASRec  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from recbole_gr2.llm.model import uses_bf16  # noqa: E402
 from recbole_gr2.model.batching import by_length  # noqa: E402
 
 if TYPE_CHECKING:
     from recbole.config import Config
+    from recbole.data.dataset import Dataset
     from recbole.data.interaction import Interaction
 
 TRAIN_SLICE, PREDICT_SLICE = 32, 256  # Sequences per forward pass of the encoder.
@@ -30,7 +32,16 @@ BLOCK = 128  # Positions whose scores over the catalogue are in memory at the sa
 
 
 class CausalSASRec(SASRec):
-    """RecBole's SASRec with cross-entropy over all items at every position of a sequence."""
+    """RecBole's SASRec with cross-entropy over all items at every position of a sequence.
+
+    Args:
+        config: RecBole's configuration with the options in properties/model/CausalSASRec.yaml.
+        dataset: RecBole's training data.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        super().__init__(config, dataset)
+        self.bf16 = uses_bf16(config["bf16"], config["device"])
 
     @staticmethod
     def training_rows(interactions: Interaction, config: Config) -> np.ndarray:
@@ -92,7 +103,7 @@ class CausalSASRec(SASRec):
             is_item = targets[positions, :longest] > 0
             hidden.append(self.encode(item_seq[positions, :longest], table)[is_item])
             labels.append(targets[positions, :longest][is_item])
-        return CatalogueCrossEntropy.apply(torch.cat(hidden), table, torch.cat(labels))
+        return CatalogueCrossEntropy.apply(torch.cat(hidden), table, torch.cat(labels), self.bf16)
 
 
 class CatalogueCrossEntropy(torch.autograd.Function):
@@ -103,7 +114,7 @@ class CatalogueCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bf16: bool = False) -> Tensor:
         """Return the loss. Both gradients are computed here and stored for `backward`.
 
         Args:
@@ -111,24 +122,31 @@ class CatalogueCrossEntropy(torch.autograd.Function):
             hidden: hidden states, (P, D).
             weight: item embeddings, (N, D).
             targets: row of the target item in `weight`, (P,).
+            bf16: whether the matrix products have operands in bfloat16. Sums over items and over blocks have the
+                type of `hidden`.
         """
         count, loss = len(hidden), hidden.new_zeros(())
+        operand = torch.bfloat16 if bf16 else hidden.dtype
+        table = weight.to(operand)
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.zeros_like(weight)
         for start in range(0, count, BLOCK):
             block, labels = hidden[start : start + BLOCK], targets[start : start + BLOCK].unsqueeze(1)
-            scores = block @ weight.T
-            total = scores.logsumexp(dim=1, keepdim=True)
-            loss += (total - scores.gather(1, labels)).sum()
-            slope = scores.sub_(total).exp_()  # The gradient of the scores is the softmax, minus 1 at the target.
-            slope.scatter_add_(1, labels, slope.new_full((1, 1), -1.0).expand_as(labels))
-            hidden_grad[start : start + BLOCK] = slope @ weight
-            weight_grad.addmm_(slope.T, block)
+            scores = block.to(operand) @ table.T
+            target, top = scores.gather(1, labels).to(hidden.dtype), scores.amax(dim=1, keepdim=True)
+            shares = scores.sub_(top).exp_()  # The softmax times `total`.
+            total = shares.sum(dim=1, keepdim=True, dtype=hidden.dtype)
+            loss += (total.log() + top - target).sum()
+            hidden_grad[start : start + BLOCK] = (shares @ table) / total
+            weight_grad += shares.T @ (block / total).to(operand)
+        # The gradient of the scores is the softmax, minus 1 at the target.
+        hidden_grad -= weight[targets]
+        weight_grad.index_add_(0, targets, hidden, alpha=-1)
         ctx.save_for_backward(hidden_grad / count, weight_grad / count)
         return loss / count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients of hidden states and item embeddings."""
         (grad,) = grads
         hidden_grad, weight_grad = ctx.saved_tensors
-        return grad * hidden_grad, grad * weight_grad, None
+        return grad * hidden_grad, grad * weight_grad, None, None

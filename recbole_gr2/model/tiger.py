@@ -21,7 +21,7 @@ from torch import Tensor  # noqa: E402
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration  # noqa: E402
 
 from recbole_gr2.llm.beam import Beams, SidTrie, item_scores, search, target_last  # noqa: E402
-from recbole_gr2.llm.model import best_dtype  # noqa: E402
+from recbole_gr2.llm.model import uses_bf16  # noqa: E402
 from recbole_gr2.model.batching import by_length  # noqa: E402
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TIGER(SequentialRecommender):
         self.trie = SidTrie.build(codes.numpy(), tokens.numpy(), begin_id=PAD)
         self.history, self.beams = config["max_history"], config["cand_beams"]
         self.first_user, self.user_tokens = 1 + tokens.numel(), config["n_user_tokens"]
-        self.bf16 = best_dtype(config["device"]) == "bf16"
+        self.bf16 = uses_bf16(config["bf16"], config["device"])
         options: dict[str, Any] = {
             "vocab_size": self.first_user + self.user_tokens,
             "d_model": config["hidden_size"],
