@@ -92,7 +92,6 @@ def training_histories(data: Data, interactions: str = "train") -> list[list[int
     """
     if interactions == "hold_out":
         return data.sequences_without_train_targets()
-    sequences = data.train_sequences()
     if interactions == "refit":
-        return [data.sequences[user][:-1].tolist() for user in sequences]
-    return [sequence.tolist() for sequence in sequences.values()]
+        return data.sequences_before_test()
+    return [sequence.tolist() for sequence in data.train_sequences().values()]

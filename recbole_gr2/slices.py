@@ -1,4 +1,6 @@
-"""Parts of the test users by their target: how often training has it, and whether it follows an item of the history.
+"""Parts of the test users: by their target and by whether training has interactions of them.
+
+A part says how often training has the target, or whether the target follows an item of the history.
 
 Most gains of sequential recommenders are on targets that directly follow a history item in training (arXiv 2606.17276).
 """
@@ -17,6 +19,7 @@ from recbole_gr2.ranking import ndcg_at
 
 CUTOFF = 10  # of the NDCG of a part
 OCCURRENCES = "target 0 times in training", "target 1 to 4 times", "target 5 times or more"
+USERS = "new user, without training interactions", "known user"
 RELATIONS = (
     "successor of the last item",
     "successor of another history item",
@@ -33,13 +36,15 @@ def target_slices(data: Data, users: Sequence[str]) -> pd.DataFrame:
         users: tokens of users with a test request.
 
     Returns:
-        One row per user, in this order, with the columns `occurrences` (see `OCCURRENCES`) and `relation`. An item is a
+        One row per user, in this order, with the columns `occurrences` (see `OCCURRENCES`), `relation` and `user` (see
+        `USERS`). An item is a
         successor of another one if it directly follows it in the training items of any user. It is two steps away if it
         is a successor of a successor. The first relation that holds counts.
     """
     from scipy.sparse import csr_matrix
 
-    sequences = list(data.train_sequences().values())
+    known = data.train_sequences()
+    sequences = list(known.values())
     size = data.item_count + 1
     counts = np.bincount(np.concatenate(sequences), minlength=size)
     before, after = (np.concatenate([items[part] for items in sequences]) for part in (slice(-1), slice(1, None)))
@@ -52,8 +57,8 @@ def target_slices(data: Data, users: Sequence[str]) -> pd.DataFrame:
         after_each = direct.values_at(np.array(history), target) > 0
         holds = (after_each[-1], after_each[:-1].any(), indirect.values_at(history[-1], target) > 0, True)
         occurrences = 0 if counts[target] == 0 else 1 if counts[target] < 5 else 2
-        rows.append((OCCURRENCES[occurrences], RELATIONS[holds.index(True)]))
-    return pd.DataFrame(rows, columns=["occurrences", "relation"])
+        rows.append((OCCURRENCES[occurrences], RELATIONS[holds.index(True)], USERS[user in known]))
+    return pd.DataFrame(rows, columns=["occurrences", "relation", "user"])
 
 
 def slice_metrics(
@@ -73,7 +78,7 @@ def slice_metrics(
     tables = {method: np.array([found.get(user, np.inf) for user in users]) for method, found in ranks.items()}
     found = np.any([np.isfinite(table) for table in tables.values()], axis=0)
     entries = []
-    for column, names in (("occurrences", OCCURRENCES), ("relation", RELATIONS)):
+    for column, names in (("occurrences", OCCURRENCES), ("relation", RELATIONS), ("user", USERS)):
         for name in names:
             part = (parts[column] == name).to_numpy()
             if part.any():

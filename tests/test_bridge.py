@@ -703,8 +703,9 @@ def toy_sequences(seed: int, count: int = 40) -> list[list[int]]:
     return [[rng.randint(1, 1400) for _ in range(rng.choice([2, 3, 5, 20, 51]))] for _ in range(count)]
 
 
-def test_loss_is_the_mean_over_all_prefixes(movies):
+def test_loss_is_the_mean_over_all_prefixes(movies, monkeypatch):
     model = movies("CausalSASRec").open.model.eval()  # no dropout
+    monkeypatch.setattr(model, "bf16", False)
     sequences = toy_sequences(0)
     with torch.no_grad():
         loss = model.calculate_loss(toy_interaction(model, sequences))
@@ -748,6 +749,11 @@ def test_catalogue_cross_entropy_is_torchs(positions):
     gradients = [torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (ours, theirs)]
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+    floats = [value.detach().float().requires_grad_() for value in (hidden, weight)]
+    rounded = CatalogueCrossEntropy.apply(*floats, targets, True)
+    assert rounded.item() == pytest.approx(theirs.item(), rel=0.01)
+    for one, other in zip(torch.autograd.grad(3 * rounded, floats), gradients[1], strict=True):
+        assert 0 < (one - other).norm() < 0.01 * other.norm()
 
 
 # --- item texts ------------------------------------------------------------------------------------------------------

@@ -54,8 +54,12 @@ def test_figures_by_hand(tmp_path):
         "times": 5,
         "tied_users": 1 / 4,
         "test_users": 3,
+        "valid_users": 2,
         "train_lists": 2,
         "train_targets": 1,
+        "cuts": {},
+        "new_users": 0.0,
+        "future": 0.0,
         "masked_targets": 1 / 3,
         "reachable_targets": 0,
         "masks_seen": True,
@@ -71,6 +75,15 @@ def test_figures_by_hand(tmp_path):
     assert (
         "33.3% of the test targets" in warnings and "1 items have no line" in warnings and "same time" not in warnings
     )
+
+
+def test_training_interactions_that_are_later_than_a_test_interaction(tmp_path):
+    """The training times are 0, 1 of a, and 5, 6, 7 of b; the test times are 3 and 9."""
+    times = {"a": [0, 1, 2, 3], "b": [5, 6, 7, 8, 9]}
+    write(tmp_path, [(user, f"i{n + 1}", time) for user in times for n, time in enumerate(times[user])], TITLES)
+    summary = Data(chosen(tmp_path)).summary()
+    assert summary.future == pytest.approx((3 / 5 + 0) / 2)
+    assert "30.0% of the training interactions are later than a test interaction" in summary.text()
 
 
 def test_targets_that_can_be_hit(tmp_path):

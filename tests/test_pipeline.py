@@ -640,20 +640,22 @@ def test_files_with_the_same_content_give_the_same_keys(command, data, tmp_path)
 
 
 def test_what_the_machine_decides_is_part_of_the_keys(command, data, monkeypatch):
-    from recbole_gr2 import policy, tasks
+    from recbole_gr2 import tasks
+    from recbole_gr2.llm import model
 
     def changed(before, after):
         return {name for name in before if before[name].key != after[name].key}
 
     models = {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}
-    given, plain = planned(command, data, llm_bf16=True), planned(command, data, llm_bf16=False)
+    given = planned(command, data, llm_bf16=True, base_bf16=True)
+    plain = planned(command, data, llm_bf16=False, base_bf16=True)
     assert changed(given, plain) == models
     for kind, same in (("bf16", given), ("fp32", plain)):
-        monkeypatch.setattr(policy, "best_dtype", lambda device, kind=kind: kind)
-        assert changed(planned(command, data, llm_bf16=None), same) == set()
+        monkeypatch.setattr(model, "best_dtype", lambda device, kind=kind: kind)
+        assert changed(planned(command, data, llm_bf16=None, base_bf16=True), same) == set()
     monkeypatch.setattr(tasks, "general_source", lambda file: "the documentation of another version of Python")
     monkeypatch.setattr("recbole_gr2.stages.midtrain.general_source", tasks.general_source)
-    assert changed(planned(command, data), plain) == models
+    assert changed(planned(command, data, base_bf16=True), plain) == models
 
 
 def test_a_prompt_is_printed_without_a_model(command, tmp_path, monkeypatch):

@@ -451,8 +451,11 @@ def test_published_figures_are_shown_for_their_data_set_alone(one):
     assert tables["hit_users"].splitlines()[0].split() == header
     assert "arXiv 2311.02089" in sources["LlamaRec"]
     assert published_tables("ml-100k") == ({}, {}) and "for reference" not in render_report(result, [run])
-    page = render_report({**result, "dataset": "amazon-beauty"}, [run])
+    beauty = {**result, "dataset": "amazon-beauty"}
+    page = render_report(beauty, [run])
     assert "for reference" in page and f"- LlamaRec: {sources['LlamaRec']}." in page
+    split = {"eval_args": {"value": {"split": {"RS": [8, 1, 1]}, "order": "TO"}, "from": "command line"}}
+    assert "for reference" not in render_report({**beauty, "settings": split}, [run])
 
 
 # --- report.md -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 
 from recbole_gr2.bridge.data import Data, read_item_texts
+from recbole_gr2.bridge.splits import leave_one_out
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings
 from recbole_gr2.errors import ConfigurationError, MissingFileError
@@ -201,13 +202,13 @@ class WithoutTexts:
         Item(item_id=n, token=f"t{n}", title=title)
         for n, title in enumerate(["Nail polish", "Shampoo", "Razor", "", "", ""], start=1)
     )
-    train_targets = train_requests = 1
-    held_out, train_sequences = Data.held_out, Data.train_sequences
+    train_sequences, _known = Data.train_sequences, Data._known
     sequences_without_train_targets = Data.sequences_without_train_targets
 
     def __init__(self, *tails: list[int]) -> None:
         heads = [[1, 4, 1], [2, 4, 5]]
         self.sequences = {n: np.array([*head, *tail]) for n, (head, tail) in enumerate(zip(heads, tails, strict=True))}
+        self.split = leave_one_out(np.array([len(items) for items in self.sequences.values()]), targets=1, requests=1)
 
 
 def embedded(folder: Path, data: object, **changes: object) -> tuple[np.ndarray, dict]:
@@ -408,13 +409,13 @@ class SmallData:
         Item(item_id=n, token=f"t{n}", title=f"{KINDS[n % 3].split()[-1]} {n}", categories=f"Beauty > {KINDS[n % 3]}")
         for n in range(1, 49)
     )
-    train_targets = train_requests = 1
-    held_out, train_sequences = Data.held_out, Data.train_sequences
+    train_sequences, _known = Data.train_sequences, Data._known
     sequences_without_train_targets = Data.sequences_without_train_targets
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)
         self.sequences = {user: generator.permutation(np.arange(1, 49))[:7] for user in range(1, 41)}
+        self.split = leave_one_out(np.array([0] + [7] * 40), targets=1, requests=1)
 
 
 def tokenized(folder: Path, data: object = None, **changes: object) -> tuple[list[tuple[int, ...]], dict]:

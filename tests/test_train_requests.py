@@ -72,6 +72,6 @@ def test_training_targets_change_no_training_list(tiny_run, tiny_data, tmp_path)
 
 def test_one_request_is_the_default(tiny_settings, tmp_path):
     data = Data(tiny_settings(tmp_path))
-    assert data.train_splits == ("train",) and data.held_out == 1
+    assert data.train_splits == ("train",) and set(data.split.held_out.tolist()) == {1}
     with pytest.raises(ConfigurationError, match="train_requests is 2, and train_targets is 2"):
         tiny_settings(tmp_path, train_requests=2, train_targets=2)

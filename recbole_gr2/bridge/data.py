@@ -1,10 +1,8 @@
 """A data set: the catalogue, the users' sequences in exact time order, and the rows of each split.
 
-The splits are those of RecBole's `SequentialDataset` under leave-one-out (`eval_args`: `LS: valid_and_test`, order
-`TO`). They do not depend on the base model. Each user has one test row and one validation row. The training request of
-a user starts `train_targets` interactions before the end of its training interactions. With `train_requests` above 1 a
-user has further training requests, each with one target: the splits `train`, `train-2` and so on start 1, 2 and so on
-interactions before the end.
+The splits do not depend on the base model. Each user has at most one test row, one validation row and one training
+request, or `train_requests` of them: the splits `train`, `train-2` and so on. `splits` defines them for leave-one-out
+and for the temporal split. Under leave-one-out the rows are those of RecBole's `SequentialDataset`.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from recbole_gr2 import compat
 from recbole_gr2.bridge.atomic import AtomicFile
 from recbole_gr2.bridge.item_text import clean_text
 from recbole_gr2.bridge.loading import filter_interactions, load_feature
+from recbole_gr2.bridge.splits import Split, leave_one_out, temporal, train_splits
 from recbole_gr2.bridge.summary import DataSummary, summarise
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, recbole_config
@@ -66,6 +65,7 @@ class Data:
             file has dates.
         train_targets: number of targets of a training request.
         train_requests: number of training requests of a user.
+        split: which interactions of a user are known, and which are targets.
 
     Raises:
         ConfigurationError: a data file is malformed, a filter does not fit its column or leaves no interaction, or the
@@ -91,7 +91,25 @@ class Data:
         self.train_targets: int = settings["train_targets"]
         self.train_requests: int = settings["train_requests"]
         self._grades = _grades(frame, self.dataset, settings["train_grades"])
-        self.built = self.dataset.build()
+        self.split = self._make_split(frame[self.uid].to_numpy())
+        self.built = self.build(self.dataset)
+
+    def _make_split(self, users: np.ndarray) -> Split:
+        """The split of `eval_args`.
+
+        Args:
+            users: user id of each interaction, in the order of `times`, (R,).
+        """
+        numbers = {"targets": self.train_targets, "requests": self.train_requests}
+        size, given = len(self.user_tokens), self.settings["eval_args"]["split"]
+        if "LS" in given:
+            return leave_one_out(np.bincount(users, minlength=size), **numbers)
+        return temporal(users, self.times, size=size, given=given, **numbers)
+
+    def build(self, dataset: Any) -> list[Any]:
+        """Split a RecBole data set of these interactions into training, validation and test."""
+        dataset.user_split = self.split
+        return dataset.build()
 
     @property
     def item_count(self) -> int:
@@ -113,6 +131,9 @@ class Data:
             digest.update(f"{self.train_requests} requests".encode())
         for grades in self._grades.values():
             digest.update(grades.tobytes())
+        if self.split.cuts:
+            for name, starts in self.split.starts.items():
+                digest.update(np.stack([starts, self.split.stops[name]]).astype(np.int64).tobytes())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -156,25 +177,29 @@ class Data:
         return any(len(np.unique(items)) < len(items) for items in self.sequences.values())
 
     def train_sequences(self) -> dict[int, np.ndarray]:
-        """Training items of each user, oldest first: all items but the last two, the targets of validation and test."""
-        return {user: items[:-2] for user, items in self.sequences.items() if len(items) > 2}
+        """Training items of each user, oldest first. Users without training items are left out."""
+        return self._known("train")
 
     def sequences_without_train_targets(self) -> list[list[int]]:
         """Training items of each user without the targets of its training requests, oldest first."""
-        return [items[: -self.held_out].tolist() for items in self.train_sequences().values()]
+        known = self.split.known["hold_out"]
+        return [items[: known[user]].tolist() for user, items in self.train_sequences().items()]
 
-    @property
-    def held_out(self) -> int:
-        """Number of last training interactions of a user that are targets of its training requests."""
-        return max(self.train_targets, self.train_requests)
+    def sequences_before_test(self) -> list[list[int]]:
+        """Items of each user before the test, oldest first: those of training and validation."""
+        return [items.tolist() for items in self._known("refit").values()]
+
+    def _known(self, interactions: str) -> dict[int, np.ndarray]:
+        known = self.split.known[interactions]
+        return {user: items[: known[user]] for user, items in self.sequences.items() if known[user]}
 
     @property
     def train_splits(self) -> tuple[str, ...]:
         """Names of the splits of the training requests: `train`, then `train-2` and so on, from new to old."""
-        return "train", *(f"train-{number}" for number in range(2, self.train_requests + 1))
+        return train_splits(self.train_requests)
 
     def rows(self, split: str) -> tuple[Any, np.ndarray]:
-        """Rows of a split, one per user.
+        """Rows of a split, at most one per user.
 
         The row of `train`, or of `train-2` and so on, is the one whose target is the first target of this training
         request. It exists if the request has at least one item of history.
@@ -184,34 +209,27 @@ class Data:
         """
         feat = self.built[SPLITS.index(split.partition("-")[0])].inter_feat
         if split in self.train_splits:
-            feat = feat[np.flatnonzero(from_end(feat[self.uid].numpy()) == self._first_target(split) - 2)]
+            users, starts = feat[self.uid].numpy(), self.split.starts[split]
+            behind = self.split.known["train"] - starts  # Number of training rows from the target on.
+            feat = feat[np.flatnonzero((from_end(users) == behind[users]) & (starts[users] > 0))]
         return feat, feat[self.uid].numpy()
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
         """All item ids before the first target of a split, oldest first. RecBole's rows keep only the last ones."""
-        items = self.sequences[user]
-        return tuple(int(item) for item in items[: max(len(items) - self._first_target(split), 0)])
+        return tuple(self.sequences[user][: self.split.starts[split][user]].tolist())
 
     def targets(self, user: int, split: str) -> dict[int, int]:
         """Target items of a user's row with their grades, oldest first.
 
-        Validation and test have one target of grade 1, training has `train_targets`. The result is empty if the user
-        has too few items for such a row.
+        Validation and test have one target of grade 1, training has at most `train_targets`. The result is empty if the
+        user has no such row.
         """
-        items, first = self.sequences[user], self._first_target(split)
-        if len(items) <= first:
-            return {}
-        trained = split in self.train_splits
-        count = self.train_targets if trained else 1
-        places = slice(len(items) - first, len(items) - first + count)
-        grades = self._grades[user][places] if trained and self._grades else np.ones(count, dtype=int)
-        return dict(zip(items[places].tolist(), grades.tolist(), strict=True))
-
-    def _first_target(self, split: str) -> int:
-        """Position of the first target of a split, counted from the end of a sequence, from 1."""
-        if split in self.train_splits:
-            return 2 + self.train_targets + self.train_splits.index(split)
-        return {"valid": 2, "test": 1}[split]
+        start = self.split.starts[split][user]
+        places = slice(start, self.split.stops[split][user] if start else 0)
+        items = self.sequences[user][places]
+        graded = split in self.train_splits and bool(self._grades)
+        grades = self._grades[user][places] if graded else np.ones(len(items), dtype=int)
+        return dict(zip(items.tolist(), grades.tolist(), strict=True))
 
 
 def _grades(
@@ -274,7 +292,9 @@ def _check_files(config: Any) -> None:
 def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
     """RecBole's data set class with strict reading, an exact time order, and a download that works in one process.
 
-    An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,).
+    An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,). A
+    temporal split needs `user_split`, see `splits.Split`, before `build`. Then `before_test` is the data set of all
+    rows before the test, for `refit`.
 
     Args:
         sequential: whether it is the class of sequential models, else that of general models.
@@ -322,6 +342,18 @@ def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
             rank[order] = np.arange(len(frame)) - np.repeat(starts, np.diff(np.r_[starts, len(frame)]))
             super()._normalize()
             self.inter_feat[self.time_field] = rank
+
+        def split_by_ratio(self, ratios: Any, group_by: Any = None) -> list[Any]:
+            split: Split = self.user_split
+            users = self.inter_feat[self.uid_field].numpy()
+            places = self.inter_feat[self.time_field].numpy().astype(int)  # positions in the sequence, see `_normalize`
+            order = np.lexsort((places, users))
+            users, places = users[order], places[order]
+            self._drop_unused_col()
+            rows = [places < split.known["train"][users]]
+            rows += [(places == split.starts[name][users]) & (places > 0) for name in ("valid", "test")]
+            self.before_test = self.copy(self.inter_feat[order[places < split.known["refit"][users]]])
+            return [self.copy(self.inter_feat[order[selected]]) for selected in rows]
 
         def _download(self) -> None:
             _download(self, super()._download)

@@ -381,7 +381,8 @@ def item_counts(data: Data, general: bool) -> Counter[int]:
     """
     if not general:
         return data.built[0].item_counter
-    return Counter(np.concatenate([items[: max(len(items) - 2, 1)] for items in data.sequences.values()]).tolist())
+    known = data.split.known["train"] if data.split.cuts else np.maximum(data.split.known["train"], 1)
+    return Counter(np.concatenate([items[: known[user]] for user, items in data.sequences.items()]).tolist())
 
 
 def _check_cutoff(config: Any, recommendations: Recommendations) -> int:

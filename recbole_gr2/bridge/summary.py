@@ -31,8 +31,13 @@ class DataSummary:
         times: number of distinct times.
         tied_users: share of the users with several interactions whose last two have the same time.
         test_users: number of users with a test target.
-        train_lists: number of users with enough interactions for a training list.
+        valid_users: number of users with a validation target.
+        train_lists: number of users with a training list.
         train_targets: number of targets of a training list.
+        cuts: first time of each period of a temporal split; empty for leave-one-out.
+        new_users: share of the test users without a training interaction.
+        future: share of the training interactions, of all users, that happened after a test interaction; the mean over
+            the test interactions. A temporal split has none.
         masked_targets: share of the test targets that are in the user's own history.
         reachable_targets: number of test targets that occur in training interactions and, if seen items are masked, not
             in the user's history. A base model that learns items from interactions has at most as many hit users.
@@ -55,8 +60,12 @@ class DataSummary:
     times: int
     tied_users: float
     test_users: int
+    valid_users: int
     train_lists: int
     train_targets: int
+    cuts: Mapping[str, float]
+    new_users: float
+    future: float
     masked_targets: float
     reachable_targets: int
     masks_seen: bool
@@ -69,13 +78,22 @@ class DataSummary:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return name and value of each line of the printed summary."""
-        lists = f"{self.train_lists:,} users have a training list, {self.test_users:,} a test target"
+        lists = (
+            f"{self.train_lists:,} users have a training list, {self.valid_users:,} a validation target, "
+            f"{self.test_users:,} a test target"
+        )
+        if self.cuts:
+            cuts = ", ".join(f"{name} from {time:.15g}" for name, time in self.cuts.items())
+            split = f"temporal: {cuts}; {self.new_users:.1%} of the test users have no training interaction"
+        else:
+            split = f"leave-one-out; {self.future:.1%} of the training interactions are later than a test interaction"
         mask = "occur in training and are not masked as seen" if self.masks_seen else "occur in training"
         changed = {**{f"dropped by {option}": n for option, n in self.dropped.items()}, **self.notes}
         return [
             ("density", f"{self.density:.3%}; {self.interactions / self.users:.1f} interactions per user"),
             ("repeats", f"{self.repeats:.1%} of the interactions have an item that the user had before"),
             ("ties in time", f"{self.tied_users:.1%} of the users have one time for their last two interactions"),
+            ("split", split),
             ("lists", lists),
             ("hit users", f"at most {self.reachable_targets:,}: so many test targets {mask}"),
             ("missing texts", ", ".join(f"{n:,} items without {text}" for text, n in self.without_text.items())),
@@ -126,7 +144,6 @@ class DataSummary:
             ConfigurationError: the time is constant, no user has a training list, most test targets are masked, or most
                 items have no line in the `.item` file or no text.
         """
-        least = 3 + self.train_targets
         if self.times == 1 and self.interactions > 1:
             raise ConfigurationError(
                 "all interactions have the same time",
@@ -134,9 +151,17 @@ class DataSummary:
                 why="histories, splits and targets are defined by time",
                 do="give the interactions their times; if the lines are in the order of time, number them",
             )
+        if self.cuts and not (self.train_lists and self.valid_users and self.test_users):
+            raise ConfigurationError(
+                f"{self.train_lists:,} users have a training list, {self.valid_users:,} a validation target and "
+                f"{self.test_users:,} a test target",
+                where="eval_args: split",
+                why="a target is the first interaction of a user in a period, and needs an earlier one as history",
+                do="choose other shares or dates, so that each period has users with earlier interactions",
+            )
         if not self.train_lists:
             raise ConfigurationError(
-                f"no user has {least} or more interactions",
+                f"no user has {3 + self.train_targets} or more interactions",
                 where="the .inter file, after RecBole's filters",
                 why=f"the {self.train_targets + 2} last ones are targets of training, validation and test, and a "
                 "training list needs a history of at least one interaction before them",
@@ -177,12 +202,16 @@ def summarise(data: Data) -> DataSummary:
     frame = pd.DataFrame({"user": users, "item": items, "time": data.times})
     repeated = frame.duplicated(["user", "item"]).to_numpy()
     lengths = np.array([len(items) for items in data.sequences.values()])
-    last = np.cumsum(lengths) - 1
-    several = last[lengths > 1]
-    has_test = np.isin(list(data.sequences), data.rows("test")[1])
-    tested = last[has_test]
-    behind = np.repeat(last, lengths) - np.arange(len(frame))  # interactions of the user after this one
-    trained = np.unique(items[behind > 1])
+    ends = np.cumsum(lengths)
+    several = ends[lengths > 1] - 1
+    first = dict(zip(data.sequences, (ends - lengths).tolist(), strict=True))  # place of a user's first interaction
+    test_users = data.rows("test")[1]
+    tested = np.array([first[user] + data.split.starts["test"][user] for user in test_users.tolist()], dtype=int)
+    known = data.split.known["train"]
+    is_training = np.arange(len(frame)) - np.repeat(ends - lengths, lengths) < known[users]
+    trained = np.unique(items[is_training])
+    training_times = np.sort(data.times[is_training])
+    later = 1 - np.searchsorted(training_times, data.times[tested], side="right") / max(len(training_times), 1)
     masks_seen = bool(settings["cand_exclude_seen"]) and not settings["cand_file"]
     reachable = np.isin(items[tested], trained) & ~(repeated[tested] & masks_seen)
     texts: dict[str, Any] = {
@@ -201,8 +230,12 @@ def summarise(data: Data) -> DataSummary:
         times=len(np.unique(data.times)),
         tied_users=float(np.mean(data.times[several] == data.times[several - 1])) if len(several) else 0.0,
         test_users=len(tested),
-        train_lists=int((lengths >= 3 + data.train_targets).sum()),
+        valid_users=len(data.rows("valid")[1]),
+        train_lists=int((data.split.starts["train"] > 0).sum()),
         train_targets=data.train_targets,
+        cuts=data.split.cuts,
+        new_users=float((known[test_users] == 0).mean()) if len(tested) else 0.0,
+        future=float(later.mean()) if len(tested) else 0.0,
         masked_targets=float(repeated[tested].mean()) if len(tested) else 0.0,
         reachable_targets=int(reachable.sum()),
         masks_seen=masks_seen,

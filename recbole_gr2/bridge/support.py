@@ -99,7 +99,7 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
                 do=f"set it to at most {data.item_count}",
             )
     if config["cor_weight"] and config["n_factors"] and config["n_factors"] > 1:  # DGCF, see dgcf.py:78
-        rows = sum(max(len(items) - 2 - data.held_out, 0) for items in data.sequences.values())
+        rows = int(data.split.known["hold_out"].sum())
         users, items = len(data.sequences) + 1, data.item_count + 1
         drawn = max(users, items) // (rows // config["train_batch_size"] + 1)
         if drawn > min(users, items):

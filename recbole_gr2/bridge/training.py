@@ -255,10 +255,11 @@ def _set_up(
     dataset, built = (data.dataset, data.built) if sequential and own is None else _own_rows(data, config, own)
     train = built[0]
     if refit:
-        train = _with_validation(built[0], built[1], data.uid)
+        train = dataset.before_test if data.split.cuts else _with_validation(built[0], built[1], data.uid)
     keep = np.arange(len(train.inter_feat))
     if hold_out:
-        keep = np.flatnonzero(from_end(train.inter_feat[data.uid].numpy()) > data.held_out)
+        users = train.inter_feat[data.uid].numpy()
+        keep = np.flatnonzero(from_end(users) > data.split.held_out[users])
     if hasattr(model_class, "training_rows"):
         keep = keep[model_class.training_rows(train.inter_feat[keep], config)]
     return _SetUp(
@@ -327,7 +328,7 @@ def _own_rows(data: Data, config: Any, own: type | None) -> tuple[Any, Any]:
                 why="scores and rows would belong to different users or items",
                 do="report this as a bug, with the options for RecBole's data filters",
             )
-    return dataset, dataset.build()
+    return dataset, data.build(dataset)
 
 
 def _network(setup: _SetUp, data: Data) -> Any:

@@ -163,23 +163,40 @@ def _check_protocol(values: Mapping[str, Any], declared: Mapping[str, Declaratio
     if unknown := set(protocol) - set(default):
         raise ValueError(f"eval_args has the unknown keys {sorted(map(str, unknown))}, expected {', '.join(default)}")
     full = ("full", {"valid": "full", "test": "full"}, {"valid": "full"}, {"test": "full"})
+    split = protocol.get("split")
     if (
-        protocol.get("split") != default["split"]
-        or protocol.get("order") != default["order"]
-        or protocol.get("group_by", "user") != "user"
+        protocol.get("order") != default["order"]
         or protocol.get("mode", "full") not in full
+        or not (
+            (split == default["split"] and protocol.get("group_by", "user") == "user")
+            # Without group_by, RecBole would apply the shares to each user.
+            or (_is_temporal(split) and protocol.get("group_by", "user" if "RS" in split else "none") in ("none", None))
+        )
     ):
         raise ValueError(
-            f"eval_args is {protocol!r:.200}, expected {{split: {{LS: valid_and_test}}, order: TO, mode: full}}: "
-            "candidates without leakage are defined for leave-one-out in time order over all items"
+            f"eval_args is {protocol!r:.200}, expected order: TO, mode: full, and split: {{LS: valid_and_test}} with "
+            "group_by: user, or split: {RS: [0.8, 0.1, 0.1]} or {date: [VALID, TEST]} with group_by: none: candidates "
+            "without leakage are defined for leave-one-out and for cuts of the time of all users, over all items"
         )
+
+
+def _is_temporal(split: Any) -> bool:
+    """Whether a split is RS with three positive shares, or two dates or times."""
+    if not isinstance(split, dict) or len(split) != 1:
+        return False
+    ((name, values),) = split.items()
+    if not isinstance(values, list):
+        return False
+    if name == "RS":
+        return len(values) == 3 and all(type(v) in (int, float) and 0 < v < math.inf for v in values)
+    return name == "date" and len(values) == 2 and all(type(v) in (int, float, str) for v in values)
 
 
 def _check_benchmark(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     if values["benchmark_filename"] is not None:
         raise ValueError(
             f"benchmark_filename names ready-made splits {values['benchmark_filename']!r:.200}; candidates without "
-            "leakage are defined for leave-one-out in time order, so give one .inter file with all interactions"
+            "leakage are defined for leave-one-out and for cuts of time, so give one .inter file with all interactions"
         )
 
 

@@ -183,7 +183,8 @@ def slices_section(page: Page) -> str:
 def published_section(page: Page) -> str:
     """Return the figures of papers for this data set."""
     tables, sources = published_tables(page.result["dataset"])
-    if not tables:
+    protocol = page.result["settings"].get("eval_args", {"value": {"split": {"LS": "valid_and_test"}}})["value"]
+    if not tables or "LS" not in protocol["split"]:  # The figures are those of leave-one-out.
         return ""
     parts = [
         "## Published figures, for reference\n\n"

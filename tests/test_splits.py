@@ -1,0 +1,227 @@
+"""The temporal split: cuts of the time of all users, rows of RecBole, and no knowledge of what comes after a cut."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recbole_gr2.artifacts import read_requests
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.splits import temporal, timestamp
+from recbole_gr2.bridge.training import train_model
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.lists import training_histories
+
+SHARES = {"split": {"RS": [0.7, 0.15, 0.15]}, "order": "TO", "group_by": "none"}
+DATES = {"split": {"date": [60, 80]}, "order": "TO"}
+MODELS = ["PairCounts", "ItemKNN"]
+
+
+def copy_interleaved(folder: Path, copy: Path, *, change_from: float = np.inf, remove_from: float = np.inf) -> Path:
+    """Copy the data set `tiny` with times at which the interactions of different users alternate.
+
+    The interaction at position n of a user has a time from 10 n to 10 n + 9. Two further users have all items, in the
+    first lines, so that the internal ids are equal in all copies.
+
+    Args:
+        folder: the folder that holds tiny/.
+        copy: the folder for the copy.
+        change_from: interactions from this time on get another item.
+        remove_from: interactions from this time on are removed.
+    """
+    shutil.copytree(folder / "tiny", copy / "tiny")
+    file = copy / "tiny" / "tiny.inter"
+    header, *lines = file.read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    items, rng, position = sorted({row[1] for row in rows}), random.Random(1), {}
+    seen = {user: {row[1] for row in rows if row[0] == user} for user in {row[0] for row in rows}}
+    written = []
+    for user, item, rating, _ in rows:
+        position[user] = position.get(user, -1) + 1
+        time = 10 * position[user] + int(user[1:]) % 10
+        if time >= change_from:
+            item = rng.choice([other for other in items if other not in seen[user]])
+            seen[user].add(item)
+        if time < remove_from:
+            written.append(f"{user}\t{item}\t{rating}\t{time}")
+    first = [f"{('first', 'second')[n % 2]}\t{item}\t3\t{n % 40}" for n, item in enumerate(items)]
+    file.write_text("\n".join([header, *first, *written]) + "\n")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def interleaved(tiny_data, tmp_path_factory) -> Path:
+    return copy_interleaved(tiny_data, tmp_path_factory.mktemp("interleaved") / "data")
+
+
+@pytest.fixture
+def data(tiny_settings, interleaved, tmp_path) -> Data:
+    return Data(tiny_settings(tmp_path, data_path=str(interleaved), eval_args=DATES))
+
+
+def test_cuts_and_positions_by_hand():
+    users = np.array([1, 1, 1, 1, 1, 2, 2, 2, 3, 3])
+    times = np.array([1, 2, 3, 6, 8, 2, 5, 7, 9, 10.0])
+    numbers = {"size": 4, "targets": 2, "requests": 2}
+    split = temporal(users, times, given={"date": [6, 8]}, **numbers)
+    # Two interactions are in validation (6, 7), so the training periods are 3 to 5 and 2 to 2.
+    assert split.cuts == {"train-2": 2.0, "train": 3.0, "valid": 6.0, "test": 8.0}
+    assert {name: starts.tolist() for name, starts in split.starts.items()} == {
+        "train": [0, 2, 1, 0],
+        "train-2": [0, 1, 0, 0],
+        "valid": [0, 3, 2, 0],
+        "test": [0, 4, 0, 0],
+    }
+    assert split.stops["train"].tolist()[1:3] == [3, 2] and split.stops["test"][1] == 5
+    assert {name: known.tolist() for name, known in split.known.items()} == {
+        "train": [0, 3, 2, 0],
+        "hold_out": [0, 1, 0, 0],
+        "refit": [0, 4, 3, 0],
+    }
+    assert split.held_out.tolist() == [0, 2, 2, 0]
+    shares = temporal(users, times, given={"RS": [6, 2, 2]}, **numbers)
+    assert shares.cuts == {"train-2": 2.0, "train": 5.0, "valid": 7.0, "test": 9.0}
+
+
+def test_equal_times_are_on_one_side_of_a_cut():
+    split = temporal(
+        np.repeat([1, 2], 5),
+        np.array([1, 2, 3, 3, 5, 1, 2, 3, 3, 5.0]),
+        size=3,
+        given={"RS": [6, 2, 2]},
+        targets=1,
+        requests=1,
+    )
+    assert split.cuts == {"train": 2.0, "valid": 3.0, "test": 5.0}
+
+
+@pytest.mark.parametrize("given", [{"date": [0, 5]}, {"date": [5, 5]}, {"date": [5, 99]}, {"RS": [1, 1, 8]}])
+def test_a_period_without_interactions_is_refused(given):
+    with pytest.raises(ConfigurationError, match="a period has no interaction"):
+        temporal(np.repeat([1, 2], 5), np.tile(np.arange(5.0), 2), size=3, given=given, targets=1, requests=1)
+
+
+def test_dates_are_seconds_in_utc():
+    assert timestamp("2014-01-31") == 1391126400 and timestamp("2014-01-31 01:00") == 1391130000
+    with pytest.raises(ConfigurationError, match="'soon' is no date"):
+        timestamp("soon")
+
+
+@pytest.mark.parametrize("protocol", [DATES, SHARES])
+def test_the_target_is_the_first_interaction_of_the_period(tiny_settings, interleaved, tmp_path, protocol):
+    data = Data(tiny_settings(tmp_path, data_path=str(interleaved), eval_args=protocol))
+    cuts = [*data.split.cuts.values(), np.inf]
+    assert len(cuts) == 4
+    times = np.split(data.times, np.cumsum([len(items) for items in data.sequences.values()])[:-1])
+    for split, start, end in zip(data.split.cuts, cuts[:-1], cuts[1:], strict=True):
+        feat, users = data.rows(split)
+        expected = {}
+        for (user, items), when in zip(data.sequences.items(), times, strict=True):
+            inside = items[(when >= start) & (when < end)].tolist()
+            if inside and (when < start).any():
+                expected[user] = inside[0]
+                assert data.history(user, split) == tuple(items[when < start].tolist())
+            assert data.targets(user, split) == ({expected[user]: 1} if user in expected else {})
+        assert dict(zip(users.tolist(), feat[data.iid].tolist(), strict=True)) == expected
+        assert len(expected) == len(users) > 30
+        lengths = feat["item_length"].tolist()
+        assert lengths == [len(data.history(user, split)) for user in users.tolist()]
+
+
+@pytest.mark.parametrize("name", ["CausalSASRec", "SASRec", "ItemKNN"])
+def test_models_learn_from_what_happened_before_the_cut(data, tmp_path, name):
+    rows = {
+        kind: train_model(data, tmp_path / kind, model=name, epochs=1, **options)["training_rows"]
+        for kind, options in {"base": {}, "hold_out": {"hold_out": True}, "refit": {"refit": True}}.items()
+    }
+    known = {
+        kind: data.split.known[key] for kind, key in (("base", "train"), ("hold_out", "hold_out"), ("refit", "refit"))
+    }
+    per_user = {"CausalSASRec": lambda n: n > 1, "SASRec": lambda n: np.maximum(n - 1, 0), "ItemKNN": lambda n: n}[name]
+    assert rows == {kind: int(per_user(counts).sum()) for kind, counts in known.items()}
+    assert rows["hold_out"] <= rows["base"] <= rows["refit"]
+
+
+def test_known_interactions_end_at_the_cut(data):
+    for interactions, name in (("hold_out", "train"), ("train", "valid"), ("refit", "test")):
+        frame = dict(
+            zip(
+                data.sequences,
+                np.split(data.times, np.cumsum(list(map(len, data.sequences.values())))[:-1]),
+                strict=True,
+            )
+        )
+        expected = {u: items[frame[u] < data.split.cuts[name]].tolist() for u, items in data.sequences.items()}
+        known = [items for items in training_histories(data, interactions) if items]
+        assert known == [items for items in expected.values() if items]
+
+
+def lists_of(run, split):
+    requests = read_requests(run.folders["candidates"] / f"{split}.jsonl", run.data.catalog)
+    return {
+        request.user_token: (run.data.catalog.tokens(request.items), [c.score for c in request.candidates])
+        for request in requests
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refit", [False, True])
+def test_what_happens_after_a_cut_changes_no_list_before_it(tiny_run, tiny_data, interleaved, tmp_path, refit):
+    """Lists and scores are bitwise equal if later items change, or later interactions are removed."""
+    cut = {"valid": 60, "test": 80}
+    copies = {
+        "plain": interleaved,
+        "changed from validation on": copy_interleaved(tiny_data, tmp_path / "a", change_from=cut["valid"]),
+        "changed from the test on": copy_interleaved(tiny_data, tmp_path / "b", change_from=cut["test"]),
+        "removed from 90 on": copy_interleaved(tiny_data, tmp_path / "c", remove_from=90),
+    }
+    lists = {}
+    for name, copy in copies.items():
+        run = tiny_run(
+            tmp_path / name,
+            ["candidates"],
+            data_path=str(copy),
+            base_model=MODELS,
+            cand_num=8,
+            refit=refit,
+            cand_weights={"PairCounts": 1, "ItemKNN": 1},
+            eval_args=DATES,
+        )
+        lists[name] = {split: lists_of(run, split) for split in ("train", "valid", "test")}
+    plain = lists["plain"]
+    assert min(map(len, plain.values())) > 40
+    for name, split in (
+        ("changed from validation on", "train"),
+        ("changed from validation on", "valid"),
+        ("changed from the test on", "train"),
+        ("changed from the test on", "valid"),
+        ("changed from the test on", "test"),
+        ("removed from 90 on", "train"),
+        ("removed from 90 on", "valid"),
+    ):
+        assert lists[name][split] == plain[split], (name, split)
+    remaining = lists["removed from 90 on"]["test"]
+    assert len(remaining) > 20 and all(plain["test"][user] == entry for user, entry in remaining.items())
+    assert lists["changed from validation on"]["test"] != plain["test"]
+
+
+@pytest.mark.slow
+def test_all_stages_run(tiny_run, interleaved, tmp_path):
+    run = tiny_run(tmp_path, data_path=str(interleaved), eval_args=DATES)
+    entries = json.loads((run.folders["evaluate"] / "methods.json").read_text())
+    methods = {entry["method"]: entry for entry in entries if entry["scope"] == "all_users"}
+    assert {"base", "prior", "lambdamart", "sft", "rl", "oracle"} <= methods.keys()
+    assert {entry["n"] for entry in methods.values()} == {len(run.data.rows("test")[1])}
+    assert len({entry["metrics"]["recall@5"] for entry in methods.values()}) == 1  # The lists have five candidates.
+    oracle = methods["oracle"]["metrics"]
+    assert oracle["recall@1"] == oracle["ndcg@5"] == oracle["recall@5"]
+
+
+def test_the_summary_describes_the_split(data):
+    summary = data.summary()
+    assert summary.cuts == data.split.cuts and summary.future == 0
+    assert "temporal: train from " in summary.text() and "0.0% of the test users have no training" in summary.text()
+    assert (summary.valid_users, summary.test_users) == tuple(len(data.rows(split)[1]) for split in ("valid", "test"))
