@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from recbole_gr2.artifacts import read_recommendations, read_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import RecboleCheck
-from recbole_gr2.bridge.fusion import Fusion, choose_weights, item_ranks, places_of, standardise
+from recbole_gr2.bridge.fusion import Fusion, choose_weights, item_ranks, places_of, ranks_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, Batch
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features
@@ -85,7 +85,10 @@ def test_one_model_keeps_its_order_and_masked_items_stay_masked(name, scores):
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=8))
 def test_ranks_are_those_of_a_stable_sort(scores):
     order = sorted(range(len(scores)), key=lambda item: -scores[item])
-    ranks = item_ranks(torch.tensor([scores], dtype=torch.float))[0].tolist()
+    rows = torch.tensor([scores], dtype=torch.float)
+    ranks = item_ranks(rows)[0].tolist()
+    everything = torch.arange(len(scores)).flip(0)
+    assert ranks_of(rows, everything[None])[0].tolist() == item_ranks(rows)[0, everything].tolist()
     assert [ranks[item] for item in order] == list(range(1, len(scores) + 1))
 
 
@@ -196,7 +199,8 @@ def test_the_fused_order_is_what_recboles_evaluator_scores(run):
     check = RecboleCheck(base)
     recommended = read_recommendations(run.folders["candidates"])
     place = {user: position for position, user in enumerate(recommended.users)}
-    for rows, scores, _ in base.batches("test"):
+    for scored in base.batches("test"):
+        rows, scores = scored.rows, scored.scores
         users = rows[run.data.uid].numpy()
         own = [place[run.data.user_tokens[user]] for user in users]
         batch = SimpleNamespace(

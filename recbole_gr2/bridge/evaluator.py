@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.fusion import item_ranks, standardise
+from recbole_gr2.bridge.fusion import ranks_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, BaseModel, find_model, seen_items
 from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.console import progress
@@ -24,6 +24,8 @@ from recbole_gr2.types import Recommendations, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from recbole_gr2.bridge.models import Batch
 
 DEPTH = 200  # D, items that are kept of each user's ranking of the catalogue
 # The first items keep the order of `torch.topk(scores, HEAD)`, which RecBole's evaluator calls with the cut-off 10.
@@ -38,12 +40,12 @@ class Source(NamedTuple):
     """What one of several base models contributes to a scored batch.
 
     Attributes:
-        alone: the result of this model alone.
+        alone: the result of this model alone; None for training and validation, where it is not reported.
         ranks: rank of each item of the fused list among all items by this model, (B, D) int64.
         scores: standardised score of each item of the fused list, (B, D) float32, see `fusion.standardise`.
     """
 
-    alone: Scored
+    alone: Scored | None
     ranks: np.ndarray
     scores: np.ndarray
 
@@ -94,7 +96,8 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
     import torch
 
     comparison = RecboleCheck(model) if check else None
-    for rows, scores, parts in model.batches(split):
+    for scored_rows in model.batches(split):
+        rows, scores = scored_rows.rows, scored_rows.scores
         targets = rows[model.data.iid].to(scores.device)
         if torch.isnan(scores).any():
             raise QualityCheckError(
@@ -107,8 +110,9 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
             scores = model.break_ties(scores, targets)
         users = rows[model.data.uid].numpy()
         batch = _scored(users, scores, targets, depth)
-        if parts:
-            batch = batch._replace(sources=_sources(model, batch, parts, targets, depth))
+        if scored_rows.parts:
+            reported = targets if split == "test" else None
+            batch = batch._replace(sources=_sources(model, batch, scored_rows, reported, depth))
         if comparison:
             comparison.add(batch, scores, targets)
         yield batch
@@ -123,19 +127,31 @@ def _scored(users: np.ndarray, scores: Tensor, targets: Tensor, depth: int) -> S
 
 
 def _sources(
-    model: BaseModel, batch: Scored, parts: Sequence[Tensor], targets: Tensor, depth: int
+    model: BaseModel, batch: Scored, scored_rows: Batch, targets: Tensor | None, depth: int
 ) -> tuple[Source, ...]:
-    """The contribution of each base model to a batch of a `FusedModel`. Each model breaks ties in its own list."""
+    """The contribution of each base model to a batch of a `FusedModel`. Each model breaks ties in its own list.
+
+    Args:
+        model: the fused model.
+        batch: the fused list of each row.
+        scored_rows: the scores of the rows.
+        targets: target of each row, to report what each model recommends alone; or None.
+        depth: number of items of a list.
+    """
     import torch
 
     found = []
-    for source, part in zip(model.sources, parts, strict=True):
+    for position, (source, part) in enumerate(zip(model.sources, scored_rows.parts, strict=True)):
         items = torch.from_numpy(batch.items).to(part.device)
+        known = scored_rows.standardised
+        scores = standardise(part) if known is None else known[position]
         found.append(
             Source(
-                alone=_scored(batch.users, source.break_ties(part, targets), targets, depth),
-                ranks=item_ranks(part).gather(1, items).cpu().numpy(),
-                scores=standardise(part).gather(1, items).cpu().numpy(),
+                alone=None
+                if targets is None
+                else _scored(batch.users, source.break_ties(part, targets), targets, depth),
+                ranks=ranks_of(part, items),
+                scores=scores.gather(1, items).cpu().numpy(),
             )
         )
     return tuple(found)

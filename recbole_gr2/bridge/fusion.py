@@ -51,16 +51,17 @@ def standardise(scores: Tensor) -> Tensor:
     """
     import torch
 
-    scores = scores.double()
     masked, reached = scores == -torch.inf, scores > UNREACHED
     count = reached.sum(1, keepdim=True).clamp(min=1)
-    values = scores.masked_fill(~reached, 0)
-    mean = values.sum(1, keepdim=True) / count
-    deviation = (((values - mean) ** 2).masked_fill(~reached, 0).sum(1, keepdim=True) / count).sqrt()
-    result = (values - mean) / deviation.masked_fill(deviation == 0, 1)
-    lowest = result.masked_fill(~reached, torch.inf).amin(1, keepdim=True)
-    result = torch.where(reached, result, lowest.masked_fill(lowest == torch.inf, 0))
-    return result.masked_fill(masked, -torch.inf).float()
+    values = scores.float().masked_fill(~reached, 0)
+    values -= (values.sum(1, keepdim=True, dtype=torch.double) / count).float()
+    values.masked_fill_(~reached, 0)
+    deviation = torch.linalg.vector_norm(values, dim=1, keepdim=True, dtype=torch.double) / count.sqrt()
+    values /= deviation.float().masked_fill(deviation == 0, 1)
+    if not torch.equal(masked, ~reached):  # A generative model did not reach some items.
+        lowest = values.masked_fill(~reached, torch.inf).amin(1, keepdim=True)
+        values = torch.where(reached, values, lowest.masked_fill(lowest == torch.inf, 0))
+    return values.masked_fill_(masked, -torch.inf)
 
 
 def item_ranks(scores: Tensor) -> Tensor:
@@ -75,6 +76,29 @@ def item_ranks(scores: Tensor) -> Tensor:
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
     places = torch.arange(1, scores.size(1) + 1, device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
+
+
+def ranks_of(scores: Tensor, items: Tensor) -> np.ndarray:
+    """Rank of some items in their row, (B, D) int64: those of `item_ranks`, without a sort of all positions.
+
+    Args:
+        scores: (B, N + 1).
+        items: ids of the items, (B, D).
+
+    >>> import torch
+    >>> ranks_of(torch.tensor([[-torch.inf, 5.0, 9.0, 5.0]]), torch.tensor([[3, 2]]))
+    array([[3, 1]])
+    """
+    values, chosen, columns = scores.float().cpu().numpy(), items.cpu().numpy(), scores.size(1)
+    wanted = np.take_along_axis(values, chosen, axis=1)
+    ordered = np.sort(values, axis=1)
+    ranks = np.empty(chosen.shape, dtype=np.int64)
+    for row, (ascending, own) in enumerate(zip(ordered, wanted, strict=True)):
+        ranks[row] = columns + 1 - np.searchsorted(ascending, own, side="right")
+        ties = np.flatnonzero(columns + 1 - ranks[row] - np.searchsorted(ascending, own, side="left") > 1)
+        for place in ties:  # Equal scores are in the order of the ids.
+            ranks[row, place] += np.count_nonzero(values[row, : chosen[row, place]] == own[place])
+    return ranks
 
 
 def places_of(weights: Sequence[float], count: int) -> np.ndarray:
@@ -187,8 +211,9 @@ class FusedModel(BaseModel):
         import torch
 
         parts = tuple(source.score_rows(rows, split) for source in self.members)
-        fused = self.fusion.fuse(torch.stack([self.fusion.comparable(part) for part in parts]), self.weights)
-        return Batch(rows, fused, parts)
+        comparable = torch.stack([self.fusion.comparable(part) for part in parts])
+        fused = self.fusion.fuse(comparable, self.weights)
+        return Batch(rows, fused, parts, comparable if self.fusion.name == "zscore" else None)
 
 
 def choose_weights(sources: Sequence[BaseModel], fusion: Fusion, count: int) -> tuple[tuple[float, ...], float]:

@@ -107,11 +107,13 @@ class Batch(NamedTuple):
         rows: RecBole's Interaction of B rows.
         scores: masked scores of the catalogue for each row, (B, N + 1).
         parts: those of each base model, if the scores are fused from several; else ().
+        standardised: standardised scores of each of them, (S, B, N + 1), if the fusion has computed them.
     """
 
     rows: Any
     scores: Tensor
     parts: tuple[Tensor, ...] = ()
+    standardised: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

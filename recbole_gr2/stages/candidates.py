@@ -56,7 +56,7 @@ def run(context: Context) -> dict[str, Any]:
         recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
         summary["depth"] = {base.name: recall_by_depth(recommendations)}
         for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
-            parts = [batch.sources[position].alone for batch in scored]
+            parts = [part for batch in scored if (part := batch.sources[position].alone)]
             alone = collect(context.data, parts, exclude_seen=base.exclude_seen)
             write_recommendations(context.folder, alone, source.name)
             summary["depth"][source.name] = recall_by_depth(alone)
