@@ -62,7 +62,7 @@ LLM_STAGES: dict[str, dict[str, Any]] = {
         "cost": 1234.5,
     },
     "sft": {"texts": 900},
-    "rl": {"requests": 300, "rounds": 12, "injected": 0},
+    "rl": {"requests": 300, "rounds": 12},
     "rerank_sft": {
         "method": "sft",
         "readable": 0.875,

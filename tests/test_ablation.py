@@ -215,7 +215,8 @@ def test_a_stopped_ablation_continues(command, tmp_path, capsys, monkeypatch, ex
 
     monkeypatch.setattr(pipeline, "execute", stop_at_the_second)
     assert main(command()) == 130
-    assert capsys.readouterr().out == "" and len(manifests(tmp_path)) == 1
+    stopped = capsys.readouterr()
+    assert stopped.out == "" and "the same command continues" in stopped.err and len(manifests(tmp_path)) == 1
     _, result, printed = result_of(command(), capsys)
     assert executed == ["embeddings", "tokenizer", "tokenizer"]  # finished stages did not run again
     assert [variant["figures"]["unique"] is None for variant in result["variants"]] == [False, False]

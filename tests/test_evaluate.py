@@ -1,6 +1,7 @@
 """The evaluation: rankings, features and examples agree with the tables."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import (
+    load_catalog,
     load_requests,
     read_answers,
     read_embeddings,
@@ -19,6 +21,7 @@ from recbole_gr2.artifacts import (
     read_per_user,
     read_recommendations,
     read_requests,
+    write_answers,
 )
 from recbole_gr2.bridge.data import exact_time_dataset
 from recbole_gr2.bridge.evaluator import (
@@ -39,6 +42,8 @@ from recbole_gr2.inspection import examples
 from recbole_gr2.lists import reported_requests, training_histories
 from recbole_gr2.ranking import promote
 from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.stages import evaluate
+from recbole_gr2.teachers import RulesTeacher
 from recbole_gr2.types import Answer, Candidate, Item, Request
 
 
@@ -71,6 +76,37 @@ def test_features_belong_to_their_requests(finished):
         assert features.candidates[:, names.index("rank")].tolist() == list(range(1, len(request.items) + 1))
     train = load_requests(context, "train")
     assert all((r.features is not None) == bool(r.prior) == r.has_signal for r in train)
+
+
+def test_the_result_has_the_share_of_true_statements(finished, tmp_path):
+    """Answers of sft, rl and shuffled get texts of the rules teacher, some of them with a wrong statement."""
+    context = finished.context("evaluate", tmp_path / "evaluate")
+    catalog = load_catalog(context)
+    _, hits = reported_requests(context)
+    teacher = RulesTeacher(catalog=catalog, settings=finished.settings, seed=0)
+    # Of several candidates with the same semantic ID the last one is checked.
+    true = [teacher.text(request, request.items[-1]) for request in hits]
+    wrong_habit = [re.sub("takes .*?[.] <", "takes Nothing. <", text) for text in true]
+    wrong_kind = [re.sub(">: .*?, ", ">: Nothing, ", text) for text in true]
+    texts = {
+        "sft": true,
+        "rl": [*true[:40], *wrong_habit[40:]],
+        "shuffled": [*wrong_kind[:40], *wrong_habit[40:]],
+    }
+    for method, reasoning in texts.items():
+        answers = read_answers(finished.folders[f"rerank_{method}"], catalog)
+        given = [replace(answers[r.request_id], reasoning=text) for r, text in zip(hits, reasoning, strict=True)]
+        (tmp_path / method).mkdir()
+        write_answers(tmp_path / method, given, catalog)
+    context.folder.mkdir()
+    changed = {f"rerank_{method}": tmp_path / method for method in texts}
+    truth = evaluate.run(replace(context, folders={**finished.folders, **changed}))["truth"]
+    share = 40 / len(hits)
+    assert 0.1 < share < 0.9 and truth == {
+        "sft": {"habit": 1.0, "kind": 1.0, "why": 1.0, "all": 1.0},
+        "rl": pytest.approx({"habit": share, "kind": 1.0, "why": 1.0, "all": share}),
+        "shuffled": pytest.approx({"habit": share, "kind": 1 - share, "why": 1.0, "all": 0.0}),
+    }
 
 
 def test_examples_show_where_the_target_went():

@@ -251,6 +251,15 @@ def test_import_layers():
     run([tool, "--no-cache", "--no-logo", ROOT / "pyproject.toml"], cwd=ROOT)
 
 
+def test_no_module_imports_recbole_quick_start():
+    """It imports Ray, which need not be installed (docs/install.md). Imports are absolute, so that rules find them."""
+    forbidden = re.compile(r"^\s*(from|import) +(recbole\.quick_start|recbole import .*quick_start|\.)", re.MULTILINE)
+    examples = ("from recbole import quick_start", "    import recbole.quick_start as q", "from . import errors")
+    assert all(map(forbidden.match, examples)) and not forbidden.match("from recbole_gr2.quick_start import run")
+    files = list((ROOT / "recbole_gr2").rglob("*.py"))
+    assert len(files) > 100 and [file for file in files if forbidden.search(file.read_text())] == []
+
+
 def string_constants(source):
     """The string constants of a module that are not docstrings."""
     tree = ast.parse(source)

@@ -191,6 +191,15 @@ def test_checkpoints_are_removed_after_the_manifest_is_written(toy, monkeypatch)
     assert sorted(path.name for path in folder.iterdir()) == [LOCK, "checkpoints", "manifest.json", "result"]
 
 
+def test_a_stage_without_manifest_runs_alone(toy):
+    toy.run()
+    (toy.plan()[1].folder / "manifest.json").unlink()
+    planned = toy.plan()
+    assert actions(planned) == {"a": "cached", "b": "resume", "c": "cached", "d": "cached", "last": "cached"}
+    assert planned[1].why == "interrupted before it was finished"
+    assert [finished for _, finished in toy.run()] == [True, False, True, True, True] and toy.starts[5:] == ["b"]
+
+
 class Stopped(Exception):
     """An interruption of a stage."""
 
@@ -483,15 +492,11 @@ def test_metrics_change_only_evaluate(command, data, changes):
     assert again(planned(command, data, **changes)) == ["evaluate"]
 
 
-@pytest.mark.parametrize("changes", [{"cand_num": 7}, {"cand_exclude_seen": False}])
-def test_the_form_of_the_lists_never_trains_a_base_model(command, data, changes):
-    plan = planned(command, data, **changes)
-    assert plan["base_model_CausalSASRec"].action == "cached"
-    assert {"candidates", "prior", "sft", "evaluate"} <= set(again(plan))
-
-
 LANGUAGE_MODELS = {"sft", "rl", "rerank_sft", "rerank_rl", "rerank_shuffled", "evaluate"}
 LISTS = {"candidates", "prior", "traces", "rerank_lambdamart", "rerank_midtrain", *LANGUAGE_MODELS}
+MID_TRAINED = {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}
+SEMANTIC_IDS = {"tokenizer", "traces", "rerank_lambdamart", *MID_TRAINED}
+RECBOLE_OPTIONS = {"base_epochs": "recbole.epochs", "MAX_ITEM_LIST_LENGTH": "recbole.MAX_ITEM_LIST_LENGTH"}
 
 
 @pytest.mark.parametrize(
@@ -503,16 +508,38 @@ LISTS = {"candidates", "prior", "traces", "rerank_lambdamart", "rerank_midtrain"
         ({"trace_tries": 3}, {"traces", *LANGUAGE_MODELS}),
         ({"prompt_template": "rerank-nokp"}, {"traces", *LANGUAGE_MODELS}),  # mid-training covers both templates
         ({"prompt_max_reasoning": 20}, {"traces", *LANGUAGE_MODELS}),
-        ({"mid_tokens": 100}, {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}),
-        ({"llm_lora_rank": 4}, {"midtrain", "rerank_midtrain", *LANGUAGE_MODELS}),
+        ({"prompt_title_chars": 9}, {"traces", *MID_TRAINED}),
+        ({"mid_tokens": 100}, MID_TRAINED),
+        ({"llm_lora_rank": 4}, MID_TRAINED),
+        ({"llm_random": {"hidden_size": 48}}, MID_TRAINED),
+        ({"sid_epochs": 1}, SEMANTIC_IDS),
+        ({"sid_encoder": "all-minilm-l6-v2"}, {"embeddings", "prior", *SEMANTIC_IDS}),
         ({"base_epochs": 1}, {"base_model_CausalSASRec", *LISTS}),
         ({"MAX_ITEM_LIST_LENGTH": 10}, {"base_model_CausalSASRec", *LISTS}),
+        ({"base_model": "BPR"}, {"base_model_BPR", *LISTS}),
+        ({"seed": 1}, {"base_model_CausalSASRec", *LISTS, *SEMANTIC_IDS}),  # all but the embeddings
+        ({"cand_exclude_seen": False}, LISTS),
+        ({"cand_num": 7}, {"midtrain", *LISTS}),  # mid-training adds the labels
+        ({"eval_scope": "all_users"}, {name for name in LISTS if name.startswith("rerank_")} | {"evaluate"}),
         ({"eval_rows": ["rl"]}, {"evaluate"}),
     ],
 )
 def test_a_setting_runs_what_reads_it(command, data, changes, expected):
+    """Nothing else runs, and the first stage names the setting with its old value."""
     plan = planned(command, data, **changes)
-    assert set(again(plan)) == expected & set(plan)
+    assert set(again(plan)) == expected and {entry.action for entry in plan.values()} == {"run", "cached"}
+    assert all(plan[name].why for name in again(plan))
+    ((key, _),) = changes.items()
+    name = RECBOLE_OPTIONS.get(key, "cand_pool" if key == "cand_num" else key)  # cand_num is the default of cand_pool
+    first = next(stage for stage in again(plan) if stage in command.stages)  # BPR has no earlier run
+    assert f"{name} {read_manifest(command.stages[first]).settings.get(name)} -> " in plan[first].why
+
+
+def test_the_plan_is_printed_with_reasons(command):
+    code, stdout, stderr = called([*command.argv, "--rl_temperature=0.8", "--dry_run"])
+    lines = {line.split()[0]: line for line in stderr.splitlines() if line}
+    assert code == 0 and stdout == "" and lines["sft"].split()[2:] == ["cached"]
+    assert lines["rl"].endswith("  rl_temperature 1.0 -> 0.8") and lines["rerank_rl"].endswith("  new rl")
 
 
 def test_tokenizers_share_the_embeddings(command, data):
@@ -520,6 +547,7 @@ def test_tokenizers_share_the_embeddings(command, data):
     assert plan["embeddings"].action == "cached" and plan["tokenizer"].action == "run"
     assert plan["tokenizer"].needs == {"embeddings": plan["embeddings"].key}
     assert "sid_encoder" in plan["embeddings"].settings and "sid_encoder" not in plan["tokenizer"].settings
+    assert "sid_levels" not in plan["embeddings"].settings and "sid_levels" in plan["tokenizer"].settings
 
 
 def test_speed_settings_change_no_key(command, data):
@@ -675,6 +703,23 @@ def test_a_prompt_is_printed_without_a_model(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rerank_shuffled", "evaluate"])
+def test_a_stage_without_manifest_gives_the_same_result_at_another_speed(command, tmp_path, stage):
+    argv = [*command.copy(tmp_path / "saved"), "--eval_batch_lists=7", "--eval_batch_size=100"]
+    folder = tmp_path / "saved" / command.stages[stage].relative_to(command.root)
+    before = {name: (folder / name).read_bytes() for name in read_manifest(folder).files}
+    for name in (*before, "manifest.json"):
+        (folder / name).unlink()
+    code, stdout, stderr = called(argv)
+    assert code == 0 and "interrupted before it was finished" in stderr
+    result = json.loads(Path(stdout.splitlines()[-1]).read_text())
+    assert [each["stage"] for each in result["stages"] if each["cached"] == [False]] == [stage]
+    assert before and {name: (folder / name).read_bytes() for name in before} == before
+    for field in ("methods", "comparisons"):
+        assert result[field] == command.result[field]
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_several_processes_share_rl(command, tmp_path):
     argv = command.copy(tmp_path / "saved")
@@ -749,7 +794,7 @@ def test_methods_of_the_result(command):
         base, metrics = values("base", scope), values(name, scope)
         assert set(metrics) == {f"{m}@{k}" for m in ("recall", "ndcg", "mrr") for k in (1, 3, 5, 10)}
         assert metrics["recall@5"] == base["recall@5"]  # lists have five candidates
-        assert 0 <= entry["unchanged"] <= 1
+        assert 0 <= entry["unchanged"] <= 1 and (entry["unchanged"] == 1) == (name == "base")
         assert set(entry["vs_base"]) == (set() if name == "base" else {"recall@1", "recall@5", "ndcg@5", "ndcg@10"})
         for metric, versus in entry["vs_base"].items():
             assert versus["diff"] == pytest.approx(metrics[metric] - base[metric], abs=1.1e-4)  # RecBole rounds
@@ -780,7 +825,9 @@ def test_the_run_folder(command):
     curves = command.result["curves"]
     assert set(curves) >= {"midtrain", "sft", "rl"} and set(curves["sft"]) >= {"loss/reasoning", "loss/ranking"}
     assert curves["rl"]["reward"][-1] == log[-1]["reward"]
-    assert set(command.result["truth"]) <= {"sft", "rl", "shuffled"}
+    answers = {name: read_lines(command.stages[f"rerank_{name}"] / "rankings.jsonl") for name in METHODS[3:]}
+    reasoning = {name for name, lines in answers.items() if any(line["reasoning"] for line in lines)}
+    assert set(command.result["truth"]) == reasoning <= {"sft", "rl", "shuffled"}
     changed = command.result["settings"]
     assert changed["llm"]["value"] == "random" and "seed" not in changed
     assert not {"checkpoint_dir", "data_path"} & set(changed)

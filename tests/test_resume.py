@@ -29,8 +29,12 @@ OPTIONS = {
     "distilled_steps": 3,
     "onerec_think_steps": 6,
     "mid_tokens": 6000,
+    # Each item has its own semantic ID. The likelihoods of items that share one differ by rounding errors only, which
+    # depend on `eval_batch_lists`.
+    "sid_codes": 16,
+    "sid_min_unique": 1.0,
 }
-FASTER = {"llm_save_steps": 4, "rl_save_steps": 2, "eval_batch_size": 2048}  # same results
+FASTER = {"llm_save_steps": 4, "rl_save_steps": 2, "eval_batch_size": 2048, "eval_batch_lists": 7}  # same results
 TRAINED = ("midtrain", "sft", "rl", "distilled", "internalised", "onerec_think", "onerec_think-no-think")
 COMPARED = {".safetensors", ".json", ".jsonl", ".npy", ".npz", ".csv", ".txt", ".md"}
 
@@ -185,6 +189,8 @@ def test_an_internalised_answer_consists_of_the_ranking(uninterrupted):
     answers = list(read_lines(folder / "rankings.jsonl"))
     assert {line["output_tokens"] for line in answers} == {1 + settings["cand_num"] + 1}  # mark, labels, end
     assert {(line["reasoning"], line["status"]) for line in answers} == {("", "ok")}
+    first_slots = pipeline.read_manifest(folder).summary["promoted_from_slot"]
+    assert len(first_slots) > 1 and sum(first_slots.values()) == len(answers)
 
 
 def test_other_recommenders_are_evaluated_on_all_users(uninterrupted):

@@ -376,14 +376,12 @@ def traces_section(page: Page) -> str:
 def rounds_section(page: Page) -> str:
     """Return the stages that train in rounds of generated answers."""
     lines = [
-        [*seed, stage, f"{summary['rounds']:,}", f"{summary['requests']:,}", _number(summary.get("injected") or None)]
+        [*seed, stage, f"{summary['rounds']:,}", f"{summary['requests']:,}"]
         for seed, stage, summary in page.summaries(rounds=int, requests=int)
     ]
     if not lines:
         return ""
-    header = ["stage", "rounds", "candidate lists", "with inserted target"]
-    if not any(line[-1] for line in lines):
-        header, lines = header[:-1], [line[:-1] for line in lines]
+    header = ["stage", "rounds", "candidate lists"]
     return f"## Reinforcement learning\n\n{page.table(header, lines)}"
 
 
