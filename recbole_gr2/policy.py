@@ -84,12 +84,14 @@ def sid_log_likelihood(
 ) -> list[list[float]]:
     """Return the log-likelihood of items' semantic IDs as continuations of prompts, B lists of K numbers.
 
+    Items of a prompt with the same semantic ID have the same number.
+
     Args:
         prompts: token ids of B prompts.
         items: K item ids for each prompt.
     """
     sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in catalog]
-    return continuation_log_likelihood(
+    scores = continuation_log_likelihood(
         model,
         [[*prompt, sids[0][0]] for prompt in prompts],
         [[sids[item - 1][1:-1] for item in part] for part in items],
@@ -98,6 +100,10 @@ def sid_log_likelihood(
         bf16=use_bf16(settings, model.device.type),
         trie=sid_trie(settings, tokenizer, catalog),
     )
+    for row, part in zip(scores, items, strict=True):  # The rounding of a likelihood depends on its batch.
+        first: dict[tuple[int, ...], float] = {}
+        row[:] = [first.setdefault(catalog.item(i).sid, score) for i, score in zip(part, row, strict=True)]
+    return scores
 
 
 @dataclass(frozen=True, kw_only=True)

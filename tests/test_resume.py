@@ -29,10 +29,6 @@ OPTIONS = {
     "distilled_steps": 3,
     "onerec_think_steps": 6,
     "mid_tokens": 6000,
-    # Each item has its own semantic ID. The likelihoods of items that share one differ by rounding errors only, which
-    # depend on `eval_batch_lists`.
-    "sid_codes": 16,
-    "sid_min_unique": 1.0,
 }
 FASTER = {"llm_save_steps": 4, "rl_save_steps": 2, "eval_batch_size": 2048, "eval_batch_lists": 7}  # same results
 TRAINED = ("midtrain", "sft", "rl", "distilled", "internalised", "onerec_think", "onerec_think-no-think")

@@ -93,7 +93,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
     built_in = reranker.__module__.startswith("recbole_gr2.rerankers.")
     return Stage(
         name=stage_name(reranker.name),
-        version=5,
+        version=6,
         run=run,
         settings=("eval_scope", "eval_max_lists", "cand_num", "cand_ranker", "seed", *reranker.settings_prefixes),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
