@@ -96,8 +96,8 @@ def write_requests(file: Path, requests: Iterable[Request], catalog: Catalog) ->
     """Write candidate lists as JSON lines and return their number.
 
     The fields are `request_id, user_id, split, history, target, candidates, scores, provider`; `grades` in train lists
-    with several or graded targets; `sources`, ranks and scores by each base model, if there are several; `log_prior`
-    after the prior stage.
+    with several or graded targets; `times` of the history; `sources`, ranks and scores by each base model, if there are
+    several; `log_prior` after the prior stage.
     """
     return write_lines(file, (_request_record(request, catalog) for request in requests))
 
@@ -113,6 +113,8 @@ def _request_record(request: Request, catalog: Catalog) -> dict[str, Any]:
         "scores": [candidate.score for candidate in request.candidates],
         "provider": request.provider,
     }
+    if request.times:
+        record["times"] = request.times
     if request.sources:
         record["sources"] = {name: {"ranks": ranks, "scores": scores} for name, ranks, scores in request.sources}
     if request.grades:
@@ -197,7 +199,10 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
         sources=_read_sources(line.get("sources", {}), len(items)),
         prior=tuple(line.get("log_prior", ())),
         grades=tuple(line.get("grades", ())),
+        times=tuple(line.get("times", ())),
     )
+    if not all(type(time) in (int, float) and math.isfinite(time) for time in request.times):
+        raise ValueError("times have to be finite numbers")
     if request.grades and (
         len(request.grades) != len(request.items)
         or request.split != "train"

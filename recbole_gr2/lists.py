@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.artifacts import load_requests, read_prior
-from recbole_gr2.bridge.data import Data
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Context, Request
@@ -80,18 +79,3 @@ def reported_requests(context: Context, *, pool: bool = False) -> tuple[list[Req
     if limit is not None and limit < len(requests):
         requests = random.Random(derive_seed(context.settings["seed"], "test lists")).sample(requests, limit)
     return requests, [request for request in requests if request.target_rank]
-
-
-def training_histories(data: Data, interactions: str = "train") -> list[list[int]]:
-    """Return the known interactions of every user as item ids, oldest first.
-
-    Args:
-        data: the data set.
-        interactions: `train`, the training interactions; `hold_out`, those without the targets of the train requests;
-            `refit`, those and the validation items.
-    """
-    if interactions == "hold_out":
-        return data.sequences_without_train_targets()
-    if interactions == "refit":
-        return data.sequences_before_test()
-    return [sequence.tolist() for sequence in data.train_sequences().values()]

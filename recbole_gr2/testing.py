@@ -133,7 +133,8 @@ def synthetic_training_data(catalog: Catalog | None = None) -> TrainingData:
     embeddings = numbers.normal(size=(len(catalog), 8))
     return TrainingData(
         catalog=catalog,
-        sequences=SyntheticData().sequences_without_train_targets(),
+        sequences=SyntheticData().known_items("hold_out"),
+        times=SyntheticData().known_times("hold_out"),
         embeddings=(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).astype(np.float32),
     )
 
@@ -162,9 +163,14 @@ class SyntheticData:
         """Return the training interactions of each user: all but the last two."""
         return {user: sequence[:-2] for user, sequence in self.sequences.items()}
 
-    def sequences_without_train_targets(self) -> list[list[int]]:
-        """Return the training interactions of each user without the target of its train list."""
-        return [sequence[:-3].tolist() for sequence in self.sequences.values()]
+    def known_items(self, interactions: str) -> list[list[int]]:
+        """Return the known interactions of each user, see `recbole_gr2.bridge.data.Data.known_items`."""
+        behind = {"hold_out": 3, "train": 2, "refit": 1}[interactions]
+        return [sequence[:-behind].tolist() for sequence in self.sequences.values()]
+
+    def known_times(self, interactions: str) -> list[np.ndarray]:
+        """Return the times of the interactions of `known_items`: the position of each in the sequence of its user."""
+        return [np.arange(len(items), dtype=float) for items in self.known_items(interactions)]
 
 
 def synthetic_settings(**changes: Any) -> Settings:

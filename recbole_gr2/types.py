@@ -106,6 +106,7 @@ class Request:
         prior: log-probability of each candidate under the prior, in base order, (K,); () without a prior.
         grades: relevance grade of each candidate in base order, (K,), in train lists with several or graded targets;
             else ().
+        times: time of each history item in the unit of the data file; () if they are unknown.
         features: features of the candidates, or None where the prior stage did not compute them.
     """
 
@@ -119,6 +120,7 @@ class Request:
     sources: tuple[SourceScores, ...] = ()
     prior: tuple[float, ...] = ()
     grades: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
     features: CandidateFeatures | None = field(default=None, compare=False, repr=False)
 
     @property

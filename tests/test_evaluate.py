@@ -39,7 +39,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features
 from recbole_gr2.inspection import examples
-from recbole_gr2.lists import reported_requests, training_histories
+from recbole_gr2.lists import reported_requests
 from recbole_gr2.ranking import promote
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.stages import evaluate
@@ -65,7 +65,8 @@ def test_features_belong_to_their_requests(finished):
     assert [r.features.pairs.shape[:2] for r in requests] == [(len(r.items), min(len(r.history), 10)) for r in requests]
     training = TrainingData(
         catalog=finished.data.catalog,
-        sequences=training_histories(finished.data),
+        sequences=finished.data.known_items("train"),
+        times=finished.data.known_times("train"),
         embeddings=read_embeddings(finished.folders["embeddings"]),
     )
     names, again = extract_features(requests, finished.settings["prior_features"], training)

@@ -26,7 +26,7 @@ from recbole_gr2.features.prior import (
     pad,
     shares,
 )
-from recbole_gr2.features.providers import PROVIDERS, SparseLookup, overlap
+from recbole_gr2.features.providers import PERIODS, PROVIDERS, SparseLookup, overlap
 from recbole_gr2.types import RECENT, Candidate, CandidateFeatures, Item, Request
 
 CATALOG = Catalog(
@@ -36,7 +36,8 @@ CATALOG = Catalog(
     )
 )
 SEQUENCES = [[1, 2, 3], [1, 2, 4], [2, 5], [6, 1, 2]]
-DATA = TrainingData(catalog=CATALOG, sequences=SEQUENCES, embeddings=np.eye(6, dtype=np.float32))
+TIMES = [[10, 20, 30], [20, 30, 40], [50, 60], [70, 80, 90]]
+DATA = TrainingData(catalog=CATALOG, sequences=SEQUENCES, times=TIMES, embeddings=np.eye(6, dtype=np.float32))
 TEXTS = np.array([[1, 0], [0.6, 0.8], [1, 0], [0, 0], [0, 1], [0.8, 0.6]])  # Item 4 has no text.
 
 
@@ -80,6 +81,56 @@ def test_base_by_hand():
 def test_popularity_by_hand():
     assert features("popularity") == {"popularity": logs(1, 1, 1)}
     assert features("popularity", candidates=(1, 2, 6)) == {"popularity": logs(3, 4, 1)}
+
+
+def test_time_by_hand(monkeypatch):
+    """Item 2 has the times 20, 30, 50 and 90, item 4 has 40, and item 6 has 70. 11 interactions have a time."""
+    monkeypatch.setattr("recbole_gr2.features.providers.PERIODS", ((-0.3, 0.0), (0.0, 0.26)))
+    now = replace(request(candidates=(2, 4, 6)), times=(30, 50))
+    values = PROVIDERS["time"](DATA)(now)
+    # Interactions before: 1, 1, 3, 5, 6 and 10 for the times of item 2 and so on; 6 of 12 are before the time 50.
+    assert np.round(values["interactions from -0.3 to +0"], 6).tolist() == logs(1, 1, 0)
+    assert np.round(values["interactions from +0 to +0.26"], 6).tolist() == logs(1, 0, 1)
+    assert values["share of earlier"].tolist() == [0.5, 1, 0]
+    after, before, middle = (
+        np.exp(values["time to next"]),
+        np.exp(values["time from previous"]),
+        values["time of median"],
+    )
+    assert after == pytest.approx([1e-4, 1, 2 / 12]) and before == pytest.approx([3 / 12, 1 / 12, 1])
+    assert middle == pytest.approx([0, -1 / 12, 2 / 12])
+
+
+@given(st.integers(0, 1000), st.floats(0, 12))
+def test_time_is_that_of_a_plain_count(seed, now):
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(1, 7, size=rng.integers(0, 5)) for _ in range(4)]
+    times = [np.sort(rng.integers(0, 12, size=len(items))) for items in sequences]
+    data = replace(DATA, sequences=[*sequences, [1]], times=[*times, [5]])
+    asked = request(candidates=(1, 2, 3, 4, 5, 6), scores=[0.0] * 6)
+    values = PROVIDERS["time"](data)(replace(asked, times=(0, now)))
+    every = np.concatenate(data.times)
+    size, rank = len(every) + 1, {time: (every < time).sum() for time in [*every, now]}
+    for place, item in enumerate(asked.items):
+        own = [
+            rank[time]
+            for sequence, when in zip(data.sequences, data.times, strict=True)
+            for other, time in zip(sequence, when, strict=True)
+            if other == item
+        ]
+        for low, high in PERIODS:
+            count = sum(rank[now] + low * size <= other < rank[now] + high * size for other in own)
+            assert values[f"interactions from {low:+g} to {high:+g}"][place] == pytest.approx(math.log1p(count))
+        assert values["share of earlier"][place] == pytest.approx(sum(r < rank[now] for r in own) / max(len(own), 1))
+
+
+def test_times_in_another_unit_and_an_unknown_time_give_the_same_features():
+    seconds = replace(DATA, times=[[60 * time + 5 for time in times] for times in TIMES])
+    one = PROVIDERS["time"](DATA)(replace(request(), times=(10, 30)))
+    other = PROVIDERS["time"](seconds)(replace(request(), times=(60 * 10 + 5, 60 * 30 + 5)))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    last, unknown = (PROVIDERS["time"](DATA)(replace(request(), times=times)) for times in ((1000, 1000), ()))
+    assert unknown["share of earlier"].tolist() == last["share of earlier"].tolist() == [1, 1, 1]
 
 
 def test_transition_by_hand():
@@ -193,7 +244,7 @@ def test_the_target_is_in_no_feature():
     for labels, (values,) in results:
         assert labels == results[0][0] and len(labels) == len(set(labels)) == values.candidates.shape[1] > 15
         assert all(np.array_equal(one, other) for one, other in zip(values, results[0][1][0], strict=True))
-        assert values.candidates.shape[0] == 3 and values.pairs.shape == (3, 2, 9)
+        assert values.candidates.shape[0] == 3 and values.pairs.shape == (3, 2, 10)
     assert feature_names(names) == results[0][0]
 
 

@@ -212,7 +212,9 @@ def test_the_fused_order_is_what_recboles_evaluator_scores(run):
 
 def test_ranks_and_scores_of_the_models_are_features(run):
     requests = read_requests(run.folders["candidates"] / "test.jsonl", run.data.catalog)[:3]
-    data = TrainingData(catalog=run.data.catalog, sequences=[[1, 2, 3]], embeddings=np.eye(len(run.data.catalog)))
+    data = TrainingData(
+        catalog=run.data.catalog, sequences=[[1, 2, 3]], times=[[1, 2, 3]], embeddings=np.eye(len(run.data.catalog))
+    )
     names, features = extract_features(requests, ["sources"], data)
     assert names == [f"{what} by {name}" for name in TWO for what in ("log rank", "score")]
     for request, values in zip(requests, features, strict=True):

@@ -54,7 +54,7 @@ def test_the_last_three_train_items_are_targets(plain, rated):
             assert rated.history(user, split) == plain.history(user, split)
         seen |= set(rated.targets(user, "train").values())
     assert seen == {0, 1, 2} and rated.fingerprint != plain.fingerprint
-    assert rated.sequences_without_train_targets() == [items[:-5].tolist() for items in rated.sequences.values()]
+    assert rated.known_items("hold_out") == [items[:-5].tolist() for items in rated.sequences.values()]
     rows, users = rated.rows("train")
     assert len(set(users.tolist())) == len(users) == MOVIE_USERS
     assert rows["item_id"].tolist() == [next(iter(rated.targets(user, "train"))) for user in users.tolist()]

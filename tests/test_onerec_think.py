@@ -16,7 +16,6 @@ from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import load_requests
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import ONEREC_THINK, load_settings
-from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.beam import SidTrie, beam_items
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import load_language_model, save_language_model
@@ -89,8 +88,8 @@ class ToyData:
     def train_sequences(self):
         return {user: items[:-2] for user, items in self.sequences.items()}
 
-    def sequences_without_train_targets(self):
-        return [items[:-3].tolist() for items in self.sequences.values()]
+    def known_items(self, interactions):
+        return [items[: -{"hold_out": 3, "train": 2}[interactions]].tolist() for items in self.sequences.values()]
 
     def history(self, user, split):
         return tuple(self.sequences[user][: -{"train": 3, "valid": 2, "test": 1}[split]].tolist())
@@ -212,7 +211,7 @@ def test_a_sentence_without_category_or_title():
 @pytest.mark.parametrize("hold_out", [True, False])
 def test_training_positions(hold_out):
     data = ToyData()
-    learnt = training_histories(data, "hold_out" if hold_out else "train")
+    learnt = data.known_items("hold_out" if hold_out else "train")
     found = training_positions(learnt, seed=3)
     assert len(found) == data.users * (4 - hold_out)
     assert len({history for history, _ in found}) <= len(found) and found != sorted(found)
@@ -434,7 +433,7 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     prompt = tokenizer.decode(onerec_think.rationale_prompt(maker, tokenizer, (2, 3), 4))
     assert f"{TEXTS}Next the shopper took {NEXT}, its title is Thing 4" in prompt
     written = lines(context.folder / "rationales.jsonl")
-    drawn = training_positions(training_histories(context.data), seed=derive_seed(SETTINGS["seed"], "onerec_think"))
+    drawn = training_positions(context.data.known_items("train"), seed=derive_seed(SETTINGS["seed"], "onerec_think"))
     examples = [(tuple(line["history"]), line["target"]) for line in written]
     assert examples == drawn[: len(examples)] and len(examples) > 100
     sample = (context.folder / "sample.txt").read_text().rstrip("\n")
@@ -472,7 +471,7 @@ def test_rl_moves_the_model_away_from_its_reference(toy, tmp_path):
     run(half)
     model, tokenizer = load_model(half.folders[THINK])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    drawn = training_positions(half.data.sequences_without_train_targets(), seed=1)
+    drawn = training_positions(half.data.known_items("hold_out"), seed=1)
     maker = prompt_maker(half.settings, half.data.catalog)
     after, log = onerec_think.reinforce(half, model, tokenizer, maker, drawn)
     assert any(line["frac_groups_kept"] > 0 for line in log)

@@ -7,7 +7,7 @@ from changed_data import copy_tiny
 from recbole_gr2.artifacts import read_feature_names, read_recommendations, read_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.training import train_model
-from recbole_gr2.lists import candidate_requests, training_histories
+from recbole_gr2.lists import candidate_requests
 
 MODELS = ["PairCounts", "ItemKNN"]
 
@@ -30,7 +30,7 @@ def requests_of(run, split):
 @pytest.mark.slow
 def test_validation_items_are_known_to_the_refitted_model_alone(runs):
     data = runs[True].data
-    plain, refit = training_histories(data), training_histories(data, "refit")
+    plain, refit = data.known_items("train"), data.known_items("refit")
     assert [items[:-1] for items in refit] == plain
     assert [items[-1] for items in refit] == [
         next(iter(data.targets(user, "valid"))) for user in data.train_sequences()
@@ -58,8 +58,8 @@ def test_features_of_test_lists_know_the_validation_items(runs):
     names = read_feature_names(runs[True].folders["prior"])
     column = names.index("popularity")
     for refit, run in runs.items():
-        counts = np.bincount(np.concatenate(training_histories(run.data, "refit" if refit else "train")))
-        known = np.bincount(np.concatenate(training_histories(run.data)))
+        counts = np.bincount(np.concatenate(run.data.known_items("refit" if refit else "train")))
+        known = np.bincount(np.concatenate(run.data.known_items("train")))
         for split, expected in (("test", counts), ("valid", known)):
             for request in candidate_requests(run.context(), split)[:20]:
                 assert np.allclose(request.features.candidates[:, column], np.log1p(expected[list(request.items)]))

@@ -13,7 +13,6 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.splits import temporal, timestamp
 from recbole_gr2.bridge.training import train_model
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.lists import training_histories
 
 SHARES = {"split": {"RS": [0.7, 0.15, 0.15]}, "order": "TO", "group_by": "none"}
 DATES = {"split": {"date": [60, 80]}, "order": "TO"}
@@ -155,7 +154,7 @@ def test_known_interactions_end_at_the_cut(data):
             )
         )
         expected = {u: items[frame[u] < data.split.cuts[name]].tolist() for u, items in data.sequences.items()}
-        known = [items for items in training_histories(data, interactions) if items]
+        known = [items for items in data.known_items(interactions) if items]
         assert known == [items for items in expected.values() if items]
 
 

@@ -202,8 +202,7 @@ class WithoutTexts:
         Item(item_id=n, token=f"t{n}", title=title)
         for n, title in enumerate(["Nail polish", "Shampoo", "Razor", "", "", ""], start=1)
     )
-    train_sequences, _known = Data.train_sequences, Data._known
-    sequences_without_train_targets = Data.sequences_without_train_targets
+    train_sequences, known_items, _first = Data.train_sequences, Data.known_items, Data._first
 
     def __init__(self, *tails: list[int]) -> None:
         heads = [[1, 4, 1], [2, 4, 5]]
@@ -409,8 +408,7 @@ class SmallData:
         Item(item_id=n, token=f"t{n}", title=f"{KINDS[n % 3].split()[-1]} {n}", categories=f"Beauty > {KINDS[n % 3]}")
         for n in range(1, 49)
     )
-    train_sequences, _known = Data.train_sequences, Data._known
-    sequences_without_train_targets = Data.sequences_without_train_targets
+    train_sequences, known_items, _first = Data.train_sequences, Data.known_items, Data._first
 
     def __init__(self) -> None:
         generator = np.random.default_rng(0)

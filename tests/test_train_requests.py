@@ -6,7 +6,7 @@ from changed_data import copy_tiny
 from recbole_gr2.artifacts import read_requests
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.lists import training_histories, training_requests
+from recbole_gr2.lists import training_requests
 
 MODELS = ["PairCounts", "ItemKNN"]
 REQUESTS = 3
@@ -43,11 +43,11 @@ def test_each_of_the_last_training_items_is_the_target_of_one_request(run):
 @pytest.mark.slow
 def test_base_models_and_features_know_none_of_the_targets(run):
     data = run.data
-    hold_out = training_histories(data, "hold_out")
-    assert hold_out == [items[:-REQUESTS] for items in training_histories(data)]
+    hold_out = data.known_items("hold_out")
+    assert hold_out == [items[:-REQUESTS] for items in data.known_items("train")]
     for name in MODELS:
         summary = run.records[f"base_model_{name}"].summary
-        lost = sum(map(len, training_histories(data))) - sum(map(len, hold_out))
+        lost = sum(map(len, data.known_items("train"))) - sum(map(len, hold_out))
         assert summary["base"]["training_rows"] - summary["hold_out"]["training_rows"] == lost
 
 

@@ -178,20 +178,31 @@ class Data:
 
     def train_sequences(self) -> dict[int, np.ndarray]:
         """Training items of each user, oldest first. Users without training items are left out."""
-        return self._known("train")
+        return self._first(self.sequences, "train")
 
-    def sequences_without_train_targets(self) -> list[list[int]]:
-        """Training items of each user without the targets of its training requests, oldest first."""
-        known = self.split.known["hold_out"]
-        return [items[: known[user]].tolist() for user, items in self.train_sequences().items()]
+    def known_items(self, interactions: str) -> list[list[int]]:
+        """Item ids of the known interactions of each user, oldest first.
 
-    def sequences_before_test(self) -> list[list[int]]:
-        """Items of each user before the test, oldest first: those of training and validation."""
-        return [items.tolist() for items in self._known("refit").values()]
+        Args:
+            interactions: `train`, the training interactions; `hold_out`, those without the targets of the training
+                requests; `refit`, all interactions before the test.
+        """
+        return [items.tolist() for items in self._first(self.sequences, interactions).values()]
 
-    def _known(self, interactions: str) -> dict[int, np.ndarray]:
-        known = self.split.known[interactions]
-        return {user: items[: known[user]] for user, items in self.sequences.items() if known[user]}
+    def known_times(self, interactions: str) -> list[np.ndarray]:
+        """Times of the interactions of `known_items`."""
+        return list(self._first(self.user_times, interactions).values())
+
+    @cached_property
+    def user_times(self) -> dict[int, np.ndarray]:
+        """Internal user id -> times of all interactions, oldest first."""
+        ends = np.cumsum([len(items) for items in self.sequences.values()])
+        return dict(zip(self.sequences, np.split(self.times, ends[:-1]), strict=True))
+
+    def _first(self, values: dict[int, np.ndarray], interactions: str) -> dict[int, np.ndarray]:
+        known = self.split.known
+        users = known["refit" if interactions == "refit" else "train"]
+        return {user: each[: known[interactions][user]] for user, each in values.items() if users[user]}
 
     @property
     def train_splits(self) -> tuple[str, ...]:
@@ -217,6 +228,10 @@ class Data:
     def history(self, user: int, split: str) -> tuple[int, ...]:
         """All item ids before the first target of a split, oldest first. RecBole's rows keep only the last ones."""
         return tuple(self.sequences[user][: self.split.starts[split][user]].tolist())
+
+    def history_times(self, user: int, split: str) -> tuple[float, ...]:
+        """Time of each item of a history, in the unit of the file."""
+        return tuple(self.user_times[user][: self.split.starts[split][user]].tolist())
 
     def targets(self, user: int, split: str) -> dict[int, int]:
         """Target items of a user's row with their grades, oldest first.

@@ -64,7 +64,7 @@ def feature_names(names: Sequence[str]) -> list[str]:
     request = Request(
         request_id="", user_token="", split="", history=(1,), candidates=candidates, target=2, provider=""
     )
-    data = TrainingData(catalog=catalog, sequences=[[1, 2, 3]], embeddings=np.eye(3))
+    data = TrainingData(catalog=catalog, sequences=[[1, 2, 3]], times=[[1.0, 2.0, 3.0]], embeddings=np.eye(3))
     return extract_features([request], names, data)[0]
 
 

@@ -55,6 +55,9 @@ class Batch(NamedTuple):
 class Prior(nn.Module):
     """Scores the candidates of a list by their features and their pair features.
 
+    It reads the features as they are and standardised within the list, because a candidate competes with those of its
+    list.
+
     It learns which history items matter for a candidate by target attention over the pair features. DIN (Zhou et al.
     2018, arXiv 1706.06978, section 4.3) has the same attention over embeddings.
 
@@ -78,7 +81,7 @@ class Prior(nn.Module):
         self.pair_output = nn.Linear(half, half)
         self.attention = nn.Linear(half, 1, bias=False)
         self.score = nn.Sequential(
-            nn.Linear(candidates + 2 * half, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
+            nn.Linear(2 * candidates + 2 * half, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
         )
 
     def normalise_by(self, batch: Batch) -> None:
@@ -95,7 +98,8 @@ class Prior(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return the log-probability of each candidate of each list, (B, K). Padding has -inf."""
         candidates = (batch.candidates - self.candidates_mean) / self.candidates_scale
-        inputs = torch.cat([candidates, *self._pair_summaries(batch)], dim=-1)
+        relative = standardise_within(candidates, batch.is_candidate)
+        inputs = torch.cat([candidates, relative, *self._pair_summaries(batch)], dim=-1)
         return self.score(inputs).squeeze(-1).masked_fill(~batch.is_candidate, -torch.inf).log_softmax(-1)
 
     def _pair_summaries(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,6 +308,23 @@ def log_prior(prior: Prior | Priors, features: Sequence[CandidateFeatures]) -> l
             padded = prior(pad(part))
         log_probs += [row[: len(each.candidates)].tolist() for row, each in zip(padded, part, strict=True)]
     return log_probs
+
+
+def standardise_within(values: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
+    """Standardise each feature over the candidates of its list, (B, K, F). Padding has no meaning.
+
+    Args:
+        values: features, (B, K, F).
+        is_candidate: False for padding, (B, K) bool.
+
+    >>> standardise_within(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]])).flatten()[:2]
+    tensor([-1.,  1.])
+    """
+    mask = is_candidate.unsqueeze(-1)
+    count = mask.sum(1, keepdim=True)
+    centred = values - (values * mask).sum(1, keepdim=True) / count
+    deviation = ((centred * mask).square().sum(1, keepdim=True) / count).sqrt()
+    return centred / deviation.clamp(min=1e-6)
 
 
 def shares(relevance: Relevance) -> torch.Tensor:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 RIDGE, TEXT = 100.0, 30.0
 MAX_LINEAR_ITEMS = 20_000  # Number of items with weights in `linear`: a dense matrix of 1.6 GB. Our choice.
 SOON = 3  # Number of steps that count as "soon" in `transition`. Our choice.
+# Periods of `time` before and after the last history item, as shares of all training interactions. Our choice.
+PERIODS = ((-0.01, 0.01), (-0.03, 0.03), (-0.1, 0.1), (-0.03, 0.0), (0.0, 0.03), (0.0, 0.1))
 FADE = 0.7  # Weight of a history item relative to the next newer one in `transition`. Our choice.
 
 
@@ -39,12 +41,14 @@ class TrainingData:
     Attributes:
         catalog: the items.
         sequences: internal item ids of each user, oldest first, without the targets of the requests to describe.
+        times: time of each of these interactions.
         embeddings: text embedding of each item, (N, D), of length 1, or 0 for an item without text. Row n belongs to
             the item with the id n + 1.
     """
 
     catalog: Catalog
     sequences: Sequence[Sequence[int]]
+    times: Sequence[Sequence[float] | np.ndarray]
     embeddings: np.ndarray
 
 
@@ -88,6 +92,55 @@ def popularity(data: TrainingData) -> Describe:
 
     def describe(request: Request) -> Features:
         return {"popularity": np.log1p(counts[list(request.items)])}
+
+    return describe
+
+
+def time(data: TrainingData) -> Describe:
+    """When a candidate was popular relative to the last history item, and the age of each history item.
+
+    The time of an interaction is the share of all training interactions before it, from 0 to 1. So the features depend
+    neither on the unit of the times nor on how many interactions a period has. A history without times has the time 1.
+
+    The features are log(1 + n) with the number n of interactions with the candidate in each of the `PERIODS`, the share
+    of its interactions that are earlier, the logarithms of the distances to the next and to the previous one, and the
+    distance of their median. Under leave-one-out the training interactions of other users can be later. The age of a
+    history item is the logarithm of its distance to the last one.
+    """
+    times = np.concatenate([np.asarray(each, dtype=np.float64) for each in data.times])
+    items = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in data.sequences])
+    ordered, count = np.sort(times), len(times) + 1
+    ranks = np.searchsorted(ordered, times)  # Number of training interactions before each interaction.
+    # The interactions sorted by item and rank. An item i has keys from i * count on.
+    keys = np.sort(items * count + ranks)
+    starts = np.searchsorted(keys, np.arange(len(data.catalog) + 2) * count)
+    sizes = np.maximum(np.diff(starts), 1)
+    padded = np.append(keys, 0)
+    medians = padded[starts[:-1] + np.diff(starts) // 2] % count
+    edges = np.array(PERIODS) * count  # (periods, 2)
+
+    def describe(request: Request) -> Features:
+        times = request.times or (np.inf,) * len(request.history)
+        history = np.searchsorted(ordered, times[-RECENT:])
+        now = history[-1]
+        ids = np.array(request.items)
+        base, first, end = ids * count, starts[ids], starts[ids + 1]
+        bounds = np.ceil(now + edges).clip(0, count).astype(np.int64)
+        low, high = np.moveaxis(np.searchsorted(keys, base[:, None, None] + bounds), 2, 0)  # (K, periods)
+        place = np.searchsorted(keys, base + now)
+        following = np.where(place < end, (padded[place] - base - now) / count, 1.0)
+        previous = np.where(place > first, (now - padded[place - 1] + base) / count, 1.0)
+        features = {
+            f"interactions from {start:+g} to {stop:+g}": np.log1p(high[:, number] - low[:, number])
+            for number, (start, stop) in enumerate(PERIODS)
+        }
+        return features | {
+            "share of earlier": (place - first) / sizes[ids],
+            "time to next": np.log(following.clip(1e-4)),
+            "time from previous": np.log(previous.clip(1e-4)),
+            "time of median": np.where(end > first, (medians[ids] - now) / count, 0.0),
+            "age of each": np.repeat(np.log(((now - history) / count).clip(1e-4))[:, None], len(ids), axis=1),
+        }
 
     return describe
 
@@ -226,6 +279,7 @@ PROVIDERS: Mapping[str, Provider] = {
     "base": base,
     "sources": sources,
     "popularity": popularity,
+    "time": time,
     "transition": transition,
     "together": together,
     "linear": linear,

@@ -73,7 +73,7 @@ def fit(embeddings: np.ndarray, config: SidConfig, data: Data) -> Quantizer:
         return fit_rqkmeans(embeddings, config)
     pairs = None
     if config.contrastive:
-        pairs = co_engaged(data.sequences_without_train_targets(), data.item_count)
+        pairs = co_engaged(data.known_items("hold_out"), data.item_count)
     return fit_rqvae(embeddings, config, pairs=pairs)
 
 

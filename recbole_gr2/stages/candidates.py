@@ -150,6 +150,7 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
                     target=_best_target(targets, [item for item, _ in proposed]),
                     grades=tuple(targets.get(item, 0) for item, _ in proposed) if graded else (),
                     provider=provider,
+                    times=data.history_times(user, split),
                     sources=tuple(
                         SourceScores(
                             model.name,
@@ -242,8 +243,13 @@ def _import(context: Context) -> dict[str, list[Request]]:
                 why=f"cand_pool, by default cand_num, is {count}, and a list needs two candidates to order",
                 do="import lists of 2 to cand_pool candidates",
             )
-        # The prior stage computes the prior of these lists itself.
-        lists[request.split].append(replace(request, prior=()))
+        # The prior stage computes the prior of these lists itself, and the times are those of the data set.
+        times = next(
+            data.history_times(user, split)
+            for split in (data.train_splits if request.split == "train" else (request.split,))
+            if request.history == data.history(user, split)
+        )
+        lists[request.split].append(replace(request, prior=(), times=times))
     return lists
 
 
@@ -291,7 +297,7 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name="candidates",
-            version=3,
+            version=4,
             run=run,
             settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "refit", "seed"),
             needs=tuple(dict.fromkeys(needs)),

@@ -38,7 +38,7 @@ def run(context: Context) -> dict[str, Any]:
     textless = np.array([position for position, text in enumerate(texts) if not text], dtype=np.int64)
     collaborative = 0
     if len(textless) and settings["text_missing"] == "collaborative":
-        pairs = co_engaged(data.sequences_without_train_targets(), data.item_count)
+        pairs = co_engaged(data.known_items("hold_out"), data.item_count)
         has_neighbours, means = neighbour_means(embeddings, textless, pairs)
         embeddings[textless[has_neighbours]] = means
         collaborative = int(has_neighbours.sum())

@@ -14,7 +14,6 @@ import torch
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import QualityCheckError
-from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.likelihood import perplexity
@@ -89,7 +88,7 @@ def run(context: Context) -> dict[str, Any]:
         "trie": sid_trie(settings, tokenizer, catalog),
     }
     hold_out = context.parameters.get("hold_out", settings["mid_hold_out"])
-    histories = training_histories(context.data, "hold_out" if hold_out else "train")
+    histories = context.data.known_items("hold_out" if hold_out else "train")
     texts = task_texts(catalog, histories, general, settings)
     first = examples_of(texts, tokenizer, {"persona": 1.0}, settings["mid_embedding_tokens"], longest, seed)
     logs = []

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.config import ONEREC_THINK, Settings
-from recbole_gr2.lists import training_histories
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.generation import generate_rankings
@@ -47,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
     settings, catalog, with_traces = context.settings, load_catalog(context), reasons(context.stage)
     maker = prompt_maker(settings, catalog)
     seed = derive_seed(settings["seed"], "onerec_think")  # the same for both models: they learn the same histories
-    positions = training_positions(training_histories(context.data), seed=seed)
+    positions = training_positions(context.data.known_items("train"), seed=seed)
     size = settings["onerec_think_batch_size"]
     steps = min(settings["onerec_think_steps"], math.ceil(settings["onerec_think_passes"] * len(positions) / size))
     positions = positions[: steps * size]

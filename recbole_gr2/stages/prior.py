@@ -25,7 +25,6 @@ from recbole_gr2.artifacts import (
 from recbole_gr2.config import Settings
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
-from recbole_gr2.lists import training_histories
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import module_hash
@@ -97,7 +96,10 @@ def _features(
         known = {"hold_out": ("train",), "train": ("valid",), "refit": ("test",)}
     for interactions, splits in known.items():
         training = TrainingData(
-            catalog=data.catalog, sequences=training_histories(data, interactions), embeddings=embeddings
+            catalog=data.catalog,
+            sequences=data.known_items(interactions),
+            times=data.known_times(interactions),
+            embeddings=embeddings,
         )
         together = [request for split in splits for request in requests[split]]
         names, rows = extract_features(together, settings["prior_features"], training)
@@ -137,7 +139,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 STAGE = Stage(
     name="prior",
-    version=5,
+    version=6,
     run=run,
     settings=("prior_", "refit", "seed"),
     needs=("candidates", "embeddings"),
