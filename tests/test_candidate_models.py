@@ -86,7 +86,7 @@ def test_pair_counts_by_hand(five, tmp_path):
         "base_popularity_weight": 0.5,
         "base_smoothing": 1,
     }
-    base = fitted(five, tmp_path / "pairs", "PairCounts", **options)
+    base = fitted(five, tmp_path / "pairs", "PairCounts", **options, base_text_weight=0)
     share = {A: 4 / 14, B: 4 / 14, C: 3 / 14, D: 2 / 14, E: 1 / 14}  # (n + 1) / sum (n + 1)
     pairs = {(A, B): 2, (B, C): 2, (A, C): 0.5, (C, A): 1, (B, A): 0.5, (D, A): 1, (D, B): 0.5}
 
@@ -304,7 +304,7 @@ def test_item_texts_without_words_are_an_error(tmp_path):
         with pytest.raises(ConfigurationError, match="have no words") as caught:
             fitted(folder, tmp_path / model, model, **options)
         assert caught.value.where and caught.value.why and caught.value.do
-    assert torch.isfinite(scores_of(fitted(folder, tmp_path / "m", "PairCounts"))[:, 1:]).all()  # without texts
+    assert torch.isfinite(scores_of(fitted(folder, tmp_path / "m", "PairCounts", base_text_weight=0))[:, 1:]).all()
 
 
 def test_a_catalogue_that_is_too_large_for_text_ease_is_refused(five, monkeypatch):
