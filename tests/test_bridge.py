@@ -435,7 +435,8 @@ def test_the_first_items_do_not_depend_on_the_depth(movies):
 def test_a_wrong_order_is_not_stored(movies):
     """The check of the scoring pass notices a wrong rank, and items in a wrong order."""
     base = movies("BPR").masked
-    ((rows, scores, _),) = base.batches("test")
+    (scored,) = base.batches("test")
+    rows, scores = scored.rows, scored.scores
     targets = rows[base.data.iid]
     (batch,) = recommend(base, "test", depth_of(base.data), break_ties=False)
     check = RecboleCheck(base)
