@@ -41,7 +41,10 @@ STAGES: dict[str, dict[str, Any]] = {  # name -> summary, of all stages but eval
         "reconstruction": 0.9,
         "neighbourhood": None,
     },
-    "candidates": {"stats": {"train": {"lists": 1200, "recall@1": 0.25}, "test": {"lists": 60, "recall@1": 0.125}}},
+    "candidates": {
+        "stats": {"train": {"lists": 1200, "recall@1": 0.25}, "test": {"lists": 60, "recall@1": 0.125}},
+        "protocol": {"split": "leave-one-out in time order", "items of the history": "excluded"},
+    },
     "prior": {
         "features": ["score", "popularity"],
         "steps": [20, 30],

@@ -443,6 +443,12 @@ def test_published_figures_have_known_metrics_ranges_and_sources():
     assert all((0.2 if scope == "hit_users" else 0) < value < 1 for scope, _, value in values)
 
 
+def test_the_protocol_is_listed(one):
+    run, result = one
+    page = render_report(result, [run])
+    assert "## Protocol\n\n- split: leave-one-out in time order\n- items of the history: excluded\n" in page
+
+
 def test_published_figures_are_shown_for_their_data_set_alone(one):
     run, result = one
     tables, sources = published_tables("amazon-beauty")
@@ -503,6 +509,7 @@ def test_the_page_without_a_language_model(plain):
     page = render_report(plain[1], [plain[0]])
     titles = re.findall(r"^## (.*)", page, re.MULTILINE)
     assert titles[2:] == [
+        "Protocol",
         "Differences between methods",
         "Slices",
         "Candidates",

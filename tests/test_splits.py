@@ -210,6 +210,9 @@ def test_what_happens_after_a_cut_changes_no_list_before_it(tiny_run, tiny_data,
 @pytest.mark.slow
 def test_all_stages_run(tiny_run, interleaved, tmp_path):
     run = tiny_run(tmp_path, data_path=str(interleaved), eval_args=DATES)
+    protocol = run.records["candidates"].summary["protocol"]
+    assert protocol["split"] == "temporal, validation from 60 and test from 80"
+    assert protocol["models of test lists learn from"] == "the training interactions"
     entries = json.loads((run.folders["evaluate"] / "methods.json").read_text())
     methods = {entry["method"]: entry for entry in entries if entry["scope"] == "all_users"}
     assert {"base", "prior", "lambdamart", "sft", "rl", "oracle"} <= methods.keys()

@@ -276,6 +276,13 @@ def examples_section(page: Page) -> str:
     )
 
 
+def protocol_section(page: Page) -> str:
+    """Return what has to agree when the results of two runs are compared."""
+    for _, _, summary in page.summaries(protocol=Mapping):
+        return "## Protocol\n\n" + "\n".join(f"- {name}: {text}" for name, text in summary["protocol"].items())
+    return ""
+
+
 def candidates_section(page: Page) -> str:
     """Return the figures of the candidate lists of each split."""
     lines: list[list[str]] = []
@@ -424,6 +431,7 @@ SECTIONS: tuple[Callable[[Page], str], ...] = (
     title_section,
     metrics_section,
     reading_section,
+    protocol_section,
     comparisons_section,
     slices_section,
     published_section,

@@ -65,6 +65,7 @@ def run(context: Context) -> dict[str, Any]:
     for split in SPLITS:
         write_requests(context.folder / f"{split}.jsonl", lists[split], context.data.catalog)
     write_recommendations(context.folder, recommendations)
+    summary["protocol"] = protocol(context)
     summary["stats"] = {split: _stats(context, split, lists[split]) for split in SPLITS}
     write_json(context.folder / "stats.json", summary["stats"])
     return summary
@@ -90,6 +91,25 @@ def base_models(context: Context) -> tuple[dict[str, BaseModel], dict[str, Any]]
     summary = dict(zip(names, weights, strict=True))
     context.say("fusion: " + ", ".join(f"{name} {weight:g}" for name, weight in summary.items()))
     return {kind: FusedModel.of(each, fusion, weights) for kind, each in models.items()}, summary
+
+
+def protocol(context: Context) -> dict[str, str]:
+    """What has to agree when the results of two runs are compared, in words."""
+    settings, cuts = context.settings, context.data.split.cuts
+    learnt = "the training interactions"
+    source = "the imported file" if settings["cand_file"] else ", ".join(settings["base_model"])
+    return {
+        "split": f"temporal, validation from {cuts['valid']:.15g} and test from {cuts['test']:.15g}"
+        if cuts
+        else "leave-one-out in time order",
+        "items of the history": "excluded" if settings["cand_exclude_seen"] else "not excluded",
+        "models of validation lists learn from": learnt,
+        "models of test lists learn from": f"{learnt} and those of validation" if settings["refit"] else learnt,
+        "training requests of a user": str(settings["train_requests"]),
+        "items of a list": f"{pool_size(settings)} by {source}",
+        "candidates of language models": str(settings["cand_num"])
+        + (f", selected by {settings['cand_ranker']}" if pool_size(settings) > settings["cand_num"] else ""),
+    }
 
 
 def recall_by_depth(recommendations: Recommendations) -> dict[str, float]:
