@@ -177,7 +177,7 @@ def test_wrong_types(key, wrong, expected):
         ("eval_max_lists", 0, "int >= 1 or nothing (~)"),
         ("eval_draws", 50, "int >= 100"),
         ("sft_steps", 0, "int >= 1"),
-        ("prior_steps", 0, "int >= 1"),
+        ("prior_fits", 0, "int >= 1"),
         ("sid_levels", 1, "int 2 to 26"),
         ("sid_levels", 27, "int 2 to 26"),
         ("sid_ema_decay", 1.0, "float >= 0, < 1"),

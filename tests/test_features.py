@@ -17,9 +17,9 @@ from recbole_gr2.features import prior as prior_module
 from recbole_gr2.features import providers
 from recbole_gr2.features.extraction import TrainingData, extract_features, feature_names
 from recbole_gr2.features.prior import (
-    FOLDS,
     Priors,
     cross_entropy,
+    cross_fit,
     fit_prior,
     fit_priors,
     log_prior,
@@ -376,9 +376,9 @@ def test_the_prior_learns_which_history_item_matters(small_prior, monkeypatch):
 def test_an_ensemble_is_the_normalised_mean_of_its_members(small_prior):
     lists, new = planted(100, 0), planted(50, 2)[0]
     valid = planted(60, 1)
-    priors, steps, error, _ = fit_priors(*lists, users=range(100), valid=valid, steps=40, seed=3)
+    priors, steps, error = fit_priors(*lists, valid=valid, steps=[60, 40, 20], seed=3)
     members = [log_prior(prior, new) for prior in priors]
-    assert len(steps) == FOLDS and all(0 < count <= 40 for count in steps)
+    assert len(steps) == 3 and all(count <= most for count, most in zip(steps, [60, 40, 20], strict=True))
     assert not np.allclose(members[0], members[1], atol=1e-3)
     mean = np.mean(members, axis=0)
     mean -= np.log(np.exp(mean).sum(axis=1, keepdims=True))
@@ -388,7 +388,7 @@ def test_an_ensemble_is_the_normalised_mean_of_its_members(small_prior):
 
 def test_a_saved_ensemble_is_loaded_back(small_prior, tmp_path):
     lists, relevance = planted_pairs(20, 0)
-    priors = fit_priors(lists, relevance, users=range(20), valid=None, steps=5, seed=3).priors
+    priors, _, _ = fit_priors(lists, relevance, valid=None, steps=[5, 5], seed=3)
     priors.save(tmp_path / "prior.safetensors")
     assert log_prior(Priors.load(tmp_path / "prior.safetensors"), lists) == log_prior(priors, lists)
     with pytest.raises(MissingFileError, match="nothing"):
@@ -427,28 +427,24 @@ def test_cross_entropy_by_hand():
 def test_a_cross_fitted_list_does_not_depend_on_the_targets_of_its_user(small_prior):
     lists, relevance = planted(40, 0)
     users = [str(number % 36) for number in range(40)]  # The lists 0 to 3 and 36 to 39 have the same users.
-
-    def fitted(relevance):
-        return fit_priors(lists, relevance, users=users, valid=None, steps=4, seed=1).log_probs
-
-    before = fitted(relevance)
+    before = cross_fit(lists, relevance, users=users, steps=4, seed=1)
     changed = list(relevance)
     changed[7] = relevance[7][1:] + relevance[7][:1]
-    after = fitted(changed)
+    after = cross_fit(lists, changed, users=users, steps=4, seed=1)
     assert before[7] == after[7] and before != after
     changed = list(relevance)
     changed[37] = relevance[37][1:] + relevance[37][:1]
-    after = fitted(changed)
+    after = cross_fit(lists, changed, users=users, steps=4, seed=1)
     assert (before[1], before[37]) == (after[1], after[37]) and before != after
     assert len(before) == 40 and all(len(row) == 5 for row in before)
 
 
 def test_few_users_have_fewer_folds_and_one_user_is_an_error(small_prior):
     lists, relevance = planted(3, 0)
-    fit = fit_priors(lists, relevance, users=["a", "b", "b"], valid=None, steps=2, seed=1)
-    assert len(fit.priors) == 2 and all(len(row) == 5 for row in fit.log_probs)
+    log_probs = cross_fit(lists, relevance, users=["a", "b", "b"], steps=2, seed=1)
+    assert all(len(row) == 5 for row in log_probs)
     with pytest.raises(QualityCheckError, match="belong to 1 users"):
-        fit_priors(lists, relevance, users=["a"] * 3, valid=None, steps=2, seed=1)
+        cross_fit(lists, relevance, users=["a"] * 3, steps=2, seed=1)
 
 
 def test_order_by_prior():

@@ -16,7 +16,7 @@ MODELS = ["PairCounts", "ItemKNN"]
 def runs(tiny_run, tmp_path_factory):
     """A run with and one without refit."""
     root = tmp_path_factory.mktemp("refit")
-    options = {"base_model": MODELS, "models": ["PairCounts"], "cand_num": 8}
+    options = {"base_model": MODELS, "models": ["PairCounts"], "cand_num": 8, "prior_fits": 1}
     return {refit: tiny_run(root, ["prior", "PairCounts"], refit=refit, **options) for refit in (False, True)}
 
 

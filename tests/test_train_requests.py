@@ -15,7 +15,7 @@ REQUESTS = 3
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
     root = tmp_path_factory.mktemp("requests")
-    options = {"base_model": MODELS, "train_requests": REQUESTS, "cand_num": 8}
+    options = {"base_model": MODELS, "train_requests": REQUESTS, "cand_num": 8, "prior_fits": 1}
     return tiny_run(root, ["prior"], **options)
 
 

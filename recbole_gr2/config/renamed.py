@@ -26,6 +26,7 @@ RENAMED: dict[str, str] = {
     "distill_kl": "distilled_kl",
     "distill_steps": "distilled_steps",
     "distill_teacher": "distilled_teacher",
+    "evidence_fits": "prior_fits",
     "evidence_providers": "prior_features",
     "evidence_steps": "prior_steps",
     "mid_micro_batch_size": "llm_micro_batch_size",
@@ -42,10 +43,8 @@ RENAMED: dict[str, str] = {
     "sft_save_steps": "llm_save_steps",
 }
 _CONSTANT = "It is now a constant."
-_FOLDS = "The ensemble has one network for each fold of the users."
 REMOVED: dict[str, tuple[str, str]] = {  # key: (fixed value, reason)
     "evidence_dropout": ("0.2", _CONSTANT),
-    "evidence_fits": ("5", _FOLDS),
     "evidence_folds": ("5", _CONSTANT),
     "evidence_hidden": ("32", _CONSTANT),
     "evidence_learning_rate": ("0.003", _CONSTANT),
@@ -54,7 +53,6 @@ REMOVED: dict[str, tuple[str, str]] = {  # key: (fixed value, reason)
     "normalize_all": ("False", "The time order is exact for either value."),
     "ort_trace_weight": ("1.0", "OneRec-Think defines one loss over trace and item."),
     "ort_warmup_share": ("0.1", "OneRec-Think's released code defines it."),
-    "prior_fits": ("5", _FOLDS),
     "prompt_evidence": ("[]", "Features in the prompt gave no improvement (results/tried.md)."),
     "repeatable": ("True", "RecBole requires it for sequential data."),
     "rl_injected": ("0", "No base model makes lists with an inserted target."),

@@ -25,7 +25,7 @@ HIDDEN = 32  # Hidden units of the scoring network. The network of pairs has hal
 DROPOUT = 0.2
 LEARNING_RATE = 0.003  # Of AdamW.
 WEIGHT_DECAY = 0.01  # Of AdamW.
-FOLDS = 5  # Folds of `fit_priors`, and so networks of an ensemble.
+FOLDS = 5  # Folds of `cross_fit`.
 BATCH = 512  # Lists per optimizer step.
 CHECK_EVERY = 10  # Steps between evaluations on the validation lists.
 PATIENCE = 250  # Steps without a better validation loss after which the fit stops.
@@ -220,79 +220,89 @@ def fit_prior(
     return prior.eval(), best_step, None if check is None else best_error
 
 
-class PriorFit(NamedTuple):
-    """The result of `fit_priors`.
-
-    Attributes:
-        priors: the ensemble, in evaluation mode.
-        steps: number of optimizer steps of each member.
-        error: cross-entropy of the validation lists under the ensemble in nats, or None without validation lists.
-        log_probs: log-probabilities (K,) of the candidates of each train list.
-    """
-
-    priors: Priors
-    steps: list[int]
-    error: float | None
-    log_probs: list[list[float]]
-
-
 def fit_priors(
     features: Sequence[CandidateFeatures],
     relevance: Relevance,
     *,
-    users: Sequence[str],
     valid: tuple[Sequence[CandidateFeatures], Relevance] | None,
-    steps: int,
+    steps: Sequence[int],
     seed: int,
-) -> PriorFit:
-    """Fit an ensemble of `FOLDS` priors, each without the lists of one fold of the users.
-
-    The ensemble scores new lists. A train list is scored by the member that was not fitted to it: a prior is better on
-    the lists that it was fitted to than on new lists, and a policy that is trained with such log-probabilities would
-    rely on the prior too much.
+) -> tuple[Priors, list[int], float | None]:
+    """Fit an ensemble of priors from different initial weights.
 
     Args:
         features: features of the train lists, see `fit_prior`.
         relevance: relevance of their candidates.
-        users: user of each train list. The lists of a user are in the same fold.
         valid: features and relevance of validation lists, or None.
-        steps: largest number of optimizer steps of each member.
-        seed: seed of the folds and of the members.
+        steps: number of optimizer steps of each member.
+        seed: seed of the ensemble. Each member has a seed derived from it.
+
+    Returns:
+        (ensemble in evaluation mode, number of steps of each member, cross-entropy of the validation lists under the
+        ensemble in nats or None).
+    """
+    fits = [
+        fit_prior(features, relevance, valid=valid, steps=most, seed=derive_seed(seed, number))
+        for number, most in enumerate(steps)
+    ]
+    priors = Priors(prior for prior, _, _ in fits).eval()
+    steps_of_fits = [count for _, count, _ in fits]
+    if valid is None:
+        return priors, steps_of_fits, None
+    with torch.no_grad():
+        return priors, steps_of_fits, cross_entropy(priors(pad(valid[0])), shares(valid[1])).item()
+
+
+def cross_fit(
+    features: Sequence[CandidateFeatures],
+    relevance: Relevance,
+    *,
+    users: Sequence[str],
+    steps: int,
+    seed: int,
+) -> list[list[float]]:
+    """Return the log-probabilities of each list under a prior that was not fitted to it, by `FOLDS`-fold fitting.
+
+    A prior is better on the lists that it was fitted to than on new lists. A policy that is trained with such
+    log-probabilities would rely on the prior too much.
+
+    Args:
+        features: features of the train lists, see `fit_prior`.
+        relevance: relevance of their candidates.
+        users: user of each list. The lists of a user are in the same fold.
+        steps: number of optimizer steps.
+        seed: seed of the folds and of the fits.
+
+    Returns:
+        Log-probabilities (K,) of the candidates of each list.
 
     Raises:
-        QualityCheckError: there are lists of fewer than two users.
+        QualityCheckError: the lists belong to fewer than two users.
     """
     number_of = {user: number for number, user in enumerate(dict.fromkeys(users))}
     if len(number_of) < 2:
         raise QualityCheckError(
-            f"train lists with a training signal belong to {len(number_of)} users",
+            f"the train lists with a training signal belong to {len(number_of)} users",
             where="the prior stage",
-            why="a prior for the lists of a user is fitted to the lists of other users",
+            why="the prior of the lists of a user is fitted to the lists of other users",
             do="raise cand_pool or cand_num, so that more lists contain their target, or set prior_features: []",
         )
     count = min(FOLDS, len(number_of))
     folds = np.random.default_rng(seed).permutation(len(number_of)) % count
     fold_of = folds[[number_of[user] for user in users]]
-    fits = []
     log_probs: list[list[float]] = [[]] * len(features)
     for fold in range(count):
         inside, outside = np.flatnonzero(fold_of == fold).tolist(), np.flatnonzero(fold_of != fold).tolist()
-        fit = fit_prior(
+        prior, _, _ = fit_prior(
             [features[i] for i in outside],
             [relevance[i] for i in outside],
-            valid=valid,
+            valid=None,
             steps=steps,
             seed=derive_seed(seed, fold),
         )
-        fits.append(fit)
-        for i, row in zip(inside, log_prior(fit[0], [features[i] for i in inside]), strict=True):
+        for i, row in zip(inside, log_prior(prior, [features[i] for i in inside]), strict=True):
             log_probs[i] = row
-    priors = Priors(prior for prior, _, _ in fits).eval()
-    error = None
-    if valid is not None:
-        with torch.no_grad():
-            error = cross_entropy(priors(pad(valid[0])), shares(valid[1])).item()
-    return PriorFit(priors, [count for _, count, _ in fits], error, log_probs)
+    return log_probs
 
 
 def log_prior(prior: Prior | Priors, features: Sequence[CandidateFeatures]) -> list[list[float]]:

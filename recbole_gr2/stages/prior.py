@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
 
 from recbole_gr2.artifacts import (
     SPLITS,
@@ -23,7 +24,7 @@ from recbole_gr2.artifacts import (
 )
 from recbole_gr2.config import Settings
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
-from recbole_gr2.features.prior import fit_priors, log_prior
+from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import module_hash
@@ -51,24 +52,25 @@ def run(context: Context) -> dict[str, Any]:
     relevance = [request.relevance for request in used["train"]]
     hits = [position for position, request in enumerate(used["valid"]) if request.target_rank]
     valid = [features["valid"][n] for n in hits], [used["valid"][n].relevance for n in hits]
-    fit = fit_priors(
+    prior, steps, error = fit_priors(
         features["train"],
         relevance,
-        users=[request.user_token for request in used["train"]],
         valid=valid,
-        steps=settings["prior_steps"],
+        steps=[settings["prior_steps"]] * settings["prior_fits"],
         seed=seed,
     )
-    log_probs = {split: log_prior(fit.priors, features[split]) for split in ("valid", "test")}
-    log_probs["train"] = fit.log_probs
-    fit.priors.save(context.folder / "prior.safetensors")
+    priors = {split: log_prior(prior, features[split]) for split in ("valid", "test")}
+    users = [request.user_token for request in used["train"]]
+    typical = round(sum(steps) / len(steps))
+    priors["train"] = cross_fit(features["train"], relevance, users=users, steps=typical, seed=seed)
+    save_file(prior.state_dict(), context.folder / "prior.safetensors")
     write_feature_names(context.folder, names)
     quality = {}
     for split in SPLITS:
         write_features(context.folder, split, features[split])
         with_prior = {
             request.request_id: replace(request, prior=tuple(row))
-            for request, row in zip(used[split], log_probs[split], strict=True)
+            for request, row in zip(used[split], priors[split], strict=True)
         }
         joined = [with_prior.get(request.request_id, request) for request in requests[split]]
         write_requests(context.folder / f"{split}.jsonl", joined, data.catalog)
@@ -79,7 +81,7 @@ def run(context: Context) -> dict[str, Any]:
                 f"ndcg@5 {quality[split]['ndcg@5']:.4f} (base {quality[split]['base ndcg@5']:.4f}), "
                 f"{quality[split]['requests']:,} requests"
             )
-    return {"features": names, "steps": fit.steps, "valid_cross_entropy": fit.error, "quality": quality}
+    return {"features": names, "steps": steps, "valid_cross_entropy": error, "quality": quality}
 
 
 def _features(
@@ -138,7 +140,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 STAGE = Stage(
     name="prior",
-    version=7,
+    version=8,
     run=run,
     settings=("prior_", "refit", "seed"),
     needs=("candidates", "embeddings"),
