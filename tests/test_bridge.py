@@ -1100,6 +1100,7 @@ def test_amazon_beauty(beauty, record_property):
     assert seconds < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "exact"),
     [("SASRec", True), ("GRU4Rec", True), ("BERT4Rec", True), ("HGN", False), ("CausalSASRec", False)],

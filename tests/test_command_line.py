@@ -191,6 +191,7 @@ def test_mistakes_in_a_command_are_one_error(argv, text, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_names_are_checked_before_torch_is_imported(tmp_path):
     wrong = ["--base_model=sasrec", "--eval_rows=[stf]", "--trace_teacher=rule", "--prior_features=[bas]", "--stages=x"]
     wrong += ["--rl_rewards={rank_gian: 1}", "--prompt_template=x", "--metrics=[NDGC]", "--dataset=nowhere", "--seed=x"]

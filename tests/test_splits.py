@@ -130,6 +130,7 @@ def test_the_target_is_the_first_interaction_of_the_period(tiny_settings, interl
         assert lengths == [len(data.history(user, split)) for user in users.tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CausalSASRec", "SASRec", "ItemKNN"])
 def test_models_learn_from_what_happened_before_the_cut(data, tmp_path, name):
     rows = {
