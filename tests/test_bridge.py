@@ -1007,7 +1007,9 @@ def test_stage_candidates_imports_lists_without_a_base_model(planted, tmp_path):
     other = Data(toy_settings(planted, "planted", base_model="BPR", cand_file=str(file)))
     (tmp_path / "import").mkdir()
     imported = candidates.run(stage_context("candidates", other, tmp_path / "import"))
-    assert imported == {"imported": str(file), "stats": summary["stats"]}
+    assert (imported["imported"], imported["stats"]) == (str(file), summary["stats"])
+    assert imported["protocol"]["items of a list"] == "10 by the imported file"
+    assert "models of test lists learn from" in summary["protocol"].keys() - imported["protocol"].keys()
     for split in SPLITS:
         texts = [(root / "candidates" / f"{split}.jsonl").read_text() for root in (tmp_path, tmp_path / "import")]
         assert texts[0] == texts[1]

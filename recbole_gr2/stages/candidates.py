@@ -97,14 +97,19 @@ def protocol(context: Context) -> dict[str, str]:
     """What has to agree when the results of two runs are compared, in words."""
     settings, cuts = context.settings, context.data.split.cuts
     learnt = "the training interactions"
-    source = "the imported file" if settings["cand_file"] else ", ".join(settings["base_model"])
+    source, learns = "the imported file", {}
+    if not settings["cand_file"]:
+        source = ", ".join(settings["base_model"])
+        learns = {
+            "models of validation lists learn from": learnt,
+            "models of test lists learn from": f"{learnt} and those of validation" if settings["refit"] else learnt,
+        }
     return {
         "split": f"temporal, validation from {cuts['valid']:.15g} and test from {cuts['test']:.15g}"
         if cuts
         else "leave-one-out in time order",
         "items of the history": "excluded" if settings["cand_exclude_seen"] else "not excluded",
-        "models of validation lists learn from": learnt,
-        "models of test lists learn from": f"{learnt} and those of validation" if settings["refit"] else learnt,
+        **learns,
         "training requests of a user": str(settings["train_requests"]),
         "items of a list": f"{pool_size(settings)} by {source}",
         "candidates of language models": str(settings["cand_num"])
