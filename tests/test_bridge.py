@@ -1031,6 +1031,7 @@ def test_stage_of_another_recommender(planted, tmp_path, recommendations_of):
     assert metrics == evaluate_methods(data, recommendations_of(model), {"m": None}, {"s": None})["m"]["s"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BPR", "SASRec"])
 def test_training_reads_no_setting_of_lists_and_no_reported_metric(planted, tmp_path, name):
     trained = []

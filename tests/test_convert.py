@@ -145,6 +145,7 @@ def test_texts_are_read_back_as_those_of_the_raw_file(release, tmp_path):
         assert texts["B1"]["categories"] == clean_text(str(raw["B1"]["categories"])) == "Beauty > Hair Care"
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from('"\t\n\r ,ab<&;\x00\x1f\x85\u2028\ufeff\ud83dé|')), min_size=3, max_size=3))
 def test_any_text_is_read_back_exactly(tmp_path_factory, texts):

@@ -420,6 +420,7 @@ def written(form: Form, rows, users, items, titles, kind) -> tuple[bytes, bytes]
     return form.file(inter), form.file(item)
 
 
+@pytest.mark.slow
 @given(
     form=forms,
     rows=tables,
@@ -451,6 +452,7 @@ def test_random_files_are_read_exactly(tmp_path_factory, form, rows, users, item
     assert {item.token: item.title for item in catalog} == {item.token: title_of[item.token] for item in catalog}
 
 
+@pytest.mark.slow
 @given(
     form=forms,
     rows=tables,

@@ -405,6 +405,7 @@ def test_padding_has_no_probability(small_prior):
     assert log_probs[0] == pytest.approx(log_prior(prior, [short[0]])[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_several_targets_get_probabilities_in_proportion_to_their_relevance(small_prior):
     """Two of three features make a candidate relevant, one of them twice as much as the other."""
     rng = np.random.default_rng(0)

@@ -223,6 +223,7 @@ def test_a_dry_run_fetches_no_model(tiny_settings, tmp_path, data, monkeypatch):
 # --- expected time ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_the_earlier_run_with_the_fewest_other_settings(tiny_settings, tmp_path, data, tiny_run):
     def planned(**changes):
         return pipeline.plan(tiny_settings(tmp_path, **changes), data, stages=["tokenizer"])

@@ -198,6 +198,7 @@ def test_it_learns_a_planted_pattern_and_loads_back(folder, distinct, tmp_path):
         assert users.tolist() == others.tolist() and torch.equal(scores, same)
 
 
+@pytest.mark.slow
 def test_a_shared_sid_is_no_hit(folder, tmp_path):
     """All items have one SID: RecBole's topk would hit some targets by their position, in training's validation too."""
     base = trained(folder, tmp_path, np.zeros((ITEMS, 2), int), base_epochs=1, base_eval_step=1)
