@@ -37,9 +37,8 @@ def target_slices(data: Data, users: Sequence[str]) -> pd.DataFrame:
 
     Returns:
         One row per user, in this order, with the columns `occurrences` (see `OCCURRENCES`), `relation` and `user` (see
-        `USERS`). An item is a
-        successor of another one if it directly follows it in the training items of any user. It is two steps away if it
-        is a successor of a successor. The first relation that holds counts.
+        `USERS`). An item is a successor of another one if it directly follows it in the training items of any user. It
+        is two steps away if it is a successor of a successor. The first relation that holds counts.
     """
     from scipy.sparse import csr_matrix
 

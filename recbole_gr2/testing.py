@@ -165,8 +165,8 @@ class SyntheticData:
 
     def known_items(self, interactions: str) -> list[list[int]]:
         """Return the known interactions of each user, see `recbole_gr2.bridge.data.Data.known_items`."""
-        behind = {"hold_out": 3, "train": 2, "refit": 1}[interactions]
-        return [sequence[:-behind].tolist() for sequence in self.sequences.values()]
+        unknown = {"hold_out": 3, "train": 2, "refit": 1}[interactions]
+        return [sequence[:-unknown].tolist() for sequence in self.sequences.values()]
 
     def known_times(self, interactions: str) -> list[np.ndarray]:
         """Return the times of the interactions of `known_items`: the position of each in the sequence of its user."""

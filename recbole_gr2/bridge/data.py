@@ -221,8 +221,8 @@ class Data:
         feat = self.built[SPLITS.index(split.partition("-")[0])].inter_feat
         if split in self.train_splits:
             users, starts = feat[self.uid].numpy(), self.split.starts[split]
-            behind = self.split.known["train"] - starts  # Number of training rows from the target on.
-            feat = feat[np.flatnonzero((from_end(users) == behind[users]) & (starts[users] > 0))]
+            places = self.split.known["train"] - starts  # Place of the target, counted from the last training row.
+            feat = feat[np.flatnonzero((from_end(users) == places[users]) & (starts[users] > 0))]
         return feat, feat[self.uid].numpy()
 
     def history(self, user: int, split: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.fusion import ranks_of, standardise
-from recbole_gr2.bridge.models import UNREACHED, BaseModel, find_model, seen_items
+from recbole_gr2.bridge.models import UNREACHED, BaseModel, Batch, find_model, seen_items
 from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
@@ -24,8 +24,6 @@ from recbole_gr2.types import Recommendations, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from recbole_gr2.bridge.models import Batch
 
 DEPTH = 200  # D, items that are kept of each user's ranking of the catalogue
 # The first items keep the order of `torch.topk(scores, HEAD)`, which RecBole's evaluator calls with the cut-off 10.
@@ -397,7 +395,9 @@ def item_counts(data: Data, general: bool) -> Counter[int]:
     """
     if not general:
         return data.built[0].item_counter
-    known = data.split.known["train"] if data.split.cuts else np.maximum(data.split.known["train"], 1)
+    known = data.split.known["train"]
+    if not data.split.cuts:  # Under leave-one-out RecBole keeps the first interaction of every user in training.
+        known = np.maximum(known, 1)
     return Counter(np.concatenate([items[: known[user]] for user, items in data.sequences.items()]).tolist())
 
 

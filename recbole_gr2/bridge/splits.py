@@ -31,7 +31,7 @@ class Split:
     Attributes:
         starts: position of the first target of a request, by split (`train`, `train-2`, ..., `valid`, `test`). 0 if the
             user has no such request, because a request has at least one item of history.
-        stops: position behind the last target of a request, by split.
+        stops: position after the last target of a request, by split.
         known: number of first interactions that a model may learn from: `train`, those before validation; `hold_out`,
             those before the targets of the training requests; `refit`, those before the test.
         held_out: number of last training rows of RecBole that a hold-out model leaves out.
@@ -68,10 +68,8 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
     >>> {name: starts.tolist() for name, starts in split.starts.items()}
     {'train': [0, 3, 0], 'train-2': [0, 2, 0], 'valid': [0, 4, 0], 'test': [0, 5, 1]}
     """
-    starts = {"valid": lengths - 2, "test": lengths - 1}
-    for number, name in enumerate(train_splits(requests)):
-        starts[name] = lengths - 2 - targets - number
-    starts = {name: starts[name].clip(min=0) for name in (*train_splits(requests), "valid", "test")}
+    from_end = {name: 2 + targets + number for number, name in enumerate(train_splits(requests))}
+    starts = {name: (lengths - place).clip(min=0) for name, place in {**from_end, "valid": 2, "test": 1}.items()}
     most = max(targets, requests)
     return Split(
         starts=starts,

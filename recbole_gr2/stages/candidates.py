@@ -268,12 +268,8 @@ def _import(context: Context) -> dict[str, list[Request]]:
                 why=f"cand_pool, by default cand_num, is {count}, and a list needs two candidates to order",
                 do="import lists of 2 to cand_pool candidates",
             )
-        # The prior stage computes the prior of these lists itself, and the times are those of the data set.
-        times = next(
-            data.history_times(user, split)
-            for split in (data.train_splits if request.split == "train" else (request.split,))
-            if request.history == data.history(user, split)
-        )
+        # The prior stage computes the prior of these lists itself. The history is the beginning of the user's sequence.
+        times = tuple(data.user_times[user][: len(request.history)].tolist())
         lists[request.split].append(replace(request, prior=(), times=times))
     return lists
 
