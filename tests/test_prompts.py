@@ -130,12 +130,25 @@ def test_a_custom_template(tmp_path):
         ("system: a\nuser: '{% for %}'\n", "cannot be rendered"),
         ("system: a\n", "needs the keys `system` and `user`"),
         ("just a text\n", "needs the keys `system` and `user`"),
+        ("system: a\nuser: '<|{{ history[0].title }}|>'\n", r"the text '<\|\(text\)' of the user message"),
+        ("system: a\nuser: '<|A{{ history[0].title }}'\n", "of the user message joins a text"),
+        ("system: '{{ history[0].brand }}|>'\nuser: b\n", "of the system message joins a text"),
+        ("system: a\nuser: '{{ history[0].title }}{{ history[0].brand }}'\n", "can form a semantic ID or a label"),
+        ("system: a\nuser: '{% for c in candidates %}{{ c.title }}_{% endfor %}'\n", "joins a text"),
     ],
 )
 def test_an_unsuitable_template_is_refused_when_it_is_loaded(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ConfigurationError, match=message):
         load_template(str(tmp_path / "mine.yaml"))
+
+
+def test_texts_may_be_enclosed_by_other_characters(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "system: a\nuser: '{% for c in candidates %}{{ c.label }}{{ c.title }} ({{ c.brand }}), <{{ c.sid }}>"
+        "{{ c.category|upper }}/{% endfor %}'\n"
+    )
+    load_template(str(tmp_path / "mine.yaml"))
 
 
 def test_a_template_that_does_not_exist():

@@ -205,6 +205,18 @@ def test_false_statements():
     assert check(why="because") == "000" and set(true_statements("", request, CATALOG, 8).values()) == {False}
 
 
+def test_statements_about_candidates_with_the_same_semantic_id():
+    """A statement is about the candidate for which it is true, whatever the order of the list."""
+    items = [Item(item_id=n, token=f"t{n}", title="T", sid=(n // 2, 0)) for n in (1, 2, 3)]
+    cited = sid_text((1, 0))  # of items 2 and 3
+    text = f"The shopper takes A. {cited}: A, the same kind. Best is {cited}"
+    for b_is in (2, 3):
+        catalog = Catalog(replace(i, categories="B" if i.item_id == b_is else "A") for i in items)
+        for order in ((2, 3), (3, 2)):
+            request = request_of(2, history=(1,), candidates=order)
+            assert all(true_statements(text, request, catalog, 1).values())
+
+
 def test_the_sentences_and_the_phrases_of_the_vocabulary():
     """Published results depend on these texts."""
     assert build("rules").text(request_of(), 12) == (
@@ -251,17 +263,17 @@ def test_recorded_replies_are_used_by_attempt_and_completed_by_the_prior(tmp_pat
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"request_id": "train/u", "reasoning": "x", "ranking": ["no such item"]}, "record 1 cannot be read: KeyError"),
-        ({"request_id": "train/u", "ranking": ["t12"]}, "record 1 cannot be read: KeyError"),
-        ({"request_id": "train/u", "reasoning": "x", "ranking": 3}, "record 1 cannot be read: TypeError"),
-        ({"request_id": "train/u", "reasoning": 3, "ranking": ["t12"]}, "record 1 cannot be read: TypeError"),
-        ({"request_id": "train/u", "reasoning": "x", "ranking": [["t12"]]}, "record 1 cannot be read: TypeError"),
-        (["train/u", "x", ["t12"]], "record 1 cannot be read: TypeError"),
+        ({"request_id": "train/u", "reasoning": "x", "ranking": ["no such item"]}, "the line cannot be read: KeyError"),
+        ({"request_id": "train/u", "ranking": ["t12"]}, "the line cannot be read: KeyError"),
+        ({"request_id": "train/u", "reasoning": "x", "ranking": 3}, "the line cannot be read: TypeError"),
+        ({"request_id": "train/u", "reasoning": 3, "ranking": ["t12"]}, "the line cannot be read: TypeError"),
+        ({"request_id": "train/u", "reasoning": "x", "ranking": [["t12"]]}, "the line cannot be read: TypeError"),
+        (["train/u", "x", ["t12"]], "the line cannot be read: TypeError"),
     ],
 )
 def test_a_wrong_record_is_refused(tmp_path, record, message):
-    (tmp_path / "traces.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(GR2Error, match=message):
+    (tmp_path / "traces.jsonl").write_text("\n" + json.dumps(record) + "\n")
+    with pytest.raises(GR2Error, match=rf"(?s){message}.*traces.jsonl:2"):
         build("recorded", trace_file=str(tmp_path / "traces.jsonl"))
 
 

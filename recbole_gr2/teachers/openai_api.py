@@ -20,7 +20,7 @@ from recbole_gr2.errors import GR2Error
 from recbole_gr2.llm.endpoint import Endpoint
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import promote
-from recbole_gr2.store import read_lines
+from recbole_gr2.store import numbered_lines
 from recbole_gr2.teachers.base import TeacherReply
 from recbole_gr2.types import Prompt, Request
 
@@ -149,11 +149,11 @@ class StoredResponses:
             with open(file, "r+b") as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX)  # another run may be writing this line
                 handle.truncate(handle.read().rfind(b"\n") + 1)
-        for number, line in enumerate(read_lines(file), start=1):
+        for number, line in numbered_lines(file):
             if not isinstance(line, dict) or not isinstance(line.get("text"), str) or not {"key", *COUNTS} <= set(line):
                 raise GR2Error(
                     "a stored response has another form",
-                    where=f"record {number} of {file}",
+                    where=f"{file}:{number}",
                     why="the responses in this file replace requests to the endpoint",
                     do="remove the line; the response is then requested again",
                 )

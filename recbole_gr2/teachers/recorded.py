@@ -9,7 +9,7 @@ from typing import Any
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.ranking import complete
-from recbole_gr2.store import read_lines
+from recbole_gr2.store import numbered_lines
 from recbole_gr2.teachers.base import TeacherReply
 from recbole_gr2.types import Request
 
@@ -44,7 +44,7 @@ class RecordedTeacher:
         if not Path(path).is_file():
             raise MissingFileError(f"the file {path} does not exist", where="trace_file", do="check the path")
         self.replies: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-        for number, line in enumerate(read_lines(Path(path)), start=1):
+        for number, line in numbered_lines(Path(path)):
             try:
                 if not isinstance(line["reasoning"], str) or not isinstance(line["ranking"], list):
                     raise TypeError("reasoning has to be a text, and ranking a list")
@@ -52,8 +52,8 @@ class RecordedTeacher:
                 self.replies.setdefault(line["request_id"], []).append(reply)
             except (KeyError, TypeError) as error:
                 raise GR2Error(
-                    f"record {number} cannot be read: {error!r}",
-                    where=str(path),
+                    f"the line cannot be read: {error!r}",
+                    where=f"{path}:{number}",
                     why="a field is missing, or an item is not in the catalogue",
                     do="give request_id, reasoning and ranking, a list of item tokens",
                 ) from error

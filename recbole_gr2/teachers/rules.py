@@ -162,13 +162,19 @@ def true_statements(text: str, request: Request, catalog: Catalog, history: int)
 
     Returns:
         Three booleans. `habit`: the named categories are categories of the history. `kind`: the named category is that
-        of the cited candidate. `why`: the reason is true. All are false if the text has another form.
+        of the cited candidate. `why`: the reason is true. All are false if the text has another form. If several
+        candidates have the cited semantic ID, the text is about the one for which most statements are true.
     """
     match = TEXT.fullmatch(text.strip())
-    cited = {sid_text(catalog.item(i).sid): catalog.item(i) for i in request.items}
-    if match is None or match["sid"] not in cited:
+    cited = [i for i in request.items if match is not None and sid_text(catalog.item(i).sid) == match["sid"]]
+    if match is None or not cited:
         return dict.fromkeys(("habit", "kind", "why"), False)
-    chosen, past = cited[match["sid"]], [catalog.item(i) for i in recent(request.history, max(history, 1))]
+    past = [catalog.item(i) for i in recent(request.history, max(history, 1))]
+    return max((_true_statements(match, catalog.item(i), past) for i in cited), key=lambda each: sum(each.values()))
+
+
+def _true_statements(match: re.Match[str], chosen: Item, past: Sequence[Item]) -> dict[str, bool]:
+    """Check the statements about one candidate, see `true_statements`."""
     kinds = {kind(item) for item in past} - {""} or {HABITS["title"].format(title=shorten(past[-1].title, TITLE_CHARS))}
     if match["brand"] is not None:
         why = match["brand"] == chosen.brand and chosen.brand in {item.brand for item in past}
