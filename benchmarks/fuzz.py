@@ -52,7 +52,9 @@ def fuzz(file: str, expression: str, seconds: float, seeds: random.Random) -> tu
         counts = COUNTS.findall(run.stdout)
         if run.returncode or not counts:
             failures += 1
-            print(run.stdout[-20_000:], run.stderr[-5_000:], flush=True)
+            # The lines of pytest that contain the error and the smallest example.
+            lines = [line[:500] for line in run.stdout.splitlines() if line.startswith(("E ", "FAILED"))]
+            print(" ".join(command), *lines, run.stderr[-5_000:], sep="\n", flush=True)
         examples += sum(int(passing) for passing, _, _ in counts)
         rounds += 1
     return examples, rounds, failures

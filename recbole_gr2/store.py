@@ -307,6 +307,11 @@ def module_hash(module: str, *, where: str) -> str:
     Raises:
         ConfigurationError: there is no such module, or one of the modules has a syntax error.
     """
+    unknown = ConfigurationError(
+        f"there is no module {module!r}", where=where, do="install it, or add its folder to PYTHONPATH"
+    )
+    if not all(module.split(".")):
+        raise unknown
     top = module.partition(".")[0]
     try:
         spec = importlib.util.find_spec(top)  # imports nothing, because the name has no parent
@@ -317,9 +322,7 @@ def module_hash(module: str, *, where: str) -> str:
     file = Path(str(spec.origin)) if spec and module == top and spec.origin else _module_file(root, module)
     package = root.joinpath(*module.split("."))
     if not file.is_file() and not package.is_dir():
-        raise ConfigurationError(
-            f"there is no module {module!r}", where=where, do="install it, or add its folder to PYTHONPATH"
-        )
+        raise unknown
     files = {module: file} if file.is_file() else {}
     pending = [module, *_parents(module)]
     if package.is_dir():

@@ -126,6 +126,9 @@ def test_file_and_module_hashes(tmp_path, monkeypatch):
     assert module_hash("my_module", where="x") != first
     with pytest.raises(ConfigurationError, match="no module 'no_such_module'"):
         module_hash("no_such_module", where="x")
+    for name in ("", ".", "a..b"):
+        with pytest.raises(ConfigurationError, match="there is no module"):
+            module_hash(name, where="x")
     with pytest.raises(MissingFileError, match="gone") as error:
         file_hash(tmp_path / "gone", where="trace_file")
     assert error.value.where == "trace_file"

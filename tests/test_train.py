@@ -1,17 +1,18 @@
 """Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
 from recbole_gr2.llm.sampler import LengthSampler
-from recbole_gr2.llm.train import Collator, Example, ProgressLines, finetune
+from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, finetune
 
 
 @pytest.fixture
@@ -283,6 +284,29 @@ def test_texts_that_do_not_fit_are_an_error(tokenizer, tmp_path, examples, chang
         train(tiny(), tokenizer, tmp_path, examples=examples, **change)
 
 
+def test_training_stops_at_the_first_loss_that_is_not_finite(tokenizer, tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = 1e38
+    with pytest.raises(QualityCheckError, match="is nan at step 1"):
+        train(model, tokenizer, tmp_path, steps=20)
+
+
+@pytest.mark.parametrize(
+    ("logs", "message"), [({"loss": math.inf}, "the loss"), ({"grad_norm": math.nan}, "gradients")]
+)
+def test_a_loss_or_gradient_that_is_not_finite_is_an_error(logs, message):
+    class State:
+        global_step = 7
+
+    class Arguments:
+        output_dir = "somewhere"
+
+    FiniteLoss().on_log(Arguments, State, None, {"loss": 1.0, "grad_norm": 2.0})
+    with pytest.raises(QualityCheckError, match=f"(?s){message} is .* at step 7.*somewhere"):
+        FiniteLoss().on_log(Arguments, State, None, {"loss": 1.0, **logs})
+
+
 @pytest.mark.parametrize(("at_most", "passes"), [(8, 1), (5, 2), (100, 1), (1, 8)])
 def test_the_micro_batch_is_a_divisor_of_the_batch(tokenizer, tmp_path, at_most, passes):
     """Of 8 texts, at most 5 at once: 4 and 4."""
@@ -304,7 +328,8 @@ def test_progress_lines_print_the_named_values():
     progress.on_log(None, State, None, {"reward": 0.5, "loss": 1.25, "loss/trace": 2.0, "grad_norm": 9.0})
     progress.on_log(None, State, None, {"train_runtime": 9.0, "loss": 1.0})
     progress.on_log(None, State, None, {"grad_norm": 9.0})
-    assert lines == ["step 3/10  reward 0.5000  loss 1.2500  loss/trace 2.0000"]
+    progress.on_log(None, State, None, {"loss": 1.0, "reward": None})  # TRL has no value
+    assert lines == ["step 3/10  reward 0.5000  loss 1.2500  loss/trace 2.0000", "step 3/10  loss 1.0000"]
 
 
 @pytest.mark.parametrize("tied", [True, False])

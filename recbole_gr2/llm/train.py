@@ -189,7 +189,7 @@ def finetune(
 
     Raises:
         ConfigurationError: There are no examples, or a text is longer than `max_length`.
-        QualityCheckError: The loss is not finite.
+        QualityCheckError: The loss or a gradient is not finite.
     """
     longest = max((len(example.input_ids) for example in examples), default=0)
     if not examples or longest > max_length:
@@ -244,7 +244,7 @@ def finetune(
         part_weights=part_weights,
         llm_weight=llm_weight,
         trie=trie,
-        callbacks=[ProgressLines(say), CompleteCheckpoints()],
+        callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
         data_collator=Collator(tokenizer.pad_token_id),
     )
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
@@ -255,15 +255,7 @@ def finetune(
         model.train()
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
-    log = [line for line in trainer.state.log_history if "loss" in line]
-    if not log or not all(math.isfinite(line["loss"]) for line in log):
-        raise QualityCheckError(
-            "the loss is not finite",
-            where=str(folder),
-            why="the weights of the model are unusable",
-            do="lower the learning rate of the stage",
-        )
-    return log
+    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 class Collator:
@@ -317,5 +309,24 @@ class ProgressLines(TrainerCallback):
         logs = logs or {}
         names = [n for n in logs if n == "loss" or n.startswith("loss/") or n in self.names]
         if names and "train_runtime" not in logs:
-            values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names)
+            # TRL logs None instead of a value that is not a number.
+            values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names if logs[name] is not None)
             self.say(f"step {state.global_step}/{state.max_steps}  {values}")
+
+
+class FiniteLoss(TrainerCallback):
+    """Stop training at the first loss or gradient that is not finite."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Raise a QualityCheckError if the logged loss or norm of the gradients is not finite."""
+        for name, words in (("loss", "the loss"), ("grad_norm", "the norm of the gradients")):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise QualityCheckError(
+                    f"{words} is {float(value)} at step {state.global_step}",
+                    where=str(args.output_dir),
+                    why="the next step makes all weights of the model unusable",
+                    do="lower the learning rate of the stage, or of the stage whose model it starts from",
+                )

@@ -20,7 +20,7 @@ from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.model import save_language_model
-from recbole_gr2.llm.train import Example, ProgressLines, finetune
+from recbole_gr2.llm.train import Example, FiniteLoss, ProgressLines, finetune
 from recbole_gr2.llm.vocabulary import add_tokens
 from recbole_gr2.onerec_think import END_OF_THINK, THINK, prompt_ids, prompt_maker, reasons, trace_grammar
 from recbole_gr2.plain_text import plain_text
@@ -272,7 +272,10 @@ def reinforce(
         constrained=settings["mid_constrained"],
         reference=reference,
         kl=settings["onerec_think_rl_kl"],
-        callbacks=[ProgressLines(context.say, ("reward", "frac_groups_kept", "kl", "completions/mean_length"))],
+        callbacks=[
+            ProgressLines(context.say, ("reward", "frac_groups_kept", "kl", "completions/mean_length")),
+            FiniteLoss(),
+        ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return merged(trainer.model), [line for line in trainer.state.log_history if "reward" in line]

@@ -22,7 +22,7 @@ from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.curves import FIGURES, curve
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import save_language_model
-from recbole_gr2.llm.train import ProgressLines
+from recbole_gr2.llm.train import FiniteLoss, ProgressLines
 from recbole_gr2.policy import answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
 from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong, reward_names
@@ -99,7 +99,7 @@ def run(context: Context) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "max_resample": settings["rl_max_resample"],
         "max_empty_rounds": MAX_ROUNDS_WITHOUT_SIGNAL,
-        "callbacks": [ProgressLines(context.say, FIGURES)],
+        "callbacks": [ProgressLines(context.say, FIGURES), FiniteLoss()],
     }
     if parameters["distilled"]:
         teacher = _distillation_teacher(context, tokenizer)

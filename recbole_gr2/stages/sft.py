@@ -14,17 +14,17 @@ import torch
 
 from recbole_gr2.artifacts import load_catalog, read_traces
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
 from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
-from recbole_gr2.prompts import PromptMaker, encode, encode_prompt, load_template
+from recbole_gr2.prompts import FIELDS, PromptMaker, encode, encode_prompt, load_template
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
-from recbole_gr2.sid.tokens import SID, sid_text
+from recbole_gr2.sid.tokens import ADDED, SID, label_tokens, sid_text
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Context, Prompt, Request, Stage, Trace
 
@@ -211,6 +211,22 @@ def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prom
     return SID.sub(lambda match: match[0] + label_after.get(match[0], ""), trace.reasoning)
 
 
+def check_settings(settings: Settings) -> None:
+    """Check that the semantic IDs and labels alone, without any words, are not longer than `sft_max_length`."""
+    template = load_template(settings["prompt_template"])
+    empty, sid = dict.fromkeys(FIELDS, ""), sid_text((0,) * settings["sid_levels"])
+    labels = label_tokens(settings["cand_num"])
+    messages = template.messages([empty | {"sid": sid}], [empty | {"sid": sid, "label": label} for label in labels])
+    least = sum(len(ADDED.findall(message["content"])) for message in messages) + len(labels) + 2
+    if settings["sft_max_length"] < least:
+        raise ConfigurationError(
+            f"sft_max_length is {settings['sft_max_length']}, and every training text has more than {least} tokens",
+            where="sft_max_length",
+            why=f"the semantic IDs and labels of a list of {len(labels)} candidates alone are that long",
+            do="raise sft_max_length, or lower cand_num",
+        )
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the prompt template, and whether the model trains in bfloat16."""
     return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
@@ -231,5 +247,6 @@ STAGE = Stage(
         "seed",
     ),
     needs=("tokenizer", "prior", "midtrain", "traces"),
+    check=check_settings,
     key_values=key_values,
 )
