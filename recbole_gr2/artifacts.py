@@ -97,7 +97,7 @@ def write_requests(file: Path, requests: Iterable[Request], catalog: Catalog) ->
 
     The fields are `request_id, user_id, split, history, target, candidates, scores, provider`; `grades` in train lists
     with several or graded targets; `times` of the history; `sources`, ranks and scores by each base model, if there are
-    several; `log_prior` after the prior stage.
+    several; `log_prior` after the prior stage, and `ranker`, scores of LambdaMART, if it selects the candidates.
     """
     return write_lines(file, (_request_record(request, catalog) for request in requests))
 
@@ -121,6 +121,8 @@ def _request_record(request: Request, catalog: Catalog) -> dict[str, Any]:
         record["grades"] = request.grades
     if request.prior:
         record["log_prior"] = request.prior
+    if request.ranker:
+        record["ranker"] = request.ranker
     return record
 
 
@@ -200,6 +202,7 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
         prior=tuple(line.get("log_prior", ())),
         grades=tuple(line.get("grades", ())),
         times=tuple(line.get("times", ())),
+        ranker=tuple(line.get("ranker", ())),
     )
     if not all(type(time) in (int, float) and math.isfinite(time) for time in request.times):
         raise ValueError("times have to be finite numbers")

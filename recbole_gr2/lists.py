@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,64 @@ def candidate_requests(context: Context, split: str, *, pool: bool = False) -> l
 
 def selected(request: Request, settings: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the candidates of a request that `cand_ranker` selects, in base order, and the other items, best first."""
-    count, by_prior = _selection(settings)
-    order = request.by_prior if by_prior else request.items
+    order, count = _ranked(request, settings["cand_ranker"]), settings["cand_num"]
     chosen = set(order[:count])
     return tuple(item for item in request.items if item in chosen), order[count:]
 
 
-def _selection(settings: Mapping[str, Any]) -> tuple[int, bool]:
-    return settings["cand_num"], settings["cand_ranker"] == "prior"
+def _ranked(request: Request, ranker: str) -> tuple[int, ...]:
+    """The pool of a request in the order of `cand_ranker`."""
+    return {"prior": request.by_prior, "lambdamart": request.by_ranker, "none": request.items}[ranker]
+
+
+def rank_windows(
+    pools: Sequence[Request], settings: Mapping[str, Any], rank: Callable[[list[Request]], Sequence[Sequence[int]]]
+) -> list[tuple[int, ...]]:
+    """Rank more items than a re-ranker can read at once, by windows that slide from the end to the start of a list.
+
+    The list begins in the order of `cand_ranker`. A window has `cand_num` items and moves by half of them. The
+    re-ranker orders the items of each window, so that an item can move from the last window to the first place
+    (RankGPT, arXiv 2304.09542). There are `eval_windows` windows, or as many as the pool has. Items behind them keep
+    their order.
+
+    Args:
+        pools: requests with the whole pool.
+        settings: settings of the run: cand_num, cand_ranker and eval_windows.
+        rank: returns the order of the items of each window, best first. It is called once for each window, with one
+            request per pool whose candidates are the items of the window in base order.
+
+    Returns:
+        All items of each pool, best first.
+    """
+    size = settings["cand_num"]
+    orders = [list(_ranked(pool, settings["cand_ranker"])) for pool in pools]
+    for start in reversed(range(0, settings["eval_windows"] * (size // 2), size // 2)):
+        # The first window always exists. A later one needs at least one item behind those of the window before it.
+        places = [n for n, order in enumerate(orders) if not start or len(order) > start + size - size // 2]
+        if places:
+            windows = [pools[n].shortlist(orders[n][start : start + size]) for n in places]
+            for n, ranking in zip(places, rank(windows), strict=True):
+                orders[n][start : start + size] = ranking
+    return [tuple(order) for order in orders]
+
+
+def base_orders(requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    """Return the candidates of each request in base order: the answer of a method that changes nothing."""
+    return [request.items for request in requests]
+
+
+def slides(settings: Mapping[str, Any], *, windowed: bool) -> bool:
+    """Return whether a method ranks several windows of the pool. `windowed` is the attribute of its class."""
+    return windowed and settings["eval_windows"] > 1 and pool_size(settings) > settings["cand_num"]
+
+
+def _selection(settings: Mapping[str, Any]) -> tuple[int, str]:
+    return settings["cand_num"], settings["cand_ranker"]
 
 
 @lru_cache(maxsize=6)
-def _shortlists(folder: Path, split: str, catalog: Catalog, count: int, by_prior: bool) -> tuple[Request, ...]:
-    settings = {"cand_num": count, "cand_ranker": "prior" if by_prior else "none"}
+def _shortlists(folder: Path, split: str, catalog: Catalog, count: int, ranker: str) -> tuple[Request, ...]:
+    settings = {"cand_num": count, "cand_ranker": ranker}
     requests = read_prior(folder, split, catalog)
     return tuple(request.shortlist(selected(request, settings)[0]) for request in requests)
 

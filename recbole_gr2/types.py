@@ -107,6 +107,7 @@ class Request:
         grades: relevance grade of each candidate in base order, (K,), in train lists with several or graded targets;
             else ().
         times: time of each history item in the unit of the data file; () if they are unknown.
+        ranker: score of each candidate by the model of `cand_ranker: lambdamart`, in base order, (K,); () without it.
         features: features of the candidates, or None where the prior stage did not compute them.
     """
 
@@ -121,6 +122,7 @@ class Request:
     prior: tuple[float, ...] = ()
     grades: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
+    ranker: tuple[float, ...] = ()
     features: CandidateFeatures | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -131,7 +133,15 @@ class Request:
     @property
     def by_prior(self) -> tuple[int, ...]:
         """Candidate item ids by descending prior, (K,). Ties, and all items without a prior, keep the base order."""
-        order = sorted(range(len(self.prior)), key=lambda position: -self.prior[position])
+        return self._sorted_by(self.prior)
+
+    @property
+    def by_ranker(self) -> tuple[int, ...]:
+        """Candidate item ids by descending score of `ranker`, (K,). Ties, and all without one, keep the base order."""
+        return self._sorted_by(self.ranker)
+
+    def _sorted_by(self, scores: Sequence[float]) -> tuple[int, ...]:
+        order = sorted(range(len(scores)), key=lambda position: -scores[position])
         return tuple(self.items[position] for position in order) or self.items
 
     @property
@@ -171,6 +181,7 @@ class Request:
             ),
             prior=_log_softmax([self.prior[position] for position in kept]) if self.prior else (),
             grades=tuple(self.grades[position] for position in kept) if self.grades else (),
+            ranker=tuple(self.ranker[position] for position in kept) if self.ranker else (),
             sources=tuple(
                 SourceScores(name, tuple(ranks[p] for p in kept), tuple(scores[p] for p in kept))
                 for name, ranks, scores in self.sources

@@ -210,7 +210,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("sid_method", "rqvea", "rqvae, rqkmeans"),
         ("sid_random_mode", "uniformly", "unused_first, uniform"),
         ("cand_fusion", "zscor", "zscore, rank, quota"),
-        ("cand_ranker", "priors", "prior, none"),
+        ("cand_ranker", "priors", "prior, lambdamart, none"),
         ("trace_teacher", "rule", "rules, local_llm, openai_api, recorded, module:attribute"),
     ],
 )

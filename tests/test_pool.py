@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from recbole_gr2.artifacts import read_answers, read_per_user
-from recbole_gr2.lists import candidate_requests, reported_requests, selected, training_requests
+from recbole_gr2.lists import (
+    base_orders,
+    candidate_requests,
+    rank_windows,
+    reported_requests,
+    selected,
+    training_requests,
+)
 from recbole_gr2.types import Candidate, CandidateFeatures, Request, SourceScores
 
 POOL, COUNT = 12, 5
@@ -28,6 +35,7 @@ REQUEST = Request(
     ),
     prior=tuple(math.log(share) for share in (0.1, 0.2, 0.3, 0.4)),
     grades=(0, 0, 2, 1),
+    ranker=(0.5, -1.0, 0.5, 2.0),
     features=CandidateFeatures(np.arange(8.0).reshape(4, 2), np.arange(16.0).reshape(4, 2, 2)),
 )
 
@@ -38,14 +46,73 @@ def test_a_shortlist_keeps_everything_that_belongs_to_its_candidates():
     assert [c.score for c in short.candidates] == [-3, -4]
     assert np.allclose(np.exp(short.prior), [3 / 7, 4 / 7]) and short.by_prior == (4, 9)
     assert short.grades == (2, 1) and short.target_rank == 1
+    assert short.ranker == (0.5, 2.0)
     assert short.sources == (SourceScores("A", (3, 4), (0.2, 0.1)), SourceScores("B", (7, 6), (2.0, 3.0)))
     assert short.features.candidates.tolist() == [[4, 5], [6, 7]] and short.features.pairs.shape == (2, 2, 2)
     assert replace(REQUEST, prior=(), grades=(), features=None, sources=()).shortlist([7, 5]).prior == ()
 
 
-@pytest.mark.parametrize(("ranker", "candidates", "others"), [("prior", (9, 4), (5, 7)), ("none", (7, 5), (9, 4))])
+@pytest.mark.parametrize(
+    ("ranker", "candidates", "others"),
+    [
+        ("prior", (9, 4), (5, 7)),
+        ("lambdamart", (7, 4), (9, 5)),  # of two equal scores the one that comes first in the base order
+        ("none", (7, 5), (9, 4)),
+    ],
+)
 def test_the_ranker_selects_the_candidates(ranker, candidates, others):
     assert selected(REQUEST, {"cand_num": 2, "cand_ranker": ranker}) == (candidates, others)
+
+
+def list_of(count):
+    """A request with the items 1..count in base order, whose prior prefers odd items."""
+    prior = [0.0 if item % 2 else -9.0 for item in range(1, count + 1)]
+    candidates = tuple(Candidate(item_id=item, score=-float(item), rank=item) for item in range(1, count + 1))
+    return replace(
+        REQUEST,
+        request_id=f"test/{count}",
+        candidates=candidates,
+        prior=tuple(prior),
+        sources=(),
+        grades=(),
+        ranker=(),
+        features=None,
+        target=1,
+    )
+
+
+def best_last(windows):
+    """A re-ranker that reverses the base order."""
+    return [window.items[::-1] for window in windows]
+
+
+def test_windows_by_hand():
+    """In the order of the prior the pool is 1 3 5 7 2 4 6. A window has 4 items and moves by 2."""
+    pool, seen = list_of(7), []
+
+    def rank(windows):
+        seen.append([window.items for window in windows])
+        return best_last(windows)
+
+    settings = {"cand_num": 4, "cand_ranker": "prior", "eval_windows": 2}
+    assert rank_windows([pool], settings, rank) == [(7, 5, 3, 1, 4, 2, 6)]
+    # places 3 to 6 have 5 7 2 4 and get 7 5 4 2; then places 1 to 4 have 1 3 7 5
+    assert seen == [[(2, 4, 5, 7)], [(1, 3, 5, 7)]]
+    assert rank_windows([pool], {**settings, "eval_windows": 1}, best_last) == [(7, 5, 3, 1, 2, 4, 6)]
+    # the third window has 3 items: 2 4 6 become 6 4 2, then 5 7 6 4 become 7 6 5 4, then 1 3 7 6 become 7 6 3 1
+    expected = [(7, 6, 3, 1, 5, 4, 2)]
+    assert rank_windows([pool], {**settings, "eval_windows": 3}, best_last) == expected
+    assert rank_windows([pool], {**settings, "eval_windows": 99}, best_last) == expected  # the pool has three windows
+    assert rank_windows([pool], {**settings, "cand_ranker": "none", "eval_windows": 3}, base_orders) == [pool.items]
+
+
+def test_windows_of_lists_of_different_lengths():
+    settings = {"cand_num": 4, "cand_ranker": "none", "eval_windows": 9}
+    pools = [list_of(count) for count in (2, 4, 5, 9)]
+    together = rank_windows(pools, settings, best_last)
+    assert together == [rank_windows([pool], settings, best_last)[0] for pool in pools]
+    assert [order[0] for order in together] == [2, 4, 5, 9]  # the last item moves to the first place
+    assert [sorted(order) for order in together] == [list(pool.items) for pool in pools]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +163,47 @@ def test_items_behind_the_candidates_keep_the_order_of_the_ranker(run):
             ranking = answers[request.request_id].ranking
             assert table.loc[request.user_token, "sft"] == ranking.index(request.target) + 1
     assert behind > 0
+
+
+@pytest.mark.slow
+def test_lambdamart_selects_the_candidates(finished_copy, tiny_run):
+    """The validation lists have the order of the method `lambdamart`; train lists are ordered by other fits."""
+    changed = tiny_run(finished_copy(), cand_pool=POOL, cand_ranker="lambdamart", eval_rows=["lambdamart", "midtrain"])
+    context = changed.context()
+    for split in ("train", "valid", "test"):
+        lists = zip(candidate_requests(context, split, pool=True), candidate_requests(context, split), strict=True)
+        for pool, short in lists:
+            assert len(pool.ranker) == (POOL if pool.prior else 0)
+            assert set(short.items) == set(pool.by_ranker[:COUNT])
+    _, pools = reported_requests(context, pool=True)
+    table = read_per_user(changed.folders["evaluate"]).set_index("user")
+    behind = [pool for pool in pools if pool.target not in pool.by_ranker[:COUNT]]
+    assert behind
+    for pool in behind:
+        assert table.loc[pool.user_token, "midtrain"] == pool.by_ranker.index(pool.target) + 1
+
+
+@pytest.mark.slow
+def test_windows_rank_the_whole_pool(run, finished_copy, tiny_run):
+    """Three windows of five items cover nine of twelve; with one window the results are those of the candidates."""
+    wide = tiny_run(finished_copy(), cand_pool=POOL, eval_windows=3, eval_rows=["midtrain", "sft"])
+    context = wide.context()
+    _, pools = reported_requests(context, pool=True)
+    unchanged = rank_windows(pools, wide.settings, base_orders)
+    table = read_per_user(wide.folders["evaluate"]).set_index("user")
+    moved = 0
+    for method in ("midtrain", "sft"):
+        answers = read_answers(wide.folders[f"rerank_{method}"], wide.data.catalog)
+        assert set(answers) == {pool.request_id for pool in pools}  # also those whose candidates lack the target
+        for pool in pools:
+            ranking = answers[pool.request_id].ranking
+            assert sorted(ranking) == sorted(pool.items) and ranking[9:] == pool.by_prior[9:]
+            assert table.loc[pool.user_token, method] == ranking.index(pool.target) + 1
+            moved += pool.by_prior.index(pool.target) >= COUNT > ranking.index(pool.target)
+    assert moved > 0
+    summary = wide.records["rerank_sft"].summary
+    same = [answers[pool.request_id].ranking == order for pool, order in zip(pools, unchanged, strict=True)]
+    assert summary["unchanged"] == np.mean(same)
 
 
 @pytest.mark.slow

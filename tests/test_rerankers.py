@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
+from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.features.trees import columns, cross_fit_trees, fit_trees, scores_of
 from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.answers import first_places
 from recbole_gr2.rerankers.base import Reranker, by_score
-from recbole_gr2.rerankers.lambdamart import LambdaMART, columns
+from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
 from recbole_gr2.rerankers.registry import ORDERS, RERANKERS
 from recbole_gr2.testing import synthetic_context
@@ -92,6 +94,21 @@ def test_lambdamart_finds_a_planted_pattern():
     first = np.mean([order[0] == request.target for order, request in zip(rankings, requests, strict=True)])
     assert first > 0.7  # 0.84 is the maximum, 0.2 is chance
     assert fitted().rank(requests) == rankings
+
+
+def test_cross_fitted_trees_do_not_depend_on_the_targets_of_the_user():
+    """Another target of a user changes the scores of other users only. Two lists of a user are in one fold."""
+    requests = planted(60, 0)
+    features, users = [request.features for request in requests], [f"u{n // 2}" for n in range(60)]
+    relevance = [request.relevance for request in requests]
+    changed = [relevance[0][::-1], relevance[1][::-1], *relevance[2:]]
+    first, second = (cross_fit_trees(features, each, users=users, trees=5, seed=3) for each in (relevance, changed))
+    assert relevance[:2] != changed[:2] and first[:2] == second[:2] and first != second
+    assert [len(row) for row in first] == [len(request.items) for request in requests]
+    fitted_to_all = scores_of(fit_trees(features, relevance, valid=None, seed=3, trees=5), features)
+    assert fitted_to_all != first
+    with pytest.raises(QualityCheckError, match="belong to 1 users"):
+        cross_fit_trees(features, relevance, users=["u"] * 60, trees=5, seed=3)
 
 
 def test_lambdamart_ranks_a_list_independently_of_the_others():

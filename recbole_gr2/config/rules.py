@@ -376,8 +376,11 @@ def _check_pool(values: Mapping[str, Any], declared: Mapping[str, Declaration]) 
     pool, count = values["cand_pool"], values["cand_num"]
     if pool is not None and pool < count:
         raise ValueError(f"cand_pool is {pool}, expected at least cand_num ({count})")
-    if pool is not None and pool > count and values["cand_ranker"] == "prior" and not values["prior_features"]:
-        raise ValueError("cand_ranker is prior, but prior_features is []; set cand_ranker to none, or name features")
+    if pool is not None and pool > count and values["cand_ranker"] != "none" and not values["prior_features"]:
+        raise ValueError(
+            f"cand_ranker is {values['cand_ranker']}, but prior_features is []; "
+            "set cand_ranker to none, or name features"
+        )
 
 
 def _check_buffer(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:

@@ -7,7 +7,7 @@ the features do not contain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -279,6 +279,33 @@ def cross_fit(
     Raises:
         QualityCheckError: the lists belong to fewer than two users.
     """
+    log_probs: list[list[float]] = [[]] * len(features)
+    for fold, (inside, outside) in enumerate(folds_of_users(users, seed)):
+        prior, _, _ = fit_prior(
+            [features[i] for i in outside],
+            [relevance[i] for i in outside],
+            valid=None,
+            steps=steps,
+            seed=derive_seed(seed, fold),
+        )
+        for i, row in zip(inside, log_prior(prior, [features[i] for i in inside]), strict=True):
+            log_probs[i] = row
+    return log_probs
+
+
+def folds_of_users(users: Sequence[str], seed: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Divide users at random into `FOLDS` folds, or one for each user if there are fewer.
+
+    Args:
+        users: user of each list.
+        seed: seed of the folds.
+
+    Yields:
+        For each fold the positions of its lists, and those of the other lists.
+
+    Raises:
+        QualityCheckError: the lists belong to fewer than two users.
+    """
     number_of = {user: number for number, user in enumerate(dict.fromkeys(users))}
     if len(number_of) < 2:
         raise QualityCheckError(
@@ -290,19 +317,8 @@ def cross_fit(
     count = min(FOLDS, len(number_of))
     folds = np.random.default_rng(seed).permutation(len(number_of)) % count
     fold_of = folds[[number_of[user] for user in users]]
-    log_probs: list[list[float]] = [[]] * len(features)
     for fold in range(count):
-        inside, outside = np.flatnonzero(fold_of == fold).tolist(), np.flatnonzero(fold_of != fold).tolist()
-        prior, _, _ = fit_prior(
-            [features[i] for i in outside],
-            [relevance[i] for i in outside],
-            valid=None,
-            steps=steps,
-            seed=derive_seed(seed, fold),
-        )
-        for i, row in zip(inside, log_prior(prior, [features[i] for i in inside]), strict=True):
-            log_probs[i] = row
-    return log_probs
+        yield np.flatnonzero(fold_of == fold).tolist(), np.flatnonzero(fold_of != fold).tolist()
 
 
 def log_prior(prior: Prior | Priors, features: Sequence[CandidateFeatures]) -> list[list[float]]:

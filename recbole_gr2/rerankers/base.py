@@ -62,6 +62,9 @@ class Reranker:
     whole_pool: ClassVar[bool] = False
     """Whether it ranks all `cand_pool` items that the base models propose; else the `cand_num` candidates."""
 
+    windowed: ClassVar[bool] = True
+    """Whether `eval_windows` applies: the method ranks `cand_num` candidates at once, by windows more of the pool."""
+
     settings_prefixes: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the settings that can change its rankings."""
 

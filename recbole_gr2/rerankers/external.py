@@ -43,6 +43,8 @@ def from_file(name: str, file: Path) -> type[Reranker]:
     """
 
     class FileReranker(Reranker):
+        windowed = False
+
         def rank(self, requests: Sequence[Request]) -> list[Answer]:
             rankings = read_rankings(file)
             answers = [_answer(request, rankings, self.catalog.id_of) for request in requests]

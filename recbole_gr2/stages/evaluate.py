@@ -24,9 +24,9 @@ from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
-from recbole_gr2.lists import pool_size, reported_requests, selected
+from recbole_gr2.lists import base_orders, pool_size, rank_windows, reported_requests, selected, slides
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
-from recbole_gr2.rerankers.base import as_answers, stage_name
+from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.slices import slice_metrics, target_slices
@@ -57,7 +57,7 @@ def run(context: Context) -> dict[str, Any]:
         else:
             ordered = as_answers(requests, method(context).rank(requests), method=method.name)
             given = {answer.request_id: answer.ranking for answer in ordered}
-        inputs = {r.request_id: _input(r, settings, whole=method.whole_pool) for r in requests}
+        inputs = dict(zip([r.request_id for r in requests], _inputs(requests, settings, method), strict=True))
         ranked = requests if len(given) == len(requests) else hits
         rankings[method.name] = {
             r.request_id: _completed(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
@@ -84,10 +84,10 @@ def run(context: Context) -> dict[str, Any]:
     _write_per_user(context, hits, rankings)
     history = settings["prompt_history"]
     reasoning = {name: each for name, each in answers.items() if any(a.reasoning for a in each.values())}
-    _, listed = reported_requests(context)
+    listed = {name: _read_lists(requests, each, settings["cand_num"]) for name, each in reasoning.items()}
     if reasoning:
         name = "rl" if "rl" in reasoning else list(reasoning)[-1]
-        text = examples(listed, name, reasoning[name], catalog, history)
+        text = examples([r for r in listed[name] if r.target_rank], name, reasoning[name], catalog, history)
         (context.folder / "examples.md").write_text(text, encoding="utf-8")
     checkable = settings["trace_teacher"] == "rules"
     pairs = declared_pairs(
@@ -108,22 +108,34 @@ def run(context: Context) -> dict[str, Any]:
         "hit_users": len(hits),
         "methods": entries,
         "comparisons": [{**pair, "scope": "hit_users"} for pair in comparisons],
-        "truth": {name: truthfulness(listed, each, catalog, history) for name, each in reasoning.items() if checkable},
+        "truth": {
+            name: truthfulness(listed[name], each, catalog, history) for name, each in reasoning.items() if checkable
+        },
     }
 
 
-def _input(request: Request, settings: Settings, *, whole: bool) -> tuple[int, ...]:
-    """The order that a method changes: the base order, or the selected candidates in base order, then the other items.
+def _inputs(requests: Sequence[Request], settings: Settings, method: type[Reranker]) -> list[tuple[int, ...]]:
+    """The order of each pool that a method changes.
+
+    It is the base order, or the selected candidates in base order followed by the other items. Under `eval_windows` it
+    is the order to which windows in base order lead.
 
     Args:
-        request: the request with the whole pool.
+        requests: the requests with the whole pool.
         settings: settings of the run.
-        whole: whether the method ranks the whole pool.
+        method: the method.
     """
-    if whole or pool_size(settings) == settings["cand_num"]:
-        return request.items
-    candidates, others = selected(request, settings)
-    return candidates + others
+    if method.whole_pool or pool_size(settings) == settings["cand_num"]:
+        return base_orders(requests)
+    if slides(settings, windowed=method.windowed):
+        return rank_windows(requests, settings, base_orders)
+    return [candidates + others for candidates, others in (selected(request, settings) for request in requests)]
+
+
+def _read_lists(pools: Sequence[Request], answers: Mapping[str, Answer], count: int) -> list[Request]:
+    """The requests that were answered, with the candidates that the answers are about: the first of the ranking."""
+    answered = [pool for pool in pools if pool.request_id in answers]
+    return [pool.shortlist(answers[pool.request_id].ranking[:count]) for pool in answered]
 
 
 def _completed(ranking: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
@@ -254,7 +266,7 @@ def stages(settings: Settings) -> list[Stage]:
     return [
         Stage(
             name="evaluate",
-            version=9,
+            version=10,
             run=run,
             settings=("eval_", "cand_num", "cand_ranker", "seed", "trace_teacher", "prompt_history"),
             needs=(

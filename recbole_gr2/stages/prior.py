@@ -25,6 +25,8 @@ from recbole_gr2.artifacts import (
 from recbole_gr2.config import Settings
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
+from recbole_gr2.features.trees import cross_fit_trees, fit_trees, scores_of
+from recbole_gr2.lists import pool_size
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import module_hash
@@ -65,12 +67,22 @@ def run(context: Context) -> dict[str, Any]:
     priors["train"] = cross_fit(features["train"], relevance, users=users, steps=typical, seed=seed)
     save_file(prior.state_dict(), context.folder / "prior.safetensors")
     write_feature_names(context.folder, names)
+    summary: dict[str, Any] = {"features": names, "steps": steps, "valid_cross_entropy": error}
+    rankers: dict[str, list[list[float]]] = {}
+    if ranks_by_trees(settings):
+        seed = derive_seed(settings["seed"], "ranker")
+        trees = fit_trees(features["train"], relevance, valid=valid, seed=seed)
+        rankers = {split: scores_of(trees, features[split]) for split in ("valid", "test")}
+        count = summary["trees"] = trees.best_iteration_
+        rankers["train"] = cross_fit_trees(features["train"], relevance, users=users, trees=count, seed=seed)
+        context.say(f"cand_ranker lambdamart: {count} trees")
     quality = {}
     for split in SPLITS:
         write_features(context.folder, split, features[split])
+        scores = rankers.get(split, [[]] * len(used[split]))
         with_prior = {
-            request.request_id: replace(request, prior=tuple(row))
-            for request, row in zip(used[split], priors[split], strict=True)
+            request.request_id: replace(request, prior=tuple(row), ranker=tuple(ranker))
+            for request, row, ranker in zip(used[split], priors[split], scores, strict=True)
         }
         joined = [with_prior.get(request.request_id, request) for request in requests[split]]
         write_requests(context.folder / f"{split}.jsonl", joined, data.catalog)
@@ -81,7 +93,12 @@ def run(context: Context) -> dict[str, Any]:
                 f"ndcg@5 {quality[split]['ndcg@5']:.4f} (base {quality[split]['base ndcg@5']:.4f}), "
                 f"{quality[split]['requests']:,} requests"
             )
-    return {"features": names, "steps": steps, "valid_cross_entropy": error, "quality": quality}
+    return {**summary, "quality": quality}
+
+
+def ranks_by_trees(settings: Settings) -> bool:
+    """Return whether LambdaMART selects the candidates of the language model from a pool."""
+    return settings["cand_ranker"] == "lambdamart" and pool_size(settings) > settings["cand_num"]
 
 
 def _features(
@@ -133,9 +150,10 @@ def check_settings(settings: Settings) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hashes of the modules of the user's own feature providers."""
+    """Return the hashes of the modules of the user's own feature providers, and whether LambdaMART is fitted."""
     own = [name for name in settings["prior_features"] if ":" in name]
-    return {f"{name}.sha": module_hash(name.partition(":")[0], where="prior_features") for name in own}
+    hashes = {f"{name}.sha": module_hash(name.partition(":")[0], where="prior_features") for name in own}
+    return {**hashes, **({"cand_ranker": "lambdamart"} if ranks_by_trees(settings) else {})}
 
 
 STAGE = Stage(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ import numpy as np
 from recbole_gr2.artifacts import load_catalog, write_answers
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import QualityCheckError
-from recbole_gr2.lists import candidate_requests, reported_requests, training_requests
+from recbole_gr2.lists import (
+    base_orders,
+    candidate_requests,
+    rank_windows,
+    reported_requests,
+    slides,
+    training_requests,
+)
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
 from recbole_gr2.rerankers.external import FILE, read_rankings
-from recbole_gr2.types import Context, Stage
+from recbole_gr2.types import Answer, Context, Request, Stage
 
 REGISTRY = "recbole_gr2.rerankers.registry"
 
@@ -26,14 +34,15 @@ def run(context: Context) -> dict[str, Any]:
     """Write rankings.jsonl, the answers of the re-ranker that the parameter `reranker` names.
 
     The re-ranker gets requests without labels. With `eval_scope: hit_users` it gets the requests of the hit users only.
+    With `eval_windows` an answer ranks the whole pool, and its other fields are those of the first window.
 
     Raises:
         QualityCheckError: no list contains its target.
     """
     settings = context.settings
     reranker: Reranker = context.parameters["reranker"](context)
-    pool = reranker.whole_pool
-    requests, hits = reported_requests(context, pool=pool)
+    sliding = not reranker.whole_pool and slides(settings, windowed=reranker.windowed)
+    requests, hits = reported_requests(context, pool=reranker.whole_pool or sliding)
     if not hits:
         raise QualityCheckError(
             f"no test list of {reranker.name} contains its target",
@@ -44,16 +53,16 @@ def run(context: Context) -> dict[str, Any]:
     if settings["eval_scope"] == "hit_users":
         requests = hits
     if type(reranker).fit is not Reranker.fit:
+        pool = reranker.whole_pool
         valid = [request for request in candidate_requests(context, "valid", pool=pool) if request.has_signal]
         reranker.fit(training_requests(context, pool=pool), valid)
     started = time.monotonic()
-    answers = as_answers(
-        requests, reranker.rank([request.without_labels() for request in requests]), method=reranker.name
-    )
+    answers = _ranked_windows(reranker, requests) if sliding else _ranked(reranker, requests)
     seconds = time.monotonic() - started
     write_answers(context.folder, answers, load_catalog(context))
     pairs = list(zip(requests, answers, strict=True))
-    unchanged = float(np.mean([answer.ranking == request.items for request, answer in pairs]))
+    inputs = rank_windows(requests, settings, base_orders) if sliding else base_orders(requests)
+    unchanged = float(np.mean([answer.ranking == order for answer, order in zip(answers, inputs, strict=True)]))
     context.say(f"{reranker.name}: {len(requests):,} requests in {seconds:.0f} s, {unchanged:.1%} unchanged")
     return {
         **reranker.summary,
@@ -64,6 +73,25 @@ def run(context: Context) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "requests_per_second": round(len(requests) / max(seconds, 1e-9), 2),
     }
+
+
+def _ranked(reranker: Reranker, requests: Sequence[Request]) -> list[Answer]:
+    """The answers of a re-ranker to requests, of which it does not see the labels."""
+    rankings = reranker.rank([request.without_labels() for request in requests])
+    return as_answers(requests, rankings, method=reranker.name)
+
+
+def _ranked_windows(reranker: Reranker, pools: Sequence[Request]) -> list[Answer]:
+    """The answers of a re-ranker to the first window of each pool, with the ranking of the whole pool."""
+    last: dict[str, Answer] = {}
+
+    def rank(windows: Sequence[Request]) -> list[tuple[int, ...]]:
+        answers = _ranked(reranker, windows)
+        last.update({answer.request_id: answer for answer in answers})  # The first window comes last.
+        return [answer.ranking for answer in answers]
+
+    orders = rank_windows(pools, reranker.settings, rank)
+    return [replace(last[pool.request_id], ranking=order) for pool, order in zip(pools, orders, strict=True)]
 
 
 def check_settings(settings: Settings) -> None:
@@ -95,7 +123,15 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
         name=stage_name(reranker.name),
         version=6,
         run=run,
-        settings=("eval_scope", "eval_max_lists", "cand_num", "cand_ranker", "seed", *reranker.settings_prefixes),
+        settings=(
+            "eval_scope",
+            "eval_max_lists",
+            "cand_num",
+            "cand_ranker",
+            "seed",
+            *(("eval_windows",) if reranker.windowed and not reranker.whole_pool else ()),
+            *reranker.settings_prefixes,
+        ),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
         check=check_settings,
