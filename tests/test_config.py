@@ -669,7 +669,19 @@ def test_the_models_of_recbole_are_those_that_it_finds():
         ({"eval_args": {"split": {"RS": [0.8, 0.2, 0]}, "order": "TO", "group_by": "none"}}, "eval_args is "),
         ({"eval_args": {"split": {"date": ["2014-01-01"]}, "order": "TO"}}, "eval_args is "),
         ({"eval_args": {"splits": {}}}, "eval_args has the unknown keys ['splits']"),
-        ({"benchmark_filename": ["a", "b"]}, "benchmark_filename names ready-made splits"),
+        ({"benchmark_filename": ["a", "b"]}, "expected three different names"),
+        ({"benchmark_filename": ["a", "b", "a"]}, "expected three different names"),
+        (
+            {
+                "benchmark_filename": ["a", "b", "c"],
+                "eval_args": {"split": {"date": [1, 2]}, "order": "TO", "group_by": "none"},
+            },
+            "remove one of them",
+        ),
+        (
+            {"benchmark_filename": ["a", "b", "c"], "user_inter_num_interval": "[5,inf)"},
+            "set user_inter_num_interval: [0,inf)",
+        ),
         ({"metrics": ["AUC"]}, "metrics has an unknown metric 'AUC'"),
         ({"valid_metric": "Recall"}, "valid_metric is 'Recall', expected a metric and a cut-off"),
         ({"valid_metric": "GAUC@10"}, "valid_metric is 'GAUC@10'"),

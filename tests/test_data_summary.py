@@ -57,6 +57,7 @@ def test_figures_by_hand(tmp_path):
         "valid_users": 2,
         "train_lists": 2,
         "train_targets": 1,
+        "split": "leave-one-out",
         "cuts": {},
         "new_users": 0.0,
         "future": 0.0,

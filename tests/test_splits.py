@@ -1,4 +1,4 @@
-"""The temporal split: cuts of the time of all users, rows of RecBole, and no knowledge of what comes after a cut."""
+"""The temporal and the ready-made split: rows of RecBole, and no knowledge of what comes after a cut."""
 
 import json
 import random
@@ -10,9 +10,9 @@ import pytest
 
 from recbole_gr2.artifacts import read_requests
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.splits import temporal, timestamp
+from recbole_gr2.bridge.splits import ready_made, temporal, timestamp
 from recbole_gr2.bridge.training import train_model
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, MissingFileError
 
 SHARES = {"split": {"RS": [0.7, 0.15, 0.15]}, "order": "TO", "group_by": "none"}
 DATES = {"split": {"date": [60, 80]}, "order": "TO"}
@@ -228,3 +228,100 @@ def test_the_summary_describes_the_split(data):
     assert summary.cuts == data.split.cuts and summary.future == 0
     assert "temporal: train from " in summary.text() and "0.0% of the test users have no training" in summary.text()
     assert (summary.valid_users, summary.test_users) == tuple(len(data.rows(split)[1]) for split in ("valid", "test"))
+
+
+# --- ready-made splits -----------------------------------------------------------------------------------------------
+
+FILES = ["train", "valid", "test"]
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_data, tmp_path_factory) -> Path:
+    """The data set `tiny` as three files: the leave-one-out split. Every tenth user has no validation target."""
+    folder = tmp_path_factory.mktemp("parts") / "tiny"
+    folder.mkdir()
+    shutil.copy(tiny_data / "tiny" / "tiny.item", folder)
+    header, *lines = (tiny_data / "tiny" / "tiny.inter").read_text().splitlines()
+    users = {line.split("\t")[0]: [] for line in lines}
+    for line in sorted(lines, key=lambda line: float(line.split("\t")[3])):
+        users[line.split("\t")[0]].append(line)
+    files = {name: [header] for name in FILES}
+    for number, own in enumerate(users.values()):
+        files["test"].append(own.pop())
+        if number % 10:
+            files["valid"].append(own.pop())
+        files["train"] += own
+    for name, rows in files.items():
+        (folder / f"tiny.{name}.inter").write_text("\n".join(rows) + "\n")
+    return folder.parent
+
+
+def test_positions_of_a_ready_made_split_by_hand():
+    users, files = np.array([1, 1, 1, 1, 1, 2, 2, 3, 4]), np.array([0, 0, 0, 1, 2, 0, 2, 2, 0])
+    split = ready_made(users, files, tokens=list("-abcd"), targets=1, requests=2)
+    assert {name: starts.tolist() for name, starts in split.starts.items()} == {
+        "train": [0, 2, 0, 0, 0],
+        "train-2": [0, 1, 0, 0, 0],
+        "valid": [0, 3, 0, 0, 0],
+        "test": [0, 4, 1, 0, 0],  # the third user has no history
+    }
+    assert {name: known.tolist() for name, known in split.known.items()} == {
+        "train": [0, 3, 1, 0, 1],
+        "hold_out": [0, 1, 0, 0, 0],
+        "refit": [0, 4, 1, 0, 1],
+    }
+    assert split.stops["train"][1] == 3 and split.held_out.tolist() == [2] * 5 and not split.cuts
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([0, 1, 1, 0], "the user 'a' has 2 interactions in the file of validation"),
+        ([0, 2, 2, 0], "the user 'a' has 2 interactions in the file of test"),
+        ([2, 0, 0, 0], "the user 'a' has an interaction in the file of test that is older than one in the file of tr"),
+        ([0, 2, 1, 0], "'a' has an interaction in the file of test that is older than one in the file of validation"),
+    ],
+)
+def test_a_ready_made_split_with_another_order_is_refused(files, message):
+    with pytest.raises(ConfigurationError, match=message):
+        ready_made(np.array([1, 1, 1, 2]), np.array(files), tokens=list("-ab"), targets=1, requests=1)
+
+
+def test_rows_of_a_ready_made_split(tiny_settings, parts, tiny_data, tmp_path):
+    """Users with all targets have the rows and histories of leave-one-out."""
+    data = Data(tiny_settings(tmp_path, data_path=str(parts), benchmark_filename=FILES))
+    whole = Data(tiny_settings(tmp_path, data_path=str(tiny_data)))
+    rows = {}
+    for name, each in (("ready", data), ("whole", whole)):
+        for split in FILES:
+            feat, users = each.rows(split)
+            rows[name, split] = {
+                each.user_tokens[user]: (
+                    each.item_tokens[item],
+                    [each.item_tokens[i] for i in each.history(user, split)],
+                )
+                for user, item in zip(users.tolist(), feat[each.iid].tolist(), strict=True)
+            }
+    assert rows["ready", "test"] == rows["whole", "test"] and len(rows["ready", "test"]) == 150
+    assert len(rows["ready", "valid"]) == 135
+    for split in ("train", "valid"):
+        kept = {user: row for user, row in rows["ready", split].items() if user in rows["ready", "valid"]}
+        assert kept == {user: rows["whole", split][user] for user in kept} and len(kept) == 135
+    assert data.summary().input_lines == whole.summary().input_lines
+    assert data.split.name == "ready-made" and data.fingerprint != whole.fingerprint
+
+
+def test_a_missing_file_of_a_ready_made_split_is_an_error(tiny_settings, parts, tmp_path):
+    with pytest.raises(MissingFileError, match=r"no tiny\.dev\.inter"):
+        Data(tiny_settings(tmp_path, data_path=str(parts), benchmark_filename=["train", "dev", "test"]))
+
+
+@pytest.mark.slow
+def test_a_run_on_a_ready_made_split(tiny_run, parts, tmp_path):
+    options = {"base_model": MODELS, "models": ["Pop", "GRU4Rec"], "models_options": {"epochs": 1}, "refit": True}
+    run = tiny_run(
+        tmp_path, ["evaluate"], data_path=str(parts), benchmark_filename=FILES, eval_rows=["lambdamart"], **options
+    )
+    summary = run.records["evaluate"].summary
+    assert summary["requests"] == 150 and summary["hit_users"] > 20
+    assert run.records["candidates"].summary["protocol"]["split"] == "ready-made"

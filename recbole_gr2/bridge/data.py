@@ -22,7 +22,7 @@ from recbole_gr2 import compat
 from recbole_gr2.bridge.atomic import AtomicFile
 from recbole_gr2.bridge.item_text import clean_text
 from recbole_gr2.bridge.loading import filter_interactions, load_feature
-from recbole_gr2.bridge.splits import Split, leave_one_out, temporal, train_splits
+from recbole_gr2.bridge.splits import LEAVE_ONE_OUT, Split, leave_one_out, ready_made, temporal, train_splits
 from recbole_gr2.bridge.summary import DataSummary, summarise
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, recbole_config
@@ -91,16 +91,19 @@ class Data:
         self.train_targets: int = settings["train_targets"]
         self.train_requests: int = settings["train_requests"]
         self._grades = _grades(frame, self.dataset, settings["train_grades"])
-        self.split = self._make_split(frame[self.uid].to_numpy())
+        self.split = self._make_split(frame)
         self.built = self.build(self.dataset)
 
-    def _make_split(self, users: np.ndarray) -> Split:
-        """The split of `eval_args`.
+    def _make_split(self, frame: pd.DataFrame) -> Split:
+        """The split of `eval_args` or of `benchmark_filename`.
 
         Args:
-            users: user id of each interaction, in the order of `times`, (R,).
+            frame: the interactions in the order of `times`. The index is their place in the files.
         """
-        numbers = {"targets": self.train_targets, "requests": self.train_requests}
+        users, numbers = frame[self.uid].to_numpy(), {"targets": self.train_targets, "requests": self.train_requests}
+        if self.dataset.parts is not None:
+            parts = self.dataset.parts[frame.index.to_numpy()]
+            return ready_made(users, parts, tokens=self.user_tokens, **numbers)
         size, given = len(self.user_tokens), self.settings["eval_args"]["split"]
         if "LS" in given:
             return leave_one_out(np.bincount(users, minlength=size), **numbers)
@@ -131,7 +134,7 @@ class Data:
             digest.update(f"{self.train_requests} requests".encode())
         for grades in self._grades.values():
             digest.update(grades.tobytes())
-        if self.split.cuts:
+        if self.split.name != LEAVE_ONE_OUT:
             for name, starts in self.split.starts.items():
                 digest.update(np.stack([starts, self.split.stops[name]]).astype(np.int64).tobytes())
         return digest.hexdigest()[:16]
@@ -287,7 +290,8 @@ def _grades(
 
 def _check_files(config: Any) -> None:
     """Raise a MissingFileError if the folder exists without interactions. RecBole downloads if there is no folder."""
-    folder, name = Path(config["data_path"]), f"{config['dataset']}.inter"
+    folder, files = Path(config["data_path"]), interaction_files(config)
+    name = next((each for each in files if not (folder / each).is_file()), files[0])
     file = folder / name
     if not folder.exists() or file.is_file():
         return
@@ -304,11 +308,17 @@ def _check_files(config: Any) -> None:
     )
 
 
+def interaction_files(config: Any) -> list[str]:
+    """Return the names of the files with the interactions: those of a ready-made split, or one."""
+    return [f"{config['dataset']}.{part}inter" for part in [f"{name}." for name in config["ready_made"] or ()] or [""]]
+
+
 def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
     """RecBole's data set class with strict reading, an exact time order, and a download that works in one process.
 
-    An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,). A
-    temporal split needs `user_split`, see `splits.Split`, before `build`. Then `before_test` is the data set of all
+    An instance has `input_lines`, `notes`, `dropped` and `missing`, and `exact_times` of its interactions, (R,).
+    `parts` is None, or under a ready-made split the number of the file of each interaction, (R,). A temporal or
+    ready-made split needs `user_split`, see `splits.Split`, before `build`. Then `before_test` is the data set of all
     rows before the test, for `refit`.
 
     Args:
@@ -316,6 +326,7 @@ def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
         base: another data set class of RecBole instead of these two.
     """
     from recbole.data.dataset import Dataset, SequentialDataset
+    from recbole.utils import FeatureSource
 
     parent: Any = base or (SequentialDataset if sequential else Dataset)
 
@@ -325,6 +336,7 @@ def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
             self.notes: Counter[str] = Counter()  # lines that were skipped or changed, by file and reason
             self.dropped: dict[str, int] = {}  # interactions that were dropped, by RecBole's option
             self.missing: dict[str, int] = {}  # first line with a missing value, by column of numbers
+            self.parts: np.ndarray | None = None
             try:
                 super().__init__(config)
             except (KeyError, TypeError, ValueError) as error:
@@ -341,8 +353,22 @@ def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
         def _load_feat(self, filepath: str, source: Any) -> pd.DataFrame | None:
             return load_feature(self, Path(filepath), source)
 
+        def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+            files = [Path(dataset_path) / name for name in interaction_files(self.config)]
+            frames: list[Any] = []
+            widths: Counter[str] = Counter()
+            for file in files:
+                frames.append(load_feature(self, file, FeatureSource.INTERACTION))
+                widths |= Counter(self.field2seqlen)
+            whole: Any = pd.concat(frames, ignore_index=True)
+            self.inter_feat = whole
+            self.field2seqlen.update(widths)
+            if len(files) > 1:
+                self.parts = np.repeat(np.arange(len(files)), [len(frame) for frame in frames])
+
         def _data_filtering(self) -> None:
-            filter_interactions(self)
+            if self.parts is None:  # As in RecBole, a ready-made split is not filtered.
+                filter_interactions(self)
 
         def _normalize(self) -> None:
             # RecBole stores Unix seconds as float32, which has steps of 128 s at today's dates. This changes the order

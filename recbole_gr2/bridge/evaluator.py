@@ -17,6 +17,7 @@ import numpy as np
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.fusion import ranks_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, BaseModel, Batch, find_model, seen_items
+from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.config import GENERATOR, ONEREC_THINK
 from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
@@ -396,7 +397,7 @@ def item_counts(data: Data, general: bool) -> Counter[int]:
     if not general:
         return data.built[0].item_counter
     known = data.split.known["train"]
-    if not data.split.cuts:  # Under leave-one-out RecBole keeps the first interaction of every user in training.
+    if data.split.name == LEAVE_ONE_OUT:  # RecBole keeps the first interaction of every user in training.
         known = np.maximum(known, 1)
     return Counter(np.concatenate([items[: known[user]] for user, items in data.sequences.items()]).tolist())
 

@@ -98,7 +98,7 @@ def load_feature(dataset: Any, file: Path, source: Any) -> pd.DataFrame | None:
         if "float" in kind.value:
             dataset.field2bucketnum[name] = 2
     if ending == "inter":
-        dataset.input_lines = len(frame)
+        dataset.input_lines += len(frame)
     dataset.notes.update({f"{file.name}: {note}": count for note, count in atomic.notes.items()})
     return frame
 

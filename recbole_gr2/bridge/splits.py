@@ -10,6 +10,10 @@ user in a period is the user's first interaction of this period. The history is 
 before the cut. The targets of the training requests come from a further period at the end of the training interactions.
 It has as many interactions as the period of validation, and the hold-out models learn only from what happened before.
 Each period has at most one request per user.
+
+A ready-made split (`benchmark_filename`) has a file for each of training, validation and test. A user has at most one
+interaction in the files of validation and of test, which is the target, and it is not older than those of the file
+before. The targets of the training requests are those of leave-one-out.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ import numpy as np
 from recbole_gr2.errors import ConfigurationError
 
 WHERE = "eval_args: split"
+LEAVE_ONE_OUT, TEMPORAL, READY_MADE = "leave-one-out", "temporal", "ready-made"
+PARTS = ("training", "validation", "test")  # of a ready-made split, in the order of its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +35,17 @@ class Split:
     """Positions in the sequence of each user, by user id, each (U + 1,). The id 0 is padding.
 
     Attributes:
+        name: leave-one-out, temporal or ready-made.
         starts: position of the first target of a request, by split (`train`, `train-2`, ..., `valid`, `test`). 0 if the
             user has no such request, because a request has at least one item of history.
         stops: position after the last target of a request, by split.
         known: number of first interactions that a model may learn from: `train`, those before validation; `hold_out`,
             those before the targets of the training requests; `refit`, those before the test.
         held_out: number of last training rows of RecBole that a hold-out model leaves out.
-        cuts: first time of each period, by split; empty for leave-one-out.
+        cuts: first time of each period of a temporal split, by split; else empty.
     """
 
+    name: str
     starts: Mapping[str, np.ndarray]
     stops: Mapping[str, np.ndarray]
     known: Mapping[str, np.ndarray]
@@ -72,6 +80,7 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
     starts = {name: (lengths - place).clip(min=0) for name, place in {**from_end, "valid": 2, "test": 1}.items()}
     most = max(targets, requests)
     return Split(
+        name=LEAVE_ONE_OUT,
         starts=starts,
         stops={name: start + (targets if name.startswith("train") else 1) for name, start in starts.items()},
         known={
@@ -80,6 +89,59 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
             "refit": np.where(lengths > 2, lengths - 1, 0),
         },
         held_out=np.full(len(lengths), most),
+        cuts={},
+    )
+
+
+def ready_made(users: np.ndarray, parts: np.ndarray, *, tokens: Sequence[str], targets: int, requests: int) -> Split:
+    """Split by the file that contains an interaction.
+
+    Args:
+        users: user id of each interaction, (R,), in the order of users and time.
+        parts: number of the file of each interaction: 0 training, 1 validation, 2 test, (R,).
+        tokens: name of each user id, (U + 1,).
+        targets: number of targets of a training request.
+        requests: number of training requests of a user. They start 0, 1, ... interactions before the last one of
+            training.
+
+    Raises:
+        ConfigurationError: a user has several targets in a file, or a target that is older than an interaction of an
+            earlier file.
+
+    >>> split = ready_made(np.array([1, 1, 1, 1, 2, 2]), np.array([0, 0, 1, 2, 0, 2]), tokens=["", "a", "b"],
+    ...                    targets=1, requests=1)
+    >>> {name: starts.tolist() for name, starts in split.starts.items()}
+    {'train': [0, 1, 0], 'valid': [0, 2, 0], 'test': [0, 3, 1]}
+    """
+    train, valid, test = (np.bincount(users[parts == part], minlength=len(tokens)) for part in range(3))
+    why = "a user has one target in validation and one in the test, and the history before a target is the past"
+    for part, counts in (("validation", valid), ("test", test)):
+        if counts.max() > 1:
+            raise ConfigurationError(
+                f"the user {tokens[int(counts.argmax())]!r} has {counts.max()} interactions in the file of {part}",
+                where="benchmark_filename",
+                why=why,
+                do="keep one target for each user, or give one .inter file and choose a split with eval_args",
+            )
+    earlier = np.flatnonzero((users[1:] == users[:-1]) & (parts[1:] < parts[:-1]))
+    if len(earlier):
+        place = earlier[0]
+        raise ConfigurationError(
+            f"the user {tokens[users[place]]!r} has an interaction in the file of {PARTS[parts[place]]} that is older "
+            f"than one in the file of {PARTS[parts[place + 1]]}",
+            where="benchmark_filename",
+            why=why,
+            do="correct the files, or give one .inter file and choose a split with eval_args",
+        )
+    starts = {name: (train - targets - number).clip(min=0) for number, name in enumerate(train_splits(requests))}
+    starts |= {"valid": np.where(valid > 0, train, 0), "test": np.where(test > 0, train + valid, 0)}
+    most = max(targets, requests)
+    return Split(
+        name=READY_MADE,
+        starts=starts,
+        stops={name: start + (targets if name.startswith("train") else 1) for name, start in starts.items()},
+        known={"train": train, "hold_out": (train - most).clip(min=0), "refit": train + valid},
+        held_out=np.full(len(tokens), most),
         cuts={},
     )
 
@@ -124,6 +186,7 @@ def temporal(
     known = {"train": before["valid"], "hold_out": before[next(iter(cuts))], "refit": before["test"]}
     order = (*train_splits(requests), "valid", "test")
     return Split(
+        name=TEMPORAL,
         starts={name: starts[name] for name in order},
         stops={name: stops[name] for name in order},
         known=known,

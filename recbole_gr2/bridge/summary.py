@@ -34,6 +34,7 @@ class DataSummary:
         valid_users: number of users with a validation target.
         train_lists: number of users with a training list.
         train_targets: number of targets of a training list.
+        split: leave-one-out, temporal or ready-made.
         cuts: first time of each period of a temporal split; empty for leave-one-out.
         new_users: share of the test users without a training interaction.
         future: share of the training interactions, of all users, that happened after a test interaction; the mean over
@@ -63,6 +64,7 @@ class DataSummary:
     valid_users: int
     train_lists: int
     train_targets: int
+    split: str
     cuts: Mapping[str, float]
     new_users: float
     future: float
@@ -86,7 +88,7 @@ class DataSummary:
             cuts = ", ".join(f"{name} from {time:.15g}" for name, time in self.cuts.items())
             split = f"temporal: {cuts}; {self.new_users:.1%} of the test users have no training interaction"
         else:
-            split = f"leave-one-out; {self.future:.1%} of the training interactions are later than a test interaction"
+            split = f"{self.split}; {self.future:.1%} of the training interactions are later than a test interaction"
         mask = "occur in training and are not masked as seen" if self.masks_seen else "occur in training"
         changed = {**{f"dropped by {option}": n for option, n in self.dropped.items()}, **self.notes}
         return [
@@ -233,6 +235,7 @@ def summarise(data: Data) -> DataSummary:
         valid_users=len(data.rows("valid")[1]),
         train_lists=int((data.split.starts["train"] > 0).sum()),
         train_targets=data.train_targets,
+        split=data.split.name,
         cuts=data.split.cuts,
         new_users=float((known[test_users] == 0).mean()) if len(tested) else 0.0,
         future=float(later.mean()) if len(tested) else 0.0,

@@ -21,6 +21,7 @@ import numpy as np
 
 from recbole_gr2.bridge.data import Data, exact_time_dataset, from_end
 from recbole_gr2.bridge.models import BaseModel, PairScores, break_ties, find_model, mask_seen
+from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.bridge.support import PRETRAINED, dataset_class
 from recbole_gr2.config import recbole_config
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
@@ -255,7 +256,8 @@ def _set_up(
     dataset, built = (data.dataset, data.built) if sequential and own is None else _own_rows(data, config, own)
     train = built[0]
     if refit:
-        train = dataset.before_test if data.split.cuts else _with_validation(built[0], built[1], data.uid)
+        whole = data.split.name == LEAVE_ONE_OUT
+        train = _with_validation(built[0], built[1], data.uid) if whole else dataset.before_test
     keep = np.arange(len(train.inter_feat))
     if hold_out:
         users = train.inter_feat[data.uid].numpy()

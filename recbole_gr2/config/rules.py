@@ -192,11 +192,30 @@ def _is_temporal(split: Any) -> bool:
     return name == "date" and len(values) == 2 and all(type(v) in (int, float, str) for v in values)
 
 
+# Options of RecBole that drop interactions.
+FILTERS = ("rm_dup_inter", "val_interval", "user_inter_num_interval", "item_inter_num_interval")
+
+
 def _check_benchmark(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
-    if values["benchmark_filename"] is not None:
+    files = values["benchmark_filename"]
+    if files is None:
+        return
+    if len(files) != 3 or len(set(files)) < 3:
         raise ValueError(
-            f"benchmark_filename names ready-made splits {values['benchmark_filename']!r:.200}; candidates without "
-            "leakage are defined for leave-one-out and for cuts of time, so give one .inter file with all interactions"
+            f"benchmark_filename is {files!r:.200}, expected three different names, those of training, validation and "
+            "test: [train, valid, test] for <dataset>.train.inter and so on"
+        )
+    if values["eval_args"]["split"] != declared["eval_args"].default["split"]:
+        raise ValueError(
+            f"benchmark_filename is {files!r:.200}, and eval_args has the split {values['eval_args']['split']!r:.200}; "
+            "remove one of them"
+        )
+    options = {**recbole_declarations(), **declared}
+    filters = [key for key in FILTERS if values.get(key, options[key].default) != options[key].default]
+    if filters:
+        raise ValueError(
+            f"benchmark_filename is {files!r:.200}, and {', '.join(filters)} would drop interactions; ready-made "
+            f"splits are not filtered, so set {', '.join(f'{key}: {options[key].default}' for key in filters)}"
         )
 
 

@@ -341,6 +341,9 @@ def recbole_config(settings: Settings, model: type | str, *, base: bool = True, 
     if model_file(properties_folder(), name):
         options = {**base_model_properties(name), **options}
     gpu = options.get("gpu_id", "0")
-    if "LS" not in options["eval_args"]["split"]:  # RecBole calls its method of this split, see `bridge.splits`.
+    # RecBole would return the parts of a ready-made split as they are.
+    options["ready_made"] = options.pop("benchmark_filename", None)
+    # RecBole calls its method of this split, see `bridge.splits`.
+    if "LS" not in options["eval_args"]["split"] or options["ready_made"]:
         options["eval_args"] = {**options["eval_args"], "split": {"RS": [8, 1, 1]}, "group_by": "none"}
     return IsolatedConfig(model=model, dataset=settings["dataset"], config_dict={**options, "gpu_id": gpu, **overrides})

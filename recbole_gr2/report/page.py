@@ -184,7 +184,8 @@ def published_section(page: Page) -> str:
     """Return the figures of papers for this data set."""
     tables, sources = published_tables(page.result["dataset"])
     protocol = page.result["settings"].get("eval_args", {"value": {"split": {"LS": "valid_and_test"}}})["value"]
-    if not tables or "LS" not in protocol["split"]:  # The figures are those of leave-one-out.
+    files = page.result["settings"].get("benchmark_filename", {"value": None})["value"]
+    if not tables or files or "LS" not in protocol["split"]:  # The figures are those of leave-one-out.
         return ""
     parts = [
         "## Published figures, for reference\n\n"

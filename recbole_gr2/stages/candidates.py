@@ -17,6 +17,7 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
 from recbole_gr2.bridge.fusion import FusedModel, Fusion, choose_weights
 from recbole_gr2.bridge.models import BaseModel
+from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import pool_size
@@ -95,7 +96,7 @@ def base_models(context: Context) -> tuple[dict[str, BaseModel], dict[str, Any]]
 
 def protocol(context: Context) -> dict[str, str]:
     """What has to agree when the results of two runs are compared, in words."""
-    settings, cuts = context.settings, context.data.split.cuts
+    settings, split, cuts = context.settings, context.data.split.name, context.data.split.cuts
     learnt = "the training interactions"
     source, learns = "the imported file", {}
     if not settings["cand_file"]:
@@ -107,7 +108,7 @@ def protocol(context: Context) -> dict[str, str]:
     return {
         "split": f"temporal, validation from {cuts['valid']:.15g} and test from {cuts['test']:.15g}"
         if cuts
-        else "leave-one-out in time order",
+        else {LEAVE_ONE_OUT: "leave-one-out in time order"}.get(split, split),
         "items of the history": "excluded" if settings["cand_exclude_seen"] else "not excluded",
         **learns,
         "training requests of a user": str(settings["train_requests"]),
