@@ -216,7 +216,7 @@ def _in_order(declared: Mapping[str, Stage], wanted: Iterable[str]) -> list[Stag
 
 def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
     """The action of a stage and its reason."""
-    folder, values, needs = entry.folder, entry.settings, entry.needs
+    folder = entry.folder
     if again:
         return RUN, REQUESTED
     record = read_manifest(folder)
@@ -234,12 +234,18 @@ def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
         return OUTDATED, f"made by different code ({record.code or 'unknown version'}); --from_stage computes it again"
     if folder.is_dir():
         return RESUME, "interrupted before it was finished"
-    for other in other_records(folder)[:1]:
-        changed = changed_settings(other.settings, values)
-        changes = [f"{name} {other.settings.get(name)} -> {values.get(name)}" for name in changed]
-        changes += [f"new {name}" for name in needs if other.needs.get(name) != needs[name]]
-        return RUN, "; ".join(changes[:3]) or "data or code changed"
-    return RUN, "first time"
+    others = other_records(folder)
+    if not others:
+        return RUN, "first time"
+    changes = min((_changes(entry, other) for other in others), key=len)  # Of equal ones the newest.
+    return RUN, "; ".join(changes[:3]) or "data or code changed"
+
+
+def _changes(entry: Planned, earlier: StageRecord) -> list[str]:
+    """What differs between a planned stage and an earlier run of it, in words."""
+    settings = changed_settings(earlier.settings, entry.settings)
+    changes = [f"{name} {earlier.settings.get(name)} -> {entry.settings.get(name)}" for name in settings]
+    return changes + [f"new {name}" for name in entry.needs if earlier.needs.get(name) != entry.needs[name]]
 
 
 def changed_settings(earlier: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -126,6 +126,13 @@ def test_a_changed_setting_runs_the_stages_that_depend_on_it(toy, changes, again
             assert direct or "new " in entry.why
 
 
+def test_the_reason_is_the_difference_to_the_most_similar_run(toy):
+    """A later run with more changes does not hide it."""
+    toy.run()
+    pipeline.execute(toy.plan(sid_epochs=7, rl_steps=9), toy.settings, toy.data, Console())
+    assert [entry.why for entry in toy.plan(rl_steps=8)][:2] == ["", f"rl_steps {toy.settings['rl_steps']} -> 8"]
+
+
 def test_versions_and_data_are_part_of_every_key(toy):
     toy.run()
     toy.stages[2] = replace(toy.stages[2], version=2)

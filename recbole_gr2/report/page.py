@@ -17,7 +17,7 @@ from recbole_gr2.report.tables import (
     comparisons_table,
     cost_table,
     curves_table,
-    metrics_of,
+    equal_metrics,
     metrics_table,
     published_tables,
     scope_title,
@@ -96,10 +96,8 @@ def metrics_section(page: Page) -> str:
         if not in_scope(page.result, scope):
             continue
         parts.append(f"## {scope_title(page.result, scope)}\n\n{_block(metrics_table(page.result, scope))}")
-        _, equal = metrics_of(page.result, scope)
-        if equal:
-            names = ", ".join(f"{metric} = {same}" for metric, same in equal.items())
-            parts.append(f"Columns are left out if they equal another one for every method: {names}.")
+        if equal := equal_metrics(page.result, scope):
+            parts.append(equal)
     return "\n\n".join(parts)
 
 

@@ -36,6 +36,13 @@ def metrics_of(result: Mapping[str, Any], scope: str) -> tuple[list[str], dict[s
     return shown, equal
 
 
+def equal_metrics(result: Mapping[str, Any], scope: str) -> str:
+    """Return a sentence about the metrics that the table of a scope leaves out, or ""."""
+    _, equal = metrics_of(result, scope)
+    pairs = ", ".join(f"{metric} = {same}" for metric, same in equal.items())
+    return f"Columns are left out if they equal another one for every method: {pairs}." if equal else ""
+
+
 def scope_title(result: Mapping[str, Any], scope: str) -> str:
     """Return the data set, the users of the scope and their number for each seed.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from recbole_gr2.console import Console
 from recbole_gr2.report.page import render_report
 from recbole_gr2.report.result import SCOPES, FinishedRun, build_result, finished_run, in_scope, new_folder
-from recbole_gr2.report.tables import latex_tables, metrics_table, scope_title
+from recbole_gr2.report.tables import equal_metrics, latex_tables, metrics_table, scope_title
 from recbole_gr2.store import explained_disk_errors, write_json, write_text
 from recbole_gr2.types import StageRecord
 
@@ -71,5 +71,7 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
     for scope in SCOPES:
         if in_scope(result, scope):
             console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}")
+            if equal := equal_metrics(result, scope):
+                console.print(equal)
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
