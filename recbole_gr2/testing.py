@@ -19,7 +19,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from numbers import Real
@@ -31,6 +31,7 @@ import numpy as np
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.features.providers import PROVIDERS, Provider, TrainingData
+from recbole_gr2.plugins import misfit
 from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.base import Reranker
 from recbole_gr2.rerankers.external import from_function
@@ -216,28 +217,38 @@ class RerankerTests:
     reranker: Any = None
     settings: Mapping[str, Any] = {}
     candidates: Sequence[int] = (2, 3, 10, MAX_CANDIDATES)
+    _fitted_to: Sequence[Sequence[Request]] = ()
 
     def make_reranker(self) -> Reranker:
         """Return a re-ranker that is ready to rank."""
+        synthetic_catalog.cache_clear()  # an earlier extension may have changed it
         reranker = _extension(self, "reranker")
-        build: Any = reranker if inspect.isclass(reranker) else from_function("function", reranker)
-        built = build(synthetic_context(**self.settings))
+        if inspect.isclass(reranker):
+            assert issubclass(reranker, Reranker), (
+                f"{reranker.__name__} is no subclass of Reranker. Derive it from recbole_gr2.rerankers.base.Reranker."
+            )
+            assert reranker.rank is not Reranker.rank, f"{reranker.__name__} has no method rank(self, requests)."
+            _check_fits("the class", "Reranker(context)", reranker, None)
+            built: Reranker = reranker(synthetic_context(**self.settings))
+        else:
+            _check_fits("the re-ranker", "rank(request, catalog)", reranker, None, None)
+            built = from_function("function", reranker)(synthetic_context(**self.settings))
+        _check_fits("the method rank", "rank(requests)", built.rank, [])
         if type(built).fit is not Reranker.fit:
-            train, valid = synthetic_requests("train", 40), synthetic_requests("valid", 20)
-            built.fit([r for r in train if r.has_signal], [r for r in valid if r.has_signal])
+            _check_fits("the method fit", "fit(train, valid)", built.fit, [], [])
+            self._fitted_to = _requests_to_fit()
+            built.fit(*self._fitted_to)
         return built
 
     def rank(self, requests: Sequence[Request], reranker: Reranker | None = None) -> list[tuple[int, ...]]:
         """Return the rankings of a re-ranker for requests without labels."""
-        answers = list((reranker or self.make_reranker()).rank([request.without_labels() for request in requests]))
-        _check_count("rank", requests, answers, "answer")
-        return [_ranking(answer) for answer in answers]
+        visible = [request.without_labels() for request in requests]
+        return [_ranking(answer) for answer in _answers(reranker or self.make_reranker(), visible)]
 
     def test_it_returns_a_permutation_of_each_list(self) -> None:
         """There is one answer per request. Each answer contains every candidate once, and belongs to its request."""
         requests = synthetic_requests()
-        answers = list(self.make_reranker().rank([request.without_labels() for request in requests]))
-        _check_count("rank", requests, answers, "answer")
+        answers = _answers(self.make_reranker(), [request.without_labels() for request in requests])
         for request, answer in zip(requests, answers, strict=True):
             if isinstance(answer, Answer):
                 assert answer.request_id == request.request_id, (
@@ -290,7 +301,7 @@ class RerankerTests:
                 replace(r, target=r.items[position], grades=tuple(int(i == r.items[position]) for i in r.items))
                 for r in requests
             ]
-            answers = [_ranking(answer) for answer in reranker.rank(labelled)]
+            answers = [_ranking(answer) for answer in _answers(reranker, labelled)]
             _check_equal(requests, rankings, answers, "if the target is another candidate: it reads labels")
 
     def test_it_does_not_change_the_requests(self) -> None:
@@ -299,6 +310,17 @@ class RerankerTests:
         before = copy.deepcopy(requests)
         self.make_reranker().rank(requests)
         _check_unchanged(requests, before, "rank")
+
+    def test_fit_does_not_change_the_requests(self) -> None:
+        """The train and validation requests stay as they are, and so does their order."""
+        self.make_reranker()
+        for requests, before in zip(self._fitted_to, _requests_to_fit(), strict=False):
+            _check_unchanged(requests, before, "fit")
+
+    def test_it_does_not_change_the_catalog(self) -> None:
+        """The items and their semantic IDs stay as they are."""
+        self.rank(synthetic_requests())
+        _check_catalog("the re-ranker")
 
 
 class RewardTests:
@@ -314,7 +336,9 @@ class RewardTests:
 
     def value(self, request: Request, answer: Answer) -> float | None:
         """Return the reward of an answer."""
-        value = _extension(self, "reward")(request, answer)
+        reward = _extension(self, "reward")
+        _check_fits("the reward", "reward(request, answer)", reward, request, answer)
+        value = reward(request, answer)
         assert value is None or isinstance(value, Real), (
             f"the reward of {request.request_id} is {value!r}. Return a number, or None if the reward does not apply."
         )
@@ -355,18 +379,20 @@ class RewardTests:
         for request in self.requests():
             for kind, answer in synthetic_answers(request).items():
                 values = [self.value(copy.deepcopy(request), copy.deepcopy(answer)) for _ in range(2)]
-                assert values[0] == values[1], (
+                assert values[0] == values[1] or all(value is not None and math.isnan(value) for value in values), (
                     f"the reward of the {kind} answer to {request.request_id} is {values[0]} in one call and "
                     f"{values[1]} in the next. A reward may depend on its arguments only."
                 )
 
     def test_it_does_not_change_its_arguments(self) -> None:
-        """Requests stay as they are."""
+        """Requests and answers stay as they are."""
         requests = self.requests()
         before = copy.deepcopy(requests)
         for request in requests:
-            for answer in synthetic_answers(request).values():
+            for kind, answer in synthetic_answers(request).items():
+                original = copy.deepcopy(answer)
                 self.value(request, answer)
+                assert answer == original, f"the reward changes the {kind} answer to {request.request_id}: {answer}"
         _check_unchanged(requests, before, "the reward")
 
     def test_it_distinguishes_answers(self) -> None:
@@ -428,9 +454,11 @@ class TeacherTests:
 
     def make_teacher(self) -> Any:
         """Return a new teacher."""
-        return _extension(self, "teacher")(
-            catalog=synthetic_catalog(), settings=synthetic_settings(**self.settings), seed=7
-        )
+        synthetic_catalog.cache_clear()  # an earlier extension may have changed it
+        teacher = _extension(self, "teacher")
+        given = {"catalog": synthetic_catalog(), "settings": synthetic_settings(**self.settings), "seed": 7}
+        _check_fits("the teacher", "teacher(catalog=..., settings=..., seed=...)", teacher, **given)
+        return teacher(**given)
 
     def requests(self) -> list[Request]:
         """Return train requests that contain their target, with and without a prior."""
@@ -441,7 +469,10 @@ class TeacherTests:
         """Return the replies of a teacher. Under rejection sampling the requests have no labels."""
         targeted = mode == "targeted"
         visible = list(requests) if targeted else [request.without_labels() for request in requests]
-        replies = list((teacher or self.make_teacher()).argue(visible, targeted=targeted, attempt=attempt))
+        argue: Any = getattr(teacher or self.make_teacher(), "argue", None)
+        given = {"targeted": targeted, "attempt": attempt}
+        _check_fits("the method argue", "argue(requests, targeted=..., attempt=...)", argue, visible, **given)
+        replies = _listed("argue", argue(visible, **given))
         _check_count("argue", requests, replies, "reply")
         for reply in replies:
             assert isinstance(reply, TeacherReply), (
@@ -468,19 +499,16 @@ class TeacherTests:
                     _check_permutation(request, tuple(reply.ranking))
 
     def test_it_explains_targets(self) -> None:
-        """Under targeted sampling at least one reply has a reasoning and ranks the target first."""
+        """Under targeted sampling each reply has a reasoning and ranks the target first."""
         if "targeted" not in self.modes:
             return
         requests = self.requests()
         replies = self.replies(requests, "targeted", 0)
-        accepted = sum(
-            bool(reply.reasoning.strip()) and reply.ranking[:1] == (request.target,)
-            for request, reply in zip(requests, replies, strict=True)
-        )
-        assert accepted, (
-            "with targeted=True no reply has a reasoning and ranks the target first, so that no trace is accepted. "
-            'Rank request.target first, or set modes = ("rejection",).'
-        )
+        for request, reply in zip(requests, replies, strict=True):
+            assert reply.reasoning.strip() and tuple(reply.ranking[:1]) == (request.target,), (
+                f"with targeted=True the reply to {request.request_id} has no reasoning or does not rank the target "
+                'first, so that it is rejected. Rank request.target first, or set modes = ("rejection",).'
+            )
 
     def test_it_is_deterministic(self) -> None:
         """Two teachers with the same seed give the same replies to the same attempt."""
@@ -493,6 +521,24 @@ class TeacherTests:
                     f" {one} and {other}. Use the argument `seed` and recbole_gr2.seeding.derive_seed."
                 )
 
+    def test_a_reply_does_not_depend_on_earlier_calls(self) -> None:
+        """A second call of the same teacher with the same requests and attempt gives the same replies."""
+        requests, teacher = self.requests(), self.make_teacher()
+        for mode, attempt in self._attempts():
+            replies = self.replies(requests, mode, attempt, teacher)
+            again = self.replies(requests, mode, attempt, teacher)
+            _check_replies(requests, replies, again, "in a second call of the same teacher")
+
+    def test_a_reply_does_not_depend_on_the_batch(self) -> None:
+        """The reply to a request does not depend on the other requests or on their order."""
+        requests = self.requests()
+        for mode, attempt in self._attempts():
+            replies = self.replies(requests, mode, attempt)
+            backwards = self.replies(requests[::-1], mode, attempt)[::-1]
+            _check_replies(requests, replies, backwards, "if the requests are reversed")
+            single = [self.replies([request], mode, attempt)[0] for request in requests]
+            _check_replies(requests, replies, single, "if the teacher gets each request alone")
+
     def test_it_does_not_change_the_requests(self) -> None:
         """Requests, and the arrays of their features, stay as they are."""
         requests = self.requests()
@@ -500,6 +546,12 @@ class TeacherTests:
         for mode, attempt in self._attempts():
             self.replies(requests, mode, attempt)
         _check_unchanged(requests, before, "argue")
+
+    def test_it_does_not_change_the_catalog(self) -> None:
+        """The items and their semantic IDs stay as they are."""
+        for mode, attempt in self._attempts():
+            self.replies(self.requests(), mode, attempt)
+        _check_catalog("the teacher")
 
 
 class FeatureProviderTests:
@@ -514,12 +566,29 @@ class FeatureProviderTests:
 
     def describe(self) -> Callable[[Request], Mapping[str, np.ndarray]]:
         """Return the function of the provider that computes the features of a request."""
-        return _extension(self, "provider")(synthetic_training_data())
+        synthetic_catalog.cache_clear()  # an earlier extension may have changed it
+        return self._describe(synthetic_training_data())
+
+    def _describe(self, data: TrainingData) -> Callable[[Request], Mapping[str, np.ndarray]]:
+        provider = _extension(self, "provider")
+        _check_fits("the provider", "provider(data)", provider, data)
+        describe = provider(data)
+        _check_fits("the result of the provider", "describe(request)", describe, None)
+
+        def checked(request: Request) -> Mapping[str, np.ndarray]:
+            features = describe(request)
+            assert isinstance(features, Mapping), (
+                f"describe returned {features!r:.200} for {request.request_id}. Return a dictionary of named features."
+            )
+            return features
+
+        return checked
 
     def requests(self) -> list[Request]:
-        """Return requests with 2 to 26 candidates and with short and long histories."""
+        """Return test and train requests with 2 to 26 candidates and with short and long histories."""
         lengths = [synthetic_request(candidates=k, user=f"user{k}") for k in (2, 3, MAX_CANDIDATES)]
-        return lengths + synthetic_requests(prior=False, features=False)
+        tests = lengths + synthetic_requests(prior=False, features=False)
+        return tests + synthetic_requests("train", prior=False, features=False)
 
     def test_a_feature_has_one_number_per_candidate(self) -> None:
         """A feature is finite. Its shape is (K,), or (R, K) for the last R history items, oldest first."""
@@ -527,12 +596,12 @@ class FeatureProviderTests:
         for request in self.requests():
             size, recent = len(request.items), min(len(request.history), RECENT)
             for name, value in describe(request).items():
-                shape = np.shape(value)
+                shape = _numbers(name, value).shape
                 assert shape in ((size,), (recent, size)), (
                     f"the feature {name!r} has the shape {shape} for {size} candidates and {recent} recent history "
                     f"items. Return the shape ({size},) or ({recent}, {size})."
                 )
-                assert np.isfinite(np.asarray(value, dtype=np.float32)).all(), (
+                assert np.isfinite(_numbers(name, value)).all(), (
                     f"the feature {name!r} of {request.request_id} has values that are not finite: {value}"
                 )
 
@@ -569,6 +638,15 @@ class FeatureProviderTests:
                 labelled = describe(replace(request, target=target, grades=grades))
                 _check_features(request, plain, labelled, "depends on the target or the grades")
 
+    def test_features_do_not_depend_on_the_split(self) -> None:
+        """The features are the same for train, validation and test requests."""
+        describe = self.describe()
+        for request in self.requests():
+            features = describe(request)
+            for split in ("train", "valid", "test"):
+                other = replace(request, split=split, request_id=f"{split}/{request.user_token}")
+                _check_features(request, features, describe(other), "depends on request.split or request.request_id")
+
     def test_features_do_not_depend_on_other_requests(self) -> None:
         """The features are the same in any order of the requests, and for a second instance."""
         describe, requests = self.describe(), self.requests()
@@ -587,6 +665,19 @@ class FeatureProviderTests:
             describe(request)
         _check_unchanged(requests, before, "describe")
 
+    def test_it_does_not_change_the_training_data(self) -> None:
+        """The catalogue, the interactions and the embeddings stay as they are."""
+        data, before = synthetic_training_data(), synthetic_training_data()
+        describe = self._describe(data)
+        for request in self.requests():
+            describe(request)
+        _check_catalog("the provider")
+        sequences = list(map(list, data.sequences)) == list(map(list, before.sequences))
+        times = list(map(list, data.times)) == list(map(list, before.times))
+        assert sequences and times and np.array_equal(data.embeddings, before.embeddings), (
+            "the provider changes the interactions, the times or the embeddings. Work on copies."
+        )
+
 
 def _extension(tests: object, name: str) -> Any:
     """Return the extension that a test class names. A function is not bound to the test class."""
@@ -596,8 +687,49 @@ def _extension(tests: object, name: str) -> Any:
     return extension
 
 
-def _ranking(answer: Answer | Sequence[int]) -> tuple[int, ...]:
-    return tuple(answer.ranking if isinstance(answer, Answer) else (int(item) for item in answer))
+def _check_fits(kind: str, form: str, function: Any, *args: Any, **given: Any) -> None:
+    """Check that a function accepts the arguments of a call."""
+    problem = misfit(function, *args, **given)
+    assert not problem, f"{kind} cannot be called as {form}: {problem}."
+
+
+def _listed(name: str, results: Any) -> list[Any]:
+    """Return the results of a method as a list."""
+    assert isinstance(results, Iterable), (
+        f"{name} returned {results!r:.200}. Return a list with one entry for each request."
+    )
+    return list(results)
+
+
+def _answers(reranker: Reranker, requests: Sequence[Request]) -> list[Any]:
+    answers = _listed("rank", reranker.rank(requests))
+    _check_count("rank", requests, answers, "answer")
+    return answers
+
+
+def _requests_to_fit() -> tuple[list[Request], list[Request]]:
+    """Return new train and validation requests that contain their target."""
+    train, valid = synthetic_requests("train", 40), synthetic_requests("valid", 20)
+    return [r for r in train if r.has_signal], [r for r in valid if r.has_signal]
+
+
+def _ranking(answer: Any) -> tuple[int, ...]:
+    """Return a ranking as item ids."""
+    ranking = answer.ranking if isinstance(answer, Answer) else answer
+    assert isinstance(ranking, Iterable), f"the ranking is {ranking!r:.200}. Return the item ids of request.items."
+    values = list(ranking)
+    assert all(isinstance(value, Real) or getattr(value, "shape", None) == () for value in values), (
+        f"the ranking is {values!r:.200}. A ranking consists of internal item ids as in request.items, not of tokens."
+    )
+    return tuple(int(value) for value in values)
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """Return a feature as an array of numbers."""
+    try:
+        return np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"the feature {name!r} is no array of numbers: {error}. Return an array.") from error
 
 
 def _check_count(name: str, requests: Sequence[Request], results: Sequence[Any], kind: str) -> None:
@@ -622,7 +754,23 @@ def _check_equal(
         assert expected == actual, f"the ranking of {request.request_id} is {expected}, but {actual} {when}"
 
 
+def _check_replies(
+    requests: Sequence[Request], one: Sequence[TeacherReply], other: Sequence[TeacherReply], when: str
+) -> None:
+    for request, expected, actual in zip(requests, one, other, strict=True):
+        assert expected == actual, f"the reply to {request.request_id} is {expected}, but {actual} {when}"
+
+
+def _check_catalog(name: str) -> None:
+    """Check that the catalogue of the tests is as it was created."""
+    catalog, original = synthetic_catalog(), synthetic_catalog.__wrapped__()
+    same = list(catalog) == list(original) and catalog.id_of == original.id_of
+    same = same and np.array_equal(catalog.sids, original.sids)
+    assert same, f"{name} changes the catalogue. Work on copies of its items and arrays."
+
+
 def _check_unchanged(requests: Sequence[Request], before: Sequence[Request], name: str) -> None:
+    assert len(requests) == len(before), f"{name} changes the list of requests. Work on a copy."
     for request, original in zip(requests, before, strict=True):
         same = request == original
         if request.features is not None and original.features is not None:
@@ -635,4 +783,5 @@ def _check_features(
     request: Request, one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], what: str
 ) -> None:
     for name in one:
-        assert np.array_equal(one[name], other[name]), f"the feature {name!r} of {request.request_id} {what}"
+        same = name in other and np.array_equal(_numbers(name, one[name]), _numbers(name, other[name]), equal_nan=True)
+        assert same, f"the feature {name!r} of {request.request_id} {what}"

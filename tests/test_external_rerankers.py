@@ -29,10 +29,10 @@ from recbole_gr2.rerankers.base import Reranker
 SEEN = {}
 
 
-def rank(request, items):
+def rank(request, catalog):
     """Longest titles first."""
     assert request.target == 0 and request.grades == ()
-    return sorted(request.items, key=lambda item: -len(items[item - 1].title))
+    return sorted(request.items, key=lambda item: -len(catalog.item(item).title))
 
 
 class ByPrior(Reranker):
@@ -60,9 +60,88 @@ class Needy(Reranker):
     name = "needy"
     needs = ("no_such_stage",)
 
+    def rank(self, requests):
+        return [request.items for request in requests]
 
-class Sft(Reranker):
+
+class Sft(Broken):
     name = "sft"
+
+
+class Raises(Reranker):
+    def rank(self, requests):
+        return [request.no_such_attribute for request in requests]
+
+
+class FitRaises(Broken):
+    name = "fit_raises"
+
+    def fit(self, train, valid):
+        raise ValueError("no data")
+
+
+class NoList(Reranker):
+    name = "no_list"
+
+    def rank(self, requests):
+        return None
+
+
+class WithoutContext(Broken):
+    name = "without_context"
+
+    def __init__(self, context):
+        self.weight = 1.0
+
+
+class WithoutRank(Reranker):
+    name = "without_rank"
+
+
+class WrongRank(Reranker):
+    name = "wrong_rank"
+
+    def rank(self, request, catalog):
+        return request.items
+
+
+class Base(Broken):
+    name = "base"
+
+
+class Rl(Broken):
+    name = "rl"
+
+
+class Compared(Broken):
+    name = "compared"
+    compare_with = ("lamdbamart",)
+
+
+class ComparedWithText(Broken):
+    name = "compared_with_text"
+    compare_with = "lambdamart"
+
+
+def returns_none(request, catalog):
+    return None
+
+
+def fails(request, catalog):
+    return {}["x"]
+
+
+def tokens(request, catalog):
+    return catalog.tokens(request.items)
+
+
+def alone(request):
+    return request.items
+
+
+def counted(data):
+    name = f"{sum(len(sequence) for sequence in data.sequences)} interactions"
+    return lambda request: {name: [0.0 for _ in request.items]}
 
 
 number = 3
@@ -201,6 +280,14 @@ def test_files_that_cannot_be_read(finished, tiny_run, tmp_path):
         (["mine:number"], "neither a subclass"),
         (["sft", "mine:Sft"], "two methods have the name 'sft'"),
         (["mine:Needy"], "needs the unknown stages"),
+        (["mine:rnak"], "the module has rank"),
+        (["mine:Base"], "two methods have the name 'base'"),
+        (["mine:Rl"], "two methods have the name 'rl'"),
+        (["mine:Compared"], "is to be compared with 'lamdbamart', which is no method"),
+        (["mine:ComparedWithText"], "is 'lambdamart'"),
+        (["mine:WithoutRank"], "'mine:WithoutRank' has no method rank"),
+        (["mine:WrongRank"], "'mine:WrongRank.rank' cannot be called as rank(requests): missing a required argument"),
+        (["mine:alone"], "'mine:alone' cannot be called as rank(request, catalog): too many positional arguments"),
     ],
 )
 def test_wrong_names(finished, tiny_settings, mine, rows, message):
@@ -216,6 +303,32 @@ def test_a_ranking_has_to_be_a_permutation(finished, tiny_run, mine):
     requests = synthetic_requests("test", 3)
     with pytest.raises(GR2Error, match="2 rankings for 3 requests"):
         as_answers(requests, [request.items for request in requests[:2]], method="mine")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "what", "where"),
+    [
+        ("Raises", "'mine:Raises' raised AttributeError: 'Request' object has no attribute", "method mine:Raises"),
+        ("FitRaises", "'mine:FitRaises' raised ValueError: no data", "method fit_raises, fit"),
+        ("NoList", "rank returned an object of the type NoneType", "method no_list"),
+        ("returns_none", "the ranking None is no list of item ids", "method mine:returns_none, request test/"),
+        ("WithoutContext", "the method without_context has no context", "eval_rows"),
+        ("fails", "'mine:fails' raised KeyError: 'x'", "request test/"),
+        ("tokens", "is no list of item ids", "method mine:tokens, request test/"),
+    ],
+)
+def test_a_wrong_method_ends_in_one_error(finished, tiny_run, mine, attribute, what, where):
+    with pytest.raises(GR2Error) as error:
+        again(finished, tiny_run, eval_rows=[f"mine:{attribute}"])
+    assert what in error.value.what and where in error.value.where
+    if "raised" in what:
+        line = int(error.value.what.rpartition(":")[2].rstrip(")"))
+        assert f"({mine}:{line})" in error.value.what and mine.read_text().splitlines()[line - 1].strip()
+
+
+def test_names_of_features_must_not_depend_on_the_interactions(finished, tiny_run, mine):
+    with pytest.raises(GR2Error, match="the features of the valid requests are .* and those of the train requests"):
+        again(finished, tiny_run, eval_rows=["lambdamart"], prior_features=["mine:counted"])
 
 
 def test_names_of_methods(mine, tiny_settings, tmp_path):

@@ -15,7 +15,7 @@ from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
 from recbole_gr2.features import prior as prior_module
 from recbole_gr2.features import providers
-from recbole_gr2.features.extraction import TrainingData, extract_features, feature_names
+from recbole_gr2.features.extraction import TrainingData, extract_features, feature_names, find_providers
 from recbole_gr2.features.prior import (
     Priors,
     cross_entropy,
@@ -281,10 +281,66 @@ def test_two_providers_must_not_return_the_same_name():
         extract_features([request()], ["base", f"{__name__}:repeated_name"], DATA)
 
 
-@pytest.mark.parametrize("provider", ["too_short", "not_finite", "beyond_float16"])
-def test_a_provider_must_return_finite_numbers_of_the_right_shape(provider):
-    with pytest.raises(GR2Error, match="the feature 'x' has the shape"):
+def texts(data: TrainingData) -> Callable:
+    return lambda request: {"x": ["a"] * len(request.items)}
+
+
+def no_dictionary(data: TrainingData) -> Callable:
+    return lambda request: None
+
+
+def no_function(data: TrainingData) -> None:
+    return None
+
+
+def raises(data: TrainingData) -> Callable:
+    return lambda request: {"x": [1 / 0 for _ in request.items]}
+
+
+@pytest.mark.parametrize(
+    ("provider", "message"),
+    [
+        ("too_short", r"the feature 'x' has the shape \(1,\)"),
+        ("not_finite", "the feature 'x' has 3 values that are not finite"),
+        ("beyond_float16", "the feature 'x' has 6 values that are not finite as float16"),
+        ("texts", "the feature 'x' is no array of numbers"),
+        ("no_dictionary", "returned no dictionary of named features: None"),
+        ("no_function", "cannot be called as describe"),
+        ("raises", r"test_features:raises' raised ZeroDivisionError: division by zero \(.*test_features.py:\d+\)"),
+    ],
+)
+def test_a_provider_must_return_finite_numbers_of_the_right_shape(provider, message):
+    with pytest.raises(GR2Error, match=message):
         extract_features([request()], ["popularity", f"{__name__}:{provider}"], DATA)
+
+
+def other_names(data: TrainingData) -> Callable:
+    return lambda request: {f"{len(request.items)} candidates": np.zeros(len(request.items))}
+
+
+def test_each_request_must_have_the_same_names():
+    with pytest.raises(GR2Error) as error:
+        extract_features([request(), request(candidates=(2, 1))], ["popularity", f"{__name__}:other_names"], DATA)
+    assert "['popularity', '2 candidates']" in error.value.what and "['popularity', '3 candidates']" in error.value.what
+
+
+def seen(data: TrainingData) -> Callable:
+    return lambda request: {"x": np.full(len(request.items), float(request.target or sum(request.grades)))}
+
+
+def test_providers_get_requests_without_labels():
+    labelled = replace(request(target=3), grades=(0, 1, 2))
+    _, (values,) = extract_features([labelled], [f"{__name__}:seen"], DATA)
+    assert values.candidates.tolist() == [[0.0]] * 3
+
+
+def no_arguments() -> Callable:
+    return lambda request: {}
+
+
+def test_the_arguments_of_a_provider_are_checked():
+    with pytest.raises(ConfigurationError, match=r"no_arguments' cannot be called as provider\(data\): too many"):
+        find_providers([f"{__name__}:no_arguments"])
 
 
 @pytest.mark.parametrize("provider", ["weather", "no_such_module:x", f"{__name__}:no_such_name"])

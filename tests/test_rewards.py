@@ -234,7 +234,57 @@ def test_an_exception_or_an_infinite_value_of_a_reward_is_not_hidden():
     def broken(request, answer):
         raise KeyError("no such column")
 
-    with pytest.raises(KeyError, match="no such column"):
+    with pytest.raises(KeyError, match="no such column"):  # as a built-in reward
         WeightedRewards({"broken": 1}, {"broken": broken}).terms(request(), answer(*ITEMS))
     with pytest.raises(GR2Error, match="'endless' is inf"):
         WeightedRewards({"endless": 1}, {"endless": lambda r, a: math.inf}).terms(request(), answer(*ITEMS))
+
+
+WRONG = """
+import numpy as np
+
+def fails(request, answer):
+    return 1 / 0
+
+def out_of_memory(request, answer):
+    raise MemoryError
+
+def listed(request, answer):
+    return [1.0]
+
+def array(request, answer):
+    return np.ones(2)
+
+def text(request, answer):
+    return "good"
+
+def number(request, answer):
+    return np.float32(0.5)
+
+def alone(answer):
+    return 1.0
+
+constant = 1.0
+"""
+
+
+def test_wrong_rewards_of_a_user(tmp_path, monkeypatch):
+    (tmp_path / "wrong_rewards.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def terms(name):
+        return WeightedRewards({f"wrong_rewards:{name}": 1}).terms(request(), answer(*ITEMS))
+
+    with pytest.raises(GR2Error) as error:
+        terms("fails")
+    assert f"'wrong_rewards:fails' raised ZeroDivisionError: division by zero ({tmp_path}" in error.value.what
+    assert "wrong_rewards.py:5)" in error.value.what and request().request_id in error.value.where
+    with pytest.raises(MemoryError):
+        terms("out_of_memory")
+    for name, value in (("listed", r"\[1.0\]"), ("array", "array"), ("text", "'good'")):
+        with pytest.raises(GR2Error, match=f"the reward 'wrong_rewards:{name}' is {value}"):
+            terms(name)
+    assert terms("number")["wrong_rewards:number"] == 0.5
+    for name, message in (("alone", "too many positional arguments"), ("constant", "is a float and no function")):
+        with pytest.raises(ConfigurationError, match=message):
+            WeightedRewards({f"wrong_rewards:{name}": 1})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.sid.tokens import RANKING, added_tokens, label_tokens, sid_text
-from recbole_gr2.teachers import RulesTeacher, TeacherReply, ask, build_teacher, phrases, true_statements
+from recbole_gr2.teachers import RulesTeacher, TeacherReply, ask, build_teacher, find_teacher, phrases, true_statements
 from recbole_gr2.types import Candidate, Item, Request
 
 CATALOG = Catalog(
@@ -105,6 +105,7 @@ def test_a_custom_teacher_receives_catalogue_settings_and_seed(tmp_path, monkeyp
         ("nobody", "there is no 'nobody'"),
         ("my_missing_module:X", "cannot import"),
         ("json:Missing", "cannot import"),
+        ("json:dmups", "the module has dumps"),
     ],
 )
 def test_teachers_that_do_not_exist(name, message):
@@ -132,6 +133,96 @@ def test_replies_of_another_number_or_type_are_refused():
     text = SimpleNamespace(name="text", argue=lambda requests, **given: ["because"])
     with pytest.raises(GR2Error, match="returned a str instead of a TeacherReply"):
         ask(text, [request_of()], targeted=True, attempt=0)
+
+
+WRONG = """
+from recbole_gr2.teachers import TeacherReply
+
+
+class Teacher:
+    name = "wrong"
+
+    def __init__(self, *, catalog, settings, seed):
+        pass
+
+    def argue(self, requests, *, targeted, attempt):
+        return [self.reply(request) for request in requests]
+
+
+class Fails(Teacher):
+    def reply(self, request):
+        return request.nothing
+
+
+class NoList(Teacher):
+    def argue(self, requests, *, targeted, attempt):
+        return None
+
+
+class Unknown(Teacher):
+    def reply(self, request):
+        return TeacherReply(reasoning="x", ranking=(999, *request.items[1:]))
+
+
+class Foreign(Teacher):
+    def reply(self, request):
+        return TeacherReply(reasoning="x", ranking=(1, *request.items[1:]))
+
+
+class NotBuilt(Teacher):
+    def __init__(self, *, catalog, settings, seed):
+        raise RuntimeError("no key")
+
+
+class Silent:
+    name = "silent"
+
+    def __init__(self, *, catalog, settings, seed):
+        pass
+
+
+class Unnamed(Teacher):
+    name = None
+
+
+class OldInit(Teacher):
+    def __init__(self, catalog):
+        pass
+
+
+class OldArgue(Teacher):
+    def argue(self, requests):
+        return []
+
+
+def factory(**given):
+    return Silent(**given)
+"""
+
+
+def test_wrong_teachers_of_a_user(tmp_path, monkeypatch):
+    (tmp_path / "wrong_teachers.py").write_text(WRONG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for attribute, message in (
+        ("Fails", r"wrong_teachers:Fails' raised AttributeError: .*wrong_teachers.py:17\)"),
+        ("NoList", "argue returned an object of the type NoneType"),
+        ("Unknown", r"contains \[999\], which are no candidates"),
+        ("Foreign", r"contains \[1\], which are no candidates"),
+    ):
+        with pytest.raises(GR2Error, match=message):
+            ask(build(f"wrong_teachers:{attribute}"), [request_of(12)], targeted=True, attempt=0)
+    with pytest.raises(GR2Error, match=r"wrong_teachers:NotBuilt' raised RuntimeError: no key"):
+        build("wrong_teachers:NotBuilt")
+    for attribute in ("Unnamed", "factory"):
+        with pytest.raises(ConfigurationError, match="has no method argue, or its attribute `name` is no text"):
+            build(f"wrong_teachers:{attribute}")
+    for attribute, message in (
+        ("Silent", "has no method argue"),
+        ("OldInit", r"cannot be called as teacher\(catalog=..., settings=..., seed=...\)"),
+        ("OldArgue", r"OldArgue.argue' cannot be called as argue\(requests, targeted=..., attempt=...\)"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            find_teacher(f"wrong_teachers:{attribute}")
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------

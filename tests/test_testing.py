@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,41 @@ class NeedsFeatures(Base):
         return request.items
 
 
+class ReturnsNone(Base):
+    def rank(self, requests):
+        return None
+
+
+class ReturnsTokens(Base):
+    def one(self, request):
+        return [f"item{item}" for item in request.items]
+
+
+class WithoutRank(Reranker):
+    pass
+
+
+class WrongArity(Base):
+    def rank(self, request, catalog):
+        return request.items
+
+
+class FitWrites(Base):
+    def fit(self, train, valid):
+        train[0].features.candidates[:] = 0
+
+
+class FitSorts(Base):
+    def fit(self, train, valid):
+        train.reverse()
+
+
+class WritesCatalog(Base):
+    def one(self, request):
+        self.catalog.sids[0] = 0
+        return request.items
+
+
 class DropsRequests(Base):
     def rank(self, requests):
         return [request.items for request in requests[1:]]
@@ -157,10 +193,24 @@ class DropsRequests(Base):
         (WritesFeatures, "test_it_does_not_change_the_requests", "rank changes the request test/user0"),
         (NeedsFeatures, "test_it_supports_requests_without_prior_and_features", "no features"),
         (DropsRequests, "test_it_returns_a_permutation_of_each_list", "11 results for 12 requests"),
+        (ReturnsNone, "test_it_returns_a_permutation_of_each_list", "rank returned None. Return a list"),
+        (ReturnsTokens, "test_it_is_deterministic", "internal item ids as in request.items, not of tokens"),
+        (WithoutRank, "test_it_is_deterministic", "WithoutRank has no method rank"),
+        (WrongArity, "test_it_is_deterministic", "cannot be called as rank(requests): missing a required argument"),
+        (lambda request: request.items, "test_it_is_deterministic", "cannot be called as rank(request, catalog)"),
+        (lambda request, catalog: None, "test_it_is_deterministic", "the ranking is None"),
+        (FitWrites, "test_fit_does_not_change_the_requests", "fit changes the request train/user0"),
+        (FitSorts, "test_fit_does_not_change_the_requests", "fit changes the request"),
+        (WritesCatalog, "test_it_does_not_change_the_catalog", "the re-ranker changes the catalogue"),
     ],
 )
 def test_a_bad_reranker_fails_with_a_clear_message(reranker, test, message):
     assert message in failures(derived(RerankerTests, reranker=reranker))[test]
+
+
+def test_a_changed_catalog_does_not_affect_other_tests():
+    failures(derived(RerankerTests, reranker=WritesCatalog))
+    assert not failures(derived(RerankerTests, reranker=by_prior))
 
 
 def test_the_extension_has_to_be_named():
@@ -183,6 +233,19 @@ class TestOverlong(RewardTests):
 counter = itertools.count()
 
 
+def changes_answer(request, answer):
+    object.__setattr__(answer, "reasoning", "")
+    return float(answer.status == "ok")
+
+
+def test_nan_fails_only_the_test_of_finite_numbers():
+    assert set(failures(derived(RewardTests, reward=lambda r, a: float("nan"), constant_allowed=True))) == {
+        "test_it_returns_a_finite_number_or_none"
+    }
+    messages = failures(derived(FeatureProviderTests, provider=nan_feature))
+    assert set(messages) == {"test_a_feature_has_one_number_per_candidate"}
+
+
 @pytest.mark.parametrize(
     ("reward", "test", "message"),
     [
@@ -196,6 +259,8 @@ counter = itertools.count()
             "test_it_does_not_change_its_arguments",
             "the reward changes the request",
         ),
+        (changes_answer, "test_it_does_not_change_its_arguments", "the reward changes the copied answer"),
+        (lambda a: 1.0, "test_it_returns_a_finite_number_or_none", "cannot be called as reward(request, answer)"),
     ],
 )
 def test_a_bad_reward_fails_with_a_clear_message(reward, test, message):
@@ -285,14 +350,63 @@ class Silent(TitleTeacher):
         return [TeacherReply(reasoning="", ranking=()) for _ in requests]
 
 
+class CountsCalls(TitleTeacher):
+    calls = 0
+
+    def argue(self, requests, *, targeted, attempt):
+        self.calls += 1
+        return super().argue(requests, targeted=targeted, attempt=self.calls)
+
+
+class CountsPositions(TitleTeacher):
+    def argue(self, requests, *, targeted, attempt):
+        replies = super().argue(requests, targeted=targeted, attempt=attempt)
+        return [replace(reply, reasoning=f"{number}: {reply.reasoning}") for number, reply in enumerate(replies)]
+
+
+class OneTarget(TitleTeacher):
+    """Explains the target of the first request only."""
+
+    def argue(self, requests, *, targeted, attempt):
+        return [
+            reply if number == 0 else replace(reply, ranking=request.by_prior)
+            for number, (request, reply) in enumerate(
+                zip(requests, super().argue(requests, targeted=targeted, attempt=attempt), strict=True)
+            )
+        ]
+
+
+class WithoutArgue:
+    name = "without"
+
+    def __init__(self, *, catalog, settings, seed):
+        pass
+
+
+class ReturnsNothing(TitleTeacher):
+    def argue(self, requests, *, targeted, attempt):
+        return None
+
+
+class OldInit(TitleTeacher):
+    def __init__(self, catalog):
+        self.catalog = catalog
+
+
 @pytest.mark.parametrize(
     ("teacher", "test", "message"),
     [
+        (CountsCalls, "test_a_reply_does_not_depend_on_earlier_calls", "in a second call of the same teacher"),
+        (CountsPositions, "test_a_reply_does_not_depend_on_the_batch", "if the requests are reversed"),
+        (OneTarget, "test_it_explains_targets", "does not rank the target first"),
+        (WithoutArgue, "test_it_replies_to_each_request", "the method argue cannot be called"),
+        (ReturnsNothing, "test_it_replies_to_each_request", "argue returned None. Return a list"),
+        (OldInit, "test_it_has_a_name", "cannot be called as teacher(catalog=..., settings=..., seed=...)"),
         (Unnamed, "test_it_has_a_name", "the attribute `name` is ''"),
         (Cheating, "test_it_replies_to_each_request", "not candidates: [0]"),
         (Strings, "test_it_replies_to_each_request", "argue returned a str"),
         (Unseeded, "test_it_is_deterministic", "two teachers with one seed differ"),
-        (Silent, "test_it_explains_targets", "no reply has a reasoning and ranks the target first"),
+        (Silent, "test_it_explains_targets", "has no reasoning or does not rank the target first"),
     ],
 )
 def test_a_bad_teacher_fails_with_a_clear_message(teacher, test, message):
@@ -356,9 +470,53 @@ def stateful(training_data):
     return describe
 
 
+def nan_feature(training_data):
+    return lambda request: {"x": np.full(len(request.items), np.nan)}
+
+
+def reads_target_in_training(training_data):
+    def describe(request):
+        hits = [float(request.split == "train" and item == request.target) for item in request.items]
+        return {"hit": np.array(hits)}
+
+    return describe
+
+
+def reads_split(training_data):
+    return lambda request: {"train": np.full(len(request.items), float(request.split == "train"))}
+
+
+def no_dictionary(training_data):
+    return lambda request: [1.0] * len(request.items)
+
+
+def no_function(training_data):
+    return None
+
+
+def texts(training_data):
+    return lambda request: {"x": ["a"] * len(request.items)}
+
+
+def no_arguments():
+    return None
+
+
+def writes_embeddings(training_data):
+    training_data.embeddings[:] = 0
+    return lambda request: {"x": np.zeros(len(request.items))}
+
+
 @pytest.mark.parametrize(
     ("provider", "test", "message"),
     [
+        (reads_target_in_training, "test_features_do_not_depend_on_labels", "of train/user0 depends on the target"),
+        (reads_split, "test_features_do_not_depend_on_the_split", "depends on request.split"),
+        (no_dictionary, "test_names_are_the_same_for_each_request", "Return a dictionary of named features"),
+        (no_function, "test_features_do_not_depend_on_labels", "cannot be called as describe(request)"),
+        (texts, "test_features_do_not_depend_on_labels", "is no array of numbers"),
+        (no_arguments, "test_features_do_not_depend_on_labels", "cannot be called as provider(data): too many"),
+        (writes_embeddings, "test_it_does_not_change_the_training_data", "the provider changes the interactions"),
         (reads_target, "test_features_do_not_depend_on_labels", "'hit' of test/user2 depends on the target"),
         (not_finite, "test_a_feature_has_one_number_per_candidate", "values that are not finite"),
         (one_number, "test_a_feature_has_one_number_per_candidate", "has the shape () for 2 candidates"),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.errors import GR2Error
-from recbole_gr2.features.providers import PROVIDERS, Provider, TrainingData
-from recbole_gr2.plugins import find
+from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.features.providers import PROVIDERS, Describe, Provider, TrainingData
+from recbole_gr2.plugins import calling, check_call, find, misfit
 from recbole_gr2.types import RECENT, Candidate, CandidateFeatures, Item, Request
 
 __all__ = ["TrainingData", "extract_features", "feature_names", "find_providers"]
@@ -19,15 +20,19 @@ def find_providers(names: Sequence[str]) -> list[Provider]:
     """Return feature providers by name: built-in ones, or `module:attribute`.
 
     Raises:
-        ConfigurationError: a name is neither.
+        ConfigurationError: a name is neither, or a provider cannot be called with training data.
     """
-    return [find(name, PROVIDERS, where="prior_features") for name in names]
+    providers = [find(name, PROVIDERS, where="prior_features") for name in names]
+    for name, provider in zip(names, providers, strict=True):
+        if ":" in name:
+            check_call(provider, "provider(data)", None, name=name, where="prior_features")
+    return providers
 
 
 def extract_features(
     requests: Sequence[Request], names: Sequence[str], data: TrainingData
 ) -> tuple[list[str], list[CandidateFeatures]]:
-    """Compute the features of requests.
+    """Compute the features of requests. The providers get the requests without labels.
 
     Args:
         requests: the requests.
@@ -39,13 +44,40 @@ def extract_features(
 
     Raises:
         ConfigurationError: there is no such provider.
-        GR2Error: a provider returned an array of a wrong shape, a number that is not finite, or a repeated name.
+        GR2Error: a provider returned an array of a wrong shape, a number that is not finite, a repeated name, or other
+            names than for the first request; or a provider of the user raised an exception.
     """
-    describes = [provider(data) for provider in find_providers(names)]
+    describes = []
+    for name, provider in zip(names, find_providers(names), strict=True):
+        with calling(name, where="prior_features"):
+            describes.append(provider(data))
+        if problem := misfit(describes[-1], None):
+            raise ConfigurationError(
+                f"the result of the feature provider {name!r} cannot be called as describe(request): {problem}",
+                where="prior_features",
+                why="a provider returns a function that computes the features of a request",
+                do="return a function describe(request) from the provider",
+            )
     labels: list[str] = []
     extracted = []
+    expected: list[str] | None = None
     for request in requests:
-        named = [pair for describe in describes for pair in describe(request).items()]
+        visible = request.without_labels()
+        named = [
+            pair
+            for name, describe in zip(names, describes, strict=True)
+            for pair in _described(visible, name, describe).items()
+        ]
+        found = [name for name, _ in named]
+        expected = found if expected is None else expected
+        if found != expected:
+            raise GR2Error(
+                f"the request {request.request_id} has the features {found}, and {requests[0].request_id} has "
+                f"{expected}",
+                where=f"prior_features {list(names)}",
+                why="the columns of the features must mean the same for every request",
+                do="return the same names in the same order for each request; use 0 where a feature does not apply",
+            )
         labels, features = _stack(request, named, names)
         extracted.append(features)
     return labels, extracted
@@ -68,14 +100,33 @@ def feature_names(names: Sequence[str]) -> list[str]:
     return extract_features([request], names, data)[0]
 
 
+def _described(request: Request, name: str, describe: Describe) -> Mapping[str, Any]:
+    """Return the named features of a request by one provider.
+
+    Raises:
+        GR2Error: they are no dictionary with texts as keys, or a provider of the user raised an exception.
+    """
+    with calling(name, where=f"request {request.request_id}, prior_features"):
+        features = describe(request)
+    if not isinstance(features, Mapping) or not all(isinstance(key, str) for key in features):
+        raise GR2Error(
+            f"the feature provider {name!r} returned no dictionary of named features: {features!r:.200}",
+            where=f"request {request.request_id}, prior_features",
+            why="features are stored and read by name",
+            do="return a dictionary from describe(request): a name and an array for each feature",
+        )
+    return features
+
+
 def _stack(
-    request: Request, named: Sequence[tuple[str, np.ndarray]], providers: Sequence[str]
+    request: Request, named: Sequence[tuple[str, Any]], providers: Sequence[str]
 ) -> tuple[list[str], CandidateFeatures]:
     """Return the names of the features of a candidate, and all features of a request as two arrays.
 
     Raises:
-        GR2Error: a feature has a wrong shape, is not finite, or has the name of another one.
+        GR2Error: a feature is no array of numbers, has a wrong shape, is not finite, or has the name of another one.
     """
+    where = f"request {request.request_id}, prior_features {list(providers)}"
     size, recent = len(request.items), min(len(request.history), RECENT)
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
@@ -85,15 +136,26 @@ def _stack(
             why="features are stored and read by name",
             do="rename one of them, or remove its provider from prior_features",
         )
-    with np.errstate(over="ignore"):  # A number beyond float16 becomes infinite, which the next check reports.
-        values = [np.asarray(value, dtype=np.float16 if np.ndim(value) == 2 else np.float32) for _, value in named]
-    for name, value in zip(names, values, strict=True):
-        if value.shape not in ((size,), (recent, size)) or not np.isfinite(value).all():
+    values = []
+    for name, value in named:
+        wrong = ""
+        try:
+            with np.errstate(over="ignore"):  # A number beyond float16 becomes infinite, which is reported below.
+                values.append(np.asarray(value, dtype=np.float16 if np.ndim(value) == 2 else np.float32))
+        except (TypeError, ValueError) as error:
+            wrong = f"is no array of numbers: {error}"
+        else:
+            if values[-1].shape not in ((size,), (recent, size)):
+                wrong = f"has the shape {values[-1].shape}"
+            elif not np.isfinite(values[-1]).all():
+                kind = values[-1].dtype
+                wrong = f"has {np.sum(~np.isfinite(values[-1]))} values that are not finite as {kind}"
+        if wrong:
             raise GR2Error(
-                f"the feature {name!r} has the shape {value.shape} or is not finite; it must have one finite number "
-                f"per candidate, ({size},), or one per history item and candidate, ({recent}, {size})",
-                where=f"{request.request_id}, prior_features {list(providers)}",
-                why="the prior cannot be fitted to it",
+                f"the feature {name!r} {wrong}",
+                where=where,
+                why=f"it must have one finite number per candidate, shape ({size},), or one per history item and "
+                f"candidate, shape ({recent}, {size})",
                 do="correct the provider of this feature, or remove it from prior_features",
             )
     labels = [name for name, value in zip(names, values, strict=True) if value.ndim == 1]

@@ -7,7 +7,8 @@ their own in the setting `eval_rows`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import GR2Error
+from recbole_gr2.plugins import name_of
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Context, Request
 
@@ -119,6 +121,13 @@ def as_answers(requests: Sequence[Request], rankings: Sequence[Answer | Sequence
     Raises:
         GR2Error: the number of rankings is wrong, or a ranking is not a permutation of the candidates.
     """
+    if not hasattr(rankings, "__len__"):
+        raise GR2Error(
+            f"rank returned an object of the type {type(rankings).__name__} instead of a list of rankings",
+            where=f"method {method}",
+            why="each request needs one ranking",
+            do="return a list with one ranking for each request, in the order of the requests",
+        )
     if len(rankings) != len(requests):
         raise GR2Error(
             f"{len(rankings)} rankings for {len(requests)} requests",
@@ -128,20 +137,47 @@ def as_answers(requests: Sequence[Request], rankings: Sequence[Answer | Sequence
         )
     answers = []
     for request, ranking in zip(requests, rankings, strict=True):
-        answer = (
-            ranking
-            if isinstance(ranking, Answer)
-            else Answer(request_id=request.request_id, ranking=tuple(int(item) for item in ranking))
-        )
+        where = f"method {method}, request {request.request_id}"
+        if isinstance(ranking, Answer):
+            answer = replace(ranking, ranking=_item_ids(ranking.ranking, where=where))
+        else:
+            answer = Answer(request_id=request.request_id, ranking=_item_ids(ranking, where=where))
         if sorted(answer.ranking) != sorted(request.items) or answer.request_id != request.request_id:
             raise GR2Error(
                 f"the ranking {answer.ranking} is not a permutation of the candidates {request.items}",
-                where=f"method {method}, request {request.request_id}",
+                where=where,
                 why="re-ranking must neither add nor drop items",
                 do="return every item of request.items once, best first",
             )
         answers.append(answer)
     return answers
+
+
+def _item_ids(ranking: Any, *, where: str) -> tuple[int, ...]:
+    """Return a ranking as a tuple of integers.
+
+    Raises:
+        GR2Error: it contains something else than whole numbers, or is no sequence.
+    """
+    if isinstance(ranking, Iterable):
+        ranking = list(ranking)
+        try:
+            items = tuple(int(item) for item in ranking)
+            if all(item == value for item, value in zip(items, ranking, strict=True)):
+                return items
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise GR2Error(
+        f"the ranking {ranking!s:.200} is no list of item ids",
+        where=where,
+        why="a ranking consists of internal item ids as in request.items, not of tokens or other texts",
+        do="return every item of request.items once, best first",
+    )
+
+
+def user_name(method: type[Reranker]) -> str:
+    """Return `module:attribute` for a method of the user, and a name without colon for a built-in one."""
+    return method.name if ":" in method.name else name_of(method)
 
 
 def by_score(request: Request, scores: Sequence[float] | np.ndarray) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.plugins import calling
 from recbole_gr2.ranking import complete
 from recbole_gr2.rerankers.base import ALL, Reranker
 from recbole_gr2.store import numbered_lines
@@ -27,7 +28,11 @@ def from_function(name: str, function: Callable[..., Sequence[int]]) -> type[Rer
 
     class FunctionReranker(Reranker):
         def rank(self, requests: Sequence[Request]) -> list[Sequence[int]]:
-            return [function(request, self.catalog) for request in requests]
+            rankings = []
+            for request in requests:
+                with calling(name, where=f"request {request.request_id}"):
+                    rankings.append(function(request, self.catalog))
+            return rankings
 
     FunctionReranker.name = name
     FunctionReranker.description = f"the user's function {name}"

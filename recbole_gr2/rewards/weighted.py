@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.plugins import find
+from recbole_gr2.plugins import calling, check_call, find
 from recbole_gr2.rewards.rewards import REWARDS, Reward
 from recbole_gr2.types import Answer, Request
 
@@ -22,7 +23,8 @@ class WeightedRewards:
         rewards: the rewards by name, e.g. `{**REWARDS, "overlong": overlong(64, 16)}`.
 
     Raises:
-        ConfigurationError: a reward does not exist, an entry has another form, or no weight differs from 0.
+        ConfigurationError: a reward does not exist or does not take a request and an answer, an entry has another form,
+            or no weight differs from 0.
 
     >>> weighted = WeightedRewards({"rank_gain": 1.0, "format": {"weight": 0.2, "only_if": "promoted"}})
     >>> weighted.total({"rank_gain": 0.5, "format": 1.0, "promoted": 1.0})
@@ -33,6 +35,9 @@ class WeightedRewards:
         self.weights: dict[str, float] = {}
         self.only_if: dict[str, list[str]] = {}
         self.rewards = {**rewards, **{name: find(name, rewards, where="rl_rewards") for name in reward_names(weights)}}
+        for name, reward in self.rewards.items():
+            if ":" in name:
+                check_call(reward, "reward(request, answer)", None, None, name=name, where="rl_rewards")
         for name, value in weights.items():
             weight, conditions = _entry(name, value)
             if weight:
@@ -49,13 +54,16 @@ class WeightedRewards:
         """Return all rewards of an answer by name; None for a reward that does not apply.
 
         Raises:
-            GR2Error: a reward is not a finite number. Exceptions of a reward are not caught.
+            GR2Error: a reward is not a finite number, or a reward of the user raises an exception.
         """
-        terms = {name: reward(request, answer) for name, reward in self.rewards.items()}
+        terms: dict[str, float | None] = {}
+        for name, reward in self.rewards.items():
+            with calling(name, where=f"request {request.request_id}"):
+                terms[name] = reward(request, answer)
         for name, value in terms.items():
-            if value is not None and not math.isfinite(value):
+            if value is not None and not _is_finite(value):
                 raise GR2Error(
-                    f"the reward {name!r} is {value}",
+                    f"the reward {name!r} is {value!r:.200}",
                     where=f"request {request.request_id}",
                     why="one such value makes the advantages of all answers to the request invalid",
                     do="return a finite number, or None if the reward does not apply",
@@ -83,6 +91,12 @@ def reward_names(weights: Mapping[str, Any]) -> list[str]:
     ['format', 'promoted']
     """
     return list(dict.fromkeys(n for name, value in weights.items() for n in (name, *_entry(name, value)[1])))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number. Arrays without dimensions are numbers."""
+    value = value.item() if getattr(value, "shape", None) == () else value
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _entry(name: str, value: Any) -> tuple[float, list[str]]:

@@ -23,6 +23,7 @@ from recbole_gr2.artifacts import (
     write_requests,
 )
 from recbole_gr2.config import Settings
+from recbole_gr2.errors import GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, scores_of
@@ -120,7 +121,15 @@ def _features(
             embeddings=embeddings,
         )
         together = [request for split in splits for request in requests[split]]
-        names, rows = extract_features(together, settings["prior_features"], training)
+        found, rows = extract_features(together, settings["prior_features"], training)
+        if names and found != names:
+            raise GR2Error(
+                f"the features of the {splits[0]} requests are {found}, and those of the train requests {names}",
+                where=f"prior_features {settings['prior_features']}",
+                why="the columns of the features must mean the same for every request",
+                do="derive the names of features from nothing but the items, not from the training interactions",
+            )
+        names = found
         for split in splits:
             features[split], rows = rows[: len(requests[split])], rows[len(requests[split]) :]
     for split in SPLITS:

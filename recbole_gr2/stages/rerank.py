@@ -12,7 +12,7 @@ import numpy as np
 
 from recbole_gr2.artifacts import load_catalog, write_answers
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.errors import GR2Error, QualityCheckError
 from recbole_gr2.lists import (
     base_orders,
     candidate_requests,
@@ -21,9 +21,10 @@ from recbole_gr2.lists import (
     slides,
     training_requests,
 )
+from recbole_gr2.plugins import calling
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
-from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
+from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name, user_name
 from recbole_gr2.rerankers.external import FILE, read_rankings
 from recbole_gr2.types import Answer, Context, Request, Stage
 
@@ -39,8 +40,17 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         QualityCheckError: no list contains its target.
     """
-    settings = context.settings
-    reranker: Reranker = context.parameters["reranker"](context)
+    settings, method = context.settings, context.parameters["reranker"]
+    name, where = user_name(method), f"method {method.name}"
+    with calling(name, where=where):
+        reranker: Reranker = method(context)
+    if not hasattr(reranker, "summary"):
+        raise GR2Error(
+            f"the method {method.name} has no context",
+            where="eval_rows",
+            why="its own __init__ does not call that of Reranker",
+            do="call super().__init__(context)",
+        )
     sliding = not reranker.whole_pool and slides(settings, windowed=reranker.windowed)
     requests, hits = reported_requests(context, pool=reranker.whole_pool or sliding)
     if not hits:
@@ -55,7 +65,9 @@ def run(context: Context) -> dict[str, Any]:
     if type(reranker).fit is not Reranker.fit:
         pool = reranker.whole_pool
         valid = [request for request in candidate_requests(context, "valid", pool=pool) if request.has_signal]
-        reranker.fit(training_requests(context, pool=pool), valid)
+        train = training_requests(context, pool=pool)
+        with calling(name, where=f"{where}, fit"):
+            reranker.fit(train, valid)
     started = time.monotonic()
     answers = _ranked_windows(reranker, requests) if sliding else _ranked(reranker, requests)
     seconds = time.monotonic() - started
@@ -77,8 +89,9 @@ def run(context: Context) -> dict[str, Any]:
 
 def _ranked(reranker: Reranker, requests: Sequence[Request]) -> list[Answer]:
     """The answers of a re-ranker to requests, of which it does not see the labels."""
-    rankings = reranker.rank([request.without_labels() for request in requests])
-    return as_answers(requests, rankings, method=reranker.name)
+    with calling(user_name(type(reranker)), where=f"method {reranker.name}, rank"):
+        rankings = reranker.rank([request.without_labels() for request in requests])
+        return as_answers(requests, rankings, method=reranker.name)
 
 
 def _ranked_windows(reranker: Reranker, pools: Sequence[Request]) -> list[Answer]:

@@ -19,13 +19,12 @@ from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import RANDOM, load_language_model
-from recbole_gr2.plugins import find
 from recbole_gr2.policy import Policy, citations, resolved_bf16
 from recbole_gr2.prompts import load_template
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens
 from recbole_gr2.store import check_text, file_hash, module_hash
-from recbole_gr2.teachers import TEACHERS, Teacher, ask, build_teacher
+from recbole_gr2.teachers import Teacher, ask, build_teacher, find_teacher
 from recbole_gr2.types import Context, Request, Stage, Trace
 
 
@@ -70,9 +69,12 @@ def run(context: Context) -> dict[str, Any]:
     write_traces(context.folder / "accepted.jsonl", accepted, catalog)
     write_traces(context.folder / "rejected.jsonl", rejected, catalog)
     share = len(accepted) / max(len(requests), 1)
+    reasons = Counter(trace.reason for trace in rejected)
     if not accepted or share < settings["trace_min_accepted"]:
+        frequent = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
         raise QualityCheckError(
-            f"{share:.1%} of {len(requests)} requests have an accepted trace",
+            f"{share:.1%} of {len(requests)} requests have an accepted trace; most frequent reasons of rejection: "
+            f"{frequent or 'none'}",
             where=f"teacher {teacher.name}, mode {mode}",
             why="requests without a trace are left out, so that too little training data would remain",
             do="raise trace_tries, use trace_mode targeted, or use a stronger teacher",
@@ -83,7 +85,7 @@ def run(context: Context) -> dict[str, Any]:
         "accepted": len(accepted),
         "accepted_share": share,
         "tries_mean": sum(trace.tries for trace in accepted) / len(accepted),
-        "rejected_for": dict(Counter(trace.reason for trace in rejected)),
+        "rejected_for": dict(reasons),
         **citations(accepted, requests, catalog, settings["prompt_history"]),
         "usage": usage,
         "cost": cost(usage, settings["trace_price"]),
@@ -139,7 +141,7 @@ def cost(usage: Mapping[str, int], price: Mapping[str, float]) -> float | None:
 def check_settings(settings: Settings) -> None:
     """Check the endpoint's address, and that the user's teacher, a teacher's model and the recorded traces exist."""
     check_url(settings["trace_endpoint"], where="trace_endpoint")
-    find(settings["trace_teacher"], TEACHERS, where="trace_teacher")
+    find_teacher(settings["trace_teacher"])
     if settings["trace_llm"] is not None:
         check_name(settings["trace_llm"], where="trace_llm", others=(RANDOM,))
     if settings["trace_file"]:

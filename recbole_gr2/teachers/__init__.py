@@ -6,7 +6,7 @@ A teacher is built as `Teacher(catalog=..., settings=..., seed=...)` and has a `
 
 from recbole_gr2.teachers.base import Teacher, TeacherReply, ask
 from recbole_gr2.teachers.local_llm import LocalLLM
-from recbole_gr2.teachers.registry import TEACHERS, build_teacher
+from recbole_gr2.teachers.registry import TEACHERS, build_teacher, find_teacher
 from recbole_gr2.teachers.rules import RulesTeacher, phrases, true_statements
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TeacherReply",
     "ask",
     "build_teacher",
+    "find_teacher",
     "phrases",
     "true_statements",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Protocol
 
 from recbole_gr2.errors import GR2Error
 from recbole_gr2.plain_text import plain_text
+from recbole_gr2.plugins import calling, name_of
 from recbole_gr2.sid.tokens import SID_TOKEN
 from recbole_gr2.types import Request
 
@@ -68,10 +69,20 @@ def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attemp
         attempt: see `Teacher.argue`.
 
     Raises:
-        GR2Error: the teacher returns another number of replies, or objects of another type.
+        GR2Error: the teacher returns another number of replies, objects of another type, or ranks items that are no
+            candidates; or a teacher of the user raises an exception.
     """
     visible = list(requests) if targeted else [request.without_labels() for request in requests]
-    replies = list(teacher.argue(visible, targeted=targeted, attempt=attempt))
+    with calling(name_of(type(teacher)), where=f"teacher {teacher.name}, attempt {attempt}"):
+        returned = teacher.argue(visible, targeted=targeted, attempt=attempt)
+        replies = list(returned) if isinstance(returned, Iterable) else None
+    if replies is None:
+        raise GR2Error(
+            f"argue returned an object of the type {type(returned).__name__} instead of a list of replies",
+            where=f"teacher {teacher.name}, attempt {attempt}",
+            why="each request needs one reply",
+            do="return a list with one TeacherReply per request",
+        )
     if len(replies) != len(requests):
         raise GR2Error(
             f"the teacher returned {len(replies)} replies to {len(requests)} requests",
@@ -87,11 +98,19 @@ def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attemp
                 where=where,
                 do="return recbole_gr2.teachers.TeacherReply(reasoning=..., ranking=...)",
             )
-        if not isinstance(reply.reasoning, str) or not _are_ids(reply.ranking):
+        if not isinstance(reply.reasoning, str) or not isinstance(reply.problem, str) or not _are_ids(reply.ranking):
             raise GR2Error(
-                "the reasoning of a reply is no text, or its ranking contains something else than item ids",
+                "the reasoning or the problem of a reply is no text, or its ranking contains something else than item "
+                "ids",
                 where=where,
                 do="return a text and the internal ids of the candidates, such as request.items",
+            )
+        if others := [item for item in reply.ranking if item not in request.items]:
+            raise GR2Error(
+                f"the ranking of a reply contains {others[:5]}, which are no candidates",
+                where=where,
+                why="a trace ranks the candidates of its request",
+                do="return item ids of request.items; leave the ranking empty if there is none",
             )
     return [replace(reply, reasoning=plain_reasoning(reply.reasoning)) for reply in replies]
 

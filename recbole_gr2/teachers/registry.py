@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.plugins import find
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.plugins import calling, check_call, check_method, find
 from recbole_gr2.teachers.base import Teacher
 from recbole_gr2.teachers.local_llm import LocalLLM
 
@@ -18,6 +19,23 @@ TEACHERS: Mapping[str, str] = {
     "openai_api": "recbole_gr2.teachers.openai_api:OpenAITeacher",
     "recorded": "recbole_gr2.teachers.recorded:RecordedTeacher",
 }
+
+
+def find_teacher(name: str) -> Any:
+    """Return the class or function of a teacher of the user, or `module:attribute` of a built-in one.
+
+    Raises:
+        ConfigurationError: the teacher does not exist, does not accept `catalog`, `settings` and `seed`, or is a class
+            without a method `argue`.
+    """
+    build = find(name, TEACHERS, where="trace_teacher")
+    if ":" in name:
+        form = "teacher(catalog=..., settings=..., seed=...)"
+        check_call(build, form, name=name, where="trace_teacher", catalog=None, settings=None, seed=None)
+        if isinstance(build, type):
+            form = "argue(requests, targeted=..., attempt=...)"
+            check_method(build, form, None, name=name, where="trace_teacher", targeted=True, attempt=0)
+    return build
 
 
 def build_teacher(
@@ -41,9 +59,10 @@ def build_teacher(
         replies: the file in which the `openai_api` teacher stores responses. No other teacher uses it.
 
     Raises:
-        ConfigurationError: the teacher does not exist, or one of its settings is wrong.
+        ConfigurationError: the teacher does not exist, one of its settings is wrong, or it has no name or no method
+            `argue`.
     """
-    build = find(name, TEACHERS, where="trace_teacher")
+    build = find_teacher(name)
     given: dict[str, Any] = {"catalog": catalog, "settings": settings, "seed": seed}
     if name in TEACHERS:
         build = find(TEACHERS[name], {}, where="trace_teacher")
@@ -52,4 +71,14 @@ def build_teacher(
         given["language_model"] = language_model()
     if name == "openai_api":
         given["replies"] = replies
-    return build(**given)
+    with calling(name, where="trace_teacher"):
+        teacher: Teacher = build(**given)
+    teacher_name = getattr(teacher, "name", None)
+    if not callable(getattr(teacher, "argue", None)) or not isinstance(teacher_name, str) or not teacher_name:
+        raise ConfigurationError(
+            f"the teacher {name!r} has no method argue, or its attribute `name` is no text: {teacher_name!r}",
+            where="trace_teacher",
+            why="the traces stage calls argue and writes the name to each trace",
+            do="write the method argue(requests, targeted=..., attempt=...), and set `name`",
+        )
+    return teacher
