@@ -75,3 +75,12 @@ def test_one_request_is_the_default(tiny_settings, tmp_path):
     assert data.train_splits == ("train",) and set(data.split.held_out.tolist()) == {1}
     with pytest.raises(ConfigurationError, match="train_requests is 2, and train_targets is 2"):
         tiny_settings(tmp_path, train_requests=2, train_targets=2)
+
+
+def test_requests_that_leave_nothing_to_learn_are_refused(tiny_settings, tiny_data, tmp_path):
+    from recbole_gr2 import pipeline
+
+    settings = tiny_settings(tmp_path, data_path=str(tiny_data), train_requests=50)
+    data = Data(settings)
+    with pytest.raises(ConfigurationError, match="(?s)no user has two training items.*train_requests 50"):
+        pipeline.check_data(pipeline.plan(settings, data, stages=["candidates"]), settings, data)

@@ -14,6 +14,7 @@ from typing import Any
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.training import is_finished, read_metadata, train_model
 from recbole_gr2.config import GENERATOR, Settings
+from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.recommenders import (
     BASE,
     HOLD_OUT,
@@ -66,6 +67,13 @@ def _stage(name: str, settings: Settings) -> Stage:
 
     def check_data(settings: Settings, data: Data) -> None:
         check_model_size(name, data, base=True)
+        if data.split.known["hold_out"].max() < 2:
+            raise ConfigurationError(
+                "without the targets of the training requests no user has two training items",
+                where=f"train_requests {settings['train_requests']}, train_targets {settings['train_targets']}",
+                why="the hold-out models, which propose the training lists, have nothing to learn from",
+                do="lower train_requests or train_targets",
+            )
 
     return Stage(
         name=base_stage(name),

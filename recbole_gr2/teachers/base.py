@@ -21,7 +21,7 @@ class TeacherReply:
     Attributes:
         reasoning: the reasoning trace. An empty trace is rejected.
         ranking: item ids, best first: a permutation of the request's candidates. () or an incomplete ranking is
-            rejected.
+            rejected, and so is one with other items.
         problem: why the reply has no ranking, "" if it has one. The traces stage counts the replies by this reason.
     """
 
@@ -69,8 +69,8 @@ def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attemp
         attempt: see `Teacher.argue`.
 
     Raises:
-        GR2Error: the teacher returns another number of replies, objects of another type, or ranks items that are no
-            candidates; or a teacher of the user raises an exception.
+        GR2Error: the teacher returns another number of replies or objects of another type, or a teacher of the user
+            raises an exception.
     """
     visible = list(requests) if targeted else [request.without_labels() for request in requests]
     with calling(name_of(type(teacher)), where=f"teacher {teacher.name}, attempt {attempt}"):
@@ -105,14 +105,15 @@ def ask(teacher: Teacher, requests: Sequence[Request], *, targeted: bool, attemp
                 where=where,
                 do="return a text and the internal ids of the candidates, such as request.items",
             )
-        if others := [item for item in reply.ranking if item not in request.items]:
-            raise GR2Error(
-                f"the ranking of a reply contains {others[:5]}, which are no candidates",
-                where=where,
-                why="a trace ranks the candidates of its request",
-                do="return item ids of request.items; leave the ranking empty if there is none",
-            )
-    return [replace(reply, reasoning=plain_reasoning(reply.reasoning)) for reply in replies]
+    return [_checked(reply, request) for reply, request in zip(replies, requests, strict=True)]
+
+
+def _checked(reply: TeacherReply, request: Request) -> TeacherReply:
+    """A reply without control tokens, and without a ranking if that ranks other items than candidates."""
+    reply = replace(reply, reasoning=plain_reasoning(reply.reasoning))
+    if set(reply.ranking) <= set(request.items):
+        return reply
+    return replace(reply, ranking=(), problem="the ranking contains items that are no candidates")
 
 
 def _are_ids(ranking: object) -> bool:
