@@ -4,7 +4,7 @@
 
 The data set is that of `kills.py`. A number gets the smallest and the largest permitted value; without a bound 0.000001
 or a million, and for sizes 100,000. A choice gets each value, a boolean the other one, and an optional setting none.
-Each run uses the stages of a first run with the values of `kills.py` that the setting does not change.
+Each run uses the stages of a first run that the setting does not change.
 
 A run passes if it ends with a result, or with one error of this package. The script prints each error that a stage
 raises after the run has started, because an earlier one saves the user time. The exit code is 0 if all runs pass.
@@ -41,7 +41,10 @@ WORK = re.compile(
 )
 LARGE, SMALL = 1e6, 1e-6  # for numbers without a bound
 SIZE = 100_000  # for integers without a bound, such as lengths and batch sizes
+OPTIONAL = ("distilled", "onerec_think")  # methods that run for settings with this prefix only
 SETTINGS = SETTINGS | {
+    "models": [],
+    "eval_rows": ["lambdamart", "midtrain", "sft", "rl"],
     "mid_tokens": 4000,
     "mid_embedding_tokens": 1000,
     "sft_steps": 6,
@@ -140,7 +143,9 @@ def report() -> int:
         if declared.key in LEFT_OUT or not declared.key.startswith(tuple(options.only)):
             continue
         for value in extremes(declared):
-            outcome, message = run(folder, base | {declared.key: value}, options.seconds)
+            methods = [name for name in OPTIONAL if declared.key.startswith(name)]
+            given = {"eval_rows": [*base["eval_rows"], *methods], declared.key: value}
+            outcome, message = run(folder, base | given, options.seconds)
             counts[outcome] += 1
             if outcome != "result":
                 print(f"{declared.key}: {value!r}: {outcome}" + (f"\n    {message}" if message else ""), flush=True)
