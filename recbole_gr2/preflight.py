@@ -7,6 +7,7 @@ a stage from earlier runs.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -174,11 +175,15 @@ def expected_time(entry: Planned) -> str:
     The earlier run is the one with the fewest other settings, and of several the newest.
 
     Returns:
-        For example `about 70 min (earlier run)`; `unknown` if the stage has never run, and "" if it is finished.
+        For example `about 70 min (earlier run)`, and "" if the stage is finished. If it has never run on this data set,
+        `unknown` with the time on another one: `unknown; 12 min on ml-100k`.
     """
+    if entry.finished:
+        return ""
     seconds, same = _earlier(entry)
-    if entry.finished or seconds is None:
-        return "" if entry.finished else "unknown"
+    if seconds is None:
+        other = _on_other_data(entry)
+        return f"unknown; {duration(other[1])} on {other[0]}" if other else "unknown"
     return f"about {duration(seconds)} ({'earlier run' if same else 'earlier run, other settings'})"
 
 
@@ -210,6 +215,20 @@ def _earlier(entry: Planned) -> tuple[float | None, bool]:
 
     nearest_record = min(records, key=changes)
     return nearest_record.seconds, not changes(nearest_record)
+
+
+def _on_other_data(entry: Planned) -> tuple[str, float] | None:
+    """Data set and seconds of the nearest run of a stage on another data set, or None."""
+    stages = entry.folder.parents[1]
+    runs = []
+    for folder in sorted(stages.parent.parent.glob(f"*/{stages.name}/{entry.stage.name}/*")):
+        with contextlib.suppress(GR2Error):  # a damaged manifest
+            if folder.parents[1] != stages and (record := read_manifest(folder)) is not None:
+                runs.append((len(changed_settings(record.settings, entry.settings)), folder.parents[2].name, record))
+    if not runs:
+        return None
+    _, name, record = min(runs, key=lambda run: run[0])
+    return name, record.seconds
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,8 @@ from recbole_gr2.llm.model import random_config, random_model
 from recbole_gr2.llm.size import model_size
 from recbole_gr2.quick_start import main
 from recbole_gr2.stages import all_stages, check_names
-from recbole_gr2.store import write_json
+from recbole_gr2.store import write_json, write_manifest
+from recbole_gr2.types import StageRecord
 
 GIB = 2**30
 
@@ -244,6 +245,28 @@ def test_the_time_is_that_of_the_earlier_run_with_the_fewest_other_settings(tiny
     everything = pipeline.plan(tiny_settings(tmp_path, sid_commitment=0.4), data, stages=["midtrain"])
     assert preflight.expected_total(everything) == f"{total}; without midtrain, which never ran"
     assert preflight.expected_total(planned(**near)) == "none, every stage is finished"
+
+
+def test_the_time_on_another_data_set_is_named_as_such(tiny_settings, tmp_path, data):
+    """That of the most similar run. A damaged manifest is left out."""
+    (entry,) = pipeline.plan(tiny_settings(tmp_path), data, stages=["embeddings"])
+    other = entry.folder.parents[3] / "films" / "stages" / "embeddings"
+    for key, seconds, changes in (("a", 90, {"seed": 1}), ("b", 4200, {}), ("c", 5, None)):
+        (other / key).mkdir(parents=True)
+        record = StageRecord(
+            stage="embeddings",
+            key=key,
+            version=1,
+            needs={},
+            settings={**entry.settings, **(changes or {})},
+            seconds=seconds,
+            peak_memory_mb=1.0,
+        )
+        write_manifest(other / key, record)
+        if changes is None:
+            (other / key / "manifest.json").write_text("{")
+    assert preflight.expected_time(entry) == "unknown; 70 min on films"
+    assert preflight.expected_total([entry]).startswith("unknown")
 
 
 def test_a_dry_run_checks_everything_and_leaves_nothing(tiny_data, tmp_path, capsys, monkeypatch):
