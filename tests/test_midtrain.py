@@ -208,6 +208,21 @@ def test_continuation_log_likelihood_is_that_of_a_plain_forward(student):
                 assert score == pytest.approx(plain, abs=1e-3)
 
 
+def test_a_perplexity_that_is_too_large_is_infinite():
+    from types import SimpleNamespace
+
+    from recbole_gr2.llm.likelihood import perplexity
+
+    class Wrong(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **options):
+            return SimpleNamespace(logits=torch.tensor([1e5, 0.0]).expand(*input_ids.shape, 2))
+
+    assert perplexity(Wrong(), [[0, 1, 1]], pad_id=0) == math.inf
+    assert perplexity(Wrong(), [[0, 0, 0]], pad_id=0) == 1
+
+
 def test_perplexity_is_that_of_a_plain_forward(student):
     from recbole_gr2.llm.likelihood import perplexity
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +63,7 @@ def perplexity(
 ) -> float:
     """Return exp of the mean negative log-likelihood per token over texts, given as token ids.
 
-    The first token of each text is not scored.
+    The first token of each text is not scored. The result is infinite if it is too large for a float.
     """
     model.eval()
     total, count = 0.0, 0
@@ -75,7 +74,7 @@ def perplexity(
         scored = mask[:, :-1].bool() & mask[:, 1:].bool()
         chosen = logits[:, :-1][scored].float().log_softmax(-1).gather(-1, tokens[:, 1:][scored].unsqueeze(-1))
         total, count = total - chosen.sum().item(), count + len(chosen)
-    return math.exp(total / count)
+    return torch.tensor(total / count, dtype=torch.double).exp().item()
 
 
 def _log_likelihoods(

@@ -6,6 +6,7 @@ the new tokens on the persona task, with all other weights frozen; then all weig
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import QualityCheckError
+from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.likelihood import perplexity
@@ -21,7 +22,7 @@ from recbole_gr2.llm.model import RANDOM, device, load_language_model, random_co
 from recbole_gr2.llm.train import finetune
 from recbole_gr2.llm.vocabulary import start_from_codebooks
 from recbole_gr2.policy import new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
-from recbole_gr2.prompts import templates_for
+from recbole_gr2.prompts import SEQUENTIAL, templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
 from recbole_gr2.sid.tokens import added_tokens, code_tokens
@@ -47,7 +48,7 @@ def run(context: Context) -> dict[str, Any]:
     The parameter `hold_out` says whether the targets of the train requests are left out, by default `mid_hold_out`.
 
     Raises:
-        QualityCheckError: the loss is not finite, or the embeddings of the new tokens did not change.
+        QualityCheckError: the loss or the perplexity is not finite, or the embeddings of the new tokens did not change.
     """
     settings = context.settings
     catalog = load_catalog(context)
@@ -127,6 +128,13 @@ def run(context: Context) -> dict[str, Any]:
             do="raise mid_learning_rate or mid_tokens",
         )
     language["after"] = perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)
+    if not math.isfinite(language["after"]):
+        raise QualityCheckError(
+            f"the perplexity of plain text is {language['after']} after mid-training",
+            where="midtrain",
+            why="the language model has lost what it knew, and its weights are unusable",
+            do="lower mid_learning_rate or mid_embedding_learning_rate",
+        )
     context.say(
         f"perplexity of {sum(map(len, unseen)):,} held-out tokens of plain text: "
         f"{language['before']:.1f} before, {language['after']:.1f} after"
@@ -151,8 +159,17 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the mix of the tasks, the name of the language model, and the file of the general task."""
+    """Check the mix and the length of the texts, the name of the language model, and the file of the general task."""
     check_mix(settings["mid_mix"])
+    least = len(SEQUENTIAL) + 2 * (settings["sid_levels"] + 2) + 1
+    if settings["mid_max_length"] < least:
+        raise ConfigurationError(
+            f"mid_max_length is {settings['mid_max_length']}, expected at least {least}",
+            where="mid_max_length",
+            why=f"a text has the words {SEQUENTIAL.strip()!r}, two semantic IDs of {settings['sid_levels'] + 2} tokens "
+            "and the end",
+            do="raise mid_max_length",
+        )
     check_name(settings["llm"], where="llm", others=(RANDOM,))
     if settings["llm"] == RANDOM:
         random_config(settings["llm_random"])
