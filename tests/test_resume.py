@@ -158,6 +158,7 @@ def test_every_setting_that_a_stage_reads_is_in_its_key(uninterrupted):
     harmless = {("midtrain", "prompt_history"), ("midtrain", "prompt_shuffle"), ("evaluate", "models")}
     harmless |= {("midtrain", "prompt_template")}  # in the key as the hash of all templates
     harmless |= {("candidates", "cand_num")}  # in the key as the size of the pool
+    harmless |= {("prior", "cand_ranker")}  # in the key if LambdaMART selects candidates, which only then is fitted
     harmless |= {("midtrain_all", setting) for stage, setting in harmless if stage == "midtrain"}
     speed = {key for key, entry in settings.declared.items() if entry.speed}
     covered: dict[str, set[str]] = {}
