@@ -445,6 +445,7 @@ def test_all_problems_of_the_stages_are_reported_together(toy):
         ({"models": ["Pop"], "models_options": {"n_layers": 3}}, "unknown option 'n_layers' of Pop"),
         ({"rl_rewards": {"rank_gian": 1.0}}, "did you mean rank_gain"),
         ({"eval_rows": ["sft", "stf"]}, "eval_rows has 'stf'"),
+        ({"prior_features": ["sources"]}, "which has no features with one base model"),
         ({"mid_max_length": 20}, "mid_max_length is 20, expected at least 29"),
         # 3 history items and 5 candidates have semantic IDs of 5 tokens; the labels occur twice, and two tokens end it.
         ({"sft_max_length": 20, "cand_num": 5}, "sft_max_length is 20, and every training text has more than"),

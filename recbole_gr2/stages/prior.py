@@ -23,7 +23,7 @@ from recbole_gr2.artifacts import (
     write_requests,
 )
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, scores_of
@@ -154,8 +154,15 @@ def _quality(requests: Sequence[Request]) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check that the feature providers exist."""
+    """Check that the feature providers exist, and that one of them has features for one base model."""
     find_providers(settings["prior_features"])
+    if settings["prior_features"] == ["sources"] and len(settings["base_model"]) == 1 and not settings["cand_file"]:
+        raise ConfigurationError(
+            "prior_features is [sources], which has no features with one base model",
+            where="prior_features",
+            why="the prior and LambdaMART would have nothing to learn from",
+            do="name further features such as base, or several base models",
+        )
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
