@@ -31,7 +31,8 @@ def candidate_requests(context: Context, split: str, *, pool: bool = False) -> l
     settings = context.settings
     if pool or pool_size(settings) == settings["cand_num"]:
         return load_requests(context, split)
-    return list(_shortlists(context.folders["prior"], split, context.data.catalog, *_selection(settings)))
+    selection = settings["cand_num"], settings["cand_ranker"]
+    return list(_shortlists(context.folders["prior"], split, context.data.catalog, *selection))
 
 
 def selected(request: Request, settings: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -53,8 +54,8 @@ def rank_windows(
 
     The list begins in the order of `cand_ranker`. A window has `cand_num` items and moves by half of them. The
     re-ranker orders the items of each window, so that an item can move from the last window to the first place
-    (RankGPT, arXiv 2304.09542). There are `eval_windows` windows, or as many as the pool has. Items behind them keep
-    their order.
+    (RankGPT, arXiv 2304.09542). There are `eval_windows` windows, or as many as the pool has. Items after the last
+    window keep their order.
 
     Args:
         pools: requests with the whole pool.
@@ -68,7 +69,7 @@ def rank_windows(
     size = settings["cand_num"]
     orders = [list(_ranked(pool, settings["cand_ranker"])) for pool in pools]
     for start in reversed(range(0, settings["eval_windows"] * (size // 2), size // 2)):
-        # The first window always exists. A later one needs at least one item behind those of the window before it.
+        # The first window always exists. A later one needs at least one item after the end of the window before it.
         places = [n for n, order in enumerate(orders) if not start or len(order) > start + size - size // 2]
         if places:
             windows = [pools[n].shortlist(orders[n][start : start + size]) for n in places]
@@ -80,15 +81,6 @@ def rank_windows(
 def base_orders(requests: Sequence[Request]) -> list[tuple[int, ...]]:
     """Return the candidates of each request in base order: the answer of a method that changes nothing."""
     return [request.items for request in requests]
-
-
-def slides(settings: Mapping[str, Any], *, windowed: bool) -> bool:
-    """Return whether a method ranks several windows of the pool. `windowed` is the attribute of its class."""
-    return windowed and settings["eval_windows"] > 1 and pool_size(settings) > settings["cand_num"]
-
-
-def _selection(settings: Mapping[str, Any]) -> tuple[int, str]:
-    return settings["cand_num"], settings["cand_ranker"]
 
 
 @lru_cache(maxsize=6)

@@ -7,7 +7,6 @@ a stage from earlier runs.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, n
 from recbole_gr2.pipeline import Planned, changed_settings
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.stages import check_names
-from recbole_gr2.store import existing_folder, other_records, read_manifest
+from recbole_gr2.store import existing_folder, other_records, read_manifest, records_of
 from recbole_gr2.types import StageRecord
 
 LEAST_FREE = 50 * 2**20  # bytes; a smaller disk cannot even hold the lists and features of a small data set
@@ -219,16 +218,14 @@ def _earlier(entry: Planned) -> tuple[float | None, bool]:
 
 def _on_other_data(entry: Planned) -> tuple[str, float] | None:
     """Data set and seconds of the nearest run of a stage on another data set, or None."""
-    stages = entry.folder.parents[1]
-    runs = []
-    for folder in sorted(stages.parent.parent.glob(f"*/{stages.name}/{entry.stage.name}/*")):
-        with contextlib.suppress(GR2Error):  # a damaged manifest
-            if folder.parents[1] != stages and (record := read_manifest(folder)) is not None:
-                runs.append((len(changed_settings(record.settings, entry.settings)), folder.parents[2].name, record))
-    if not runs:
-        return None
-    _, name, record = min(runs, key=lambda run: run[0])
-    return name, record.seconds
+    dataset = entry.folder.parents[2]
+    runs = [
+        (len(changed_settings(record.settings, entry.settings)), other.name, record.seconds)
+        for other in sorted(dataset.parent.iterdir() if dataset.parent.is_dir() else ())
+        if other != dataset
+        for record in records_of(other / entry.folder.parent.relative_to(dataset))
+    ]
+    return min(runs, key=lambda run: run[0])[1:] if runs else None
 
 
 def duration(seconds: float) -> str:

@@ -93,13 +93,22 @@ def write_manifest(folder: Path, record: StageRecord) -> None:
 
 
 def other_records(folder: Path) -> list[StageRecord]:
-    """Return the records of the same stage under other keys, newest first. Manifests that cannot be read are left out.
+    """Return the records of the same stage under other keys, see `records_of`."""
+    return records_of(folder.parent, without=folder)
+
+
+def records_of(stage: Path, *, without: Path | None = None) -> list[StageRecord]:
+    """Return the records of a stage under all keys, newest first. Manifests that cannot be read are left out.
 
     They only explain a plan.
+
+    Args:
+        stage: the folder that contains the folders of all keys.
+        without: the folder of a key that is left out.
     """
     records = []
-    for file in sorted(folder.parent.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if file.parent != folder:
+    for file in sorted(stage.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime, reverse=True):
+        if file.parent != without:
             with contextlib.suppress(GR2Error):
                 records.append(read_manifest(file.parent))
     return [record for record in records if record is not None]

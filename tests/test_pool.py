@@ -177,9 +177,9 @@ def test_lambdamart_selects_the_candidates(finished_copy, tiny_run):
             assert set(short.items) == set(pool.by_ranker[:COUNT])
     _, pools = reported_requests(context, pool=True)
     table = read_per_user(changed.folders["evaluate"]).set_index("user")
-    behind = [pool for pool in pools if pool.target not in pool.by_ranker[:COUNT]]
-    assert behind
-    for pool in behind:
+    not_selected = [pool for pool in pools if pool.target not in pool.by_ranker[:COUNT]]
+    assert not_selected
+    for pool in not_selected:
         assert table.loc[pool.user_token, "midtrain"] == pool.by_ranker.index(pool.target) + 1
 
 

@@ -310,7 +310,8 @@ def _check_files(config: Any) -> None:
 
 def interaction_files(config: Any) -> list[str]:
     """Return the names of the files with the interactions: those of a ready-made split, or one."""
-    return [f"{config['dataset']}.{part}inter" for part in [f"{name}." for name in config["ready_made"] or ()] or [""]]
+    dataset, parts = config["dataset"], config["ready_made"]
+    return [f"{dataset}.{part}.inter" for part in parts] if parts else [f"{dataset}.inter"]
 
 
 def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:

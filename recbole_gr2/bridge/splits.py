@@ -76,19 +76,40 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
     >>> {name: starts.tolist() for name, starts in split.starts.items()}
     {'train': [0, 3, 0], 'train-2': [0, 2, 0], 'valid': [0, 4, 0], 'test': [0, 5, 1]}
     """
-    from_end = {name: 2 + targets + number for number, name in enumerate(train_splits(requests))}
-    starts = {name: (lengths - place).clip(min=0) for name, place in {**from_end, "valid": 2, "test": 1}.items()}
+    train, test = (lengths - 2).clip(min=0), (lengths - 1).clip(min=0)
+    refit = np.where(lengths > 2, lengths - 1, 0)
+    return _by_position(LEAVE_ONE_OUT, train, train, test, refit, targets=targets, requests=requests)
+
+
+def _by_position(
+    name: str,
+    train: np.ndarray,
+    valid: np.ndarray,
+    test: np.ndarray,
+    refit: np.ndarray,
+    *,
+    targets: int,
+    requests: int,
+) -> Split:
+    """A split whose training targets are the last training interactions of each user.
+
+    Args:
+        name: name of the split.
+        train: number of training interactions of each user, (U + 1,).
+        valid, test: position of the target, or 0 if there is none, (U + 1,).
+        refit: number of interactions before the test that a refitted model may learn from, (U + 1,).
+        targets: number of targets of a training request.
+        requests: number of training requests of a user.
+    """
+    starts = {split: (train - targets - number).clip(min=0) for number, split in enumerate(train_splits(requests))}
+    starts |= {"valid": valid, "test": test}
     most = max(targets, requests)
     return Split(
-        name=LEAVE_ONE_OUT,
+        name=name,
         starts=starts,
-        stops={name: start + (targets if name.startswith("train") else 1) for name, start in starts.items()},
-        known={
-            "train": (lengths - 2).clip(min=0),
-            "hold_out": (lengths - 2 - most).clip(min=0),
-            "refit": np.where(lengths > 2, lengths - 1, 0),
-        },
-        held_out=np.full(len(lengths), most),
+        stops={split: start + (targets if split.startswith("train") else 1) for split, start in starts.items()},
+        known={"train": train, "hold_out": (train - most).clip(min=0), "refit": refit},
+        held_out=np.full(len(train), most),
         cuts={},
     )
 
@@ -115,7 +136,7 @@ def ready_made(users: np.ndarray, parts: np.ndarray, *, tokens: Sequence[str], t
     """
     train, valid, test = (np.bincount(users[parts == part], minlength=len(tokens)) for part in range(3))
     why = "a user has one target in validation and one in the test, and the history before a target is the past"
-    for part, counts in (("validation", valid), ("test", test)):
+    for part, counts in zip(PARTS[1:], (valid, test), strict=True):
         if counts.max() > 1:
             raise ConfigurationError(
                 f"the user {tokens[int(counts.argmax())]!r} has {counts.max()} interactions in the file of {part}",
@@ -133,17 +154,8 @@ def ready_made(users: np.ndarray, parts: np.ndarray, *, tokens: Sequence[str], t
             why=why,
             do="correct the files, or give one .inter file and choose a split with eval_args",
         )
-    starts = {name: (train - targets - number).clip(min=0) for number, name in enumerate(train_splits(requests))}
-    starts |= {"valid": np.where(valid > 0, train, 0), "test": np.where(test > 0, train + valid, 0)}
-    most = max(targets, requests)
-    return Split(
-        name=READY_MADE,
-        starts=starts,
-        stops={name: start + (targets if name.startswith("train") else 1) for name, start in starts.items()},
-        known={"train": train, "hold_out": (train - most).clip(min=0), "refit": train + valid},
-        held_out=np.full(len(tokens), most),
-        cuts={},
-    )
+    starts = np.where(valid > 0, train, 0), np.where(test > 0, train + valid, 0)
+    return _by_position(READY_MADE, train, *starts, train + valid, targets=targets, requests=requests)
 
 
 def temporal(

@@ -7,7 +7,7 @@ the features do not contain.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import RECENT, CandidateFeatures
 
 Relevance = Sequence[Sequence[int]]
+Scorer = Callable[[Sequence[CandidateFeatures]], list[list[float]]]  # scores (K,) of the candidates of each list
 # The constants below are our choice.
 HIDDEN = 32  # Hidden units of the scoring network. The network of pairs has half as many.
 DROPOUT = 0.2
@@ -279,21 +280,46 @@ def cross_fit(
     Raises:
         QualityCheckError: the lists belong to fewer than two users.
     """
-    log_probs: list[list[float]] = [[]] * len(features)
-    for fold, (inside, outside) in enumerate(folds_of_users(users, seed)):
-        prior, _, _ = fit_prior(
-            [features[i] for i in outside],
-            [relevance[i] for i in outside],
-            valid=None,
-            steps=steps,
-            seed=derive_seed(seed, fold),
-        )
-        for i, row in zip(inside, log_prior(prior, [features[i] for i in inside]), strict=True):
-            log_probs[i] = row
-    return log_probs
+
+    def fit(part: Sequence[CandidateFeatures], labels: Relevance, seed: int) -> Scorer:
+        prior, _, _ = fit_prior(part, labels, valid=None, steps=steps, seed=seed)
+        return lambda others: log_prior(prior, others)
+
+    return cross_fit_with(fit, features, relevance, users=users, seed=seed)
 
 
-def folds_of_users(users: Sequence[str], seed: int) -> Iterator[tuple[list[int], list[int]]]:
+def cross_fit_with(
+    fit: Callable[[Sequence[CandidateFeatures], Relevance, int], Scorer],
+    features: Sequence[CandidateFeatures],
+    relevance: Relevance,
+    *,
+    users: Sequence[str],
+    seed: int,
+) -> list[list[float]]:
+    """Return the scores of each list by a model that was not fitted to lists of its user.
+
+    Args:
+        fit: fits a model to features and relevance of lists with a seed, and returns what scores other lists.
+        features: features of the train lists.
+        relevance: relevance of their candidates.
+        users: user of each list.
+        seed: seed of the folds. Those of the fits are derived from it.
+
+    Returns:
+        Scores (K,) of the candidates of each list.
+
+    Raises:
+        QualityCheckError: the lists belong to fewer than two users.
+    """
+    scores: list[list[float]] = [[]] * len(features)
+    for fold, (inside, outside) in enumerate(_folds_of_users(users, seed)):
+        score = fit([features[i] for i in outside], [relevance[i] for i in outside], derive_seed(seed, fold))
+        for i, row in zip(inside, score([features[i] for i in inside]), strict=True):
+            scores[i] = row
+    return scores
+
+
+def _folds_of_users(users: Sequence[str], seed: int) -> Iterator[tuple[list[int], list[int]]]:
     """Divide users at random into `FOLDS` folds, or one for each user if there are fewer.
 
     Args:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recbole_gr2.features.prior import Relevance, folds_of_users
-from recbole_gr2.seeding import derive_seed
+from recbole_gr2.features.prior import Relevance, Scorer, cross_fit_with
 from recbole_gr2.types import CandidateFeatures
 
 if TYPE_CHECKING:
@@ -103,18 +102,12 @@ def cross_fit_trees(
     Raises:
         QualityCheckError: the lists belong to fewer than two users.
     """
-    scores: list[list[float]] = [[]] * len(features)
-    for fold, (inside, outside) in enumerate(folds_of_users(users, seed)):
-        model = fit_trees(
-            [features[i] for i in outside],
-            [relevance[i] for i in outside],
-            valid=None,
-            seed=derive_seed(seed, fold),
-            trees=trees,
-        )
-        for i, row in zip(inside, scores_of(model, [features[i] for i in inside]), strict=True):
-            scores[i] = row
-    return scores
+
+    def fit(part: Sequence[CandidateFeatures], labels: Relevance, seed: int) -> Scorer:
+        model = fit_trees(part, labels, valid=None, seed=seed, trees=trees)
+        return lambda others: scores_of(model, others)
+
+    return cross_fit_with(fit, features, relevance, users=users, seed=seed)
 
 
 def columns(features: CandidateFeatures) -> np.ndarray:

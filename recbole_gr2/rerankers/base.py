@@ -17,6 +17,7 @@ from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import GR2Error
+from recbole_gr2.lists import pool_size
 from recbole_gr2.plugins import name_of
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Context, Request
@@ -65,10 +66,16 @@ class Reranker:
     """Whether it ranks all `cand_pool` items that the base models propose; else the `cand_num` candidates."""
 
     windowed: ClassVar[bool] = True
-    """Whether `eval_windows` applies: the method ranks `cand_num` candidates at once, by windows more of the pool."""
+    """Whether `eval_windows` lets the method rank more of the pool. Without effect if `whole_pool` is set."""
 
     settings_prefixes: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the settings that can change its rankings."""
+
+    @classmethod
+    def slides(cls, settings: Settings) -> bool:
+        """Return whether the method ranks several windows of the pool, see `recbole_gr2.lists.rank_windows`."""
+        larger = pool_size(settings) > settings["cand_num"]
+        return cls.windowed and not cls.whole_pool and larger and settings["eval_windows"] > 1
 
     def __init__(self, context: Context) -> None:
         self.context = context

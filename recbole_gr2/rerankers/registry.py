@@ -53,13 +53,12 @@ def chosen(settings: Settings) -> list[type[Reranker]]:
     by_name: dict[str, type[Reranker]] = {}
     built_in = {**RERANKERS, **{order.name: order for order in ORDERS}}
     for reranker in named:
-        taken = by_name.setdefault(reranker.name, reranker)
-        other = built_in.get(reranker.name, reranker) is not reranker
-        if taken is not reranker or other or reranker.name in settings["models"]:
+        same_name = by_name.setdefault(reranker.name, reranker), built_in.get(reranker.name, reranker)
+        if any(other is not reranker for other in same_name) or reranker.name in settings["models"]:
             raise ConfigurationError(
                 f"two methods have the name {reranker.name!r}",
                 where="eval_rows, models",
-                why="the result tables name each method once, and the names of built-in methods are taken",
+                why="the result tables name each method once, and the names of built-in methods are reserved",
                 do="give your class another `name`, or rename the file with rankings",
             )
     for reranker in named:

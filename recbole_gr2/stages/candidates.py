@@ -105,10 +105,12 @@ def protocol(context: Context) -> dict[str, str]:
             "models of validation lists learn from": learnt,
             "models of test lists learn from": f"{learnt} and those of validation" if settings["refit"] else learnt,
         }
+    if cuts:
+        split += f", validation from {cuts['valid']:.15g} and test from {cuts['test']:.15g}"
+    elif split == LEAVE_ONE_OUT:
+        split += " in time order"
     return {
-        "split": f"temporal, validation from {cuts['valid']:.15g} and test from {cuts['test']:.15g}"
-        if cuts
-        else {LEAVE_ONE_OUT: "leave-one-out in time order"}.get(split, split),
+        "split": split,
         "items of the history": "excluded" if settings["cand_exclude_seen"] else "not excluded",
         **learns,
         "training requests of a user": str(settings["train_requests"]),
@@ -269,9 +271,9 @@ def _import(context: Context) -> dict[str, list[Request]]:
                 why=f"cand_pool, by default cand_num, is {count}, and a list needs two candidates to order",
                 do="import lists of 2 to cand_pool candidates",
             )
-        # The prior stage computes the prior of these lists itself. The history is the beginning of the user's sequence.
+        # The prior stage scores these lists itself. The history is the beginning of the user's sequence.
         times = tuple(data.user_times[user][: len(request.history)].tolist())
-        lists[request.split].append(replace(request, prior=(), times=times))
+        lists[request.split].append(replace(request, prior=(), ranker=(), times=times))
     return lists
 
 

@@ -24,7 +24,7 @@ from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
-from recbole_gr2.lists import base_orders, pool_size, rank_windows, reported_requests, selected, slides
+from recbole_gr2.lists import base_orders, pool_size, rank_windows, reported_requests, selected
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
 from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
@@ -127,7 +127,7 @@ def _inputs(requests: Sequence[Request], settings: Settings, method: type[Rerank
     """
     if method.whole_pool or pool_size(settings) == settings["cand_num"]:
         return base_orders(requests)
-    if slides(settings, windowed=method.windowed):
+    if method.slides(settings):
         return rank_windows(requests, settings, base_orders)
     return [candidates + others for candidates, others in (selected(request, settings) for request in requests)]
 

@@ -18,7 +18,6 @@ from recbole_gr2.lists import (
     candidate_requests,
     rank_windows,
     reported_requests,
-    slides,
     training_requests,
 )
 from recbole_gr2.plugins import calling
@@ -51,7 +50,7 @@ def run(context: Context) -> dict[str, Any]:
             why="its own __init__ does not call that of Reranker",
             do="call super().__init__(context)",
         )
-    sliding = not reranker.whole_pool and slides(settings, windowed=reranker.windowed)
+    sliding = reranker.slides(settings)
     requests, hits = reported_requests(context, pool=reranker.whole_pool or sliding)
     if not hits:
         raise QualityCheckError(
