@@ -19,6 +19,11 @@ def pool_size(settings: Mapping[str, Any]) -> int:
     return settings["cand_pool"] or settings["cand_num"]
 
 
+def ranks_by_trees(settings: Mapping[str, Any]) -> bool:
+    """Return whether LambdaMART selects the candidates of the language model from a pool."""
+    return settings["cand_ranker"] == "lambdamart" and pool_size(settings) > settings["cand_num"]
+
+
 def candidate_requests(context: Context, split: str, *, pool: bool = False) -> list[Request]:
     """Return the requests of a split with their prior and features.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.llm.answers import read_answer
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.generation import generate_rankings
+from recbole_gr2.llm.generation import generate_completions
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import device, load_saved, uses_bf16
@@ -161,7 +161,7 @@ class Policy:
                 them; by default the order of the prompt maker.
         """
         prompts = [self.maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
-        completions = generate_rankings(
+        completions = generate_completions(
             self.model,
             [encode_prompt(prompt, self.tokenizer) for prompt in prompts],
             [self.maker.label_prior(r, prompt) for r, prompt in zip(requests, prompts, strict=True)],
@@ -170,11 +170,13 @@ class Policy:
             batch_size=self.batch_size,
             bf16=self.bf16,
         )
-        answers = [
-            read_answer(request, completion, self.maker.label_items(request, prompt), self.grammar, self.tokenizer)
-            for request, prompt, completion in zip(requests, prompts, completions, strict=True)
-        ]
-        return answers, completions
+        answers = []
+        for request, prompt, (ids, first_choice) in zip(requests, prompts, completions, strict=True):
+            items = self.maker.label_items(request, prompt)
+            answer = read_answer(request, ids, items, self.grammar, self.tokenizer)
+            chances = dict(zip(items, first_choice, strict=True))
+            answers.append(replace(answer, first_choice=tuple(chances[item] for item in request.items)))
+        return answers, [completion.ids for completion in completions]
 
 
 def citations(

@@ -248,6 +248,8 @@ class Answer:
         repeated: number of labels that occurred more than once.
         foreign: number of labels or items that are not candidates.
         output_tokens: number of generated tokens.
+        first_choice: probability of each candidate to be ranked first, in base order, (K,); () if the method has none.
+            A language model has it after its reasoning. It is not stored.
     """
 
     request_id: str
@@ -258,6 +260,7 @@ class Answer:
     repeated: int = 0
     foreign: int = 0
     output_tokens: int = 0
+    first_choice: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,7 @@ def recommender(diff: float, users: int) -> dict[str, Any]:
         "n": users,
         "metrics": {metric: 0.1 for metric in METRICS},
         "unchanged": None,
-        "vs_base": {"ndcg@5": {"diff": diff, "low": diff - 0.1, "high": diff + 0.1, "p": 0.5, "p_holm": 1.0}},
+        "vs_base": {"ndcg@10": {"diff": diff, "low": diff - 0.1, "high": diff + 0.1, "p": 0.5, "p_holm": 1.0}},
     }
 
 

@@ -555,9 +555,8 @@ def test_the_mask_covers_whole_histories(movies, raw, split):
 
 
 def test_mask_seen_touches_nothing_else():
-    histories = {1: (2, 3), 2: ()}
     scores = torch.zeros(2, 5)
-    mask_seen(scores, [1, 2], SimpleNamespace(history=lambda user, split: histories[user]), "test")
+    mask_seen(scores, [(2, 3), ()])
     assert scores.tolist() == [[0, 0, -torch.inf, -torch.inf, 0], [0, 0, 0, 0, 0]]
 
 

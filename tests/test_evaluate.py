@@ -223,7 +223,7 @@ def test_scores_have_to_be_numbers(table, monkeypatch):
     scores[3, 7] = np.nan
 
     class Broken(BaseModel):
-        def score_rows(self, rows, split):
+        def score_rows(self, rows, histories):
             import torch
 
             return torch.from_numpy(scores[: len(rows)])

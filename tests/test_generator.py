@@ -81,8 +81,8 @@ def test_it_has_not_seen_the_targets_of_train_requests(generated):
         folders = {**context.folders, "midtrain_all": context.folders[stage]}
         generator = load_generator(replace(context, folders=folders))
         requests = lists[split][:20]
-        rows = {generated.data.uid: torch.tensor([users[request.user_token] for request in requests])}
-        for request, scores in zip(requests, generator.score_rows(rows, split).tolist(), strict=True):
+        histories = [generated.data.history(users[request.user_token], split) for request in requests]
+        for request, scores in zip(requests, generator.score_rows(None, histories).tolist(), strict=True):
             expected = [candidate.score for candidate in request.candidates]
             assert [scores[item] for item in request.items] == pytest.approx(expected, abs=1e-4)
 
@@ -99,11 +99,12 @@ def test_few_beams_give_as_many_unseen_items(generated):
     """No beam ends at a seen item, and the scores of the others do not depend on the mask."""
     context = generated.context(cand_beams=5)
     generator = load_generator(context)
-    rows, _ = generated.data.rows("test")
-    scores = generator.score_rows(rows, "test")
+    _, users = generated.data.rows("test")
+    histories = [generated.data.history(user, "test") for user in users.tolist()]
+    scores = generator.score_rows(None, histories)
     beams = (scores > UNREACHED).sum(1)
     assert (beams >= 5).all()  # more, if items share a semantic ID
-    wide = replace(load_generator(context), beams=1000, exclude_seen=False).score_rows(rows, "test")
+    wide = replace(load_generator(context), beams=1000, exclude_seen=False).score_rows(None, histories)
     found = scores > UNREACHED
     torch.testing.assert_close(scores[found], wide[found], atol=1e-4, rtol=0)
     assert not torch.isneginf(wide[:, 1:]).any() and torch.isneginf(scores).any()

@@ -294,7 +294,7 @@ def brute_force(context: Context, name: str, histories) -> np.ndarray:
 
 
 def score_rows(generator, users, split="test") -> torch.Tensor:
-    return generator.score_rows({"user": torch.tensor(users)}, split)
+    return generator.score_rows(None, [generator.data.history(user, split) for user in users])
 
 
 @pytest.mark.slow

@@ -57,10 +57,10 @@ def cells(table: str) -> dict[str, list[str]]:
 
 
 def tabled(entries) -> dict:
-    """A result of one seed with these (method, scope, NDCG@5, unchanged)."""
+    """A result of one seed with these (method, scope, NDCG@10, unchanged)."""
     methods = []
     for method, scope, ndcg, unchanged in entries:
-        versus = {"ndcg@5": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
+        versus = {"ndcg@10": {"diff": ndcg - 0.5, "low": ndcg - 0.6, "high": ndcg - 0.4, "p": 0.5, "p_holm": 1.0}}
         methods.append(
             {
                 "method": method,
@@ -70,7 +70,7 @@ def tabled(entries) -> dict:
                 "n": [10],
                 "metrics": {
                     "recall@1": {"mean": 0.25, "sd": None, "values": [0.25]},
-                    "ndcg@5": {"mean": ndcg, "sd": None, "values": [ndcg]},
+                    "ndcg@10": {"mean": ndcg, "sd": None, "values": [ndcg]},
                 },
                 "unchanged": unchanged,
                 "vs_base": {} if method == "base" else versus,
@@ -276,7 +276,7 @@ def test_gap_closed_comes_from_exact_differences(one, three):
     for runs, result in (([one[0]], one[1]), three):
         for scope in ("all_users", "hit_users"):
             ranks = {m: np.concatenate([run.per_user()[m].to_numpy() for run in runs]) for m in ("base", "sft")}
-            base, sft = (ndcg_at(each, 5).sum() for each in ranks.values())
+            base, sft = (ndcg_at(each, 10).sum() for each in ranks.values())
             shares = gap_closed(result, scope)
             assert shares["oracle"] == 1.0
             assert shares["sft"] == pytest.approx((sft - base) / (len(ranks["base"]) - base), abs=1e-12)
@@ -288,7 +288,7 @@ def test_gap_closed_of_a_small_gap(tmp_path):
     """The rounded metrics of base and oracle are equal, the shares are exact nevertheless."""
     run = finished(tmp_path, everyone=1_000_000)
     result = build_result([run], "")
-    base, oracle = (entry["metrics"]["ndcg@5"]["mean"] for entry in result["methods"][:2])
+    base, oracle = (entry["metrics"]["ndcg@10"]["mean"] for entry in result["methods"][:2])
     assert base == oracle and gap_closed(result, "all_users") == pytest.approx(gap_closed(result, "hit_users"))
 
 
@@ -332,7 +332,7 @@ def test_tables_have_the_metrics_of_the_run():
         [("base", "hit_users", 0.5, 1.0), ("oracle", "hit_users", 1.0, 0.1), ("sft", "hit_users", 0.6, 0.2)]
     )
     for entry in result["methods"]:
-        hit, map_ = entry["metrics"]["recall@1"], entry["metrics"]["ndcg@5"]
+        hit, map_ = entry["metrics"]["recall@1"], entry["metrics"]["ndcg@10"]
         entry["metrics"] = {"hit@5": map_, "hit@2": hit, "precision@2": hit, "map@2": map_}
     shown, equal = metrics_of(result, "hit_users")
     assert shown == ["hit@5", "hit@2"] and equal == {"precision@2": "hit@2", "map@2": "hit@5"}
@@ -359,7 +359,7 @@ def test_unchanged_methods_and_methods_without_lists():
 def test_comparisons_table(one):
     compared = {
         "recall@1": {"diff": 0.0125, "low": -0.001, "high": 0.0234, "p": 0.04, "p_holm": 0.08},
-        "ndcg@5": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002},
+        "ndcg@10": {"diff": -0.5, "low": -0.6, "high": -0.4, "p": 0.0001, "p_holm": 0.0002},
     }
     pair = {"method": "sft", "versus": "prior", "scope": "hit_users", "metrics": compared}
     table = comparisons_table({"methods": [], "comparisons": [pair]})
@@ -383,8 +383,8 @@ def test_slices_by_hand(one):
     lines = cells(slices_table([frame], ["base", "sft", "SASRec"]))
     assert lines["base rank 1"] == ["1", "1.0000", "1.0000"]
     assert lines["base rank 2 to 3"] == ["2", f"{(1 / np.log2(3) + 0.5) / 2:.4f}", f"{(1 + 1 / np.log2(5)) / 2:.4f}"]
-    assert lines["base rank 4"] == ["1", f"{1 / np.log2(5):.4f}", "0.0000"]
-    assert lines["base rank 6 to 9"][:2] == ["2", "0.0000"]
+    assert lines["base rank 4"] == ["1", f"{1 / np.log2(5):.4f}", f"{1 / np.log2(7):.4f}"]
+    assert lines["base rank 6 to 9"][:2] == ["2", f"{(1 / np.log2(7) + 1 / np.log2(10)) / 2:.4f}"]
     assert lines["history items 2"][0] == "2"
     assert not any(name.startswith("target interactions") for name in lines)  # equal for all users: no parts
     twice = cells(slices_table([frame, frame], ["base", "sft"]))
@@ -397,7 +397,7 @@ def test_latex_tables():
     result = tabled([(m, scope, v, 0.5) for scope in ("all_users", "hit_users") for m, v in ndcg.items()])
     lines = latex_tables(result).splitlines()
     assert lines[0] == "% x, all users" and len(lines) == 25
-    assert lines[3].split() == ["&", "ndcg@5", r"\\"]  # recall@1 is the same for all methods
+    assert lines[3].split() == ["&", "ndcg@10", r"\\"]  # recall@1 is the same for all methods
     assert [line.split()[0::2] for line in lines[5:10]] == [
         ["base", "0.5000"],
         ["oracle", "1.0000"],
@@ -412,7 +412,7 @@ def test_latex_tables_of_several_seeds():
         [(m, s, v, 0.5) for s in ("all_users", "hit_users") for m, v in (("base", 0.5), ("oracle", 1.0), ("sft", 0.6))]
     )
     for entry in result["methods"]:
-        entry["metrics"]["ndcg@5"]["sd"] = 0.0234 if entry["method"] == "sft" else 0.01
+        entry["metrics"]["ndcg@10"]["sd"] = 0.0234 if entry["method"] == "sft" else 0.01
     text = latex_tables(result)
     assert text.count(r"sft & \textbf{0.6000 $\pm$ 0.0234} \\") == 2 and text.count("textbf") == 2
 
@@ -563,7 +563,7 @@ def test_cautions_name_unclear_methods():
     result = tabled(
         [("base", "hit_users", 0.5, 1.0), ("oracle", "hit_users", 1.0, 0.1), ("sft", "hit_users", 0.55, 0.2)]
     )
-    assert cautions(result)[-1] == "The interval of the ndcg@5 difference to base contains 0 for: sft."
+    assert cautions(result)[-1] == "The interval of the ndcg@10 difference to base contains 0 for: sft."
     for entry in result["methods"]:
         entry["n"] = [5000, 4000]
     clear = {**result, "seeds": [1, 2], "methods": result["methods"][:2]}

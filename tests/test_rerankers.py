@@ -1,5 +1,7 @@
 """The built-in re-rankers: LambdaMART finds a planted pattern, and a position bias is detected."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.answers import first_places
 from recbole_gr2.rerankers.base import Reranker, by_score
-from recbole_gr2.rerankers.lambdamart import LambdaMART
+from recbole_gr2.rerankers.lambdamart import Ensemble, LambdaMART
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
 from recbole_gr2.rerankers.registry import ORDERS, RERANKERS
 from recbole_gr2.testing import synthetic_context
@@ -51,6 +53,7 @@ def test_every_method_describes_itself():
         "oracle",
         "prior",
         "lambdamart",
+        "ensemble",
         "midtrain",
         "sft",
         "rl",
@@ -73,7 +76,7 @@ def test_orders():
     assert BaseOrder(context).rank([request]) == [request.items]
     assert Oracle(context).rank([request])[0][0] == request.target
     assert Oracle(context).rank([request.without_labels()]) == [request.items]
-    assert PriorOrder(context).rank([request]) == [request.items]  # there is no prior
+    assert [answer.ranking for answer in PriorOrder(context).rank([request])] == [request.items]  # there is no prior
     assert by_score(request, [1.0] * len(request.items)) == request.items
     assert by_score(request, range(len(request.items))) == request.items[::-1]
 
@@ -114,6 +117,31 @@ def test_cross_fitted_trees_do_not_depend_on_the_targets_of_the_user():
 def test_lambdamart_ranks_a_list_independently_of_the_others():
     requests, reranker = planted(20, 2), fitted(100, 50)
     assert reranker.rank(requests)[7:8] == reranker.rank(requests[7:8])
+
+
+def with_prior(requests: list[Request], informed: bool) -> list[Request]:
+    """Requests whose prior has the target first, or the order of the ids."""
+    return [
+        replace(r, prior=tuple(0.0 if informed and item == r.target else -1.0 - item for item in r.items))
+        for r in requests
+    ]
+
+
+def test_the_ensemble_weights_the_trees_by_validation(tmp_path):
+    """A perfect prior gets all the weight, and one without information little. What it learned can be stored."""
+    for informed in (True, False):
+        train, valid, test = (with_prior(planted(n, seed), informed) for n, seed in ((200, 0), (100, 1), (50, 2)))
+        reranker = Ensemble(synthetic_context())
+        reranker.fit(train, valid)
+        rankings = reranker.rank(test)
+        if informed:
+            assert reranker.summary["weight"] < 0.5 and [order[0] for order in rankings] == [r.target for r in test]
+        else:
+            assert reranker.summary["weight"] > 0.5
+        reranker.save(tmp_path)
+        again = Ensemble(synthetic_context())
+        assert again.load(tmp_path) and again.rank(test) == rankings
+    assert not LambdaMART(synthetic_context()).load(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("shuffled", [True, False])

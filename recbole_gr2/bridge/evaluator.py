@@ -178,6 +178,27 @@ def rank_items(scores: Tensor, targets: Tensor, depth: int) -> tuple[Tensor, Ten
     return items[:, :depth], values[:, :depth], ranks
 
 
+def rank_all(scores: Tensor) -> Tensor:
+    """Return all columns of each row in the order that `recommend` documents, (B, N + 1) int64. Masked ones are last.
+
+    Args:
+        scores: (B, N + 1), padding and masked items at -inf.
+
+    >>> import torch
+    >>> rank_all(torch.tensor([[-torch.inf, 5.0, 4.0, 9.0]]))
+    tensor([[3, 1, 2, 0]])
+    """
+    import torch
+
+    values, head = torch.topk(scores, min(HEAD, scores.size(1)))
+    masked = values == -torch.inf  # A masked item of a short row is not in the head.
+    rest = scores.scatter(1, head, torch.where(masked, -torch.inf, torch.inf))
+    order = torch.sort(rest, dim=1, descending=True, stable=True).indices
+    count = head.size(1) - masked.sum(1, keepdim=True)
+    place = torch.arange(head.size(1), device=scores.device)
+    return order.scatter(1, place.expand_as(head), torch.where(place < count, head, order[:, : head.size(1)]))
+
+
 def _best_items(scores: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """Ids and scores of the first `depth` items of each row, (B, D). The id of a masked item has no meaning."""
     import torch
@@ -435,7 +456,7 @@ def _masked(data: Data, users: Sequence[int], exclude_seen: bool) -> Tensor:
     masked = torch.zeros(len(users), data.item_count + 1, dtype=torch.bool)
     masked[:, 0] = True
     if exclude_seen:
-        row, column = seen_items(data, users, "test")
+        row, column = seen_items([data.history(user, "test") for user in users])
         masked[torch.from_numpy(row), torch.from_numpy(column)] = True
     return masked
 

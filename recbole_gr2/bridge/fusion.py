@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from recbole_gr2.bridge.models import UNREACHED, BaseModel, Batch
+from recbole_gr2.bridge.models import UNREACHED, BaseModel, Batch, Histories
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.ranking import ndcg_at
 
@@ -206,11 +206,11 @@ class FusedModel(BaseModel):
             weights=tuple(weights),
         )
 
-    def score(self, rows: Any, split: str) -> Batch:
+    def score(self, rows: Any, histories: Histories) -> Batch:
         """Scores of the catalogue for each row, fused and of each base model, see `Batch`."""
         import torch
 
-        parts = tuple(source.score_rows(rows, split) for source in self.members)
+        parts = tuple(source.score_rows(rows, histories) for source in self.members)
         comparable = torch.stack([self.fusion.comparable(part) for part in parts])
         fused = self.fusion.fuse(comparable, self.weights)
         return Batch(rows, fused, parts, comparable if self.fusion.name == "zscore" else None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from recbole_gr2.bridge.models import BaseModel, mask_seen, seen_items
+from recbole_gr2.bridge.models import BaseModel, Histories, mask_seen, seen_items
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.llm.beam import Beams, SidTrie, beam_items, item_scores, target_last
 
@@ -48,21 +48,20 @@ class Generator(BaseModel):
         """The prefix trie of the catalogue's semantic IDs."""
         return SidTrie.of(self.tokenizer, self.catalog.sids)
 
-    def score_rows(self, rows: Any, split: str) -> Tensor:
+    def score_rows(self, rows: Any, histories: Histories) -> Tensor:
         """Scores of the catalogue for each row, (B, N + 1) float64. Padding and masked items have -inf.
 
         The search leaves out masked items, so each row has at least `beams` items with a beam, or all unmasked items.
         """
         import torch
 
-        users = rows[self.data.uid].tolist()
-        prompts = self.prompts([self.data.history(user, split) for user in users])
+        prompts, count = self.prompts(histories), len(histories)
         excluded: Tensor | None = None
         if self.exclude_seen:
-            row, item = seen_items(self.data, users, split)
-            excluded = torch.zeros(len(users), self.data.item_count, dtype=torch.bool)
+            row, item = seen_items(histories)
+            excluded = torch.zeros(count, self.data.item_count, dtype=torch.bool)
             excluded[torch.from_numpy(row), torch.from_numpy(item) - 1] = True
-            excluded = excluded.repeat_interleave(len(prompts) // len(users), dim=0)
+            excluded = excluded.repeat_interleave(len(prompts) // count, dim=0)
         beams = beam_items(
             self.model,
             prompts,
@@ -74,10 +73,10 @@ class Generator(BaseModel):
             bf16=self.bf16,
             excluded=excluded,
         )
-        beams = Beams(*(part.reshape(len(users), -1) for part in beams))  # the beams of a user's prompts in one row
+        beams = Beams(*(part.reshape(count, -1) for part in beams))  # the beams of a user's prompts in one row
         scores = item_scores(beams, self.trie)
         if self.exclude_seen:
-            mask_seen(scores, users, self.data, split)
+            mask_seen(scores, histories)
         return scores
 
     def break_ties(self, scores: Tensor, targets: Tensor) -> Tensor:

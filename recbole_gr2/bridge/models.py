@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Score of an item that a generative model did not generate. It is finite because masked items have -inf, and it is
 # exact in float32. Items at or below this score are not proposed.
 UNREACHED = -(2.0**100)
+Histories = Sequence[Sequence[int]]  # item ids of each of B users, oldest first
 
 
 def find_model(name: str) -> type:
@@ -147,8 +148,9 @@ class BaseModel:
         size = int(self.data.config["eval_batch_size"])
         for start in progress(range(0, len(feat), size), f"{split} rows"):
             rows = feat[start : start + size]
+            histories = [self.data.history(user, split) for user in rows[self.data.uid].tolist()]
             with torch.no_grad():
-                batch = self.score(rows, split)
+                batch = self.score(rows, histories)
             # The yield is outside of no_grad. Two interleaved iterators would otherwise restore each other's mode.
             yield batch
 
@@ -157,12 +159,18 @@ class BaseModel:
         for batch in self.batches(split):
             yield batch.rows[self.data.uid].numpy(), batch.scores
 
-    def score(self, rows: Any, split: str) -> Batch:
-        """Rows of a split with their scores."""
-        return Batch(rows, self.score_rows(rows, split))
+    def score(self, rows: Any, histories: Histories) -> Batch:
+        """Rows with their scores, see `score_rows`."""
+        return Batch(rows, self.score_rows(rows, histories))
 
-    def score_rows(self, rows: Any, split: str) -> Tensor:
-        """Scores of the catalogue for each row, (B, N + 1) float32. Padding and masked items have -inf."""
+    def score_rows(self, rows: Any, histories: Histories) -> Tensor:
+        """Scores of the catalogue for each row, (B, N + 1) float32. Padding and masked items have -inf.
+
+        Args:
+            rows: RecBole's Interaction of B rows.
+            histories: all items of each history, of which the rows contain the last ones. They are masked if
+                `exclude_seen` is set.
+        """
         import torch
 
         device = torch.device(self.data.config["device"])
@@ -173,7 +181,7 @@ class BaseModel:
         scores = scores.view(-1, self.data.item_count + 1).float()
         scores[:, 0] = -torch.inf
         if self.exclude_seen:
-            mask_seen(scores, rows[self.data.uid].tolist(), self.data, split)
+            mask_seen(scores, histories)
         return scores
 
     def break_ties(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -195,20 +203,20 @@ def break_ties(model: Any, scores: Tensor, targets: Tensor) -> Tensor:
     return model.break_ties(scores, targets) if hasattr(model, "break_ties") else scores
 
 
-def seen_items(data: Data, users: Sequence[int], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Row and item id of each item in the users' histories, as two index arrays for a matrix (B, N + 1).
+def seen_items(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """Row and item id of each item of B histories, as two index arrays for a matrix (B, N + 1).
 
-    They cover whole histories. RecBole's rows contain only the last MAX_ITEM_LIST_LENGTH items.
+    >>> seen_items([(4, 2), (), (3,)])
+    (array([0, 0, 2]), array([4, 2, 3]))
     """
-    histories = [data.history(user, split) for user in users]
-    row = np.repeat(np.arange(len(users)), [len(history) for history in histories])
+    row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
     columns = [np.asarray(history, dtype=np.int64) for history in histories]
     return row, np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
 
 
-def mask_seen(scores: Tensor, users: Sequence[int], data: Data, split: str) -> None:
-    """Set the items of the users' histories to -inf in the scores (B, N + 1), in place."""
+def mask_seen(scores: Tensor, histories: Histories) -> None:
+    """Set the items of each history to -inf in the scores (B, N + 1), in place."""
     import torch
 
-    row, column = seen_items(data, users, split)
+    row, column = seen_items(histories)
     scores[torch.from_numpy(row), torch.from_numpy(column)] = -torch.inf

@@ -485,7 +485,7 @@ def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, wei
         def _full_sort_batch_eval(self, batched_data: Any) -> Any:
             interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)
             if mask:
-                mask_seen(scores, interaction[data.uid].tolist(), data, "valid")
+                mask_seen(scores, [data.history(user, "valid") for user in interaction[data.uid].tolist()])
             return interaction, break_ties(self.model, scores, positive_i), positive_u, positive_i
 
         def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:

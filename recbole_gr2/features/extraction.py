@@ -29,23 +29,16 @@ def find_providers(names: Sequence[str]) -> list[Provider]:
     return providers
 
 
-def extract_features(
-    requests: Sequence[Request], names: Sequence[str], data: TrainingData
-) -> tuple[list[str], list[CandidateFeatures]]:
-    """Compute the features of requests. The providers get the requests without labels.
+def make_describes(names: Sequence[str], data: TrainingData) -> list[Describe]:
+    """Return the function of each feature provider that computes the features of a request.
 
     Args:
-        requests: the requests.
         names: names of the feature providers, see `find_providers`.
         data: the data that the features are computed from.
 
-    Returns:
-        The names of the F features of a candidate, and the features of each request.
-
     Raises:
         ConfigurationError: there is no such provider.
-        GR2Error: a provider returned an array of a wrong shape, a number that is not finite, a repeated name, or other
-            names than for the first request; or a provider of the user raised an exception.
+        GR2Error: a provider of the user raised an exception.
     """
     describes = []
     for name, provider in zip(names, find_providers(names), strict=True):
@@ -58,6 +51,28 @@ def extract_features(
                 why="a provider returns a function that computes the features of a request",
                 do="return a function describe(request) from the provider",
             )
+    return describes
+
+
+def extract_features(
+    requests: Sequence[Request], names: Sequence[str], data: TrainingData | Sequence[Describe]
+) -> tuple[list[str], list[CandidateFeatures]]:
+    """Compute the features of requests. The providers get the requests without labels.
+
+    Args:
+        requests: the requests.
+        names: names of the feature providers, see `find_providers`.
+        data: the data that the features are computed from, or what `make_describes` returned for it.
+
+    Returns:
+        The names of the F features of a candidate, and the features of each request.
+
+    Raises:
+        ConfigurationError: there is no such provider.
+        GR2Error: a provider returned an array of a wrong shape, a number that is not finite, a repeated name, or other
+            names than for the first request; or a provider of the user raised an exception.
+    """
+    describes = make_describes(names, data) if isinstance(data, TrainingData) else data
     labels: list[str] = []
     extracted = []
     expected: list[str] | None = None

@@ -6,18 +6,21 @@ Burges, "From RankNet to LambdaRank to LambdaMART: An Overview", MSR-TR-2010-82.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recbole_gr2.errors import MissingFileError
 from recbole_gr2.features.prior import Relevance, Scorer, cross_fit_with
 from recbole_gr2.types import CandidateFeatures
 
 if TYPE_CHECKING:
-    from lightgbm import LGBMRanker
+    from lightgbm import Booster, LGBMRanker
 
 MOST_TREES = 500  # Our choice; the validation lists stop earlier.
 PATIENCE = 50  # trees without a better NDCG@5 of the validation lists. Our choice.
+FILE = "lambdamart.txt"
 SCORE_BATCH = 1024  # lists that are scored together; it limits the memory
 
 
@@ -76,15 +79,39 @@ def fit_trees(
     return model.fit(table, labels, group=sizes, **options)
 
 
-def scores_of(model: LGBMRanker, features: Sequence[CandidateFeatures]) -> list[list[float]]:
+def scores_of(model: LGBMRanker | Booster, features: Sequence[CandidateFeatures]) -> list[list[float]]:
     """Return the scores (K,) of the candidates of each list."""
     scores: list[list[float]] = []
     for start in range(0, len(features), SCORE_BATCH):
         part = features[start : start + SCORE_BATCH]
-        values = model.predict(np.concatenate([columns(each) for each in part]))
+        values: Any = model.predict(np.concatenate([columns(each) for each in part]))
         sizes = np.cumsum([len(each.candidates) for each in part])[:-1]
         scores += [row.tolist() for row in np.split(values, sizes)]
     return scores
+
+
+def save_trees(model: LGBMRanker, folder: Path) -> None:
+    """Write the trees that the validation lists chose, in LightGBM's format."""
+    model.booster_.save_model(folder / FILE, num_iteration=model.best_iteration_)
+
+
+def load_trees(folder: Path, *, do: str) -> Booster:
+    """Read what `save_trees` wrote.
+
+    Args:
+        folder: the folder of the stage.
+        do: what the user can do if there is no such file.
+
+    Raises:
+        MissingFileError: there is no such file.
+    """
+    from lightgbm import Booster
+
+    if not (folder / FILE).is_file():
+        raise MissingFileError(
+            f"there is no {FILE}", where=str(folder), why="it contains the trees of LambdaMART", do=do
+        )
+    return Booster(model_file=folder / FILE)
 
 
 def cross_fit_trees(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -18,7 +18,20 @@ from recbole_gr2.llm.kv_cache import preallocated_cache
 from recbole_gr2.seeding import derive_seed
 
 
-def generate_rankings(
+class Completion(NamedTuple):
+    """A completion.
+
+    Attributes:
+        ids: token ids, which end with eos.
+        first_choice: probability of each of the K labels to be chosen first, given the reasoning, (K,). They are those
+            of a temperature of 1 and sum to 1.
+    """
+
+    ids: list[int]
+    first_choice: list[float]
+
+
+def generate_completions(
     model: PreTrainedModel,
     prompt_ids: Sequence[Sequence[int]],
     label_priors: Sequence[Sequence[float]],
@@ -29,8 +42,8 @@ def generate_rankings(
     batch_size: int = 64,
     seed: int = 0,
     bf16: bool = False,
-) -> list[list[int]]:
-    """Return G completions for each of B prompts, as token ids that end with eos.
+) -> list[Completion]:
+    """Return G completions for each of B prompts.
 
     Every completion is legal under the grammar. Each prompt is read once for all its completions. A sample depends only
     on the seed, its prompt, its prior and its number within the group, not on other prompts. So `batch_size` changes
@@ -59,20 +72,47 @@ def generate_rankings(
         if not ids or not 1 <= len(prior) <= len(grammar.label_ids):
             raise ConfigurationError(
                 f"a prompt of {len(ids)} tokens with {len(prior)} candidates cannot be ranked",
-                where="generate_rankings",
+                where="generate_completions",
                 why=f"a prompt needs at least one token and 1 to {len(grammar.label_ids)} candidates",
                 do="use fewer candidates (cand_num), or add labels to the tokenizer",
             )
-    completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * num_generations)]
+    completions: dict[int, Completion] = {}
     batches = by_length([len(ids) for ids in prompt_ids], max(1, batch_size // num_generations))
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
         for batch in progress(batches, "answers"):
             prompts, priors = [prompt_ids[i] for i in batch], [label_priors[i] for i in batch]
             generated = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
-            for number, ids in enumerate(generated):
+            for number, completion in enumerate(generated):
                 prompt, sample = divmod(number, num_generations)
-                completions[batch[prompt] * num_generations + sample] = ids
-    return completions
+                completions[batch[prompt] * num_generations + sample] = completion
+    return [completions[number] for number in range(len(prompt_ids) * num_generations)]
+
+
+def generate_rankings(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    label_priors: Sequence[Sequence[float]],
+    *,
+    grammar: Grammar,
+    num_generations: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    bf16: bool = False,
+) -> list[list[int]]:
+    """Return the token ids of the completions of `generate_completions`."""
+    completions = generate_completions(
+        model,
+        prompt_ids,
+        label_priors,
+        grammar=grammar,
+        num_generations=num_generations,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+        bf16=bf16,
+    )
+    return [completion.ids for completion in completions]
 
 
 class GumbelSampler(LogitsProcessor):
@@ -107,7 +147,7 @@ def _generate_batch(
     num_generations: int,
     temperature: float,
     seed: int,
-) -> list[list[int]]:
+) -> list[Completion]:
     # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ids, mask = left_pad(prompts, grammar.pad_id, model.device)
@@ -125,7 +165,8 @@ def _generate_batch(
         cache.batch_repeat_interleave(num_generations)
     ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
     label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
-    processors = LogitsProcessorList([GrammarProcessor(grammar, ids, label_prior, temperature)])
+    rules = GrammarProcessor(grammar, ids, label_prior, temperature)
+    processors = LogitsProcessorList([rules])
     if temperature > 0:
         seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
         processors.append(GumbelSampler(temperature, seeds, ids.device))
@@ -138,8 +179,11 @@ def _generate_batch(
     )
     with _generation_config(base, config):
         output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors)
-    completions = output[:, ids.size(1) :].tolist()
-    return [tokens[: tokens.index(grammar.eos_id) + 1] for tokens in completions]
+    completions, choices = output[:, ids.size(1) :].tolist(), rules.first_choice.tolist()
+    return [
+        Completion(tokens[: tokens.index(grammar.eos_id) + 1], choice[: len(priors[row // num_generations])])
+        for row, (tokens, choice) in enumerate(zip(completions, choices, strict=True))
+    ]
 
 
 @contextmanager

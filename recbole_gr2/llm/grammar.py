@@ -283,6 +283,10 @@ class GrammarProcessor(LogitsProcessor):
         prompt_ids: (B, P), one row per completion.
         label_prior: (B, labels), -inf after the last label of a list.
         temperature: Divisor of the logits in the next processor, or 0 if the largest logit is chosen.
+
+    Attributes:
+        first_choice: Probability of each label to be chosen first, (B, labels); 0 before that choice is made, and
+            after the last label of a list.
     """
 
     def __init__(
@@ -293,6 +297,7 @@ class GrammarProcessor(LogitsProcessor):
         self.cited = grammar.cited(prompt_ids, label_prior)
         self.labels = torch.tensor(grammar.label_ids, device=label_prior.device)
         self.label_counts = label_prior.isfinite().sum(-1)
+        self.first_choice = torch.zeros_like(label_prior)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) with priors, -inf for forbidden tokens."""
@@ -302,6 +307,8 @@ class GrammarProcessor(LogitsProcessor):
         phases = Phases(*(part[:, -1:] for part in phases))
         weight, copies = self.grammar.llm_weight, phases.copies[:, 0]
         labels = weight * scores[:, self.labels] + self.label_prior.to(scores.dtype)
+        first = (input_ids[:, -1] == self.grammar.ranking_id) & (self.first_choice.sum(-1) == 0)
+        self.first_choice[first] = labels[first].float().softmax(-1)
         scores = scores.index_copy(-1, self.labels, labels)
         cited = copies.clamp(min=0)  # FREE adds 0 to token 0
         more = (weight - 1) * scores.gather(-1, cited) + phases.copy_prior[:, 0].to(scores.dtype)

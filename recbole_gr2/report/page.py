@@ -157,11 +157,11 @@ def comparisons_section(page: Page) -> str:
 
 
 def slices_section(page: Page) -> str:
-    """Return NDCG@5 over parts of the hit users."""
+    """Return NDCG@10 over parts of the hit users."""
     methods = [entry["method"] for entry in in_scope(page.result, "hit_users") if not entry["diagnostic"]]
     table = slices_table([run.per_user() for run in page.runs], methods)
     seeds = ", of all seeds" if page.several else ""
-    parts = [f"## Slices\n\nNDCG@5 over parts of the hit users{seeds}.\n\n{_block(table)}"]
+    parts = [f"## Slices\n\nNDCG@10 over parts of the hit users{seeds}.\n\n{_block(table)}"]
     lines: list[list[str]] = []
     for seed, _, summary in page.summaries(slices=list):
         for entry in summary["slices"]:

@@ -13,8 +13,8 @@ from recbole_gr2.console import render_table
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.report.result import BASE, ORACLE, SCOPES, in_scope
 
-GAP = "ndcg@5"  # The metric of the differences to the base order and of the share of the oracle gap.
-COMPARED = ("recall@1", "ndcg@5")  # The metrics of the comparisons table.
+GAP = "ndcg@10"  # The metric of the differences to the base order and of the share of the oracle gap.
+COMPARED = ("recall@1", "ndcg@10")  # The metrics of the comparisons table.
 
 
 def metrics_of(result: Mapping[str, Any], scope: str) -> tuple[list[str], dict[str, str]]:
@@ -57,7 +57,7 @@ def scope_title(result: Mapping[str, Any], scope: str) -> str:
 def metrics_table(result: Mapping[str, Any], scope: str) -> str:
     """Return the table of a scope, with one line per method.
 
-    Its columns are the metrics, the difference to the base order in NDCG@5 with interval and adjusted p-value, the
+    Its columns are the metrics, the difference to the base order in NDCG@10 with interval and adjusted p-value, the
     share of the oracle gap, and the share of unchanged lists.
     """
     entries = in_scope(result, scope)
@@ -79,7 +79,7 @@ def metrics_table(result: Mapping[str, Any], scope: str) -> str:
 
 
 def gap_closed(result: Mapping[str, Any], scope: str) -> dict[str, float]:
-    """Return the share of the difference between base and oracle that each method reaches, in NDCG@5.
+    """Return the share of the difference between base and oracle that each method reaches, in NDCG@10.
 
     The shares come from the unrounded differences to the base order. RecBole rounds its metrics, and their differences
     have few correct digits. Without a difference between base and oracle there are no shares.
@@ -119,7 +119,7 @@ def truth_table(result: Mapping[str, Any]) -> str:
 
 
 def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> str:
-    """Return NDCG@5 over parts of the hit users.
+    """Return NDCG@10 over parts of the hit users.
 
     The parts are by base rank of the target, by length of the history and by popularity of the target. A property that
     is equal for all users has no parts.
@@ -144,7 +144,7 @@ def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> str:
                 [
                     f"{names[column]} {low}" + (f" to {high}" if high > low else ""),
                     f"{len(part):,}",
-                    *(f"{ndcg_at(part[method].to_numpy(), 5).mean():.4f}" for method in shown),
+                    *(f"{ndcg_at(part[method].to_numpy(), 10).mean():.4f}" for method in shown),
                 ]
             )
     return render_table(["candidate lists", "n", *shown], lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,11 +27,15 @@ class Sft(Reranker):
     reasoning: ClassVar[bool] = True
     """Whether the answers contain reasoning."""
 
+    @cached_property
+    def policy(self) -> Policy:
+        """The language model. It is loaded once."""
+        return Policy.load(self.context, self.needs[0], reasoning=self.reasoning)
+
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
         """Return greedy answers. `summary` has figures about them."""
-        policy = Policy.load(self.context, self.needs[0], reasoning=self.reasoning)
-        orders = {request.request_id: self.order(policy, request) for request in requests}
-        answers, _ = policy.answer(requests, orders)
+        orders = {request.request_id: self.order(self.policy, request) for request in requests}
+        answers, _ = self.policy.answer(requests, orders)
         statuses = Counter(answer.status for answer in answers)
         self.summary = {
             "readable": 1.0 - statuses["unreadable"] / len(answers),

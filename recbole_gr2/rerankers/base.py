@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,6 +110,17 @@ class Reranker:
             train: train requests that contain their target.
             valid: validation requests that contain their target, for example for early stopping.
         """
+
+    def save(self, folder: Path) -> None:
+        """Write what `fit` learned, so that a finished run can rank other lists without another fit. Optional.
+
+        Args:
+            folder: the folder of the stage. It contains rankings.jsonl.
+        """
+
+    def load(self, folder: Path) -> bool:
+        """Read what `save` wrote, and return whether there was anything to read. If not, `fit` is called again."""
+        return False
 
     def rank(self, requests: Sequence[Request]) -> Sequence[Answer | Sequence[int]]:
         """Rank the candidates of test requests.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from recbole_gr2.onerec_think import candidate_scores
 from recbole_gr2.policy import load_model, sid_log_likelihood
@@ -20,9 +24,14 @@ class Midtrain(Reranker):
     trained = True
     settings_prefixes = ("llm_bf16",)
 
+    @cached_property
+    def model(self) -> tuple[PreTrainedModel, Any]:
+        """The language model and its tokenizer. They are loaded once."""
+        return load_model(self.context.folders["midtrain"])
+
     def rank(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
         """Sort the candidates by descending log-likelihood."""
-        model, tokenizer = load_model(self.context.folders["midtrain"])
+        model, tokenizer = self.model
         longest = self.settings["mid_max_length"]
         histories = [history_ids(r.history, self.catalog, tokenizer, longest) for r in requests]
         items = [request.items for request in requests]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.base import Reranker
-from recbole_gr2.types import Request
+from recbole_gr2.types import Answer, Request
 
 
 class BaseOrder(Reranker):
@@ -44,6 +45,13 @@ class PriorOrder(Reranker):
     compare_with = ("lambdamart",)
     needs_features = True
 
-    def rank(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    def rank(self, requests: Sequence[Request]) -> list[Answer]:
         """Sort the candidates by descending prior."""
-        return [request.by_prior for request in requests]
+        return [
+            Answer(
+                request_id=request.request_id,
+                ranking=request.by_prior,
+                first_choice=tuple(math.exp(value) for value in request.prior),
+            )
+            for request in requests
+        ]

@@ -13,6 +13,7 @@ from recbole_gr2.console import progress
 from recbole_gr2.errors import MissingFileError
 from recbole_gr2.types import Item
 
+HASH = "hash"  # the name of an encoder without a model
 MAX_TOKENS = 128  # Enough for a title and its categories. More of a description costs time without better neighbours.
 HASHED_NGRAMS = 2**18  # Hash buckets before folding. There are so many that n-grams rarely share a bucket.
 

@@ -77,6 +77,16 @@ def fit(embeddings: np.ndarray, config: SidConfig, data: Data) -> Quantizer:
     return fit_rqvae(embeddings, config, pairs=pairs)
 
 
+def load_tokenizer(folder: Path, settings: Mapping[str, Any]) -> Quantizer:
+    """Load the tokenizer in a folder.
+
+    Raises:
+        MissingFileError: the folder has no such tokenizer.
+    """
+    _, tokenizer = METHODS[settings["sid_method"]]
+    return tokenizer.load(folder)
+
+
 def load_codebooks(folder: Path, settings: Mapping[str, Any]) -> torch.Tensor:
     """Load the codebook vectors of the tokenizer in a folder, (L, C, D) float32.
 

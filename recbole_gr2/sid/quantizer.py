@@ -117,6 +117,36 @@ def assign(quantizer: Quantizer, embeddings: np.ndarray, *, seed: int) -> np.nda
     return codes
 
 
+def assign_new(quantizer: Quantizer, embeddings: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return semantic IDs of M new items beside those of a catalogue, (M, L) int64.
+
+    The codes are the nearest ones. The codes of the last `random_last` levels are the first ones that no item with the
+    same prefix has. If all are taken, they are the first ones.
+
+    Args:
+        quantizer: a fitted tokenizer.
+        embeddings: embeddings of the new items, (M, D).
+        codes: semantic IDs of the catalogue, (N, L).
+    """
+    config = quantizer.config
+    new = quantizer.encode(embeddings)
+    if config.random_last == 0:
+        return new
+    length = config.levels - config.random_last
+    taken = {tuple(row) for row in codes.tolist()}
+    for row in new:
+        for number in range(config.codes**config.random_last):
+            rest = number
+            for level in reversed(range(length, config.levels)):
+                rest, row[level] = divmod(rest, config.codes)
+            if tuple(row.tolist()) not in taken:
+                break
+        else:
+            row[length:] = 0
+        taken.add(tuple(row.tolist()))
+    return new
+
+
 def kmeans_sample(items: int, config: SidConfig) -> np.ndarray:
     """Return the positions of the items that k-means is fitted on, in random order.
 

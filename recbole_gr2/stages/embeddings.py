@@ -11,10 +11,8 @@ from recbole_gr2.config import Settings
 from recbole_gr2.llm.download import check_name, identity, resolve
 from recbole_gr2.llm.model import device
 from recbole_gr2.sid.contrastive import co_engaged
-from recbole_gr2.sid.embed import embed_texts, hash_embeddings, item_text, neighbour_means, textless_line
+from recbole_gr2.sid.embed import HASH, embed_texts, hash_embeddings, item_text, neighbour_means, textless_line
 from recbole_gr2.types import Context, Stage
-
-HASH = "hash"  # the name of an encoder without a model
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from recbole_gr2.comparisons import compare_pairs, declared_pairs
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
-from recbole_gr2.lists import base_orders, pool_size, rank_windows, reported_requests, selected
+from recbole_gr2.lists import pool_size, reported_requests
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
-from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name
+from recbole_gr2.rerankers.apply import completed, input_orders
+from recbole_gr2.rerankers.base import as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.slices import slice_metrics, target_slices
@@ -57,10 +58,10 @@ def run(context: Context) -> dict[str, Any]:
         else:
             ordered = as_answers(requests, method(context).rank(requests), method=method.name)
             given = {answer.request_id: answer.ranking for answer in ordered}
-        inputs = dict(zip([r.request_id for r in requests], _inputs(requests, settings, method), strict=True))
+        inputs = dict(zip([r.request_id for r in requests], input_orders(requests, settings, method), strict=True))
         ranked = requests if len(given) == len(requests) else hits
         rankings[method.name] = {
-            r.request_id: _completed(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
+            r.request_id: completed(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
         }
         unchanged[method.name] = float(
             np.mean(
@@ -114,33 +115,10 @@ def run(context: Context) -> dict[str, Any]:
     }
 
 
-def _inputs(requests: Sequence[Request], settings: Settings, method: type[Reranker]) -> list[tuple[int, ...]]:
-    """The order of each pool that a method changes.
-
-    It is the base order, or the selected candidates in base order followed by the other items. Under `eval_windows` it
-    is the order to which windows in base order lead.
-
-    Args:
-        requests: the requests with the whole pool.
-        settings: settings of the run.
-        method: the method.
-    """
-    if method.whole_pool or pool_size(settings) == settings["cand_num"]:
-        return base_orders(requests)
-    if method.slides(settings):
-        return rank_windows(requests, settings, base_orders)
-    return [candidates + others for candidates, others in (selected(request, settings) for request in requests)]
-
-
 def _read_lists(pools: Sequence[Request], answers: Mapping[str, Answer], count: int) -> list[Request]:
     """The requests that were answered, with the candidates that the answers are about: the first of the ranking."""
     answered = [pool for pool in pools if pool.request_id in answers]
     return [pool.shortlist(answers[pool.request_id].ranking[:count]) for pool in answered]
-
-
-def _completed(ranking: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """A ranking of the first items of an order, followed by the other items of this order."""
-    return ranking + order[len(ranking) :]
 
 
 def _methods(

@@ -26,8 +26,8 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
-from recbole_gr2.features.trees import cross_fit_trees, fit_trees, scores_of
-from recbole_gr2.lists import pool_size
+from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
+from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import module_hash
@@ -75,6 +75,7 @@ def run(context: Context) -> dict[str, Any]:
         trees = fit_trees(features["train"], relevance, valid=valid, seed=seed)
         rankers = {split: scores_of(trees, features[split]) for split in ("valid", "test")}
         count = summary["trees"] = trees.best_iteration_
+        save_trees(trees, context.folder)
         rankers["train"] = cross_fit_trees(features["train"], relevance, users=users, trees=count, seed=seed)
         context.say(f"cand_ranker lambdamart: {count} trees")
     quality = {}
@@ -95,11 +96,6 @@ def run(context: Context) -> dict[str, Any]:
                 f"{quality[split]['requests']:,} requests"
             )
     return {**summary, "quality": quality}
-
-
-def ranks_by_trees(settings: Settings) -> bool:
-    """Return whether LambdaMART selects the candidates of the language model from a pool."""
-    return settings["cand_ranker"] == "lambdamart" and pool_size(settings) > settings["cand_num"]
 
 
 def _features(

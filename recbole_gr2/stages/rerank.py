@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from recbole_gr2.lists import (
 from recbole_gr2.plugins import calling
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
-from recbole_gr2.rerankers.base import Reranker, as_answers, stage_name, user_name
+from recbole_gr2.rerankers.apply import rank, rank_by_windows
+from recbole_gr2.rerankers.base import Reranker, stage_name, user_name
 from recbole_gr2.rerankers.external import FILE, read_rankings
-from recbole_gr2.types import Answer, Context, Request, Stage
+from recbole_gr2.types import Context, Stage
 
 REGISTRY = "recbole_gr2.rerankers.registry"
 
@@ -67,8 +67,9 @@ def run(context: Context) -> dict[str, Any]:
         train = training_requests(context, pool=pool)
         with calling(name, where=f"{where}, fit"):
             reranker.fit(train, valid)
+            reranker.save(context.folder)
     started = time.monotonic()
-    answers = _ranked_windows(reranker, requests) if sliding else _ranked(reranker, requests)
+    answers = rank_by_windows(reranker, requests) if sliding else rank(reranker, requests)
     seconds = time.monotonic() - started
     write_answers(context.folder, answers, load_catalog(context))
     pairs = list(zip(requests, answers, strict=True))
@@ -84,26 +85,6 @@ def run(context: Context) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "requests_per_second": round(len(requests) / max(seconds, 1e-9), 2),
     }
-
-
-def _ranked(reranker: Reranker, requests: Sequence[Request]) -> list[Answer]:
-    """The answers of a re-ranker to requests, of which it does not see the labels."""
-    with calling(user_name(type(reranker)), where=f"method {reranker.name}, rank"):
-        rankings = reranker.rank([request.without_labels() for request in requests])
-        return as_answers(requests, rankings, method=reranker.name)
-
-
-def _ranked_windows(reranker: Reranker, pools: Sequence[Request]) -> list[Answer]:
-    """The answers of a re-ranker to the first window of each pool, with the ranking of the whole pool."""
-    last: dict[str, Answer] = {}
-
-    def rank(windows: Sequence[Request]) -> list[tuple[int, ...]]:
-        answers = _ranked(reranker, windows)
-        last.update({answer.request_id: answer for answer in answers})  # The first window comes last.
-        return [answer.ranking for answer in answers]
-
-    orders = rank_windows(pools, reranker.settings, rank)
-    return [replace(last[pool.request_id], ranking=order) for pool, order in zip(pools, orders, strict=True)]
 
 
 def check_settings(settings: Settings) -> None:
