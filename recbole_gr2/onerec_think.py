@@ -131,13 +131,21 @@ def search_width(settings: Mapping[str, Any]) -> int:
     return max(settings["onerec_think_beams"], *settings["topk"])
 
 
-def candidate_scores(context: Context, method: str, requests: Sequence[Request]) -> list[list[float]]:
+def candidate_scores(
+    context: Context, method: str, model: PreTrainedModel, tokenizer: Any, requests: Sequence[Request]
+) -> list[list[float]]:
     """Return the log-likelihood of each candidate's semantic ID, B lists of K: the best over the sampled traces.
 
     The beam search of the recommender gives the same item the same log-likelihood.
+
+    Args:
+        context: context of the re-ranker.
+        method: name of the method.
+        model: its language model.
+        tokenizer: the tokenizer of the model.
+        requests: B requests.
     """
     settings, catalog = context.settings, load_catalog(context)
-    model, tokenizer = load_model(context.folders[method])
     histories = [request.history for request in requests]
     maker = prompt_maker(settings, catalog)
     prompts = prompts_with_traces(model, tokenizer, maker, settings, reasons(method), histories)

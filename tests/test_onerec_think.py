@@ -309,12 +309,12 @@ def test_scores_are_those_of_a_brute_force(trained, name):
     np.testing.assert_allclose(found[:, 1:].numpy(), expected, atol=2e-4)
 
     lists = [request(user, history) for user, history in zip(users, histories, strict=True)]
-    listed = candidate_scores(context, row, lists)
+    listed = candidate_scores(context, row, *load_model(context.folders[row]), lists)
     np.testing.assert_allclose(
         listed, [[own[i - 1] for i in r.items] for own, r in zip(expected, lists, strict=True)], atol=2e-4
     )
     false = [request(user, history, target=1) for user, history in zip(users, histories, strict=True)]
-    assert candidate_scores(context, row, false) == listed
+    assert candidate_scores(context, row, *load_model(context.folders[row]), false) == listed
 
 
 def request(user: int, history, target: int = 12, candidates=(3, 9, 12, 1)) -> Request:
@@ -640,7 +640,8 @@ def test_every_setting_that_is_read_is_in_the_key(tabled, papered):
     """Otherwise a changed setting would be answered from the cache."""
     context, _ = papered
     reading = replace(tabled.context(THINK), settings=Recorded(tabled.settings))
-    candidate_scores(reading, THINK, load_requests(tabled.context(), "test")[:2])
+    loaded = load_model(reading.folders[THINK])
+    candidate_scores(reading, THINK, *loaded, load_requests(tabled.context(), "test")[:2])
     onerec_think_recommender(replace(reading, folders=tabled.folders), QUICK)
     read = context.settings.read | reading.settings.read
     stages = {stage.name: stage for stage in all_stages(tabled.settings)}

@@ -15,19 +15,24 @@ from recbole_gr2.rerankers.base import Reranker, by_score
 from recbole_gr2.types import Request
 
 
-class Midtrain(Reranker):
+class _Likelihood(Reranker):
+    """A method with a language model of the stage that `needs` names."""
+
+    trained = True
+
+    @cached_property
+    def model(self) -> tuple[PreTrainedModel, Any]:
+        """The language model and its tokenizer. They are loaded once."""
+        return load_model(self.context.folders[self.needs[0]])
+
+
+class Midtrain(_Likelihood):
     """The mid-trained model: likelihood of the candidates' semantic IDs after the history, without a prompt."""
 
     name = "midtrain"
     description = "the likelihood of the candidates' semantic IDs under the mid-trained model"
     needs = ("midtrain",)
-    trained = True
     settings_prefixes = ("llm_bf16",)
-
-    @cached_property
-    def model(self) -> tuple[PreTrainedModel, Any]:
-        """The language model and its tokenizer. They are loaded once."""
-        return load_model(self.context.folders["midtrain"])
 
     def rank(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
         """Sort the candidates by descending log-likelihood."""
@@ -39,17 +44,16 @@ class Midtrain(Reranker):
         return [by_score(request, row) for request, row in zip(requests, scores, strict=True)]
 
 
-class OneRecThink(Reranker):
+class OneRecThink(_Likelihood):
     """OneRec-Think: likelihood of the candidates' semantic IDs after sampled traces."""
 
     name = "onerec_think"
     description = "OneRec-Think (re-implemented), by the likelihood of the candidates after a trace"
     needs = ("onerec_think",)
-    trained = True
 
     def rank(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
         """Sort the candidates by descending log-likelihood."""
-        scores = candidate_scores(self.context, self.name, requests)
+        scores = candidate_scores(self.context, self.name, *self.model, requests)
         return [by_score(request, row) for request, row in zip(requests, scores, strict=True)]
 
 
