@@ -1,7 +1,5 @@
 """The built-in re-rankers: LambdaMART finds a planted pattern, and a position bias is detected."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,7 @@ from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.ranking import promote
 from recbole_gr2.rerankers.answers import first_places
 from recbole_gr2.rerankers.base import Reranker, by_score
-from recbole_gr2.rerankers.lambdamart import Ensemble, LambdaMART
+from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
 from recbole_gr2.rerankers.registry import ORDERS, RERANKERS
 from recbole_gr2.testing import synthetic_context
@@ -53,7 +51,6 @@ def test_every_method_describes_itself():
         "oracle",
         "prior",
         "lambdamart",
-        "ensemble",
         "midtrain",
         "sft",
         "rl",
@@ -119,29 +116,12 @@ def test_lambdamart_ranks_a_list_independently_of_the_others():
     assert reranker.rank(requests)[7:8] == reranker.rank(requests[7:8])
 
 
-def with_prior(requests: list[Request], informed: bool) -> list[Request]:
-    """Requests whose prior has the target first, or the order of the ids."""
-    return [
-        replace(r, prior=tuple(0.0 if informed and item == r.target else -1.0 - item for item in r.items))
-        for r in requests
-    ]
-
-
-def test_the_ensemble_weights_the_trees_by_validation(tmp_path):
-    """A perfect prior gets all the weight, and one without information little. What it learned can be stored."""
-    for informed in (True, False):
-        train, valid, test = (with_prior(planted(n, seed), informed) for n, seed in ((200, 0), (100, 1), (50, 2)))
-        reranker = Ensemble(synthetic_context())
-        reranker.fit(train, valid)
-        rankings = reranker.rank(test)
-        if informed:
-            assert reranker.summary["weight"] < 0.5 and [order[0] for order in rankings] == [r.target for r in test]
-        else:
-            assert reranker.summary["weight"] > 0.5
-        reranker.save(tmp_path)
-        again = Ensemble(synthetic_context())
-        assert again.load(tmp_path) and again.rank(test) == rankings
-    assert not LambdaMART(synthetic_context()).load(tmp_path / "nothing")
+def test_stored_trees_rank_alike(tmp_path):
+    requests, reranker = planted(20, 2), fitted(100, 50)
+    again = LambdaMART(synthetic_context())
+    assert not again.load(tmp_path)
+    reranker.save(tmp_path)
+    assert again.load(tmp_path) and again.rank(requests) == reranker.rank(requests)
 
 
 @pytest.mark.parametrize("shuffled", [True, False])

@@ -12,7 +12,7 @@ from recbole_gr2.plugins import check_call, check_method, find
 from recbole_gr2.rerankers.answers import Distilled, Internalised, Rl, Sft, Shuffled
 from recbole_gr2.rerankers.base import ALL, Reranker
 from recbole_gr2.rerankers.external import FILE, from_file, from_function
-from recbole_gr2.rerankers.lambdamart import Ensemble, LambdaMART
+from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.likelihood import Midtrain, OneRecThink, OneRecThinkWithoutTraces
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
 from recbole_gr2.store import file_hash, module_hash
@@ -22,7 +22,6 @@ RERANKERS: Mapping[str, type[Reranker]] = {
     reranker.name: reranker
     for reranker in (
         LambdaMART,
-        Ensemble,
         Midtrain,
         Sft,
         Rl,
