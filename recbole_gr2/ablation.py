@@ -170,8 +170,8 @@ def run_ablation(
     console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
     entries = {entry.folder: entry for planned in plans.values() for entry in planned}
     console.say(f"expected time: {preflight.expected_total(list(entries.values()))}")
-    for name, planned in plans.items():
-        preflight.check_resources(planned, settings[name], lambda text: None, dry_run=dry_run)
+    for variant_name, planned in plans.items():
+        preflight.check_resources(planned, settings[variant_name], lambda text: None, dry_run=dry_run)
     if dry_run:
         return None
     variants = []

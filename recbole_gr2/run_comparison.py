@@ -34,11 +34,12 @@ def compare_runs(
         metrics: metrics to compare, such as `ndcg@5`; by default those of `ranking.METRICS` that both runs have.
 
     Returns:
-        `runs`, the two folders; `dataset`; `users`, their number; `settings`, the settings that differ, with both
-        values; `methods`, one entry for each method and metric: `method`, `metric`, `first` and `second`, the metrics
-        over all users as RecBole computes them, and, where they can be tested, `diff`, `low` and `high`, its 95 %
-        bootstrap interval, `p`, and `p_holm`, adjusted over all entries. A metric can be tested if `ranking.METRICS`
-        contains it, its cut-off is not above the length of the lists, and the method ranks the lists of the run.
+        `runs`, the two folders; `dataset`; `users`, their number; `list_length`, the length of the lists; `settings`,
+        the settings that differ, with both values; `methods`, one entry for each method and metric. An entry has
+        `method`, `metric`, and `first` and `second`, the metrics over all users as RecBole computes them. It has `diff`,
+        `low` and `high`, its 95 % bootstrap interval, `p`, and `p_holm`, adjusted over all entries, if it can be tested:
+        if `ranking.METRICS` contains the metric, if its cut-off is not above the length of the lists, and if the method
+        ranks the lists of the run.
 
     Raises:
         ConfigurationError: the runs have other data sets, users or targets, or a method or metric is not in both.
@@ -80,6 +81,7 @@ def compare_runs(
         "runs": [str(folder) for folder in folders],
         "dataset": results[0]["dataset"],
         "users": users,
+        "list_length": longest,
         "settings": changed_settings(*configs),
         "methods": [{**line, **test} for line, test in compared],
     }

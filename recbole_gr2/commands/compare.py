@@ -53,6 +53,11 @@ def compare(
     print()
     header = ["method", "metric", "A", "B", "B - A", "95 % interval", "p", "p, Holm"]
     print_table(header, [_row(entry) for entry in compared["methods"]])
+    if not all("p" in entry for entry in compared["methods"]):
+        print(
+            f"\nLines without a test: the cut-off is above the length of the lists, {compared['list_length']}, or the "
+            "method or the metric has no value of each user."
+        )
 
 
 def _value(value: Any) -> str:

@@ -65,7 +65,8 @@ def settings(
 ) -> None:
     """List the settings with type, default, meaning and source.
 
-    A setting is given as --key=value or in a file of --config_files. docs/settings.md has the same content.
+    A setting is given as --key=value or in a file of --config_files; base_<option> is an option of the base model.
+    docs/settings.md has the same content.
 
     \b
     Examples:
@@ -77,8 +78,11 @@ def settings(
 
     from recbole_gr2.config import declarations, properties_folder, read_declarations
     from recbole_gr2.config.declaration import recbole_declarations
+    from recbole_gr2.config.recbole_options import RECBOLE_TRAINING
 
-    entries = {**recbole_declarations(), **declarations()}
+    recbole = recbole_declarations()
+    entries = {f"base_{key}" if key in RECBOLE_TRAINING else key: entry for key, entry in recbole.items()}
+    entries |= declarations()
     for file in sorted((properties_folder() / "model").glob("*.yaml")):
         for key, entry in read_declarations(file).items():
             entries.setdefault(f"base_{key}", entry)
