@@ -36,10 +36,10 @@ def compare_runs(
     Returns:
         `runs`, the two folders; `dataset`; `users`, their number; `list_length`, the length of the lists; `settings`,
         the settings that differ, with both values; `methods`, one entry for each method and metric. An entry has
-        `method`, `metric`, and `first` and `second`, the metrics over all users as RecBole computes them. It has `diff`,
-        `low` and `high`, its 95 % bootstrap interval, `p`, and `p_holm`, adjusted over all entries, if it can be tested:
-        if `ranking.METRICS` contains the metric, if its cut-off is not above the length of the lists, and if the method
-        ranks the lists of the run.
+        `method`, `metric`, and `first` and `second`, the metrics over all users as RecBole computes them. If it can be
+        tested, it has `diff`, its 95 % bootstrap interval `low` and `high`, `p`, and `p_holm`, adjusted over all
+        entries. A test needs a metric of `ranking.METRICS` whose cut-off is not above the length of the lists, and a
+        method that ranks the lists of the run.
 
     Raises:
         ConfigurationError: the runs have other data sets, users or targets, or a method or metric is not in both.
