@@ -129,9 +129,21 @@ def seed_runs(folder: Path) -> list[Path]:
 
     Raises:
         GR2Error: run.json is missing or damaged.
+        MissingFileError: the run of a seed has been removed.
     """
     named = _read(folder / RUN, ()).get("runs")
-    return [folder] if named is None else [folder.parent / Path(path).parent.name for path in named]
+    if named is None:
+        return [folder]
+    runs = [folder.parent / Path(path).parent.name for path in named]
+    missing = [run.name for run in runs if not (run / RUN).is_file()]
+    if missing:
+        raise MissingFileError(
+            f"the run {folder.name} reports over {', '.join(missing)}, which does not exist any more",
+            where=str(folder / RUN),
+            why="the files of each seed belong to its own run",
+            do=f"repeat the run with its seeds, or remove the folder {folder}",
+        )
+    return runs
 
 
 def stage_folders(folder: Path) -> dict[str, Path]:

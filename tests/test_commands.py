@@ -99,7 +99,7 @@ def test_help_of_run(capsys):
 
 
 def test_help_and_version():
-    assert "compare" in printed() and printed() == printed("--help")
+    assert "compare" in printed() and printed() == printed("--help") == printed("-h")
     assert printed("--version") == f"recbole-gr2 {recbole_gr2.__version__}\n"
 
 
@@ -109,7 +109,7 @@ def test_help_and_version():
         (["runz"], "did you mean run"),
         (["data", "chek"], "did you mean check"),
         (["list", "preset"], "did you mean presets"),
-        (["compare", "a"], "missing argument 'RUN'"),
+        (["compare", "a"], "missing argument 'B'"),
         (["compare", "a", "b", "c"], "unexpected extra argument"),
         (["list"], "missing command"),
         (["runs", "--jsn"], "Possible options: --json"),
@@ -311,12 +311,18 @@ def test_a_named_run_of_several_seeds(finished_command, tmp_path):
     names = {"mine", "mine-2020", "mine-2021"}
     assert path.parent.name == "mine" and {run.name for run in path.parent.parent.iterdir()} == names
     assert Path(printed(*argv).splitlines()[-1]) == path
-    assert "mine-2020 of several" not in refused_run(*argv, "--prior_steps=11")
+    assert "the run 'mine-2020' exists and is another one: prior_steps 10 -> 11" in refused_run(
+        *argv, "--prior_steps=11"
+    )
     listed = {run["name"]: run for run in json.loads(printed("runs", "--json", "--checkpoint_dir", root))}
     assert set(listed) == names and listed["mine"]["seeds"] == [2020, 2021] and not listed["mine"]["missing_stages"]
     assert "name the run of one seed: mine-2020, mine-2021" in refused("show", "mine", "u3", "--checkpoint_dir", root)
     compared = json.loads(printed("compare", "mine-2020", "mine", "--json", "--checkpoint_dir", root))
     assert {entry["method"] for entry in compared["methods"]} == {"base", "prior", "lambdamart"}
+    shutil.move(path.parents[1] / "mine-2021", tmp_path)
+    error = refused("clean", "--checkpoint_dir", root, code=4)
+    assert "the run mine reports over mine-2021, which does not exist any more" in error
+    shutil.move(tmp_path / "mine-2021", path.parents[1])
     error = refused("clean", "--runs", "mine-2021", "--checkpoint_dir", root)
     assert "remove both: --runs mine,mine-2021" in error
     printed("clean", "--yes", "--runs", "mine,mine-2021", "--checkpoint_dir", root)

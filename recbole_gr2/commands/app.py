@@ -24,7 +24,7 @@ from recbole_gr2.distributed import choose_threads
 from recbole_gr2.errors import ConfigurationError, GR2Error, nearest
 
 PROGRAM = "recbole-gr2"
-OPTIONS = ("--help", "--version", "--install-completion", "--show-completion")  # those of the application itself
+OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")  # those of the application itself
 
 
 class Commands(TyperGroup):
@@ -52,12 +52,14 @@ app = typer.Typer(
     help="Train, evaluate and inspect GR2, a generative reasoning re-ranker for the lists of RecBole models.",
     epilog=f"`{PROGRAM} COMMAND --help` shows the options and examples of a command.",
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 data_app = _group("Prepare and check data sets.")
 list_app = _group("List what settings can name.")
 
 # Each command is registered here, in the order of --help.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}  # settings are options of any name
+# Settings are options of any name. With -h as an option, a word such as -dhotels would ask for help.
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]}
 app.command(
     cls=PassThrough,
     add_help_option=False,
@@ -132,6 +134,6 @@ def _usage_error(error: typer.TyperException) -> ConfigurationError:
     return ConfigurationError(
         f"cannot read the command: {text[:1].lower()}{text[1:]}",
         where=command,
-        why="nothing was done, because a part of the command would be ignored or is missing",
+        why="a part of the command is missing, or would be ignored",
         do=f"{command} --help shows the options and examples",
     )

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from recbole_gr2.commands.output import AsJson, CheckpointDir, Run, names, print_json, print_table
+from recbole_gr2.commands.output import RUN, AsJson, CheckpointDir, complete_runs, names, print_json, print_table
 from recbole_gr2.runs import find_run
 
 
 def compare(
-    first: Run,
-    second: Run,
+    first: Annotated[str, typer.Argument(metavar="A", autocompletion=complete_runs, help=RUN)],
+    second: Annotated[str, typer.Argument(metavar="B", autocompletion=complete_runs, help="The other run.")],
     methods: Annotated[
         str | None, typer.Option("--methods", metavar="A,B", help="Methods to compare; by default all that both have.")
     ] = None,

@@ -25,7 +25,7 @@ OK, WARNING, FAILED = "ok", "warning", "failed"
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # distributions whose module has another name
 OPTIONAL = {
     "openai": "trace_teacher: openai_api needs it; pip install 'recbole-gr2[teacher]'",
-    "vllm": "it serves a teacher on this machine for trace_teacher: openai_api; pip install vllm in an own environment",
+    "vllm": "it can serve a teacher for trace_teacher: openai_api; install it in an environment of its own",
 }
 GIB = 2**30
 

@@ -21,14 +21,8 @@ def complete_runs(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     return [(name, text) for name, text in names if name.startswith(incomplete)]
 
 
-Run = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN",
-        autocompletion=complete_runs,
-        help="Name of a run, path of its folder or result.json, or `latest` for the newest one.",
-    ),
-]
+RUN = "Name of a run, path of its folder or result.json, or `latest` for the newest one."
+Run = Annotated[str, typer.Argument(metavar="RUN", autocompletion=complete_runs, help=RUN)]
 CheckpointDir = Annotated[
     str, typer.Option("--checkpoint_dir", metavar="DIR", help="Folder of all results, in which names are looked up.")
 ]

@@ -45,7 +45,7 @@ def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[OPTIONS]", autocompletion=complete, help="Options and settings of a run."),
+    typer.Argument(metavar="SETTINGS", autocompletion=complete, help="Options and settings of a run."),
 ]
 
 

@@ -63,7 +63,7 @@ def runs(
 def _describe(folder: Path) -> dict[str, Any]:
     """What the table tells of a run. Paths and numbers have their own fields."""
     result = read_result(folder)
-    stages = [path for run in seed_runs(folder) for path in stage_folders(run).values() or [run]]
+    stages = [path for run in seed_runs(folder) for path in stage_folders(run).values()]
     missing = [path for path in stages if not (path / MANIFEST).is_file()]
     method, metric, value = _best(result)
     return {
