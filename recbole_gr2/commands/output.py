@@ -57,12 +57,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not sys.stdout.isatty():
         print(render_table(header, rows))
         return
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column, heading in enumerate(header):
         numbers = all(NUMBER.match(row[column]) for row in rows)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")

@@ -56,7 +56,7 @@ def runs(
     elif not described:
         print(f"no run is finished in {Path(checkpoint_dir) / 'gr2'}")
     else:
-        header = ["name", "data set", "date", "base model", "llm", "preset", "seeds", "best method", "metric", "stages"]
+        header = ["name", "data set", "date", "base model", "llm", "preset", "seeds", "best method", "stages"]
         print_table(header, [_row(run) for run in described])
 
 
@@ -101,7 +101,6 @@ def _row(run: Mapping[str, Any]) -> list[str]:
         run["llm"],
         run["preset"],
         ", ".join(map(str, run["seeds"])),
-        run["best_method"],
-        f"{run['metric']} {run['value']:.4f}",
+        f"{run['best_method']}, {run['metric']} {run['value']:.4f}",
         f"{missing} of {run['stages']} removed" if missing else "complete",
     ]
