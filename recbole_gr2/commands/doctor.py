@@ -135,7 +135,7 @@ def recbole() -> Iterator[Finding]:
     if not hasattr(numpy, "float_"):  # RecBole uses this name, which NumPy 2 removed.
         yield Finding("RecBole", FAILED, "the patch of NumPy has no effect", "install the packages of constraints.txt")
     else:
-        yield Finding("RecBole", OK, f"patched; {config['model']} and {dataset.__base__.__name__} load")
+        yield Finding("RecBole", OK, f"patched; {config['model']} and {dataset.__mro__[1].__name__} load")
 
 
 def matrix_products() -> Iterator[Finding]:
