@@ -30,7 +30,7 @@ from recbole_gr2.console import Console, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
 from recbole_gr2.report.result import SCHEMA, new_folder, stage_entries
 from recbole_gr2.report.tables import figures_table, variant_cost_table, variant_settings_table
-from recbole_gr2.store import explained_disk_errors, read_manifest, write_json, write_text
+from recbole_gr2.store import explained_disk_errors, read_json, read_manifest, write_json, write_text
 
 T = TypeVar("T")
 Plans = Mapping[str, list[pipeline.Planned]]  # name of a variant -> its plan
@@ -120,9 +120,15 @@ def read_ablation(name: str) -> Ablation:
 
 
 def run_ablation(
-    ablation: Ablation, given: Mapping[str, Any], *, command: str, console: Console, dry_run: bool = False
+    ablation: Ablation,
+    given: Mapping[str, Any],
+    *,
+    command: str,
+    console: Console,
+    dry_run: bool = False,
+    name: str | None = None,
 ) -> Path | None:
-    """Run each variant and write `ablations/<time>/`.
+    """Run each variant and write `ablations/<time>/`, or `ablations/<name>/`.
 
     A variant whose quality check fails keeps its line, with the figures of the stages that it finished.
 
@@ -132,13 +138,14 @@ def run_ablation(
         command: the command line.
         console: where progress and tables are printed.
         dry_run: whether to print the plan and stop.
+        name: name of the folder. An earlier report of the same ablation is replaced.
 
     Returns:
         The path of result.json, or None for a dry run.
 
     Raises:
         ConfigurationError: settings or columns are not valid. The settings of all variants, and the columns as far as
-            stages are cached, are checked before anything runs.
+            stages are cached, are checked before anything runs. Or another ablation has this name.
     """
     common = load_settings(**given, layers=_layers(ablation))
     console.say(
@@ -158,11 +165,13 @@ def run_ablation(
 
     plans = _for_each(ablation, plan)
     _check_columns(ablation, plans)
+    if name is not None:
+        _check_same_ablation(common.results_folder / "ablations" / name, plans)
     console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
     entries = {entry.folder: entry for planned in plans.values() for entry in planned}
     console.say(f"expected time: {preflight.expected_total(list(entries.values()))}")
-    for name, planned in plans.items():
-        preflight.check_resources(planned, settings[name], lambda text: None, dry_run=dry_run)
+    for variant_name, planned in plans.items():
+        preflight.check_resources(planned, settings[variant_name], lambda text: None, dry_run=dry_run)
     if dry_run:
         return None
     variants = []
@@ -191,8 +200,12 @@ def run_ablation(
         "note": ablation.note,
         "variants": variants,
     }
-    folder = new_folder(common.results_folder / "ablations")
+    if name is None:
+        folder = new_folder(common.results_folder / "ablations")
+    else:
+        folder = common.results_folder / "ablations" / name
     with explained_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.md", render_ablation(result))
         write_json(folder / "result.json", result)
     console.print(f"\n{figures_table(result)}")
@@ -362,6 +375,29 @@ def _check_columns(ablation: Ablation, plans: Plans) -> None:
         summaries = {stage: record.summary for stage, record in records.items() if record}
         for path in ablation.columns.values():
             figure(summaries, path)
+
+
+def _check_same_ablation(folder: Path, plans: Plans) -> None:
+    """Check that the ablation in a folder, if there is one, has the variants and stages of the plans.
+
+    Raises:
+        ConfigurationError: it is another ablation.
+        GR2Error: its result.json is damaged.
+    """
+    if not (folder / "result.json").is_file():
+        return
+    variants = read_json(folder / "result.json")["variants"]
+    earlier = {(each["name"], stage["stage"]): stage["key"][0] for each in variants for stage in each["stages"]}
+    now = {(name, entry.stage.name): entry.key for name, planned in plans.items() for entry in planned}
+    other = [place for place in earlier if earlier[place] != now.get(place)]
+    if other or [each["name"] for each in variants] != list(plans):
+        raise ConfigurationError(
+            f"the ablation {folder.name!r} exists and is another one"
+            + (f": the stage {other[0][1]} of the variant {other[0][0]!r} has another key" if other else ""),
+            where=str(folder),
+            why="its report would be replaced by that of a different ablation",
+            do="choose another --name, or remove the folder",
+        )
 
 
 def _plan_lines(plans: Plans) -> list[list[str]]:

@@ -40,6 +40,8 @@ from recbole_gr2.rerankers.apply import completed, input_orders, rank_pools  # n
 from recbole_gr2.rerankers.base import Reranker, stage_name  # noqa: E402
 from recbole_gr2.rerankers.external import FILE  # noqa: E402
 from recbole_gr2.rerankers.registry import chosen, orders  # noqa: E402
+from recbole_gr2.run_comparison import compare_runs  # noqa: E402
+from recbole_gr2.runs import find_run, finished_stages, one_seed, read_result, seed_runs, stage_folders  # noqa: E402
 from recbole_gr2.serving import CandidateList, ListReranker, Reranked  # noqa: E402
 from recbole_gr2.store import check_files, numbered_lines, read_manifest, stage_key, write_text  # noqa: E402
 from recbole_gr2.types import Candidate, Request, StageRecord  # noqa: E402
@@ -91,30 +93,14 @@ def open_run(folder: Path, data_path: str | None = None) -> OpenRun:
         data_path: folder of data sets, if it is another one than that of the run.
 
     Raises:
-        MissingFileError: the folder contains no run, or a stage of the run is not there any more.
+        MissingFileError: a stage of the run is not there any more.
         GR2Error: the data set is another one than that of the run.
     """
-    if not (folder / "run.json").is_file():
-        raise MissingFileError(
-            "the folder contains no finished run of one seed",
-            where=str(folder),
-            why="it has no run.json, which names the folders of the stages",
-            do="name a folder below runs/ that `recbole-gr2 runs` lists; of a run with several seeds or variants, name "
-            "the folder of one of them",
-        )
-    stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]
-    results = folder.absolute().parent.parent
-    folders = {name: results.joinpath(*Path(stage).parts[-3:]) for name, stage in stages.items()}
+    folders = finished_stages(folder)
     records = {}
     for name, stage in folders.items():
         record = read_manifest(stage)
-        if record is None:
-            raise MissingFileError(
-                f"the run has no finished {name} stage",
-                where=str(stage),
-                why="the method reads what its stages have computed",
-                do=f"repeat the command of the run, which is in {folder / 'run.json'}",
-            )
+        assert record is not None, "the stage is finished"
         check_files(stage, record)
         records[name] = record
     quiet_libraries()
@@ -186,7 +172,7 @@ class GR2(SequentialRecommender):
         """Open a finished run.
 
         Args:
-            run: folder of a run of one seed, or its result.json.
+            run: a run of one seed: its folder, its result.json, or its name below `saved/gr2/*/runs/`.
             method: a method of the run; by default rl, and if the run has none sft, prior or base.
             data_path: folder of data sets, if the data have moved since the run.
 
@@ -195,7 +181,7 @@ class GR2(SequentialRecommender):
             ConfigurationError: the run has no such method.
             GR2Error: the data set has changed.
         """
-        opened = open_run(_folder(run), None if data_path is None else str(data_path))
+        opened = open_run(one_seed(find_run(run)), None if data_path is None else str(data_path))
         if method is None:
             method = next(name for name in PREFERRED if name in opened.methods)
         config = run_config(str(opened.folder), method, None if data_path is None else str(data_path))
@@ -400,7 +386,7 @@ def rerank_file(
     """Re-rank the lists of a file, and write the rankings as JSON lines.
 
     Args:
-        run: folder of a run, see `GR2.load`.
+        run: a run, see `GR2.load`.
         lists: JSON lines with `history` and `candidates` (or `candidate_item_ids`), and optionally `user_id`,
             `request_id`, `scores`, `times`, `sources` and `items`, see `CandidateList`. Candidate files of a run have
             this form. Other fields are ignored, also `target`.
@@ -499,21 +485,21 @@ class Run:
     """A finished run.
 
     Attributes:
-        path: folder of the run.
+        path: folder of the run. It may be given as the path of result.json, or as the name of a run, see `GR2.load`.
 
     Raises:
-        MissingFileError: the folder contains no result.json.
+        MissingFileError: there is no such run.
     """
 
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", _folder(self.path))
+        object.__setattr__(self, "path", find_run(self.path))
 
     @cached_property
     def result(self) -> dict[str, Any]:
         """The content of result.json, see docs/result.schema.json."""
-        return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        return read_result(self.path)
 
     @property
     def methods(self) -> pd.DataFrame:
@@ -573,11 +559,32 @@ class Run:
         """The rank of the target of each hit user under each method, from 1, with the seed of the run."""
         import pandas as pd
 
-        frames = []
-        for seed, path in zip(self.result["seeds"], self.result["runs"], strict=True):
-            stages = json.loads((Path(path).parent / "run.json").read_text(encoding="utf-8"))["stages"]
-            frames.append(read_per_user(Path(stages["evaluate"])).assign(seed=seed))
+        frames = [
+            read_per_user(stage_folders(folder)["evaluate"]).assign(seed=seed)
+            for seed, folder in zip(self.result["seeds"], seed_runs(self.path), strict=True)
+        ]
         return pd.concat(frames, ignore_index=True)
+
+    def compare(self, other: Run | str | Path, *, methods: Sequence[str] = ()) -> pd.DataFrame:
+        """Compare the methods of two runs on the same users: this run minus the other one.
+
+        Args:
+            other: a run with the same data set and users.
+            methods: methods to compare; by default all that both runs have and that make a claim.
+
+        Returns:
+            One row for each method and metric with `this`, `other`, and, where a test is possible, `diff`, `low`,
+            `high`, `p` and `p_holm`, see `recbole_gr2.run_comparison.compare_runs`.
+
+        Raises:
+            ConfigurationError: the runs have other data sets or users, or a method is not in both.
+        """
+        import pandas as pd
+
+        path = other.path if isinstance(other, Run) else find_run(other)
+        found = compare_runs(path, self.path, methods=methods)["methods"]
+        frame = pd.DataFrame(found).rename(columns={"first": "other", "second": "this"})
+        return frame.set_index(["method", "metric"])
 
     def reranker(self, method: str | None = None) -> GR2:
         """Return a method of the run, see `GR2.load`."""
@@ -621,21 +628,3 @@ def run(
     )
     assert path is not None, "a run of all stages has a result"
     return Run(path)
-
-
-def _folder(run: str | Path) -> Path:
-    """The folder of a run, given as folder or as path of its result.json.
-
-    Raises:
-        MissingFileError: there is no such run.
-    """
-    path = Path(run)
-    folder = path.parent if path.name == "result.json" else path
-    if not (folder / "result.json").is_file():
-        raise MissingFileError(
-            f"there is no run {str(run)!r}",
-            where=str(folder.absolute()),
-            why="a finished run has a result.json",
-            do="name the folder of a run, which the command prints at its end, such as saved/gr2/ml-100k/runs/<time>",
-        )
-    return folder

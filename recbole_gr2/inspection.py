@@ -55,7 +55,6 @@ def examples(
     ordered = sorted(requests, key=lambda r: -moved[r.request_id])
     chosen = [r for r in ordered[:EXAMPLES] if moved[r.request_id] > 0]
     chosen += [r for r in ordered[-EXAMPLES:] if moved[r.request_id] < 0]
-    titles = {sid_text(item.sid): f"[{shorten(item.title, 60)}]" for item in catalog}
 
     def words(item_id: int) -> str:
         item = catalog.item(item_id)
@@ -73,7 +72,7 @@ def examples(
             ]
             for rank, item in enumerate(request.items, start=1)
         ]
-        reasoning = SID.sub(lambda match: titles.get(match[0], match[0]), answer.reasoning).strip()
+        reasoning = with_titles(answer.reasoning, catalog)
         parts.append(
             f"{request.request_id}: the target moved from rank {request.target_rank} to "
             f"{answer.ranking.index(request.target) + 1}. History:\n\n"
@@ -81,6 +80,17 @@ def examples(
             + f"\n```\n{render_table(['base', method, 'target', 'candidate'], table)}\n```\n\n> {reasoning}\n"
         )
     return "\n".join(parts)
+
+
+def with_titles(text: str, catalog: Catalog) -> str:
+    """Return a reasoning text with the titles of items, in brackets, in the place of their semantic IDs.
+
+    Args:
+        text: the reasoning.
+        catalog: the catalogue with semantic IDs. Of several items with one semantic ID the last one gives the title.
+    """
+    titles = {sid_text(item.sid): f"[{shorten(item.title, 60)}]" for item in catalog}
+    return SID.sub(lambda match: titles.get(match[0], match[0]), text).strip()
 
 
 def _base_rank(request: Request) -> int:

@@ -1,6 +1,6 @@
-"""The command: parse, plan, run, report.
+"""Run all stages: parse, plan, run, report.
 
-`run_recbole_gr2.py`, the console script `recbole-gr2` and `run()` do the same.
+`run_recbole_gr2.py`, the command `recbole-gr2 run` and `run()` do the same.
 """
 
 from __future__ import annotations
@@ -20,18 +20,43 @@ from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 if TYPE_CHECKING:
     from recbole_gr2.config import Settings
     from recbole_gr2.console import Console
+    from recbole_gr2.pipeline import Planned
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+SCRIPT = "run_recbole_gr2.py"
+EXAMPLES = """\
+settings that most runs need:
+  --data_path DIR         folder that contains the folder of the data set; default dataset/
+  --checkpoint_dir DIR    folder of all results; default saved
+  --seed N                seed of the run; default 2020
+  --llm NAME              language model: a packaged one, a folder or a hub id
+
+Every other setting is given in the same way, --key=value, and RecBole's options of the base model as --base_key=value.
+`recbole-gr2 list settings` lists the settings with type, default and source, and so does docs/settings.md.
+
+examples:
+  %(prog)s --dataset ml-100k --preset smoke
+  %(prog)s --dataset mine --data_path data --config_files mine.yaml --name first
+  %(prog)s --dataset amazon-beauty --llm Qwen/Qwen3-0.6B --checkpoint_dir results --dry_run
+  %(prog)s --base_model SASRec,TextEASE --base_learning_rate=0.003 --seed 7 --eval_rows=[lambdamart,sft]
+  %(prog)s --dataset amazon-beauty --seeds 2020,2021,2022 --name three
+"""
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = SCRIPT) -> int:
     """Run the command line and return the exit code, see `recbole_gr2.errors`.
 
     The last line on stdout is the path of result.json.
+
+    Args:
+        argv: the words of the command line; by default those of the process.
+        program: the command as the user wrote it, for the report and for --help.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     choose_threads()
     sys.path.insert(0, os.getcwd())  # modules of the user that settings name
     try:
-        options, command_line = parse(argv)
+        options, command_line = parse(argv, program=program)
         path = _run(
             command_line=command_line,
             config_files=options.config_files,
@@ -42,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seeds=options.seeds,
             show_prompt=options.show_prompt,
             dry_run=options.dry_run,
-            command=" ".join(["run_recbole_gr2.py", *argv]),
+            name=options.name,
+            command=" ".join([program, *argv]),
         )
         if path is not None:
             print(path)
@@ -70,6 +96,7 @@ def run(
     seeds: Sequence[int] = (),
     show_prompt: str | None = None,
     dry_run: bool = False,
+    name: str | None = None,
     command: str = "recbole_gr2.quick_start.run()",
 ) -> Path | None:
     """Plan and run. Returns the path of result.json, or None if no methods were evaluated.
@@ -83,6 +110,7 @@ def run(
         seeds: repeat the run with each of these seeds, and report them together, see `recbole_gr2.seeds`.
         show_prompt: print the prompt of this train request ("" for the first one) instead of running anything.
         dry_run: print the plan instead of running it.
+        name: name of the folder of the run; by default the time. The same run replaces its earlier report.
         command: the command line that the report names.
 
     Raises:
@@ -103,6 +131,7 @@ def run(
         seeds=seeds,
         show_prompt=show_prompt,
         dry_run=dry_run,
+        name=name,
         command=command,
     )
     if path is not None:
@@ -134,13 +163,35 @@ def check_result(path: Path) -> None:
         )
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def parse(argv: Sequence[str], *, program: str = SCRIPT) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the options of the command, and every other `--key=value` or `--key value` as a setting."""
+    parser = option_parser(program)
+    options, rest = parser.parse_known_args(argv)
+    # argparse reads a word with a blank, such as "--eval_rows=[midtrain, sft]", as one more config file.
+    rest += [word for word in options.config_files if word.startswith("--")]
+    options.config_files = [word for word in options.config_files if not word.startswith("--")]
+    named = {key: getattr(options, key) for key in ("model", "dataset", "preset")}
+    settings = {key: value for key, value in named.items() if value is not None}
+    for key in ("base_model", "models"):
+        if getattr(options, key) is not None:
+            from recbole_gr2.config import read_value
+
+            names = read_value(getattr(options, key))  # A,B or, as in a file, [A, B]
+            settings[key] = [name.strip() for name in names.split(",")] if isinstance(names, str) else names or []
+    return options, settings | _settings(rest)
+
+
+def option_parser(program: str = SCRIPT) -> argparse.ArgumentParser:
+    """Return the parser of the options that are no settings.
+
+    Args:
+        program: the command as the user wrote it.
+    """
     parser = _Parser(
-        prog="run_recbole_gr2.py",
+        prog=program,
         description="Train and evaluate GR2, a generative reasoning re-ranker, on the candidates of a RecBole model.",
-        epilog="Every setting of docs/settings.md can be given as --key=value, and RecBole's options of the base model "
-        "as --base_key=value.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("-m", "--model", help="the re-ranker (GR2)")
@@ -175,19 +226,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument(
         "--dry_run", action="store_true", help="check everything, print the plan with the expected time, and stop"
     )
-    options, rest = parser.parse_known_args(argv)
-    # argparse reads a word with a blank, such as "--eval_rows=[midtrain, sft]", as one more config file.
-    rest += [word for word in options.config_files if word.startswith("--")]
-    options.config_files = [word for word in options.config_files if not word.startswith("--")]
-    named = {key: getattr(options, key) for key in ("model", "dataset", "preset")}
-    settings = {key: value for key, value in named.items() if value is not None}
-    for key in ("base_model", "models"):
-        if getattr(options, key) is not None:
-            from recbole_gr2.config import read_value
-
-            names = read_value(getattr(options, key))  # A,B or, as in a file, [A, B]
-            settings[key] = [name.strip() for name in names.split(",")] if isinstance(names, str) else names or []
-    return options, settings | _settings(rest)
+    parser.add_argument(
+        "--name",
+        type=_name,
+        help="name of the folder of results, by default the time; the same run replaces its earlier report",
+    )
+    return parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -255,9 +299,14 @@ def _run(
     seeds: Sequence[int] = (),
     show_prompt: str | None = None,
     dry_run: bool = False,
+    name: str | None = None,
     command: str = "",
 ) -> Path | None:
     """`run` without the check of the result."""
+    if name is not None:
+        from recbole_gr2.runs import check_run_name
+
+        check_run_name(name)
     # Huge pages on the CPU; torch reads this variable at its first allocation. Generation takes 0.7 times as long on
     # two cores, with the same numbers. It has no effect where the kernel does not offer huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -276,23 +325,73 @@ def _run(
             )
         from recbole_gr2.ablation import read_ablation, run_ablation
 
-        return run_ablation(read_ablation(ablation), given, command=command, console=console, dry_run=dry_run)
+        return run_ablation(
+            read_ablation(ablation), given, command=command, console=console, dry_run=dry_run, name=name
+        )
     preflight.check(load_settings(**given, machine=False), [*stages, *([from_stage] if from_stage is not None else [])])
     if not seeds:
-        return _run_once(load_settings(**given), console, stages, from_stage, force, show_prompt, dry_run, command)
+        return _run_once(
+            load_settings(**given), console, stages, from_stage, force, show_prompt, dry_run, name, command
+        )
     if show_prompt is not None or "seed" in {**(command_line or {}), **(config_dict or {})}:
         raise ConfigurationError(
             "--seeds replaces the seed of a run", where="--seeds", do="remove --seed and --show_prompt"
         )
     from recbole_gr2.seeds import run_seeds
 
+    def of_seed(seed: int) -> Settings:
+        return load_settings(**{**given, "command_line": {**(command_line or {}), "seed": seed}})
+
+    folder = None if name is None else _check_seed_names({seed: of_seed(seed) for seed in seeds}, name, stages)
+
     def one(seed: int) -> Path | None:
-        settings = load_settings(**{**given, "command_line": {**(command_line or {}), "seed": seed}})
         same = re.sub(r"--seeds[ =]\S+", f"--seed={seed}", command)
-        return _run_once(settings, console, stages, from_stage, force, None, dry_run, same)
+        own_name = None if name is None else f"{name}-{seed}"
+        return _run_once(of_seed(seed), console, stages, from_stage, force, None, dry_run, own_name, same)
 
     draws = load_settings(**given)["eval_draws"]
-    return run_seeds(seeds, one, draws=draws, command=command, console=console)
+    return run_seeds(seeds, one, draws=draws, command=command, console=console, folder=folder)
+
+
+def _check_seed_names(settings: Mapping[int, Settings], name: str, stages: Sequence[str]) -> Path:
+    """Return the folder of a run of several seeds, and check that its runs replace no other ones.
+
+    The run of a seed has the name of the whole run with the seed after a hyphen.
+
+    Args:
+        settings: the settings of each seed.
+        name: name of the whole run.
+        stages: names of stages that the command contains.
+
+    Raises:
+        ConfigurationError: one of the names belongs to another run.
+    """
+    from recbole_gr2.runs import RESULT, check_same_run, named_folder
+
+    folders = {seed: named_folder(each, f"{name}-{seed}") for seed, each in settings.items()}
+    first = next(iter(settings.values()))
+    folder = named_folder(first, name)
+    check_same_run(folder, {"runs": [str(each / RESULT) for each in folders.values()]}, first.as_yaml())
+    for seed, own in folders.items():
+        if own.exists():
+            from recbole_gr2 import pipeline
+            from recbole_gr2.bridge.data import Data
+
+            planned = pipeline.plan(settings[seed], Data(settings[seed]), stages=stages)
+            _check_name(planned, settings[seed], f"{name}-{seed}")
+    return folder
+
+
+def _check_name(planned: Sequence[Planned], settings: Settings, name: str) -> None:
+    """Check that a planned run is the one that has this name already, or that there is none.
+
+    Raises:
+        ConfigurationError: the name belongs to another run.
+    """
+    from recbole_gr2.runs import check_same_run, named_folder
+
+    sources = {"stages": {entry.stage.name: entry.folder for entry in planned}}
+    check_same_run(named_folder(settings, name), sources, settings.as_yaml())
 
 
 def _run_once(
@@ -303,6 +402,7 @@ def _run_once(
     force: bool,
     show_prompt: str | None,
     dry_run: bool,
+    name: str | None,
     command: str,
 ) -> Path | None:
     """Plan and run one seed; returns the path of result.json, or None if no methods were evaluated."""
@@ -327,6 +427,8 @@ def _run_once(
         print(prompt_of(settings, data, show_prompt))
         return None
     planned = pipeline.plan(settings, data, stages=stages, from_stage=from_stage, force=force)
+    if name is not None:
+        _check_name(planned, settings, name)
     console.table(
         ["stage", "key", "plan", "time", "why"],
         [[p.stage.name, p.key, p.action, preflight.expected_time(p), p.why] for p in planned],
@@ -341,7 +443,7 @@ def _run_once(
         return None
     from recbole_gr2.report import write_run
 
-    return write_run(planned, done, settings, command, console)
+    return write_run(planned, done, settings, command, console, name)
 
 
 def prompt_of(settings: Settings, data: Any, request_id: str) -> str:

@@ -20,10 +20,17 @@ from recbole_gr2.ranking import METRICS, Comparison, adjust, paired_comparison
 from recbole_gr2.report import FinishedRun, build_result, new_folder, read_run, write_report
 from recbole_gr2.report.result import BASE
 from recbole_gr2.seeding import derive_seed
+from recbole_gr2.store import explained_disk_errors
 
 
 def run_seeds(
-    seeds: Sequence[int], one: Callable[[int], Path | None], *, draws: int, command: str, console: Console
+    seeds: Sequence[int],
+    one: Callable[[int], Path | None],
+    *,
+    draws: int,
+    command: str,
+    console: Console,
+    folder: Path | None = None,
 ) -> Path | None:
     """Run each seed and write the report of all seeds.
 
@@ -33,6 +40,7 @@ def run_seeds(
         draws: number of bootstrap resamples and of sign flips.
         command: the command line.
         console: where progress and tables are printed.
+        folder: folder of the report; by default a new one beside those of the seeds, whose name is the time.
 
     Returns:
         The path of result.json, or None if a seed has no result.
@@ -55,7 +63,11 @@ def run_seeds(
     if len(finished) < len(paths):
         return None
     runs = [read_run(path) for path in finished]
-    folder = new_folder(finished[0].parent.parent)
+    if folder is None:
+        folder = new_folder(finished[0].parent.parent)
+    else:
+        with explained_disk_errors(folder):
+            folder.mkdir(exist_ok=True)
     return write_report(folder, combine(runs, command, draws), runs, console)
 
 

@@ -221,7 +221,7 @@ def test_a_results_folder_can_be_moved(finished_command, tmp_path):
     shutil.rmtree(gr2.opened.folders["rl"])
     copy = tmp_path / "again"
     shutil.copytree(moved, copy)
-    with pytest.raises(MissingFileError, match="no finished rl stage"):
+    with pytest.raises(MissingFileError, match="has no finished rl any more"):
         Run(copy / run.path.relative_to(moved)).reranker("rl")
 
 
@@ -285,6 +285,13 @@ def test_the_tables_of_a_run_are_those_of_its_result(finished_run, finished_comm
     assert set(finished_run.stages.index) == set(finished_command.stages)
     assert (finished_run.per_user["oracle"] == 1).all()
     assert len(finished_run.per_user) == result["methods"][-1]["n"][0]
+
+
+def test_a_run_compared_with_itself(finished_run):
+    """The sign of a difference, and its size, are those of two different runs in test_commands.py."""
+    frame = finished_run.compare(finished_run.path / "result.json", methods=["prior", "rl"])
+    assert set(frame.index.get_level_values("method")) == {"prior", "rl"}
+    assert (frame["this"] == frame["other"]).all() and (frame["diff"].dropna() == 0).all()
 
 
 # --- RecBole ----------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_the_page_has_an_example_of_each_kind():
 
 
 # The commands of the sections "Base model" and "Stage" need the files that these sections add to the package.
-COMMANDS = [c for c in re.findall(r"^recbole-gr2 (.*)$", PAGE.read_text(), re.M) if "LastItem" not in c]
+COMMANDS = [c for c in re.findall(r"^recbole-gr2 run (.*)$", PAGE.read_text(), re.M) if "LastItem" not in c]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,6 +10,7 @@ from recbole_gr2.console import Console
 from recbole_gr2.report.page import render_report
 from recbole_gr2.report.result import SCOPES, FinishedRun, build_result, finished_run, in_scope, new_folder
 from recbole_gr2.report.tables import equal_metrics, latex_tables, metrics_table, scope_title
+from recbole_gr2.runs import check_same_run, named_folder
 from recbole_gr2.store import explained_disk_errors, write_json, write_text
 from recbole_gr2.types import StageRecord
 
@@ -24,8 +25,9 @@ def write_run(
     settings: Settings,
     command: str,
     console: Console,
+    name: str | None = None,
 ) -> Path:
-    """Write `runs/<time>/` for a run of one seed and print its tables.
+    """Write `runs/<time>/`, or `runs/<name>/`, for a run of one seed and print its tables.
 
     Args:
         planned: the plan of the run.
@@ -33,11 +35,21 @@ def write_run(
         settings: settings of the run.
         command: the command line.
         console: where the tables are printed.
+        name: name of the run. An earlier report of the same run is replaced.
 
     Returns:
         The path of result.json.
+
+    Raises:
+        ConfigurationError: another run has this name.
     """
-    folder = new_folder(settings.results_folder / "runs")
+    if name is None:
+        folder = new_folder(settings.results_folder / "runs")
+    else:
+        folder = named_folder(settings, name)
+        check_same_run(folder, {"stages": {entry.stage.name: entry.folder for entry in planned}}, settings.as_yaml())
+        with explained_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     run = finished_run(planned, done, settings, command, folder / "result.json")
     return write_report(folder, build_result([run], command), [run], console)
 
