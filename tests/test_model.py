@@ -428,7 +428,7 @@ def index(tmp_path, monkeypatch):
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     sha = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    common = {"distribution": "fake-model", "version": "1.0", "license": "MIT"}
+    common = {"distribution": "fake-model", "version": "1.0", "license": "MIT", "hub_id": "org/model"}
     entries = {
         "one-file": download.Packaged(**common, sha256=sha, inside="fake_model/weights.gguf"),
         "folder": download.Packaged(**common, sha256=sha, inside="fake_model/model"),

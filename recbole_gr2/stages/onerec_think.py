@@ -18,6 +18,7 @@ from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.config import ONEREC_THINK, Settings
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie
+from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, FiniteLoss, ProgressLines, finetune
@@ -34,6 +35,7 @@ from recbole_gr2.types import Candidate, Context, Item, Request, Stage
 
 TRACE, ITEM = 1, 2  # parts of an example
 WARMUP_SHARE = 0.1  # share of the steps in which the learning rate rises. OneRec-Think, released code.
+EXCLUDED = ("prompt_grounded", "prompt_llm_weight", "onerec_think_beams")  # settings that do not change the models
 EPSILON = 0.2  # clip range of GRPO, the same on both sides
 Position = tuple[tuple[int, ...], int]  # a history and the next item
 
@@ -41,7 +43,7 @@ Position = tuple[tuple[int, ...], int]  # a history and the next item
 def run(context: Context) -> dict[str, Any]:
     """Fine-tune the mid-trained model on all training interactions, with traces or without as the stage's name says.
 
-    Writes model/, log.json and sample.txt; in variant `paper` also rationales.jsonl and rollouts.
+    Writes model/, README.md, log.json and sample.txt; in variant `paper` also rationales.jsonl and rollouts.
     """
     settings, catalog, with_traces = context.settings, load_catalog(context), reasons(context.stage)
     maker = prompt_maker(settings, catalog)
@@ -92,6 +94,14 @@ def run(context: Context) -> dict[str, Any]:
     if with_traces and settings["onerec_think_variant"] == "paper" and settings["onerec_think_rl_steps"]:
         model, logs["rl"] = reinforce(context, model, tokenizer, maker, positions)
     save_language_model(model, tokenizer, context.folder / "model")
+    reasoning = "after a reasoning text" if with_traces else "without reasoning"
+    write_model_card(
+        context,
+        purpose=f"the semantic ID of the next item {reasoning} (OneRec-Think)",
+        method=context.stage,
+        settings=("llm", "onerec_think_"),
+        excluded=EXCLUDED,
+    )
     write_json(context.folder / "log.json", logs)
     (context.folder / "sample.txt").write_text(tokenizer.decode(examples[0].input_ids) + "\n", encoding="utf-8")
     return {
@@ -294,7 +304,7 @@ def stages(settings: Settings) -> list[Stage]:
             version=3,
             run=run,
             settings=("onerec_think_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
-            excluded=("prompt_grounded", "prompt_llm_weight", "onerec_think_beams"),
+            excluded=EXCLUDED,
             needs=("embeddings", "tokenizer", whole_midtrain(settings)),
             key_values=key_values,
         )

@@ -19,6 +19,7 @@ from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.curves import FIGURES, curve
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import save_language_model
@@ -36,10 +37,11 @@ MAX_ROUNDS_WITHOUT_SIGNAL = 5  # consecutive rounds with zero-variance groups on
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, log.json and checkpoints/rollouts.jsonl. Several processes may run it together.
+    """Write model/, README.md, log.json and checkpoints/rollouts.jsonl. Several processes may run it together.
 
     The parameters of the stage are `start`, the stage whose model is trained; `reasoning`, whether answers reason;
-    `distilled`, whether a teacher takes part; and `seed`, the name that the seed is derived from.
+    `distilled`, whether a teacher takes part; `seed`, the name that the seed is derived from; and for the model card
+    `purpose`, what the model is trained for, and `excluded`, the settings that do not change the model.
 
     Raises:
         QualityCheckError: there are fewer requests than a round needs, or no round has a usable group.
@@ -112,6 +114,13 @@ def run(context: Context) -> dict[str, Any]:
     log = [line for line in trainer.state.log_history if "reward" in line]
     if trainer.accelerator.is_main_process:
         save_language_model(merged(model), tokenizer, context.folder / "model")
+        write_model_card(
+            context,
+            purpose=parameters["purpose"],
+            method=context.stage,
+            settings=("llm", "prompt_", "rl_", *(["distilled_"] if parameters["distilled"] else [])),
+            excluded=parameters["excluded"],
+        )
         write_json(context.folder / "log.json", log)
     return {"requests": len(requests), "rounds": len(log), "curve": curve(log)}
 
@@ -200,7 +209,7 @@ def stages(settings: Settings) -> list[Stage]:
         needs: Iterable[str] = (),
         *,
         own: tuple[str, ...] = (),
-        excluded: tuple[str, ...] = (),
+        excluded: tuple[str, ...] = ("rl_start",),
         values: Callable[[Settings], dict[str, Any]] = key_values,
         check_data: Callable[[Settings, Data], None] = check_data,
         **parameters: Any,
@@ -220,12 +229,12 @@ def stages(settings: Settings) -> list[Stage]:
                 "seed",
                 *own,
             ),
-            excluded=("rl_start", *excluded),
+            excluded=excluded,
             needs=("tokenizer", "prior", start, *needs),
             check=check_settings,
             check_data=check_data,
             key_values=values,
-            parameters={"start": start, "reasoning": True, "distilled": False, **parameters},
+            parameters={"start": start, "reasoning": True, "distilled": False, "excluded": excluded, **parameters},
             distributed=True,
         )
 
@@ -235,12 +244,24 @@ def stages(settings: Settings) -> list[Stage]:
             "midtrain",
             ("sft",) if settings["distilled_teacher"] == "sft" else (),
             own=("distilled_",),
-            excluded=("rl_steps", "rl_mask_truncated"),
+            excluded=("rl_start", "rl_steps", "rl_mask_truncated"),
             values=_teacher_values,
             check_data=_check_distillation,
             distilled=True,
+            purpose="answers with reasoning and a ranking, by on-policy distillation from the mid-trained model",
             seed="distill",  # the former name of the stage, kept so that its random numbers stay the same
         ),
-        variant("rl", settings["rl_start"], seed="rl"),
-        variant("internalised", "rl", reasoning=False, seed="internalise"),
+        variant(
+            "rl",
+            settings["rl_start"],
+            purpose="answers with reasoning and a ranking, by reinforcement learning (DAPO)",
+            seed="rl",
+        ),
+        variant(
+            "internalised",
+            "rl",
+            reasoning=False,
+            purpose="answers without reasoning, by a second run of reinforcement learning",
+            seed="internalise",
+        ),
     ]

@@ -17,6 +17,7 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
@@ -33,7 +34,7 @@ WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our 
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, log.json and samples.json.
+    """Write model/, README.md, log.json and samples.json.
 
     Raises:
         QualityCheckError: fewer than `sft_min_ok` of the validation answers are well formed.
@@ -78,6 +79,12 @@ def run(context: Context) -> dict[str, Any]:
     )
     model = merged(model)
     save_language_model(model, tokenizer, context.folder / "model")
+    write_model_card(
+        context,
+        purpose="answers with reasoning and a ranking, by supervised fine-tuning on traces of a teacher",
+        method=context.stage,
+        settings=("llm", "prompt_", "sft_"),
+    )
     write_json(context.folder / "log.json", log)
     policy = Policy(model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=bf16)
     return {
