@@ -419,7 +419,9 @@ def papered(toy, tmp_path_factory):
     np.save(toy.folders["embeddings"] / "embeddings.npy", np.random.default_rng(0).normal(size=(COUNT, 4)))
     context = at(toy, THINK, tmp_path_factory.mktemp("paper"), **PAPER)
     context = replace(context, settings=Recorded(context.settings))
-    return context, run(context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onerec_think, "write_model_card", lambda *args, **options: None)  # it reads every setting
+        return context, run(context)
 
 
 def lines(file: Path) -> list[dict]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
+from recbole_gr2.config import declarations
 from recbole_gr2.llm.download import HUB_ID, PACKAGED
 from recbole_gr2.llm.model import RANDOM
 from recbole_gr2.store import write_text
@@ -89,11 +90,13 @@ def write_model_card(
         settings: prefixes of the settings that the card lists.
         excluded: settings with such a prefix that are not in the key of the stage.
     """
-    shown = {k: v for k, v in context.settings.results(settings).items() if k not in (*OMITTED, *excluded)}
-    write_text(context.folder / FILE, _card(context, purpose, method, shown))
+    speed = (key for key, entry in declarations().items() if entry.speed)
+    left_out = {*OMITTED, *excluded, *speed}
+    names = sorted(name for name in context.settings if name.startswith(tuple(settings)) and name not in left_out)
+    write_text(context.folder / FILE, _card(context, purpose, method, {name: context.settings[name] for name in names}))
 
 
-def _card(context: Context, purpose: str, method: str | None, shown: Mapping[str, Any]) -> str:
+def _card(context: Context, purpose: str, method: str | None, shown: dict[str, Any]) -> str:
     """The text of the card."""
     values, llm = context.settings, context.settings["llm"]
     hub_id, license_name, base, license_text = _origin(llm)
@@ -113,7 +116,7 @@ def _card(context: Context, purpose: str, method: str | None, shown: Mapping[str
         license=license_text,
         purpose=purpose,
         loading=WITHOUT_METHOD if method is None else WITH_METHOD.format(method=method),
-        settings=yaml.safe_dump(dict(shown), sort_keys=True),
+        settings=yaml.safe_dump(shown, sort_keys=True),
         levels=values["sid_levels"],
         codes=values["sid_codes"],
         candidates=values["cand_num"],
