@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recbole_gr2 import GR2, CandidateList, Run
 from recbole_gr2.artifacts import read_answers, read_requests
@@ -179,6 +181,33 @@ def test_items_of_the_item_file_need_no_text(tiny_data, finished_run, tmp_path):
         file.write("cold\tLamp number 11\tThings > Lamps\tAcme\n")
     gr2 = GR2.load(finished_run.path, "prior", data_path=tmp_path)
     assert gr2.rerank(["i00"], ["i50", "cold", "i40"]).unknown == ()
+
+
+tokens = st.sampled_from([f"i{kind}{item}" for kind in range(6) for item in range(10)] + ["x", "", "i", "[PAD]"])
+
+
+@given(
+    history=st.lists(tokens, max_size=60),
+    candidates=st.lists(tokens, max_size=8, unique=True),
+    scores=st.none() | st.lists(st.floats(-1e30, 1e30), min_size=8, max_size=8),
+    times=st.booleans(),
+)
+def test_any_list_gives_a_permutation(finished_run, history, candidates, scores, times):
+    """Repeated and seen items included. Items that the run does not know keep their places."""
+    gr2 = finished_run.reranker("prior")
+    found = gr2.rerank(
+        history,
+        candidates,
+        scores=scores and scores[: len(candidates)],
+        times=[float(n) for n in range(len(history))] if times else None,
+    )
+    assert sorted(found.ranking) == sorted(candidates) and len(found.titles) == len(candidates)
+    known = gr2.opened.data.catalog.id_of
+    assert {place: token for place, token in enumerate(candidates) if token not in known} == {
+        place: token for place, token in enumerate(found.ranking) if token not in known
+    }
+    chances = [chance for chance in found.probabilities if chance is not None]
+    assert not chances or math.isclose(sum(chances), 1, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(
