@@ -138,8 +138,8 @@ def load_settings(
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
 
-    The properties of a data set are those of the file `<data_path>/<dataset>/<dataset>.yaml`. If there is none, they are
-    those of `properties/dataset/<dataset>.yaml`.
+    The properties of a data set are those of the file `<data_path>/<dataset>/<dataset>.yaml`, or, if it does not exist,
+    of `properties/dataset/<dataset>.yaml`.
 
     torch is imported only if no source names a preset, and only after the check of all given settings. Combinations of
     settings are checked last, because they depend on the preset.

@@ -1,0 +1,1 @@
+"""The commands of `recbole-gr2`."""
