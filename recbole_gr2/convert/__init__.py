@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 
 from recbole_gr2.convert import interactions as inter
-from recbole_gr2.convert.columns import INTER, RELEASES, TEXTS, Layout, choose, recognise
+from recbole_gr2.convert.columns import INTER, RELEASES, TEXTS, Layout, choose, gives_numbers, recognise, usual_names
 from recbole_gr2.convert.items import one_line, write_items
 from recbole_gr2.convert.reading import Source
 from recbole_gr2.convert.report import Report
@@ -90,7 +90,7 @@ def convert(
     if texts is None:
         texts = _same_file(source, title, options)
     given = {"title": title, "brand": brand, "categories": categories, "description": description}
-    text_columns = _text_columns(texts, columns["item"], given, layout)
+    text_columns = _text_columns(texts, source, columns["item"], given, layout)
     core = AMAZON_CORE if min_interactions is None and layout.unit else min_interactions
     report = Report(layout.name, folder)
     report.files = {"interactions": _how(source, columns), "items": _how(texts, text_columns)}
@@ -162,13 +162,26 @@ def _same_file(source: Source, title: str | None, options: Mapping[str, Any]) ->
     return Source(source.file, **options)
 
 
-def _text_columns(texts: Source, item: str, given: Mapping[str, str | None], layout: Layout) -> dict[str, str]:
-    if any(text and text.isdecimal() and text not in texts.columns for text in given.values()):
+def _text_columns(
+    texts: Source, source: Source, item: str, given: Mapping[str, str | None], layout: Layout
+) -> dict[str, str]:
+    """Columns of the item id and of the texts. The item id has the name that it has in the file of interactions."""
+    if gives_numbers(texts, given):
         texts.number_columns()
-        known = {"item": item if item in texts.columns and not layout.items else "1"}
-    else:
-        known = {"item": item} if item in texts.columns else {}
-    return choose(texts, ("item", *TEXTS), given, {**known, **layout.items})
+        item = item if texts.file == source.file else "1"
+    elif item not in texts.columns and not layout.items:
+        fitting = usual_names(texts, "item") or [name for name in texts.columns if name.lower() == "id"]
+        if len(fitting) != 1:
+            raise ConfigurationError(
+                f"no column is named {item!r}, and {len(fitting)} columns have a usual name of the item",
+                where=str(texts.file),
+                why="interactions and texts belong together by the id of the item",
+                do=f"rename the column with the item ids to {item!r}; the columns are {texts.described_columns()}. "
+                "If the first line is no header, the ids have to be in the first column: give the number of the column "
+                "of titles, such as --title 2",
+            )
+        item = fitting[0]
+    return choose(texts, ("item", *TEXTS), given, {"item": item, **layout.items})
 
 
 def _how(file: Source, columns: Mapping[str, str]) -> str:

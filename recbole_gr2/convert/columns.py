@@ -198,12 +198,13 @@ def choose(
     Raises:
         ConfigurationError: a column that the user named does not exist, or a required column cannot be guessed.
     """
-    numbers = [text for text in given.values() if text and text.isdecimal() and text not in source.columns]
-    if numbers and source.form == "text" and source.has_header:
+    if source.has_header and gives_numbers(source, given):
         source.number_columns()
     chosen: dict[str, str] = {}
+    undecided: dict[str, list[str]] = {}
     for meaning in meanings:
         name = given.get(meaning)
+        fitting = usual_names(source, meaning)
         if name is not None:
             if name not in source.columns:
                 near = nearest(name, source.columns, cutoff=0.6)
@@ -216,27 +217,41 @@ def choose(
             chosen[meaning] = name
         elif meaning in known:
             chosen[meaning] = known[meaning]
-        elif fitting := _fitting(source, meaning):
-            if len(fitting) == 1:
-                chosen[meaning] = fitting[0]
-            elif meaning in REQUIRED:
-                raise _undecided(source, meaning, f"several columns can be the {meaning}: {', '.join(fitting)}")
+        elif len(fitting) == 1:
+            chosen[meaning] = fitting[0]
         elif meaning in REQUIRED:
-            raise _undecided(source, meaning, f"no column has a usual name of the {meaning}")
+            undecided[meaning] = fitting
+    if undecided:
+        raise _undecided(source, undecided)
     return chosen
 
 
-def _fitting(source: Source, meaning: str) -> list[str]:
+def gives_numbers(source: Source, given: Mapping[str, str | None]) -> bool:
+    """Return whether the user gave the number of a column of a text, which has no header then."""
+    numbers = [text for text in given.values() if text and text.isdecimal() and text not in source.columns]
+    return bool(numbers) and source.form == "text"
+
+
+def usual_names(source: Source, meaning: str) -> list[str]:
+    """Return the columns whose names usually have a meaning, such as `userId` for the user."""
     names = NAMES[meaning].split()
     return [name for name in source.columns if re.sub(r"[\W_]", "", name).lower() in names]
 
 
-def _undecided(source: Source, meaning: str, what: str) -> ConfigurationError:
-    do = f"name it with --{meaning} COLUMN: {source.described_columns()}"
+def _undecided(source: Source, undecided: Mapping[str, Sequence[str]]) -> ConfigurationError:
+    """The error for meanings that no column, or several columns, can have by their names."""
+    what = [
+        f"several columns can be the {meaning}: {', '.join(names)}"
+        if names
+        else f"no column has a usual name of the {meaning}"
+        for meaning, names in undecided.items()
+    ]
+    options = " ".join(f"--{meaning} COLUMN" for meaning in undecided)
+    do = f"add {options}; the columns are {source.described_columns()}"
     if source.form == "text" and source.has_header:
-        do += f". If the first line is no header, give the number of the column, such as --{meaning} 1"
+        do += ". If the first line is no header, give the numbers of the columns, such as --user 1"
     return ConfigurationError(
-        what,
+        "; ".join(what),
         where=str(source.file),
         why="users, items, times and titles are read from columns",
         do=do,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from recbole_gr2.bridge.atomic import MISSING
 from recbole_gr2.convert.columns import Layout
 from recbole_gr2.convert.reading import Malformed, Source, id_of
 from recbole_gr2.convert.report import Report
-from recbole_gr2.convert.times import TimeForm, find_form
+from recbole_gr2.convert.times import find_form
 from recbole_gr2.errors import ConfigurationError
 
 BATCH = 50_000  # lines that are stored at once
@@ -70,49 +71,36 @@ def read(
     report: Report,
     time_format: str | None,
 ) -> None:
-    """Make the table `interactions` with user_id, item_id, rating and seconds, in the order of the file."""
+    """Make the table `interactions` with line, user_id, item_id, rating and seconds, in the order of the file.
+
+    Raises:
+        ConfigurationError: a line is malformed, the times are ambiguous, or there is no interaction.
+    """
     connection.execute("SET TimeZone = 'UTC'")
-    connection.execute(
-        "CREATE TABLE rows (line BIGINT, user_id VARCHAR, item_id VARCHAR, rating VARCHAR, time VARCHAR)"
-    )
-    names = ["line", "user_id", "item_id", "rating", "time"]
-    kinds = [pyarrow.int64(), *[pyarrow.string()] * 4]
-    schema = pyarrow.schema(list(zip(names, kinds, strict=True)))
-
-    def store(batch: list[tuple[Any, ...]]) -> None:
-        arrays = [pyarrow.array(values, kind) for values, kind in zip(zip(*batch, strict=True), kinds, strict=True)]
-        connection.register("batch", pyarrow.table(arrays, schema=schema))
-        connection.execute("INSERT INTO rows SELECT * FROM batch")
-        connection.unregister("batch")
-
-    batch: list[tuple[Any, ...]] = []
-    for row in _interactions(source, columns):
-        batch.append(row)
-        if len(batch) == BATCH:
-            store(batch)
-            batch = []
-    if batch:
-        store(batch)
-    if not _one(connection, "SELECT count(*) FROM rows")[0]:
-        raise ConfigurationError(
-            "no interaction was read",
-            where=str(source.file),
-            why="all lines are malformed",
-            do="give the right file and columns; without --skip_malformed the first mistake is named",
-        )
-    form = find_form(connection, f"{source.file}, column {columns['time']!r}", given=time_format, unit=layout.unit)
+    _store(connection, _interactions(source, columns))
+    _check_any(connection, "rows", source)
+    where = f"{source.file}, column {columns['time']!r}"
+    form = find_form(connection, where, given=time_format, unit=layout.unit)
     report.times = form.name
-    without_time = _check_times(connection, source, columns["time"], form, report)
     connection.execute(
-        f"CREATE TABLE interactions AS SELECT user_id, item_id, rating, {form.seconds} AS seconds "
-        f"FROM rows WHERE ({form.seconds}) IS NOT NULL"
+        f"CREATE TABLE interactions AS SELECT *, {form.seconds} AS seconds, {form.early} AS early FROM rows"
     )
-    (kept, missing) = _one(connection, "SELECT count(*), count(*) - count(rating) FROM interactions")
     connection.execute("DROP TABLE rows")
+    wrong, early = _one(connection, "SELECT count_if(seconds IS NULL), count_if(early) FROM interactions")
+    if wrong:
+        query = "SELECT line, time FROM interactions WHERE seconds IS NULL ORDER BY line LIMIT 1"
+        source.line, time = _one(connection, query)
+        source.refuse(f"{columns['time']} is {time!r}, but the times are {form.name}")
+        source.malformed += wrong - 1
+        connection.execute("DELETE FROM interactions WHERE seconds IS NULL")
+        _check_any(connection, "interactions", source)
+    total, missing = _one(connection, "SELECT count(*), count_if(rating IS NULL) FROM interactions")
+    if early:
+        report.warnings.append(f"{early:,} times are before March 1973; such a number can stand for a missing time")
     report.counts |= {
         "lines of interactions": source.read,
-        "malformed lines of interactions": source.malformed + without_time,
-        "interactions": kept,
+        "malformed lines of interactions": source.malformed,
+        "interactions": total,
     }
     if "rating" in columns:
         report.counts["interactions without a rating"] = missing
@@ -120,29 +108,33 @@ def read(
         report.counts["lines of interactions with quotation marks as characters"] = source.with_quotes
 
 
-def _one(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
-    return connection.execute(query).fetchone()
+def _store(connection: duckdb.DuckDBPyConnection, interactions: Iterator[tuple[Any, ...]]) -> None:
+    """Make the table `rows` of the values of `_interactions`."""
+    kinds = {"line": pyarrow.int64()} | dict.fromkeys(("user_id", "item_id", "rating", "time"), pyarrow.string())
+    schema = pyarrow.schema(list(kinds.items()))
+    connection.register("batch", schema.empty_table())
+    connection.execute("CREATE TABLE rows AS FROM batch")
+    while batch := list(islice(interactions, BATCH)):
+        columns = zip(*batch, strict=True)
+        arrays = [pyarrow.array(values, kind) for values, kind in zip(columns, kinds.values(), strict=True)]
+        connection.register("batch", pyarrow.table(arrays, schema=schema))
+        connection.execute("INSERT INTO rows FROM batch")
+    connection.unregister("batch")
 
 
-def _check_times(
-    connection: duckdb.DuckDBPyConnection, source: Source, column: str, form: TimeForm, report: Report
-) -> int:
-    """Number of lines whose time has another form. It raises a ConfigurationError unless they can be left out."""
-    (without_time, early) = _one(
-        connection, f"SELECT count(*) FILTER (({form.seconds}) IS NULL), count(*) FILTER ({form.early}) FROM rows"
-    )
-    if without_time:
-        source.line, time = _one(
-            connection, f"SELECT line, time FROM rows WHERE ({form.seconds}) IS NULL ORDER BY line LIMIT 1"
+def _check_any(connection: duckdb.DuckDBPyConnection, table: str, source: Source) -> None:
+    if not _one(connection, f"SELECT count(*) FROM {table}")[0]:
+        raise ConfigurationError(
+            "no interaction was read",
+            where=str(source.file),
+            why="the file has no line after the header, or all lines are malformed",
+            do="give the right file and columns; without --skip_malformed the first malformed line is named",
         )
-        source.refuse(f"{column} is {time!r}, but the times are {form.name}")
-        source.malformed -= 1
-        (left,) = _one(connection, f"SELECT count(*) FROM rows WHERE ({form.seconds}) IS NOT NULL")
-        if not left:
-            source.refuse(f"{column} is {time!r}, but the times are {form.name}", always=True)
-    if early and early < _one(connection, "SELECT count(*) FROM rows")[0]:
-        report.warnings.append(f"{early:,} times are before March 1973, which can be a word for a missing time")
-    return int(without_time)
+
+
+def _one(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
+    """The only row of a result."""
+    return connection.execute(query).fetchone()
 
 
 def write(connection: duckdb.DuckDBPyConnection, file: Path, *, has_rating: bool) -> None:
@@ -159,7 +151,9 @@ def write(connection: duckdb.DuckDBPyConnection, file: Path, *, has_rating: bool
 def count(connection: duckdb.DuckDBPyConnection, report: Report) -> None:
     """Count users, items, repeated interactions and ties in time."""
     users, items = _one(connection, "SELECT count(DISTINCT user_id), count(DISTINCT item_id) FROM interactions")
-    (lines,) = _one(connection, "SELECT count(*) FROM (SELECT DISTINCT * FROM interactions)")
+    (lines,) = _one(
+        connection, "SELECT count(*) FROM (SELECT DISTINCT user_id, item_id, rating, seconds FROM interactions)"
+    )
     (pairs,) = _one(connection, "SELECT count(*) FROM (SELECT DISTINCT user_id, item_id FROM interactions)")
     (tied,) = _one(
         connection,

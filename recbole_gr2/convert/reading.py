@@ -18,6 +18,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -189,7 +190,7 @@ class Source:
 
     def _check_encoding(self) -> None:
         try:
-            b"".decode(self.encoding)
+            b" ".decode(self.encoding, "ignore")
         except LookupError as error:
             raise ConfigurationError(
                 f"there is no encoding {self.encoding!r}",
@@ -215,12 +216,12 @@ class Source:
             raise self._damaged("its first bytes are others")
         if first.startswith(b"PAR1"):
             return partial(open, self.file, "rb"), "parquet"
-        opener = partial(unpack or partial(open, mode="rb"), self.file)
+        opener: Callable[[], Any] = partial(unpack or partial(open, mode="rb"), self.file)
         with self._reading(), opener() as stream:
-            beginning = stream.read(4096)
-        if beginning.startswith(UTF_16) and self.encoding == "utf-8":
+            start: bytes = stream.read(4096)
+        if start.startswith(UTF_16) and self.encoding == "utf-8":
             self.encoding = "utf-16"
-        text = beginning.decode(self.encoding, "ignore").lstrip("\ufeff \t\r\n")
+        text = start.decode(self.encoding, "ignore").lstrip("\ufeff \t\r\n")
         if text.startswith("["):
             raise ConfigurationError(
                 "the file is a JSON array",
@@ -238,8 +239,22 @@ class Source:
             do=f"download the file again; remove {self.file.suffix} from its name if it is not packed",
         )
 
-    def _reading(self) -> _Reading:
-        return _Reading(self)
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn errors of reading the file into errors of this package."""
+        try:
+            yield
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise self._damaged(error) from error
+        except OSError as error:
+            if error.errno is None:  # an error of unpacking
+                raise self._damaged(error) from error
+            raise MissingFileError(
+                f"a file cannot be read ({error.strerror})",
+                where=str(self.file),
+                why="it contains the interactions or the item texts",
+                do="give the path of a file",
+            ) from error
 
     def _lines(self) -> Iterator[tuple[int, str, UnicodeDecodeError | None]]:
         """Number and text of each line, and the error if it cannot be decoded."""
@@ -288,7 +303,8 @@ class Source:
             except StopIteration:
                 return
             except (csv.Error, Malformed) as error:
-                record, problem = [], error
+                is_open = "end of data" in str(error)  # what the module csv says of it
+                record, problem = [], Malformed("a quotation mark is not closed") if is_open else error
             self.line = lines.taken[0][0]
             if problem is None and _is_empty(record):
                 continue
@@ -330,22 +346,21 @@ class Source:
         lines = [text for _, text, _ in islice((each for each in self._lines() if each[1].strip()), 30)]
 
         def score(separator: str) -> tuple[int, int]:
-            if len(separator) == 1:
-                counts = [len(fields) for fields in csv.reader(lines, delimiter=separator) if fields]
-            else:
-                counts = [len(line.split(separator)) for line in lines]
+            try:
+                fields = csv.reader(lines, delimiter=separator) if len(separator) == 1 else None
+                counts = [len(row) for row in fields or (line.split(separator) for line in lines) if row]
+            except csv.Error:
+                return 0, 0
             return (sum(count == counts[0] for count in counts), counts[0]) if counts and counts[0] > 1 else (0, 0)
 
-        try:
-            self.separator = max(SEPARATORS, key=score)
-        except csv.Error as error:
-            self.line = 1
+        self.separator = max(SEPARATORS, key=score)
+        if lines and "\r" in lines[0].strip() and '"' not in lines[0]:
             raise ConfigurationError(
-                f"the first lines cannot be read ({error})",
+                "the lines end with a carriage return alone",
                 where=str(self.file),
-                why="the separator of the columns is detected there",
-                do="write lines that end with a line feed, and close each quotation mark",
-            ) from error
+                why="the file would be a single line",
+                do="write the file with a line feed at the end of each line",
+            )
 
     def _parquet_rows(self, columns: Sequence[str] = ()) -> Iterator[Any]:
         """Rows of a Parquet file: values of columns, or mappings of all columns."""
@@ -369,29 +384,6 @@ class Source:
                     why="it contains the interactions or the item texts",
                     do="write or download the file again",
                 ) from error
-
-
-class _Reading:
-    """Turns errors of reading a file into errors of this package."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, EOFError | zlib.error | gzip.BadGzipFile | lzma.LZMAError):
-            raise self.source._damaged(error) from error
-        if isinstance(error, OSError):
-            if error.errno is None:  # an error of unpacking
-                raise self.source._damaged(error) from error
-            raise MissingFileError(
-                f"a file cannot be read ({error.strerror})",
-                where=str(self.source.file),
-                why="it contains the interactions or the item texts",
-                do="give the path of a file",
-            ) from error
 
 
 class _Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import duckdb
 
@@ -63,39 +64,35 @@ def find_form(connection: duckdb.DuckDBPyConnection, where: str, *, given: str |
         return _given_form(connection, given)
     if unit is not None:
         return _unix(UNITS[unit], unit, only=True)
-    (total, numbers, compact) = _one(
-        connection,
-        f"SELECT count(*), count(*) FILTER (regexp_full_match(time, '{NUMBER}')), "
-        f"count(*) FILTER (regexp_full_match(time, '{COMPACT}')) FROM rows",
-    )
+    kinds = ", ".join(f"count_if(regexp_full_match(time, '{kind}'))" for kind in (NUMBER, COMPACT))
+    total, numbers, compact = _one(connection, f"SELECT count(*), {kinds} FROM rows")
     if compact > total / 2:
         dates = f"coalesce({_parsed('%Y%m%d')}, {_parsed('%Y%m%d%H%M%S')})"
         (fits,) = _one(connection, f"SELECT count({dates}) FROM rows")
         if fits == compact:
-            return TimeForm("dates such as 20201231, read as UTC", _as_seconds(dates))
+            return TimeForm("dates such as 20201231, in UTC", _as_seconds(dates))
     if numbers > total / 2:
         return _number_form(connection)
     return _date_form(connection, where, total)
 
 
 def _one(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[int, ...]:
-    row = connection.execute(query).fetchone()
-    assert row is not None  # An aggregate has one row.
-    return row
+    """The only row of a result."""
+    result: Any = connection.execute(query).fetchone()
+    return tuple(result)
 
 
 def _given_form(connection: duckdb.DuckDBPyConnection, given: str) -> TimeForm:
     try:
-        connection.execute(f"SELECT strptime('', {_quoted(given)})").fetchall()
+        connection.execute(f"SELECT try_strptime('', {_quoted(given)})").fetchall()
     except duckdb.InvalidInputException as error:
-        if "format specifier" in str(error):
-            raise ConfigurationError(
-                f"{given!r} is no format of dates",
-                where="--time_format",
-                why="times cannot be read with it",
-                do="write it as for strptime, for example '%d/%m/%Y %H:%M' for 31/12/2020 18:30",
-            ) from error
-    return TimeForm(f"dates of the form {given}, read as UTC", _as_seconds(_parsed(given)))
+        raise ConfigurationError(
+            f"{given!r} is no format of dates",
+            where="--time_format",
+            why="times cannot be read with it",
+            do="write it as for strptime, for example '%d/%m/%Y %H:%M' for 31/12/2020 18:30",
+        ) from error
+    return TimeForm(f"dates of the form {given}, in UTC", _as_seconds(_parsed(given)))
 
 
 def _number_form(connection: duckdb.DuckDBPyConnection) -> TimeForm:
@@ -136,22 +133,17 @@ def _unix(name: str, per_second: int, *, only: bool) -> TimeForm:
 
 
 def _date_form(connection: duckdb.DuckDBPyConnection, where: str, total: int) -> TimeForm:
-    iso = _iso()
     sample = dict.fromkeys(time for (time,) in connection.execute(f"SELECT time FROM rows LIMIT {SAMPLE}").fetchall())
-    expressions = {"ISO": iso, **{form: _parsed(form) for form in FORMS}}
-    connection.execute("CREATE OR REPLACE TEMP TABLE some (time VARCHAR)")
-    connection.executemany("INSERT INTO some VALUES (?)", [[time] for time in sample])
-    columns = ", ".join(f"count({expression})" for expression in expressions.values())
-    shares = dict(zip(expressions, _one(connection, f"SELECT {columns} FROM some"), strict=True))
-    tried = {form: expressions[form] for form, count in shares.items() if count > len(sample) / 2}
-    counts: dict[str, int] = {}
-    if tried:
-        columns = ", ".join(f"count({expression})" for expression in tried.values())
-        counts = dict(zip(tried, _one(connection, f"SELECT {columns} FROM rows"), strict=True))
-    best = max(counts, key=lambda form: counts[form], default="")
-    if not best or counts[best] <= total / 2:
+    connection.execute("CREATE TEMP TABLE examples AS SELECT unnest(?) AS time", [list(sample)])
+    columns = ", ".join(f"count(try_strptime(time, {_quoted(form)}))" for form in FORMS)
+    fits = dict(zip(FORMS, _one(connection, f"SELECT {columns} FROM examples"), strict=True))
+    tried = {"ISO": _iso(), **{form: _parsed(form) for form, count in fits.items() if count > len(sample) / 2}}
+    columns = ", ".join(f"count({expression})" for expression in tried.values())
+    counts = dict(zip(tried, _one(connection, f"SELECT {columns} FROM rows"), strict=True))
+    best = max(counts, key=lambda form: counts[form])
+    if counts[best] <= total / 2:
         raise ConfigurationError(
-            f"the times have no known form, for example {next(iter(sample), '')!r}",
+            f"no known form fits most of the times, for example {next(iter(sample), '')!r}",
             where=where,
             why="histories, splits and targets are defined by time",
             do="describe their form with --time_format, for example '%d/%m/%Y %H:%M' for 31/12/2020 18:30",
@@ -170,7 +162,7 @@ def _date_form(connection: duckdb.DuckDBPyConnection, where: str, total: int) ->
                 do=f"add --time_format {_quoted(best)} or --time_format {_quoted(other)}; %d is the day, %m the month",
             )
     name = "ISO dates" if best == "ISO" else f"dates of the form {best}"
-    return TimeForm(f"{name}, read as UTC if they have no offset", _as_seconds(tried[best]))
+    return TimeForm(f"{name}, in UTC if they have no offset", _as_seconds(tried[best]))
 
 
 def _iso() -> str:
