@@ -442,6 +442,7 @@ def test_what_is_counted_and_written(tmp_path):
         "identical interactions": 1,
         "repeated interactions": 1,
         "interactions at the same time as another one of the user": 2,
+        "users with one time for their last two interactions": 0,
         "lines of items": 3,
         "items without title": 0,
         "titles with HTML, which a run removes": 1,
@@ -455,6 +456,14 @@ def test_what_is_counted_and_written(tmp_path):
     properties = (report.folder / "mine.yaml").read_text()
     assert read_yaml(properties) == {f"text_{text}": None for text in TEXTS} | {"text_title": "title"}
     assert "# rm_dup_inter: first" in properties and "inter.txt and items.txt" in properties
+
+
+def test_ties_of_the_last_interactions_are_a_warning(tmp_path):
+    rows = [("a", 5), ("a", 5), ("b", 5), ("b", 6), ("b", 6), ("c", 7), ("c", 7), ("c", 8)]
+    text = "user,item,time\n" + "".join(f"{user},0010,{START + time}\n" for user, time in rows)
+    report, *_ = made(tmp_path, text)
+    assert report.counts["users with one time for their last two interactions"] == 2
+    assert any(warning.startswith("2 of 3 users have one time") for warning in report.warnings)
 
 
 def test_few_training_lists_are_a_warning(tmp_path):

@@ -12,6 +12,7 @@ import duckdb
 import pyarrow
 
 from recbole_gr2.bridge.atomic import MISSING
+from recbole_gr2.bridge.summary import MOST
 from recbole_gr2.convert.columns import Layout
 from recbole_gr2.convert.reading import Malformed, Source, id_of
 from recbole_gr2.convert.report import Report
@@ -160,6 +161,12 @@ def count(connection: duckdb.DuckDBPyConnection, report: Report) -> None:
         "SELECT coalesce(sum(n), 0)::BIGINT FROM "
         "(SELECT count(*) AS n FROM interactions GROUP BY user_id, seconds HAVING n > 1)",
     )
+    (tied_users,) = _one(
+        connection,
+        "WITH ends AS (SELECT user_id, max(seconds::DOUBLE) AS latest FROM interactions GROUP BY user_id) "
+        "SELECT count(*) FROM (SELECT user_id FROM interactions JOIN ends USING (user_id) "
+        "WHERE seconds::DOUBLE = latest GROUP BY user_id HAVING count(*) > 1)",
+    )
     total = int(report.counts["interactions"])
     report.counts |= {
         "users": users,
@@ -168,16 +175,17 @@ def count(connection: duckdb.DuckDBPyConnection, report: Report) -> None:
         "identical interactions": total - lines,
         "repeated interactions": total - pairs,
         "interactions at the same time as another one of the user": tied,
+        "users with one time for their last two interactions": tied_users,
     }
     if total > pairs:
         report.warnings.append(
             f"{total - pairs:,} interactions repeat a user and an item; candidates exclude seen items, so such targets "
             "cannot be found: rm_dup_inter: first in the property file keeps the first interaction of each pair"
         )
-    if tied > total / 2:
+    if tied_users > MOST * users:
         report.warnings.append(
-            "most interactions have the same time as another one of the user; the order of the lines then decides "
-            "which item is the target"
+            f"{tied_users:,} of {users:,} users have one time for their last two interactions, so that the order of "
+            "the lines decides which one is the test target"
         )
 
 
