@@ -27,7 +27,11 @@ from recbole_gr2.errors import ConfigurationError
 __all__ = ["RELEASES", "Report", "convert"]
 
 DATA_PATH = "dataset"  # the folder that a run reads by default
-MEMORY = "512MB"  # for DuckDB; it writes larger tables to the disk
+# DuckDB writes larger tables to the disk. Each thread needs memory of its own.
+DUCKDB: dict[str, str | bool | int | float | list[str]] = {
+    "memory_limit": "512MB",
+    "threads": min(4, os.cpu_count() or 1),
+}
 AMAZON_CORE = 5  # least number of interactions of users and items in the papers
 
 
@@ -99,7 +103,7 @@ def convert(
         with tempfile.TemporaryDirectory(dir=output, prefix=f".{name}-") as temporary:
             part = Path(temporary) / name
             part.mkdir()
-            with duckdb.connect(Path(temporary) / "rows.duckdb", config={"memory_limit": MEMORY}) as connection:
+            with duckdb.connect(Path(temporary) / "rows.duckdb", config=DUCKDB) as connection:
                 inter.read(connection, source, columns, layout, report, time_format)
                 inter.write(connection, part / f"{name}.inter", has_rating="rating" in columns)
                 inter.count(connection, report)
