@@ -64,7 +64,7 @@ def check_dataset(settings: Settings) -> None:
         why="the folder is not there, and RecBole has no data set of this name to download",
         do=(f"did you mean {', '.join(near)}? " if near else "")
         + f"Put {name}.inter and {name}.item (RecBole atomic files) into {root / name}, or name the folder that holds "
-        f"{name}/ with --data_path DIR",
+        f"{name}/ with --data_path DIR. recbole-gr2 data convert makes these files of CSV, JSON lines or Parquet",
     )
 
 

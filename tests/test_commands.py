@@ -62,6 +62,7 @@ COMMANDS = [
     "show",
     "rerank",
     "data check",
+    "data convert",
     "clean",
     "doctor",
     "list methods",
@@ -84,7 +85,7 @@ def test_every_command_is_tested():
     names = [info.name or info.callback.__name__ for info in app.registered_commands]
     for group, commands in groups.items():
         names += [f"{group} {info.name or info.callback.__name__}" for info in commands.registered_commands]
-    assert set(COMMANDS) - set(names) == set() and "run" in names
+    assert {*COMMANDS, "run"} == set(names)
 
 
 def test_help_of_run(capsys):

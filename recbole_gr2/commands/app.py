@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from recbole_gr2 import __version__
 from recbole_gr2.commands.clean import clean
 from recbole_gr2.commands.compare import compare
+from recbole_gr2.commands.convert import convert
 from recbole_gr2.commands.data import check
 from recbole_gr2.commands.doctor import doctor
 from recbole_gr2.commands.listing import data, methods, presets, settings
@@ -72,6 +73,7 @@ app.command()(show)
 app.command()(rerank)
 app.add_typer(data_app, name="data")
 data_app.command(cls=PassThrough, context_settings=PASS_THROUGH)(check)
+data_app.command()(convert)
 app.command()(clean)
 app.command()(doctor)
 app.add_typer(list_app, name="list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,9 @@ def load_settings(
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
 
+    The properties of a data set are those of the file `<data_path>/<dataset>/<dataset>.yaml`, or, if it does not exist,
+    of `properties/dataset/<dataset>.yaml`.
+
     torch is imported only if no source names a preset, and only after the check of all given settings. Combinations of
     settings are checked last, because they depend on the preset.
 
@@ -168,9 +172,13 @@ def load_settings(
     weaker: list[tuple[str, Mapping[str, Any]]] = [
         ("properties", {key: entry.default for key, entry in declared.items()})
     ]
+    dataset = str(given_value("dataset"))
+    own_file = Path(str(given_value("data_path"))) / dataset / f"{dataset}.yaml"
     datasets = {file.stem: file for file in (folder / "dataset").glob("*.yaml")}
-    if dataset_file := datasets.get(str(given_value("dataset"))):
-        weaker.append((f"dataset/{dataset_file.name}", _read_file(dataset_file)))
+    if os.path.isfile(own_file):  # False for a name that is too long; Path.is_file would raise an error.
+        weaker.append((str(own_file), _read_file(own_file)))
+    elif dataset in datasets:
+        weaker.append((f"dataset/{dataset}.yaml", _read_file(datasets[dataset])))
     preset = given_value("preset")
     if preset is None:
         without_preset = _check_all(_merge([*weaker, *given]), declared, combinations=False)
