@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
+import yaml
 from changed_data import copy_tiny
-from conftest import METRICS
+from conftest import METRICS, called
 
 from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import read_per_user, read_recommendations, read_requests
@@ -21,6 +23,7 @@ from recbole_gr2.stages import candidates
 
 pytestmark = pytest.mark.slow
 
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "result.schema.json").read_text())
 CUTOFFS = [1, 5, 10, 20]
 OPTIONS = {
     "base_model": ["PairCounts", "ItemKNN"],
@@ -211,3 +214,59 @@ def test_imported_lists(valid, tiny_run, tmp_path):
         for scope in ("all_users", "hit_users"):
             assert one[name, scope]["metrics"]["ndcg@5"] == other[name, scope]["metrics"]["ndcg@5"]
     assert Data(run.settings).fingerprint == valid.data.fingerprint
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+ABLATION = {
+    "stages": ["evaluate"],
+    "settings": {"eval_rows": []},
+    "columns": {"prior ndcg@5": "evaluate.methods.method=prior&scope=all_users.metrics.ndcg@5"},
+    "variants": [
+        {"name": "all features"},
+        {"name": "few features", "settings": {"prior_features": ["base"]}, "published": {"prior ndcg@5": 0.1}},
+    ],
+}
+
+
+def test_reports_and_ablations_name_the_split(finished_command, tmp_path):
+    """With all language models. Their stages are those of the test run."""
+    argv = [*finished_command.copy(tmp_path / "saved"), "--eval_split=valid"]
+    code, stdout, stderr = called(argv)
+    assert code == 0, stderr
+    path = Path(stdout.splitlines()[-1])
+    result, report = json.loads(path.read_text()), (path.parent / "report.md").read_text()
+    jsonschema.validate(result, SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert (result["split"], finished_command.result["split"]) == ("valid", "test")
+    rerun = {stage["stage"] for stage in result["stages"] if not stage["cached"][0]}
+    rows = ("lambdamart", "midtrain", "sft", "rl", "shuffled")
+    assert rerun == {"validation", "evaluate", *(f"rerank_{name}" for name in rows)}
+    assert {entry["method"] for entry in result["methods"]} == {"base", "oracle", "prior", *rows}
+    headings = [line for line in report.splitlines() if line.startswith("#")]
+    assert "# GR2 on tiny, validation" in headings and "## tiny, validation, all users, n = 150" in headings
+    assert "figures of the validation split" in report and "- reported split: validation" in report
+    assert "% tiny, validation, hit users" in (path.parent / "table.tex").read_text()
+    candidate_lines = report.partition("## Candidates")[2].partition("\n## ")[0].splitlines()
+    assert [line.split()[0] for line in candidate_lines if line.startswith(("train", "valid", "test"))] == [
+        "train",
+        "valid",
+    ]
+    assert "all users of the validation split" in report and "test: " not in stderr
+
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(ABLATION))
+    code, stdout, stderr = called([*argv, "--ablation", file])
+    assert code == 0, stderr
+    path = Path(stdout.splitlines()[-1])
+    ablation, report = json.loads(path.read_text()), (path.parent / "report.md").read_text()
+    jsonschema.validate(ablation, SCHEMA, cls=jsonschema.Draft202012Validator)
+    found = {(entry["method"], entry["scope"]): entry["metrics"]["ndcg@5"]["mean"] for entry in result["methods"]}
+    assert ablation["split"] == "valid"
+    assert ablation["variants"][0]["figures"] == {"prior ndcg@5": found["prior", "all_users"]}
+    assert report.startswith("# Ablation two on tiny, validation\n") and "are those of the validation split" in report
+    assert "Published figures are those of the test split." in report and "ablation two, tiny, validation" in stderr
+
+    variants = [{"name": "a"}, {"name": "b", "settings": {"eval_split": "valid"}}]
+    file.write_text(yaml.safe_dump({**ABLATION, "variants": variants}))
+    code, _, stderr = called([*argv[:-1], "--ablation", file])
+    assert code == 2 and "variants report the splits test and valid" in stderr
