@@ -63,6 +63,7 @@ COMMANDS = [
     "rerank",
     "data check",
     "data convert",
+    "tune",
     "clean",
     "doctor",
     "list methods",
@@ -821,5 +822,5 @@ def test_settings_are_listed():
 
 def test_presets_are_listed():
     presets = listed("presets")
-    assert set(presets) == {"smoke", "laptop", "gpu", "paper"} and "llm: random" in presets["smoke"]
+    assert set(presets) == {"smoke", "quick", "laptop", "gpu", "paper"} and "llm: random" in presets["smoke"]
     assert "Two CPU cores" in presets["laptop"]

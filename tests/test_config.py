@@ -226,6 +226,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("rl_start", "distil", "sft, distilled"),
         ("onerec_think_variant", "papers", "public, paper"),
         ("eval_scope", "all_user", "hit_users, all_users"),
+        ("eval_split", "tests", "test, valid"),
         ("eval_comparisons", "al", "declared, all"),
         ("text_missing", "tokens", "collaborative, token"),
         ("sid_method", "rqvea", "rqvae, rqkmeans"),

@@ -21,6 +21,7 @@ from recbole_gr2.commands.rerank import rerank
 from recbole_gr2.commands.run import PassThrough, run
 from recbole_gr2.commands.runs import runs
 from recbole_gr2.commands.show import show
+from recbole_gr2.commands.tune import tune
 from recbole_gr2.distributed import choose_threads
 from recbole_gr2.errors import ConfigurationError, GR2Error, nearest
 
@@ -71,6 +72,7 @@ app.command()(runs)
 app.command()(compare)
 app.command()(show)
 app.command()(rerank)
+app.command(cls=PassThrough, context_settings=PASS_THROUGH)(tune)
 app.add_typer(data_app, name="data")
 data_app.command(cls=PassThrough, context_settings=PASS_THROUGH)(check)
 data_app.command()(convert)

@@ -100,9 +100,13 @@ class Settings(Mapping[str, Any]):
 
     def as_yaml(self) -> str:
         """Return the text of a config file that reproduces these settings with `--config_files`."""
+        return yaml.safe_dump(self.all_values(), sort_keys=True)
+
+    def all_values(self) -> dict[str, Any]:
+        """Return every setting and option of RecBole that was given or has a default, by the key that sets it."""
         base = {f"base_{k}": self.recbole[k] for k in self.base_options}
         shared = {k: v for k, v in self.recbole.items() if k not in self.base_options and k not in RECBOLE_FIXED}
-        return yaml.safe_dump({**self._values, **shared, **base}, sort_keys=True)
+        return {**self._values, **shared, **base}
 
     def options_of(self, model: str, *, base: bool) -> dict[str, Any]:
         """Return the RecBole options of one model that are given, without its defaults.
@@ -134,6 +138,7 @@ def load_settings(
     config_dict: Mapping[str, Any] | None = None,
     config_files: Iterable[str | Path] = (),
     layers: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     machine: bool = True,
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
@@ -150,6 +155,7 @@ def load_settings(
         config_files: YAML files; a later file overrides an earlier one.
         layers: Settings by source, weaker than the three above and stronger than the property files; a later source
             overrides an earlier one.
+        overrides: Settings by source, stronger than all others.
         machine: Whether the machine chooses the preset if no source names one. If not, torch is never imported; then
             no preset is applied, and combinations of settings are not checked.
 
@@ -163,6 +169,7 @@ def load_settings(
         *((str(file), _read_file(file)) for file in _paths(config_files)),
         ("config_dict", _mapping(config_dict, "config_dict")),
         ("command line", _mapping(command_line, "command line")),
+        *(overrides or {}).items(),
     ]
 
     def given_value(key: str) -> Any:
