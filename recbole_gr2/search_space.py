@@ -95,6 +95,11 @@ class Space:
         smaller = [name.lower() for name in smaller_is_better()]
         return "minimize" if self.metric.partition("@")[0] in smaller else "maximize"
 
+    @property
+    def users(self) -> str:
+        """The users of the scope, in words."""
+        return self.scope.replace("_", " ")
+
     def grid(self) -> list[dict[str, Any]]:
         """Return all combinations of the values of the parameters; the last parameter changes first."""
         names = [parameter.name for parameter in self.parameters]

@@ -23,8 +23,6 @@ from recbole_gr2 import pipeline, preflight
 from recbole_gr2.config import Settings, load_settings
 from recbole_gr2.console import Console, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
-from recbole_gr2.report.result import SCHEMA, SCOPES
-from recbole_gr2.report.study import render_study, trials_table
 from recbole_gr2.search_space import Direction, Space, check_method, check_space, invalid, load_trial, read_space
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import explained_disk_errors, locked, text_hash, write_json, write_text
@@ -59,12 +57,12 @@ def tune(
         QualityCheckError: no trial has a value, or a language model left every list of the test split unchanged.
         GR2Error: a stage failed.
     """
-    from recbole_gr2.ablation import data_for
-    from recbole_gr2.rerankers.registry import chosen
-
     space = read_space(file)
     baseline = check_space(space, given)
     preflight.check(baseline)
+    from recbole_gr2.ablation import data_for  # These modules import torch.
+    from recbole_gr2.report.study import trials_table
+    from recbole_gr2.rerankers.registry import chosen
 
     def load(params: Mapping[str, Any], number: int | None = None) -> Settings:
         changes = space.settings_of(params, baseline)
@@ -81,7 +79,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     console.say(
         f"tuning {space.method} on {settings['dataset']}: {space.count()} trials, {space.metric} of the validation "
-        f"split, {SCOPES[space.scope]}, sampler {space.sampler}, preset {settings['preset']}, seed {settings['seed']}"
+        f"split, {space.users}, sampler {space.sampler}, preset {settings['preset']}, seed {settings['seed']}"
     )
     data = data_for(settings)
     console.say(data.summary().text())
@@ -238,7 +236,7 @@ def _figures(space: Space, summary: Mapping[str, Any]) -> tuple[float, int]:
     if space.metric not in entry["metrics"]:
         methods = dict.fromkeys(method for method, _ in entries)
         raise invalid(
-            f"the trial has no {space.metric} of {space.method}, {SCOPES[space.scope]}",
+            f"the trial has no {space.metric} of {space.method}, {space.users}",
             space.file,
             "method, metric",
             f"its methods are {', '.join(methods)}; metrics of the recommended items need lists of their cut-off",
@@ -268,7 +266,7 @@ def best_yaml(settings: Settings, space: Space, trial: FrozenTrial) -> str:
     values = {key: value for key, value in settings.all_values().items() if key not in default or default[key] != value}
     del values["eval_split"]
     return (
-        f"# {space.metric} of {space.method} on the validation split, {SCOPES[space.scope]}: {trial.value:.4f} "
+        f"# {space.metric} of {space.method} on the validation split, {space.users}: {trial.value:.4f} "
         f"(trial {trial.number + 1})\n" + yaml.safe_dump({**common, **values}, sort_keys=True)
     )
 
@@ -287,6 +285,8 @@ def _tests(study: optuna.Study) -> list[dict[str, Any]]:
 
 def _result(space: Space, study: optuna.Study, settings: Settings, command: str) -> dict[str, Any]:
     """Return the content of result.json."""
+    from recbole_gr2.report.result import SCHEMA
+
     trials, best = study.trials, _best(study.trials, space.direction)
     by_name = {parameter.name: parameter for parameter in space.parameters}
     return {
@@ -346,6 +346,8 @@ def _test_value(space: Space, path: Path) -> float | None:
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
+    from recbole_gr2.report.study import render_study
+
     write_text(folder / "report.md", render_study(result, folder))
     write_json(folder / "result.json", result)
 

@@ -151,6 +151,18 @@ def test_the_space_file_has_to_exist(tmp_path):
     assert called([tmp_path / "list.yaml"])[0] == 2
 
 
+def test_mistakes_are_found_without_torch(command):
+    script = (
+        "import sys, typer\nfrom recbole_gr2.commands.tune import tune\nfrom recbole_gr2.errors import GR2Error\n"
+        "app = typer.Typer()\n"
+        "app.command(context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})(tune)\n"
+        "try:\n    app(standalone_mode=False)\nexcept GR2Error as error:\n    print(error, 'torch' in sys.modules)"
+    )
+    argv = command(space_with(prior_stepz={"int": [1, 2]}), "--dataset=tiny")
+    run = subprocess.run([sys.executable, "-c", script, *map(str, argv)], capture_output=True, text=True)
+    assert "nearest: prior_steps" in run.stdout and run.stdout.endswith("False\n"), run.stderr
+
+
 def test_metrics_of_which_a_smaller_value_is_better(command):
     assert smaller_is_better() == ["AveragePopularity", "GiniIndex"]
     (file, *_) = command({"metric": "GiniIndex@10"})
