@@ -370,6 +370,32 @@ def test_recbole_ranks_rows_that_are_not_of_the_run(finished_run):
         assert tuple(torch.topk(row, len(request.items)).indices.tolist()) == request.by_prior
 
 
+@pytest.mark.slow
+def test_recbole_searches_on_the_validation_split(finished_copy, tiny_settings):
+    """The objective reads no test target, and its score is the validation figure of the method."""
+    from recbole_gr2.api import objective_function
+
+    values = {key: entry["value"] for key, entry in tiny_settings(finished_copy()).chosen().items()}
+    values |= {
+        "preset": "smoke",
+        "dataset": "tiny",
+        "eval_rows": ["lambdamart"],
+        "gr2_method": "prior",
+        "topk": [5, 10],
+    }
+    values["data_path"] = tiny_settings("x")["data_path"]
+    found = objective_function(values)
+    assert found["model"] == "GR2" and found["valid_score_bigger"] and found["test_result"] == {}
+    assert found["best_valid_score"] == found["best_valid_result"]["ndcg@10"] > 0
+
+
+def test_a_run_of_imported_lists_has_no_base_models(finished_run):
+    gr2 = GR2.load(finished_run.path, "prior")
+    gr2.ranker.settings = {**gr2.ranker.settings, "cand_file": "lists.jsonl"}
+    with pytest.raises(ConfigurationError, match="imported its candidate lists"):
+        _ = gr2.ranker.base_model
+
+
 def test_recbole_cannot_train_it(finished_run):
     with pytest.raises(ConfigurationError, match="RecBole's trainer cannot train GR2"):
         finished_run.reranker("prior").calculate_loss(None)
