@@ -9,6 +9,8 @@
   columns of their own.
 - `note`: what a reader has to know.
 
+The figures are those of the test split; with `eval_split: valid`, of the validation split.
+
 The settings of the user win over those of the file. The settings of a variant win over those of all variants. The user
 must not give another value to a setting that a variant changes. Each variant is a plan of the pipeline. Finished stages
 are cached, stages that variants share run once, and the same command continues an interrupted ablation.
@@ -28,8 +30,8 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml_file
 from recbole_gr2.console import Console, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
-from recbole_gr2.report.result import SCHEMA, new_folder, stage_entries
-from recbole_gr2.report.tables import figures_table, variant_cost_table, variant_settings_table
+from recbole_gr2.report.result import SCHEMA, SPLITS, new_folder, stage_entries
+from recbole_gr2.report.tables import data_title, figures_table, variant_cost_table, variant_settings_table
 from recbole_gr2.store import explained_disk_errors, read_json, read_manifest, write_json, write_text
 
 T = TypeVar("T")
@@ -153,6 +155,14 @@ def run_ablation(
         f"preset {common['preset']}, seed {common['seed']}"
     )
     settings = _for_each(ablation, lambda variant: load_variant(ablation, variant, given))
+    splits = sorted({each["eval_split"] for each in settings.values()})
+    if len(splits) > 1:
+        raise ConfigurationError(
+            f"variants report the splits {' and '.join(splits)}",
+            where=f"ablation {ablation.name}",
+            why="Figures of different splits cannot be compared in one table.",
+            do="remove eval_split from the variants; the command line or the settings of all variants may set it",
+        )
     quiet_libraries()
     data = data_for(common)
 
@@ -193,6 +203,7 @@ def run_ablation(
         "schema": SCHEMA,
         "ablation": ablation.name,
         "dataset": common["dataset"],
+        "split": splits[0],
         "preset": common["preset"],
         "seeds": [common["seed"]],
         "command": command,
@@ -208,7 +219,7 @@ def run_ablation(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.md", render_ablation(result))
         write_json(folder / "result.json", result)
-    console.print(f"\n{figures_table(result)}")
+    console.print(f"\nablation {ablation.name}, {data_title(result)}\n{figures_table(result)}")
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
 
@@ -307,8 +318,8 @@ def figure(summaries: Mapping[str, Any], path: str) -> Any:
 def render_ablation(result: Mapping[str, Any]) -> str:
     """Return report.md, a function of result.json."""
     parts = [
-        f"# Ablation {result['ablation']} on {result['dataset']}",
-        f"Preset {result['preset']}, seed {result['seeds'][0]}.\n\n    {result['command']}",
+        f"# Ablation {result['ablation']} on {data_title(result)}",
+        f"Preset {result['preset']}, seed {result['seeds'][0]}. {_split_sentence(result)}\n\n    {result['command']}",
         f"```\n{figures_table(result)}\n```",
         textwrap.fill(result["note"], 120),
     ]
@@ -324,6 +335,14 @@ def render_ablation(result: Mapping[str, Any]) -> str:
         f"of each of them.\n\n```\n{variant_cost_table(result)}\n```"
     )
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _split_sentence(result: Mapping[str, Any]) -> str:
+    """Return which split the figures are of."""
+    sentence = f"Figures of methods are those of the {SPLITS[result['split']]} split."
+    if result["split"] == "valid" and any(variant["published"] for variant in result["variants"]):
+        sentence += " Published figures are those of the test split."
+    return sentence
 
 
 def _layers(ablation: Ablation, *variants: Variant) -> dict[str, dict[str, Any]]:

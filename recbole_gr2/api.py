@@ -253,8 +253,8 @@ class GR2(SequentialRecommender):
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Return re-ranked scores without ties, (B, N + 1) float32: the item at rank r has -r; masked items -inf.
 
-        Rows of the test split have the answers of the run. All other rows are ranked now. The candidates come first,
-        in the order of the method, and the other items follow in base order.
+        Rows of the split that the run reports have the answers of the run. All other rows are ranked now. The
+        candidates come first, in the order of the method, and the other items follow in base order.
 
         Args:
             interaction: rows of a sequential data set. Only the history is read.
@@ -271,7 +271,7 @@ class GR2(SequentialRecommender):
         live: dict[int, Request] = {}
         for row, (user, split) in enumerate(zip(users, splits, strict=True)):
             name, width = request_id(split, data.user_tokens[user]), min(size, count[row])
-            if split == "test" and name in self._stored:
+            if split == self.opened.settings["eval_split"] and name in self._stored:
                 answers[row] = self._stored[name]
             elif width >= 2:
                 items = order[row, :width].tolist()
@@ -305,10 +305,10 @@ class GR2(SequentialRecommender):
 
     @property
     def _stored(self) -> dict[str, tuple[int, ...]]:
-        """The ranking of each pool of the test split in the run, by request id."""
+        """The ranking of each pool of the split that the run reports, by request id."""
         if self._rankings is None:
             ranker, method = self.ranker, self.ranker.method
-            requests = load_requests(ranker.run, "test")
+            requests = load_requests(ranker.run, self.opened.settings["eval_split"])
             folder = self.opened.folders.get(stage_name(method.name))
             if folder is None:  # an order that every run has
                 rankings = [answer.ranking for answer in rank_pools(ranker.reranker, requests)]
@@ -414,6 +414,40 @@ def rerank_file(
     else:
         write_text(Path(output), text)
     return len(read)
+
+
+def objective_function(
+    config_dict: Mapping[str, Any] | None = None,
+    config_file_list: Sequence[str | Path] | None = None,
+    saved: bool = True,
+) -> dict[str, Any]:
+    """Run with other settings and return the metrics of the validation split, for RecBole's `HyperTuning`.
+
+    `recbole-gr2 tune` searches with Optuna and evaluates the best configuration on the test split.
+
+    Args:
+        config_dict: settings by name, and optionally `gr2_method`, the method to optimise; by default as in `GR2.load`.
+        config_file_list: YAML files with settings.
+        saved: has no effect. Finished stages are always kept.
+
+    Returns:
+        `model`; `best_valid_score`, the value of `valid_metric`; `valid_score_bigger`; `best_valid_result`, all metrics
+        of the method over all users; `test_result`, which is empty, because no test target is read.
+    """
+    given = dict(config_dict or {})
+    method = given.pop("gr2_method", None)
+    found = run(given, config_files=config_file_list or (), eval_split="valid")
+    metrics = found.methods.loc["all_users"]
+    method = method or next(name for name in PREFERRED if name in metrics.index)
+    metric = load_settings(config_files=[found.path / "config.yaml"])["valid_metric"].lower()
+    values = metrics.loc[method].drop("users").to_dict()
+    return {
+        "model": "GR2",
+        "best_valid_score": values[metric],
+        "valid_score_bigger": True,
+        "best_valid_result": values,
+        "test_result": {},
+    }
 
 
 def _read_list(line: Any, where: str) -> tuple[dict[str, Any], CandidateList]:

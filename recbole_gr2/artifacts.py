@@ -7,8 +7,8 @@ Files contain item tokens of the data files, never internal ids, so that other t
 | `embeddings.npy` | embeddings | text embedding of every item, (N, D) float32 |
 | `sids.jsonl` | tokenizer | semantic ID of every item |
 | `<split>.jsonl` | candidates, prior | candidate lists; those of the prior stage have the prior |
-| `recommendations.npz` | candidates, other recommenders | the first items of the whole catalogue for every user |
-| `<base model>.npz` | candidates | the same of each base model alone, if there are several |
+| `recommendations.npz` | candidates, validation, recommenders | the first items of the catalogue for every user |
+| `<base model>.npz` | candidates, validation | the same of each base model alone, if there are several |
 | `features.json`, `features-<split>.npy`, `pairs-<split>.npy` | prior | features of the candidate lists |
 | `accepted.jsonl`, `rejected.jsonl` | traces | reasoning traces |
 | `rankings.jsonl` | rerank | the answers of a re-ranker |
@@ -230,7 +230,7 @@ def _read_sources(sources: Any, count: int) -> tuple[SourceScores, ...]:
 
 
 def write_recommendations(folder: Path, recommendations: Recommendations, name: str = "recommendations") -> None:
-    """Write the recommendations of the test split to <name>.npz."""
+    """Write the recommendations of a split to <name>.npz."""
     temporary = folder / f".{name}.npz.tmp"
     with open(temporary, "wb") as handle:
         np.savez_compressed(
@@ -244,7 +244,7 @@ def write_recommendations(folder: Path, recommendations: Recommendations, name: 
 
 
 def read_recommendations(folder: Path, name: str = "recommendations") -> Recommendations:
-    """Read the recommendations of the test split from <name>.npz."""
+    """Read the recommendations of a split from <name>.npz."""
     with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
         return Recommendations(
             users=tuple(arrays["users"].tolist()),

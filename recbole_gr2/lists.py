@@ -113,11 +113,12 @@ def training_requests(
 
 
 def reported_requests(context: Context, *, pool: bool = False) -> tuple[list[Request], list[Request]]:
-    """Return the test requests that the run reports over, and those of them that contain their target.
+    """Return the requests of `eval_split` that the run reports over, and those of them that contain their target.
 
     The second list holds the requests of the hit users. For `pool` see `candidate_requests`.
     """
-    requests, limit = candidate_requests(context, "test", pool=pool), context.settings["eval_max_lists"]
+    split, limit = context.settings["eval_split"], context.settings["eval_max_lists"]
+    requests = candidate_requests(context, split, pool=pool)
     if limit is not None and limit < len(requests):
-        requests = random.Random(derive_seed(context.settings["seed"], "test lists")).sample(requests, limit)
+        requests = random.Random(derive_seed(context.settings["seed"], f"{split} lists")).sample(requests, limit)
     return requests, [request for request in requests if request.target_rank]

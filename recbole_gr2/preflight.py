@@ -64,7 +64,7 @@ def check_dataset(settings: Settings) -> None:
         why="the folder is not there, and RecBole has no data set of this name to download",
         do=(f"did you mean {', '.join(near)}? " if near else "")
         + f"Put {name}.inter and {name}.item (RecBole atomic files) into {root / name}, or name the folder that holds "
-        f"{name}/ with --data_path DIR",
+        f"{name}/ with --data_path DIR. recbole-gr2 data convert makes these files of CSV, JSON lines or Parquet",
     )
 
 
@@ -171,7 +171,8 @@ def _gib(count: float) -> str:
 def expected_time(entry: Planned) -> str:
     """Return the time that a planned stage will take, in words, from earlier runs on the same data set.
 
-    The earlier run is the one with the fewest other settings, and of several the newest.
+    The earlier run is the one with the fewest other settings, and of several the newest. Its time is scaled by the
+    setting that the time of the stage is proportional to, such as the number of steps.
 
     Returns:
         For example `about 70 min (earlier run)`, and "" if the stage is finished. If it has never run on this data set,
@@ -213,14 +214,20 @@ def _earlier(entry: Planned) -> tuple[float | None, bool]:
         return len(changed_settings(record.settings, entry.settings))
 
     nearest_record = min(records, key=changes)
-    return nearest_record.seconds, not changes(nearest_record)
+    return nearest_record.seconds * _share(entry, nearest_record), not changes(nearest_record)
+
+
+def _share(entry: Planned, record: StageRecord) -> float:
+    """Amount of work of a planned stage divided by that of an earlier run; 1 for a stage without such a setting."""
+    earlier = record.settings.get(entry.stage.amount)
+    return entry.settings[entry.stage.amount] / earlier if earlier else 1.0
 
 
 def _on_other_data(entry: Planned) -> tuple[str, float] | None:
     """Data set and seconds of the nearest run of a stage on another data set, or None."""
     dataset = entry.folder.parents[2]
     runs = [
-        (len(changed_settings(record.settings, entry.settings)), other.name, record.seconds)
+        (len(changed_settings(record.settings, entry.settings)), other.name, record.seconds * _share(entry, record))
         for other in sorted(dataset.parent.iterdir() if dataset.parent.is_dir() else ())
         if other != dataset
         for record in records_of(other / entry.folder.parent.relative_to(dataset))

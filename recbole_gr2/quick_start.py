@@ -198,7 +198,7 @@ def option_parser(program: str = SCRIPT) -> argparse.ArgumentParser:
     parser.add_argument("-d", "--dataset", help="folder of RecBole atomic files under data_path, or ml-100k")
     parser.add_argument("--base_model", metavar="A,B", help="models that propose the candidates, one or several")
     parser.add_argument("--models", metavar="A,B", help="other recommenders for the same table")
-    parser.add_argument("--preset", help="smoke, laptop, gpu or paper; by default what fits the machine")
+    parser.add_argument("--preset", help="smoke, quick, laptop, gpu or paper; by default what fits the machine")
     parser.add_argument(
         "--config_files", nargs="+", action="extend", default=[], metavar="FILE", help="YAML files with settings"
     )

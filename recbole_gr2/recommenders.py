@@ -23,6 +23,7 @@ from recbole_gr2.types import Context
 
 # Folders in the stage of a base model: the base model, the hold-out base model, and the one of `refit`.
 BASE, HOLD_OUT, REFIT = "base", "hold_out", "refit"
+VALIDATION = "validation"  # stage with the recommendations of the validation split, for `eval_split: valid`
 EVALUATION = ("metrics", "topk")  # RecBole's options that matter to the evaluate stage only
 STAGE_OF = {"sids": "tokenizer", "text_embeddings": "embeddings"}  # Input of a model -> the stage that makes it.
 
@@ -30,6 +31,11 @@ STAGE_OF = {"sids": "tokenizer", "text_embeddings": "embeddings"}  # Input of a 
 def base_stage(model: str) -> str:
     """Return the name of the stage that trains a base model."""
     return f"base_model_{model}"
+
+
+def validation_stage(model: str) -> str:
+    """Return the name of the stage with the recommendations of one of `models` for the validation split."""
+    return f"{VALIDATION}_{model}"
 
 
 def stages_of(model: str, settings: Settings, *, base: bool) -> tuple[str, ...]:
@@ -159,7 +165,8 @@ def load_recommender(context: Context, name: str) -> BaseModel:
     """Return a recommender of the result table. A RecBole model is trained unless it is finished in `model/`.
 
     Args:
-        context: a context whose stage needs the stages of `stages_of(name)`.
+        context: a context whose stage needs the stages of `stages_of(name)`. If it also needs the stage `name`, the
+            model of this stage is loaded, without the one of `refit`, which has learnt the validation targets.
         name: name of the recommender.
     """
     if name == GENERATOR:
@@ -167,6 +174,8 @@ def load_recommender(context: Context, name: str) -> BaseModel:
     if name in ONEREC_THINK:
         return onerec_think_recommender(context, name)
     inputs = model_inputs(context, name, base=False)
+    if name in context.folders:
+        return load_base(context.data, context.folders[name] / "model", model=name, base=False, inputs=inputs)
     options: dict[str, Any] = {"model": name, "base": False, "inputs": inputs, "say": context.say}
     model = train_or_load(context.data, context.folder / "model", **options)
     if not context.settings["refit"]:

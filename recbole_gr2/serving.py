@@ -176,7 +176,18 @@ class ListReranker:
 
     @cached_property
     def base_model(self) -> BaseModel:
-        """The base models of the test lists, fused as in the run."""
+        """The base models of the test lists, fused as in the run.
+
+        Raises:
+            ConfigurationError: the run has none, or one of them cannot score a history alone.
+        """
+        if self.settings["cand_file"]:
+            raise ConfigurationError(
+                "the run imported its candidate lists",
+                where=f"cand_file {self.settings['cand_file']}",
+                why="it has no base model that scores items",
+                do="give the scores of the candidates, or use a run with base models",
+            )
         names, weights = self.settings["base_model"], self.run.inputs["candidates"].summary.get("fusion", {})
         kind = REFIT if self.settings["refit"] else BASE
         models = [load_base_model(self.run, name, kind) for name in names]

@@ -1,4 +1,4 @@
-"""Parts of the test users: by their target and by whether training has interactions of them.
+"""Parts of the users: by their target and by whether training has interactions of them.
 
 A part says how often training has the target, or whether the target follows an item of the history.
 
@@ -28,12 +28,13 @@ RELATIONS = (
 )
 
 
-def target_slices(data: Data, users: Sequence[str]) -> pd.DataFrame:
-    """Return the parts that test users belong to.
+def target_slices(data: Data, users: Sequence[str], split: str = "test") -> pd.DataFrame:
+    """Return the parts that users belong to.
 
     Args:
         data: the data set.
-        users: tokens of users with a test request.
+        users: tokens of users with a request of the split.
+        split: test or valid.
 
     Returns:
         One row per user, in this order, with the columns `occurrences` (see `OCCURRENCES`), `relation` and `user` (see
@@ -52,7 +53,7 @@ def target_slices(data: Data, users: Sequence[str]) -> pd.DataFrame:
     ids = {token: user for user, token in enumerate(data.user_tokens)}
     rows = []
     for user in (ids[token] for token in users):
-        target, history = next(iter(data.targets(user, "test"))), data.history(user, "test")
+        target, history = next(iter(data.targets(user, split))), data.history(user, split)
         after_each = direct.values_at(np.array(history), target) > 0
         holds = (after_each[-1], after_each[:-1].any(), indirect.values_at(history[-1], target) > 0, True)
         occurrences = 0 if counts[target] == 0 else 1 if counts[target] < 5 else 2

@@ -389,7 +389,7 @@ def _imports(file: Path, module: str, where: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False, what: str = "stage") -> Iterator[None]:
     """Hold the lock of a stage's folder, so that no run writes a stage that another one writes or reads.
 
     The lock ends with its process. A lock file that a killed process left is no lock.
@@ -397,6 +397,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     Args:
         folder: the folder of the stage.
         shared: whether to read the folder only. Several processes may do this at the same time.
+        what: what the folder belongs to, for the error message.
 
     Raises:
         GR2Error: another process holds the lock, or the file system has no locks.
@@ -409,7 +410,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise GR2Error(
-                f"another process is working on this stage{'' if shared else ', or reads its files'}",
+                f"another process is working on this {what}{'' if shared else ', or reads its files'}",
                 where=str(folder),
                 why="its files could change while they are read",
                 do="wait for it or stop it; the lock ends with its process",

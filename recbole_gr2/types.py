@@ -412,6 +412,7 @@ class Stage:
         distributed: whether several processes may run the stage together.
         modules: further modules whose sources the stage uses, see `recbole_gr2.store.source_hash`.
         unused_modules: modules that the stage's module imports, but that cannot change its output.
+        amount: the setting that the time of the stage is proportional to, for the estimate of a plan; "" for none.
     """
 
     name: str
@@ -427,3 +428,4 @@ class Stage:
     distributed: bool = False
     modules: tuple[str, ...] = ()
     unused_modules: tuple[str, ...] = ()
+    amount: str = ""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recbole_gr2 import GR2, CandidateList, Run
 from recbole_gr2.artifacts import read_answers, read_requests
@@ -181,6 +183,33 @@ def test_items_of_the_item_file_need_no_text(tiny_data, finished_run, tmp_path):
     assert gr2.rerank(["i00"], ["i50", "cold", "i40"]).unknown == ()
 
 
+tokens = st.sampled_from([f"i{kind}{item}" for kind in range(6) for item in range(10)] + ["x", "", "i", "[PAD]"])
+
+
+@given(
+    history=st.lists(tokens, max_size=60),
+    candidates=st.lists(tokens, max_size=8, unique=True),
+    scores=st.none() | st.lists(st.floats(-1e30, 1e30), min_size=8, max_size=8),
+    times=st.booleans(),
+)
+def test_any_list_gives_a_permutation(finished_run, history, candidates, scores, times):
+    """Repeated and seen items included. Items that the run does not know keep their places."""
+    gr2 = finished_run.reranker("prior")
+    found = gr2.rerank(
+        history,
+        candidates,
+        scores=scores and scores[: len(candidates)],
+        times=[float(n) for n in range(len(history))] if times else None,
+    )
+    assert sorted(found.ranking) == sorted(candidates) and len(found.titles) == len(candidates)
+    known = gr2.opened.data.catalog.id_of
+    assert {place: token for place, token in enumerate(candidates) if token not in known} == {
+        place: token for place, token in enumerate(found.ranking) if token not in known
+    }
+    chances = [chance for chance in found.probabilities if chance is not None]
+    assert not chances or math.isclose(sum(chances), 1, rel_tol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -339,6 +368,32 @@ def test_recbole_ranks_rows_that_are_not_of_the_run(finished_run):
     for user, row in zip(users.tolist(), scores, strict=True):
         request = requests[f"valid/{gr2.opened.data.user_tokens[user]}"]
         assert tuple(torch.topk(row, len(request.items)).indices.tolist()) == request.by_prior
+
+
+@pytest.mark.slow
+def test_recbole_searches_on_the_validation_split(finished_copy, tiny_settings):
+    """The objective reads no test target, and its score is the validation figure of the method."""
+    from recbole_gr2.api import objective_function
+
+    values = {key: entry["value"] for key, entry in tiny_settings(finished_copy()).chosen().items()}
+    values |= {
+        "preset": "smoke",
+        "dataset": "tiny",
+        "eval_rows": ["lambdamart"],
+        "gr2_method": "prior",
+        "topk": [5, 10],
+    }
+    values["data_path"] = tiny_settings("x")["data_path"]
+    found = objective_function(values)
+    assert found["model"] == "GR2" and found["valid_score_bigger"] and found["test_result"] == {}
+    assert found["best_valid_score"] == found["best_valid_result"]["ndcg@10"] > 0
+
+
+def test_a_run_of_imported_lists_has_no_base_models(finished_run):
+    gr2 = GR2.load(finished_run.path, "prior")
+    gr2.ranker.settings = {**gr2.ranker.settings, "cand_file": "lists.jsonl"}
+    with pytest.raises(ConfigurationError, match="imported its candidate lists"):
+        _ = gr2.ranker.base_model
 
 
 def test_recbole_cannot_train_it(finished_run):

@@ -195,8 +195,8 @@ def stock_trainer(trainer_class, config, model):
         return trainer_class(config, model)
 
 
-def stock_metrics(data: Data, base, mask: bool = False) -> dict[str, float]:
-    """RecBole's Trainer.evaluate on its test loader. With `mask`, a plain loop sets seen items to -inf."""
+def stock_metrics(data: Data, base, mask: bool = False, split: str = "test") -> dict[str, float]:
+    """RecBole's Trainer.evaluate on its loader of a split. With `mask`, a plain loop sets seen items to -inf."""
     from recbole.data.utils import get_dataloader
     from recbole.trainer import Trainer
 
@@ -204,18 +204,19 @@ def stock_metrics(data: Data, base, mask: bool = False) -> dict[str, float]:
         def _full_sort_batch_eval(self, batched_data):
             interaction, scores, rows, items = super()._full_sort_batch_eval(batched_data)
             for row, user in enumerate(interaction[data.uid].tolist()):
-                scores[row, data.sequences[user][:-1].tolist()] = -torch.inf
+                scores[row, data.sequences[user][: {"valid": -2, "test": -1}[split]].tolist()] = -torch.inf
             return interaction, scores, rows, items
 
-    loader = get_dataloader(data.config, "test")(data.config, data.built[2], None, shuffle=False)
+    built = data.built[SPLITS.index(split)]
+    loader = get_dataloader(data.config, split)(data.config, built, None, shuffle=False)
     trainer = stock_trainer(Masked if mask else Trainer, data.config, base.model)
     trainer.eval_collector.data_collect(SimpleNamespace(dataset=data.built[0]))
     return {name: float(value) for name, value in trainer.evaluate(loader, load_best_model=False).items()}
 
 
-def score(base) -> Recommendations:
-    """Score the test users once."""
-    scored = recommend(base, "test", depth_of(base.data), break_ties=False, check=True)
+def score(base, split: str = "test") -> Recommendations:
+    """Score the users of a split once."""
+    scored = recommend(base, split, depth_of(base.data), break_ties=False, check=True)
     return collect(base.data, scored, exclude_seen=base.exclude_seen)
 
 
@@ -242,8 +243,8 @@ def evaluated(recommendations_of):
     return evaluate
 
 
-def lists_of(base) -> dict[str, tuple[int, ...]]:
-    return {request.user_token: request.items for request in top_candidates(base, "test", K)}
+def lists_of(base, split: str = "test") -> dict[str, tuple[int, ...]]:
+    return {request.user_token: request.items for request in top_candidates(base, split, K)}
 
 
 def test_targets(data: Data) -> dict[str, int]:
@@ -264,7 +265,8 @@ def at_most_10(metrics: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
-def test_identity_is_recboles_own_evaluation(movies, name, mask, monkeypatch):
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_identity_is_recboles_own_evaluation(movies, name, mask, split, monkeypatch):
     """On all 12 metric families and cut-offs up to 20, although a list has ten candidates."""
     base = base_of(movies(name), mask)
     predict = base.model.full_sort_predict
@@ -275,13 +277,14 @@ def test_identity_is_recboles_own_evaluation(movies, name, mask, monkeypatch):
         return scores.view(-1, base.data.item_count + 1).argsort(dim=1).argsort(dim=1).float().view_as(scores)
 
     monkeypatch.setattr(base.model, "full_sort_predict", distinct)
-    stock = stock_metrics(base.data, base, mask)
+    stock = stock_metrics(base.data, base, mask, split)
     assert len(stock) > 40 and "gauc" in stock and "tailpercentage@20" in stock
-    recommendations = score(base)
-    lists = lists_of(base)
+    recommendations = score(base, split)
+    lists = lists_of(base, split)
     assert len(lists) == MOVIE_USERS
     for rankings in (None, lists):
-        assert evaluate_methods(base.data, recommendations, {"m": rankings}, {"s": None})["m"]["s"] == stock
+        found = evaluate_methods(base.data, recommendations, {"m": rankings}, {"s": None}, split=split)
+        assert found["m"]["s"] == stock
 
 
 @pytest.mark.slow

@@ -62,6 +62,8 @@ COMMANDS = [
     "show",
     "rerank",
     "data check",
+    "data convert",
+    "tune",
     "clean",
     "doctor",
     "list methods",
@@ -84,7 +86,7 @@ def test_every_command_is_tested():
     names = [info.name or info.callback.__name__ for info in app.registered_commands]
     for group, commands in groups.items():
         names += [f"{group} {info.name or info.callback.__name__}" for info in commands.registered_commands]
-    assert set(COMMANDS) - set(names) == set() and "run" in names
+    assert {*COMMANDS, "run"} == set(names)
 
 
 def test_help_of_run(capsys):
@@ -820,5 +822,5 @@ def test_settings_are_listed():
 
 def test_presets_are_listed():
     presets = listed("presets")
-    assert set(presets) == {"smoke", "laptop", "gpu", "paper"} and "llm: random" in presets["smoke"]
+    assert set(presets) == {"smoke", "quick", "laptop", "gpu", "paper"} and "llm: random" in presets["smoke"]
     assert "Two CPU cores" in presets["laptop"]

@@ -79,6 +79,27 @@ def test_precedence(tmp_path, monkeypatch):
     assert value(config_dict={"rl_steps": 105}, command_line={"rl_steps": 106}) == (106, "command line")
 
 
+def test_a_file_in_the_folder_of_a_data_set_has_its_properties(tmp_path):
+    """It replaces the package's file of this data set, and presets, files and the command line override it."""
+    folder = tmp_path / "amazon-beauty"
+    folder.mkdir()
+    (folder / "other.yaml").write_text("text_brand: other")
+    here = {"data_path": str(tmp_path), "dataset": "amazon-beauty"}
+    package = load_settings(config_dict={**SMOKE, **here})
+    assert package["text_brand"] == "brand" and package.origin["text_brand"] == "dataset/amazon-beauty.yaml"
+    own = folder / "amazon-beauty.yaml"
+    own.write_text("text_title: name\ncand_num: 7\nsid_epochs: 3\n")
+    settings = load_settings(config_dict={**SMOKE, **here}, command_line={"cand_num": 8})
+    assert settings["text_title"] == "name" and settings.origin["text_title"] == str(own)
+    assert settings["text_brand"] is None and "user_inter_num_interval" not in settings.recbole
+    assert settings["cand_num"] == 8 and settings.origin["sid_epochs"] == "preset/smoke.yaml"
+    assert load_settings(config_dict={**SMOKE, **here, "data_path": "elsewhere"})["text_title"] == "title"
+    own.write_text("text_titel: name")
+    with pytest.raises(ConfigurationError, match="nearest: text_title") as error:
+        load_settings(config_dict={**SMOKE, **here})
+    assert str(own) in str(error.value)
+
+
 def test_a_config_file_may_choose_preset_and_data_set(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("preset: smoke\ndataset: amazon-beauty\n")
@@ -205,6 +226,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("rl_start", "distil", "sft, distilled"),
         ("onerec_think_variant", "papers", "public, paper"),
         ("eval_scope", "all_user", "hit_users, all_users"),
+        ("eval_split", "tests", "test, valid"),
         ("eval_comparisons", "al", "declared, all"),
         ("text_missing", "tokens", "collaborative, token"),
         ("sid_method", "rqvea", "rqvae, rqkmeans"),

@@ -59,6 +59,7 @@ def test_figures_by_hand(tmp_path):
         "train_targets": 1,
         "split": "leave-one-out",
         "cuts": {},
+        "reported": "test",
         "new_users": 0.0,
         "future": 0.0,
         "masked_targets": 1 / 3,
@@ -93,6 +94,16 @@ def test_targets_that_can_be_hit(tmp_path):
     summary = Data(chosen(tmp_path, cand_exclude_seen=False)).summary()
     assert (summary.reachable_targets, summary.masks_seen, summary.masked_targets) == (1, False, 1 / 3)
     assert "at most 1" in summary.text()
+
+
+def test_figures_of_the_validation_split(tmp_path):
+    """Training items are i1, i2 of a, i1, i2 of b. The targets are i1 of a, which is in its history, and i4 of b."""
+    sequences = {"a": ["i1", "i2", "i1", "i5"], "b": ["i1", "i2", "i4", "i3"]}
+    write(tmp_path, rows_of(sequences), TITLES)
+    summary = Data(chosen(tmp_path, eval_split="valid", cand_exclude_seen=False)).summary()
+    assert (summary.reachable_targets, summary.masked_targets, summary.reported) == (1, 1 / 2, "validation")
+    assert "at most 1: so many validation targets occur in training" in summary.text()
+    assert Data(chosen(tmp_path, cand_exclude_seen=False)).summary().reachable_targets == 0
 
 
 def test_lines_that_are_dropped_are_counted_by_their_cause(tmp_path):

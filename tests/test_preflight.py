@@ -242,6 +242,10 @@ def test_the_time_is_that_of_the_earlier_run_with_the_fewest_other_settings(tiny
     assert preflight.expected_total([embeddings, tokenizer]) == total
     again = pipeline.plan(tiny_settings(tmp_path, **near), data, stages=["tokenizer"], from_stage="tokenizer")
     assert preflight.expected_time(again[1]) == "about 70 min (earlier run)"
+    scaled = replace(tokenizer, stage=replace(tokenizer.stage, amount="sid_epochs"))
+    for epochs, expected in ((20, "about 70 min"), (5, "about 18 min")):  # 20 in the earlier run
+        entry = replace(scaled, settings={**scaled.settings, "sid_epochs": epochs})
+        assert preflight.expected_time(entry).startswith(expected)
     everything = pipeline.plan(tiny_settings(tmp_path, sid_commitment=0.4), data, stages=["midtrain"])
     assert preflight.expected_total(everything) == f"{total}; without midtrain, which never ran"
     assert preflight.expected_total(planned(**near)) == "none, every stage is finished"

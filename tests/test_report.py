@@ -76,7 +76,7 @@ def tabled(entries) -> dict:
                 "vs_base": {} if method == "base" else versus,
             }
         )
-    return {"dataset": "x", "seeds": [1], "methods": methods, "comparisons": []}
+    return {"dataset": "x", "split": "test", "seeds": [1], "methods": methods, "comparisons": []}
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ class AtomicFile:
             )
             do = (
                 f"write the names of the columns with their types into the first line ({HEADER}), or set the names "
-                f"that the file has ({settings})"
+                f"that the file has ({settings}); recbole-gr2 data convert makes atomic files of other ones"
             )
         raise self.error(
             f"the header has no column {', '.join(map(repr, missing.values()))}; it has {self.names}",

@@ -39,7 +39,7 @@ class Source(NamedTuple):
     """What one of several base models contributes to a scored batch.
 
     Attributes:
-        alone: the result of this model alone; None for training and validation, where it is not reported.
+        alone: the result of this model alone; None where it is not reported.
         ranks: rank of each item of the fused list among all items by this model, (B, D) int64.
         scores: standardised score of each item of the fused list, (B, D) float32, see `fusion.standardise`.
     """
@@ -73,7 +73,9 @@ def depth_of(data: Data) -> int:
     return min(DEPTH, data.item_count)
 
 
-def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, check: bool = False) -> Iterator[Scored]:
+def recommend(
+    model: BaseModel, split: str, depth: int, *, break_ties: bool, check: bool = False, alone: bool = False
+) -> Iterator[Scored]:
     """Score each row of a split once, in batches.
 
     Equal scores have this order. The first HEAD = 10 items are those of `torch.topk(scores, 10)` in its order. This is
@@ -87,6 +89,7 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
         break_ties: whether to apply the tie rule of the model first, see `models.break_ties`. The rule reads the
             targets. It must not be used to propose candidates.
         check: whether to compare the result with RecBole's evaluation of the scores, see `RecboleCheck`.
+        alone: whether the result contains that of each of several base models alone, see `Source`.
 
     Raises:
         QualityCheckError: a score is not a number.
@@ -110,8 +113,7 @@ def recommend(model: BaseModel, split: str, depth: int, *, break_ties: bool, che
         users = rows[model.data.uid].numpy()
         batch = _scored(users, scores, targets, depth)
         if scored_rows.parts:
-            reported = targets if split == "test" else None
-            batch = batch._replace(sources=_sources(model, batch, scored_rows, reported, depth))
+            batch = batch._replace(sources=_sources(model, batch, scored_rows, targets if alone else None, depth))
         if comparison:
             comparison.add(batch, scores, targets)
         yield batch
@@ -329,18 +331,20 @@ def evaluate_methods(
     config: Any = None,
     *,
     general: bool = False,
+    split: str = "test",
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """RecBole's metrics of several rankings of the same lists on the test split, in one pass over the users.
+    """RecBole's metrics of several rankings of the same lists, in one pass over the users.
 
     Args:
         data: the data set.
-        recommendations: recommendations of the base model on the test split.
+        recommendations: recommendations of the base model.
         rankings: for each method, user token -> item ids (K,), a permutation of the first K recommended items. Users
             without a ranking, and a method that is None, keep the order of the recommendations.
         scopes: name -> user tokens of the group; None for all users of the recommendations.
         config: RecBole's Config with `metrics` and `topk`; the Config of the data set by default.
         general: whether the popularity of an item is its number of training interactions, as RecBole counts it for
             general models. For sequential models RecBole leaves out the first interaction of each user.
+        split: the split of the recommendations, test or valid.
 
     Returns:
         Method -> scope -> metric, in RecBole's lower case such as `ndcg@5` -> value. Metrics of the recommended items,
@@ -365,12 +369,12 @@ def evaluate_methods(
     for start in progress(range(0, len(users), size), "evaluation"):
         batch = slice(start, start + size)
         items = recommendations.items[batch].astype(np.int64)
-        targets = torch.tensor([next(iter(data.targets(user, "test"))) for user in users[batch].tolist()])
+        targets = torch.tensor([next(iter(data.targets(user, split))) for user in users[batch].tolist()])
         base = full_rows(
             torch.from_numpy(items).to(device),
             targets.to(device),
             torch.from_numpy(recommendations.target_rank[batch].astype(np.int64)).to(device),
-            _masked(data, users[batch].tolist(), recommendations.exclude_seen).to(device),
+            _masked(data, users[batch].tolist(), recommendations.exclude_seen, split).to(device),
             cutoff,
         )
         for method, ranking in rankings.items():
@@ -449,14 +453,14 @@ def _members(scope: str, tokens: Collection[str] | None, users: Sequence[str]) -
     return members
 
 
-def _masked(data: Data, users: Sequence[int], exclude_seen: bool) -> Tensor:
+def _masked(data: Data, users: Sequence[int], exclude_seen: bool, split: str) -> Tensor:
     """Whether each item is masked for each user, (B, N + 1). Padding is always masked."""
     import torch
 
     masked = torch.zeros(len(users), data.item_count + 1, dtype=torch.bool)
     masked[:, 0] = True
     if exclude_seen:
-        row, column = seen_items([data.history(user, "test") for user in users])
+        row, column = seen_items([data.history(user, split) for user in users])
         masked[torch.from_numpy(row), torch.from_numpy(column)] = True
     return masked
 

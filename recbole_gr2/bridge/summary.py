@@ -36,11 +36,12 @@ class DataSummary:
         train_targets: number of targets of a training list.
         split: leave-one-out, temporal or ready-made.
         cuts: first time of each period of a temporal split; empty for leave-one-out.
-        new_users: share of the test users without a training interaction.
+        new_users: share of the users of `reported` without a training interaction.
         future: share of the training interactions, of all users, that happened after a test interaction; the mean over
             the test interactions. A temporal split has none.
-        masked_targets: share of the test targets that are in the user's own history.
-        reachable_targets: number of test targets that occur in training interactions and, if seen items are masked, not
+        reported: the split that the run reports (`eval_split`), test or validation.
+        masked_targets: share of its targets that are in the user's own history.
+        reachable_targets: number of its targets that occur in training interactions and, if seen items are masked, not
             in the user's history. A base model that learns items from interactions has at most as many hit users.
         masks_seen: whether candidates exclude the items of the history.
         without_text: number of items without title, categories, brand and description, or with a word for a missing
@@ -67,6 +68,7 @@ class DataSummary:
     split: str
     cuts: Mapping[str, float]
     new_users: float
+    reported: str
     future: float
     masked_targets: float
     reachable_targets: int
@@ -86,7 +88,7 @@ class DataSummary:
         )
         if self.cuts:
             cuts = ", ".join(f"{name} from {time:.15g}" for name, time in self.cuts.items())
-            split = f"temporal: {cuts}; {self.new_users:.1%} of the test users have no training interaction"
+            split = f"temporal: {cuts}; {self.new_users:.1%} of the {self.reported} users have no training interaction"
         else:
             split = f"{self.split}; {self.future:.1%} of the training interactions are later than a test interaction"
         mask = "occur in training and are not masked as seen" if self.masks_seen else "occur in training"
@@ -97,7 +99,7 @@ class DataSummary:
             ("ties in time", f"{self.tied_users:.1%} of the users have one time for their last two interactions"),
             ("split", split),
             ("lists", lists),
-            ("hit users", f"at most {self.reachable_targets:,}: so many test targets {mask}"),
+            ("hit users", f"at most {self.reachable_targets:,}: so many {self.reported} targets {mask}"),
             ("missing texts", ", ".join(f"{n:,} items without {text}" for text, n in self.without_text.items())),
             (
                 "item file",
@@ -124,7 +126,7 @@ class DataSummary:
             )
         if self.masked_targets and self.masks_seen:
             warnings.append(
-                f"{self.masked_targets:.1%} of the test targets are in the user's history and masked; "
+                f"{self.masked_targets:.1%} of the {self.reported} targets are in the user's history and masked; "
                 "set cand_exclude_seen: False to recommend seen items, or rm_dup_inter: first to remove repeats"
             )
         if self.tied_users > MOST:
@@ -143,7 +145,7 @@ class DataSummary:
         """Raise an error if no run on these data can have a usable result.
 
         Raises:
-            ConfigurationError: the time is constant, no user has a training list, most test targets are masked, or most
+            ConfigurationError: the time is constant, no user has a training list, most targets are masked, or most
                 items have no line in the `.item` file or no text.
         """
         if self.times == 1 and self.interactions > 1:
@@ -172,7 +174,7 @@ class DataSummary:
             )
         if self.masks_seen and self.masked_targets > MOST:
             raise ConfigurationError(
-                f"{self.masked_targets:.1%} of the test targets are in the user's history and masked"
+                f"{self.masked_targets:.1%} of the {self.reported} targets are in the user's history and masked"
                 + (f"; {self.duplicates:,} interactions equal another one" if self.duplicates else ""),
                 where="cand_exclude_seen",
                 why="the mask of seen items removes these targets from every list, so that recall is close to 0",
@@ -207,7 +209,9 @@ def summarise(data: Data) -> DataSummary:
     ends = np.cumsum(lengths)
     several = ends[lengths > 1] - 1
     first = dict(zip(data.sequences, (ends - lengths).tolist(), strict=True))  # place of a user's first interaction
-    test_users = data.rows("test")[1]
+    test_users, valid_users = data.rows("test")[1], data.rows("valid")[1]
+    reported, users_of = ("test", test_users) if settings["eval_split"] == "test" else ("valid", valid_users)
+    targets = np.array([first[user] + data.split.starts[reported][user] for user in users_of.tolist()], dtype=int)
     tested = np.array([first[user] + data.split.starts["test"][user] for user in test_users.tolist()], dtype=int)
     known = data.split.known["train"]
     is_training = np.arange(len(frame)) - np.repeat(ends - lengths, lengths) < known[users]
@@ -215,7 +219,7 @@ def summarise(data: Data) -> DataSummary:
     training_times = np.sort(data.times[is_training])
     later = 1 - np.searchsorted(training_times, data.times[tested], side="right") / max(len(training_times), 1)
     masks_seen = bool(settings["cand_exclude_seen"]) and not settings["cand_file"]
-    reachable = np.isin(items[tested], trained) & ~(repeated[tested] & masks_seen)
+    reachable = np.isin(items[targets], trained) & ~(repeated[targets] & masks_seen)
     texts: dict[str, Any] = {
         text: sum(getattr(item, text) in MISSING for item in data.catalog)
         for text in ("title", "categories", "brand", "description")
@@ -232,14 +236,15 @@ def summarise(data: Data) -> DataSummary:
         times=len(np.unique(data.times)),
         tied_users=float(np.mean(data.times[several] == data.times[several - 1])) if len(several) else 0.0,
         test_users=len(tested),
-        valid_users=len(data.rows("valid")[1]),
+        valid_users=len(valid_users),
         train_lists=int((data.split.starts["train"] > 0).sum()),
         train_targets=data.train_targets,
         split=data.split.name,
         cuts=data.split.cuts,
-        new_users=float((known[test_users] == 0).mean()) if len(tested) else 0.0,
+        new_users=float((known[users_of] == 0).mean()) if len(targets) else 0.0,
+        reported="test" if reported == "test" else "validation",
         future=float(later.mean()) if len(tested) else 0.0,
-        masked_targets=float(repeated[tested].mean()) if len(tested) else 0.0,
+        masked_targets=float(repeated[targets].mean()) if len(targets) else 0.0,
         reachable_targets=int(reachable.sum()),
         masks_seen=masks_seen,
         without_text=texts,

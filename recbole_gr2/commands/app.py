@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from recbole_gr2 import __version__
 from recbole_gr2.commands.clean import clean
 from recbole_gr2.commands.compare import compare
+from recbole_gr2.commands.convert import convert
 from recbole_gr2.commands.data import check
 from recbole_gr2.commands.doctor import doctor
 from recbole_gr2.commands.listing import data, methods, presets, settings
@@ -20,6 +21,7 @@ from recbole_gr2.commands.rerank import rerank
 from recbole_gr2.commands.run import PassThrough, run
 from recbole_gr2.commands.runs import runs
 from recbole_gr2.commands.show import show
+from recbole_gr2.commands.tune import tune
 from recbole_gr2.distributed import choose_threads
 from recbole_gr2.errors import ConfigurationError, GR2Error, nearest
 
@@ -70,8 +72,10 @@ app.command()(runs)
 app.command()(compare)
 app.command()(show)
 app.command()(rerank)
+app.command(cls=PassThrough, context_settings=PASS_THROUGH)(tune)
 app.add_typer(data_app, name="data")
 data_app.command(cls=PassThrough, context_settings=PASS_THROUGH)(check)
+data_app.command()(convert)
 app.command()(clean)
 app.command()(doctor)
 app.add_typer(list_app, name="list")

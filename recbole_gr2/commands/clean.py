@@ -48,7 +48,8 @@ def clean(
     """Remove the folders of stages that no run or ablation uses.
 
     The folders are listed with sizes and ages, and removed after a confirmation. Stages of an interrupted run belong to
-    them: the same command would continue that run. Stages that a kept run uses stay. While a process works on a data
+    them: the same command would continue that run. So do stages of the trials of `tune`, whose values the study keeps.
+    Stages that a kept run uses stay. While a process works on a data
     set, nothing of this data set is removed. Do not start a run while folders are removed.
 
     \b

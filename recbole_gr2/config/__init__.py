@@ -1,7 +1,8 @@
 """Settings: declarations, sources, checks, and the settings that RecBole receives.
 
 Sources, the strongest first: command line, `config_dict`, `--config_files`, property files (preset, then data set, then
-`overall.yaml` and `stage/*.yaml`). There are three kinds of keys:
+`overall.yaml` and `stage/*.yaml`). A file `<data_path>/<dataset>/<dataset>.yaml` replaces the package's file of the
+data set. There are three kinds of keys:
 
 * Keys of this package. Each is declared once, on one line of `properties/overall.yaml` or `properties/stage/*.yaml`.
 * RecBole options (`metrics`, `user_inter_num_interval`, ...). They are passed to RecBole unchanged.

@@ -15,10 +15,10 @@ PAGE = """# Settings
 edit it by hand.
 
 Set a value with `--key=value` on the command line, in a YAML file for `--config_files`, or in `config_dict`. A preset
-(`properties/preset/`) and a data set file (`properties/dataset/`) override the defaults below. "Optional" settings
-accept an empty value, written `~`. "Speed" settings never change a result, so a change of one repeats no stage.
-RecBole's own options are listed under recbole.yaml; `base_<option>` sets one, or an option of the base model, for the
-base model alone.
+(`properties/preset/`) and a data set file (`<data_path>/<dataset>/<dataset>.yaml`, else `properties/dataset/`) override
+the defaults below. "Optional" settings accept an empty value, written `~`. "Speed" settings never change a result, so a
+change of one repeats no stage. RecBole's own options are listed under recbole.yaml; `base_<option>` sets one, or an
+option of the base model, for the base model alone.
 [migration.md](migration.md) lists the keys of earlier versions.
 """
 

@@ -34,6 +34,7 @@ RECBOLE_TRAINING = {
 # the float columns; the exact time order does not depend on it.
 RECBOLE_FIXED = {"repeatable": True, "normalize_all": False}
 ACTIVATIONS = ("gelu", "relu", "swish", "tanh", "sigmoid")  # of RecBole's Transformer (layers.py:502)
+SMALLER = "smaller = True"  # in the class of a metric of RecBole
 SEQUENTIAL, GENERAL = "sequential", "general"  # kinds of RecBole's models that can propose candidates
 GENERATOR = "GR2Generator"  # the mid-trained language model as a recommender
 # Recommender -> its method as a re-ranker of the base model's lists, with and without reasoning traces.
@@ -54,6 +55,13 @@ def recbole_metrics() -> list[str]:
     """Return the names of the ranking metrics in RecBole's source, without an import of RecBole."""
     source = (recbole_properties().parent / "evaluator" / "metrics.py").read_text(encoding="utf-8")
     return re.findall(r"^class (\w+)\((?:TopkMetric|AbstractMetric)\)", source, flags=re.MULTILINE)
+
+
+def smaller_is_better() -> list[str]:
+    """Return the names of the ranking metrics in RecBole's source of which a smaller value is better."""
+    source = (recbole_properties().parent / "evaluator" / "metrics.py").read_text(encoding="utf-8")
+    classes = re.split(r"^class ", source, flags=re.MULTILINE)
+    return [name for name in recbole_metrics() for text in classes if text.startswith(f"{name}(") and SMALLER in text]
 
 
 def recbole_models() -> dict[str, str]:

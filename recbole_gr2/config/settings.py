@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -99,9 +100,13 @@ class Settings(Mapping[str, Any]):
 
     def as_yaml(self) -> str:
         """Return the text of a config file that reproduces these settings with `--config_files`."""
+        return yaml.safe_dump(self.all_values(), sort_keys=True)
+
+    def all_values(self) -> dict[str, Any]:
+        """Return every setting and option of RecBole that was given or has a default, by the key that sets it."""
         base = {f"base_{k}": self.recbole[k] for k in self.base_options}
         shared = {k: v for k, v in self.recbole.items() if k not in self.base_options and k not in RECBOLE_FIXED}
-        return yaml.safe_dump({**self._values, **shared, **base}, sort_keys=True)
+        return {**self._values, **shared, **base}
 
     def options_of(self, model: str, *, base: bool) -> dict[str, Any]:
         """Return the RecBole options of one model that are given, without its defaults.
@@ -133,9 +138,13 @@ def load_settings(
     config_dict: Mapping[str, Any] | None = None,
     config_files: Iterable[str | Path] = (),
     layers: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     machine: bool = True,
 ) -> Settings:
     """Merge all sources, check every key and value, and report all problems together.
+
+    The properties of a data set are those of the file `<data_path>/<dataset>/<dataset>.yaml`, or, if it does not exist,
+    of `properties/dataset/<dataset>.yaml`.
 
     torch is imported only if no source names a preset, and only after the check of all given settings. Combinations of
     settings are checked last, because they depend on the preset.
@@ -146,6 +155,7 @@ def load_settings(
         config_files: YAML files; a later file overrides an earlier one.
         layers: Settings by source, weaker than the three above and stronger than the property files; a later source
             overrides an earlier one.
+        overrides: Settings by source, stronger than all others.
         machine: Whether the machine chooses the preset if no source names one. If not, torch is never imported; then
             no preset is applied, and combinations of settings are not checked.
 
@@ -159,6 +169,7 @@ def load_settings(
         *((str(file), _read_file(file)) for file in _paths(config_files)),
         ("config_dict", _mapping(config_dict, "config_dict")),
         ("command line", _mapping(command_line, "command line")),
+        *(overrides or {}).items(),
     ]
 
     def given_value(key: str) -> Any:
@@ -168,9 +179,13 @@ def load_settings(
     weaker: list[tuple[str, Mapping[str, Any]]] = [
         ("properties", {key: entry.default for key, entry in declared.items()})
     ]
+    dataset = str(given_value("dataset"))
+    own_file = Path(str(given_value("data_path"))) / dataset / f"{dataset}.yaml"
     datasets = {file.stem: file for file in (folder / "dataset").glob("*.yaml")}
-    if dataset_file := datasets.get(str(given_value("dataset"))):
-        weaker.append((f"dataset/{dataset_file.name}", _read_file(dataset_file)))
+    if os.path.isfile(own_file):  # False for a name that is too long; Path.is_file would raise an error.
+        weaker.append((str(own_file), _read_file(own_file)))
+    elif dataset in datasets:
+        weaker.append((f"dataset/{dataset}.yaml", _read_file(datasets[dataset])))
     preset = given_value("preset")
     if preset is None:
         without_preset = _check_all(_merge([*weaker, *given]), declared, combinations=False)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from recbole_gr2.console import render_table
-from recbole_gr2.report.result import BASE, SCOPES, FinishedRun, in_scope, unchanged_methods
+from recbole_gr2.report.result import BASE, SCOPES, SPLITS, FinishedRun, in_scope, unchanged_methods
 from recbole_gr2.report.tables import (
     GAP,
     comparisons_table,
     cost_table,
     curves_table,
+    data_title,
     equal_metrics,
     metrics_table,
     published_tables,
@@ -84,7 +85,7 @@ def title_section(page: Page) -> str:
     result = page.result
     seeds = f"seed{'s' if page.several else ''} {', '.join(map(str, result['seeds']))}"
     return (
-        f"# GR2 on {result['dataset']}\n\nBase model {result['base_model']}, language model {result['llm']}, preset "
+        f"# GR2 on {data_title(result)}\n\nBase model {result['base_model']}, language model {result['llm']}, preset "
         f"{result['preset']}, {seeds}.\n\n    {result['command']}"
     )
 
@@ -124,6 +125,11 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
     """Return the sentences about what limits the results."""
     hit = in_scope(result, "hit_users")
     sentences = ["These are results of one seed."] if len(result["seeds"]) == 1 else []
+    if result["split"] == "valid":
+        sentences.append(
+            "These are figures of the validation split. It chose the epochs and weights of the base models, the steps "
+            "of the prior and the trees of LambdaMART, so that the figures are slightly optimistic."
+        )
     fewest = min((n for entry in hit for n in entry["n"]), default=0)
     if fewest < FEW_USERS:
         sentences.append(f"There are only {fewest:,} hit users.")
@@ -183,7 +189,8 @@ def published_section(page: Page) -> str:
     tables, sources = published_tables(page.result["dataset"])
     protocol = page.result["settings"].get("eval_args", {"value": {"split": {"LS": "valid_and_test"}}})["value"]
     files = page.result["settings"].get("benchmark_filename", {"value": None})["value"]
-    if not tables or files or "LS" not in protocol["split"]:  # The figures are those of leave-one-out.
+    # The figures are those of the test split of leave-one-out.
+    if not tables or files or "LS" not in protocol["split"] or page.result["split"] != "test":
         return ""
     parts = [
         "## Published figures, for reference\n\n"
@@ -278,31 +285,36 @@ def examples_section(page: Page) -> str:
 def protocol_section(page: Page) -> str:
     """Return what has to agree when the results of two runs are compared."""
     for _, _, summary in page.summaries(protocol=Mapping):
-        return "## Protocol\n\n" + "\n".join(f"- {name}: {text}" for name, text in summary["protocol"].items())
+        lines = {**summary["protocol"], "reported split": SPLITS[page.result["split"]]}
+        return "## Protocol\n\n" + "\n".join(f"- {name}: {text}" for name, text in lines.items())
     return ""
 
 
 def candidates_section(page: Page) -> str:
-    """Return the figures of the candidate lists of each split."""
+    """Return the figures of the candidate lists of each split. A report of validation has none of the test split."""
+    reported = page.result["split"]
     lines: list[list[str]] = []
     header: list[str] = []
     for seed, _, summary in page.summaries(stats=Mapping):
         for split, figures in _maps(summary["stats"]):
             header = header or ["split", *figures]
-            lines.append([*seed, split, *(_number(figures.get(name)) for name in header[1:])])
+            if split != "test" or reported == "test":
+                lines.append([*seed, split, *(_number(figures.get(name)) for name in header[1:])])
     if not lines:
         return ""
     parts = [f"## Candidates\n\n{page.table(header, lines)}"]
     depths: list[list[str]] = []
     header = []
+    weights: Mapping[str, Any] = {}
     for seed, _, summary in page.summaries(depth=Mapping):
-        weights = summary.get("fusion", {})
-        for name, figures in _maps(summary["depth"]):
+        weights = summary.get("fusion", weights)  # Only the stage that makes the lists has them.
+        for name, figures in _maps(summary["depth"]) if summary.get("split", "test") == reported else ():
             header = header or ["base model", "weight", *figures]
             depths.append([*seed, name, _number(weights.get(name)), *(_number(figures.get(key)) for key in header[2:])])
     if depths:
         parts.append(
-            f"Recall of the base models by depth, over all users of the test split.\n\n{page.table(header, depths)}"
+            f"Recall of the base models by depth, over all users of the {SPLITS[reported]} split.\n\n"
+            f"{page.table(header, depths)}"
         )
     return "\n\n".join(parts)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 BASE, ORACLE = "base", "oracle"  # The two reference methods: the base order, and the target first.
+SPLITS = {"test": "test", "valid": "validation"}  # value of eval_split -> its name in headings
 SCOPES = {"all_users": "all users", "hit_users": "hit users"}
 STAGE_FIELDS = ("key", "seconds", "peak_memory_mb", "cached", "code")  # of a stage, one value per seed
 
@@ -67,6 +68,11 @@ class FinishedRun:
     records: tuple[StageRecord, ...]
     cached: tuple[bool, ...]
     folders: Mapping[str, Path]
+
+    @property
+    def split(self) -> str:
+        """The split that the run reports: test or valid."""
+        return self.settings.get("eval_split", {"value": "test"})["value"]
 
     @property
     def evaluation(self) -> StageRecord:
@@ -190,6 +196,7 @@ def build_result(
     return {
         "schema": SCHEMA,
         "dataset": first.dataset,
+        "split": first.split,
         "base_model": first.base_model,
         "llm": first.llm,
         "preset": first.preset,

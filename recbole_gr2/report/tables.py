@@ -11,7 +11,7 @@ import pandas as pd
 from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.console import render_table
 from recbole_gr2.ranking import ndcg_at
-from recbole_gr2.report.result import BASE, ORACLE, SCOPES, in_scope
+from recbole_gr2.report.result import BASE, ORACLE, SCOPES, SPLITS, in_scope
 
 GAP = "ndcg@10"  # The metric of the differences to the base order and of the share of the oracle gap.
 COMPARED = ("recall@1", "ndcg@10")  # The metrics of the comparisons table.
@@ -44,14 +44,23 @@ def equal_metrics(result: Mapping[str, Any], scope: str) -> str:
 
 
 def scope_title(result: Mapping[str, Any], scope: str) -> str:
-    """Return the data set, the users of the scope and their number for each seed.
+    """Return the data set, the split unless it is the test, the users of the scope and their number for each seed.
 
     >>> methods = [{"scope": "all_users", "n": [1200, 1200]}]
-    >>> scope_title({"dataset": "ml-100k", "methods": methods}, "all_users")
-    'ml-100k, all users, n = 1,200'
+    >>> scope_title({"dataset": "ml-100k", "split": "valid", "methods": methods}, "all_users")
+    'ml-100k, validation, all users, n = 1,200'
     """
     counts = dict.fromkeys(in_scope(result, scope)[0]["n"])
-    return f"{result['dataset']}, {SCOPES[scope]}, n = {', '.join(f'{count:,}' for count in counts)}"
+    return f"{data_title(result)}, {SCOPES[scope]}, n = {', '.join(f'{count:,}' for count in counts)}"
+
+
+def data_title(result: Mapping[str, Any]) -> str:
+    """Return the data set, and the split unless it is the test.
+
+    >>> data_title({"dataset": "ml-100k", "split": "test"}), data_title({"dataset": "ml-100k", "split": "valid"})
+    ('ml-100k', 'ml-100k, validation')
+    """
+    return result["dataset"] + ("" if result["split"] == "test" else f", {SPLITS[result['split']]}")
 
 
 def metrics_table(result: Mapping[str, Any], scope: str) -> str:
@@ -242,7 +251,7 @@ def latex_tables(result: Mapping[str, Any]) -> str:
         style = text.style.apply(lambda _, bold=bold: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
         style.format_index(escape="latex")
         columns = "l" + "r" * len(shown)
-        parts.append(f"% {result['dataset']}, {users}\n{style.to_latex(hrules=True, column_format=columns)}")
+        parts.append(f"% {data_title(result)}, {users}\n{style.to_latex(hrules=True, column_format=columns)}")
     return "\n".join(parts)
 
 

@@ -108,7 +108,8 @@ class Reranker:
 
         Args:
             train: train requests that contain their target.
-            valid: validation requests that contain their target, for example for early stopping.
+            valid: validation requests that contain their target, for example for early stopping. With
+                `eval_split: valid` they are also among the requests to rank, so that the figures are optimistic.
         """
 
     def save(self, folder: Path) -> None:
@@ -123,7 +124,7 @@ class Reranker:
         return False
 
     def rank(self, requests: Sequence[Request]) -> Sequence[Answer | Sequence[int]]:
-        """Rank the candidates of test requests.
+        """Rank the candidates of the requests of `eval_split`.
 
         Args:
             requests: requests without labels: `target` is 0 and `grades` is ().

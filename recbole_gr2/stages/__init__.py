@@ -17,7 +17,7 @@ from recbole_gr2.types import Stage
 # Module -> names of its stages; () if they depend on the settings.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "base_model": (),  # first, because its mistakes are found within seconds, and most models need no other stage
-    "candidates": ("candidates",),
+    "candidates": ("candidates", "validation"),
     "embeddings": ("embeddings",),
     "tokenizer": ("tokenizer",),
     "midtrain": ("midtrain", "midtrain_all"),
@@ -31,6 +31,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 BASE_MODEL = "base_model_"  # start of the names of the stages that train a base model
+VALIDATION = "validation_"  # start of the names of the stages with validation recommendations of `models`
 RERANK = "rerank_"  # start of the names of the stages that run a re-ranker
 
 
@@ -53,6 +54,7 @@ def check_names(names: Iterable[str], settings: Settings) -> None:
     """
     known = [f"{BASE_MODEL}{name}" for name in settings["base_model"]]
     known += [name for group in MODULES.values() for name in group] + settings["models"]
+    known += [f"{VALIDATION}{name}" for name in settings["models"]]
     methods = [*settings["eval_rows"], *(ONEREC_THINK[model] for model in settings["models"] if model in ONEREC_THINK)]
     known += dict.fromkeys(f"{RERANK}{name}" for name in methods if ":" not in name)
     for name in names:

@@ -1,5 +1,7 @@
 """Stage `candidates`: the candidate list of each user in each split, and the recommendations of the test split.
 
+With `eval_split: valid` the stage `validation` adds the recommendations of the validation split.
+
 The base model proposes the lists of validation and test, the hold-out base model those of training. Several base models
 propose one list together; validation chooses their weights, see `bridge.fusion`. The target is never inserted. With
 `cand_file` the lists are imported, and no base model is used.
@@ -12,16 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.artifacts import SPLITS, numbered_requests, request_id, write_recommendations, write_requests
+from recbole_gr2.artifacts import (
+    SPLITS,
+    numbered_requests,
+    read_requests,
+    request_id,
+    write_recommendations,
+    write_requests,
+)
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
 from recbole_gr2.bridge.fusion import FusedModel, Fusion, choose_weights
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.config import GENERATOR, Settings
-from recbole_gr2.errors import ConfigurationError, QualityCheckError
+from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.lists import pool_size
-from recbole_gr2.recommenders import BASE, HOLD_OUT, REFIT, base_stage, load_base_model, stages_of
+from recbole_gr2.recommenders import BASE, HOLD_OUT, REFIT, VALIDATION, base_stage, load_base_model, stages_of
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
 
@@ -40,7 +49,7 @@ def run(context: Context) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     if settings["cand_file"]:
         lists, summary["imported"] = _import(context), settings["cand_file"]
-        recommendations = from_lists(context.data, lists["test"])
+        write_recommendations(context.folder, from_lists(context.data, lists["test"]))
     else:
         models, summary["fusion"] = base_models(context)
         lists = {
@@ -52,24 +61,68 @@ def run(context: Context) -> dict[str, Any]:
             "valid": top_candidates(models[BASE], "valid", count),
         }
         base = models[REFIT if settings["refit"] else BASE]
-        scored = list(recommend(base, "test", depth_of(context.data), break_ties=False, check=True))
+        scored, _, summary["depth"] = _recommend(context, base, "test")
         lists["test"] = to_requests(base, "test", scored, count)
-        recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
-        summary["depth"] = {base.name: recall_by_depth(recommendations)}
-        for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
-            parts = [part for batch in scored if (part := batch.sources[position].alone)]
-            alone = collect(context.data, parts, exclude_seen=base.exclude_seen)
-            write_recommendations(context.folder, alone, source.name)
-            summary["depth"][source.name] = recall_by_depth(alone)
-        if base.exclude_seen:
+        if base.exclude_seen and settings["eval_split"] == "test":
             _report_masked_targets(context)
     for split in SPLITS:
         write_requests(context.folder / f"{split}.jsonl", lists[split], context.data.catalog)
-    write_recommendations(context.folder, recommendations)
     summary["protocol"] = protocol(context)
     summary["stats"] = {split: _stats(context, split, lists[split]) for split in SPLITS}
     write_json(context.folder / "stats.json", summary["stats"])
     return summary
+
+
+def run_validation(context: Context) -> dict[str, Any]:
+    """Write recommendations.npz of the validation split, and <name>.npz of each of several base models.
+
+    `refit` has no effect: the refitted models have learnt the validation targets.
+
+    Raises:
+        GR2Error: the first items of the recommendations are not the validation lists of the stage `candidates`.
+    """
+    settings, names = context.settings, context.settings["base_model"]
+    lists = read_requests(context.folders["candidates"] / "valid.jsonl", context.data.catalog)
+    if settings["cand_file"]:
+        write_recommendations(context.folder, from_lists(context.data, lists))
+        return {"split": "valid"}
+    models = [load_base_model(context, name) for name in names]
+    base = models[0]
+    if len(models) > 1:
+        weights = context.inputs["candidates"].summary["fusion"]
+        base = FusedModel.of(models, Fusion(settings["cand_fusion"]), [weights[name] for name in names])
+    _, recommendations, depth = _recommend(context, base, "valid")
+    first = dict(zip(recommendations.users, recommendations.items[:, : pool_size(settings)].tolist(), strict=True))
+    different = [
+        request.user_token for request in lists if list(request.items) != list(filter(None, first[request.user_token]))
+    ]
+    if different:
+        raise GR2Error(
+            f"the recommendations of {len(different):,} users do not begin with their validation lists",
+            where=f"{context.folders['candidates'] / 'valid.jsonl'}, user {different[0]}",
+            why="the base models are the same, but another device or library can change the last digits of scores",
+            do="repeat the command with --from_stage candidates, to compute both on this machine",
+        )
+    return {"split": "valid", "depth": depth}
+
+
+def _recommend(
+    context: Context, base: BaseModel, split: str
+) -> tuple[list[Scored], Recommendations, dict[str, dict[str, float]]]:
+    """The scored rows of a split, and their recommendations with the recall of each base model by depth.
+
+    The recommendations of each of several base models are written.
+    """
+    scored = list(recommend(base, split, depth_of(context.data), break_ties=False, check=True, alone=True))
+    recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
+    write_recommendations(context.folder, recommendations)
+    depth = {base.name: recall_by_depth(recommendations)}
+    for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
+        parts = [part for batch in scored if (part := batch.sources[position].alone)]
+        alone = collect(context.data, parts, exclude_seen=base.exclude_seen)
+        write_recommendations(context.folder, alone, source.name)
+        depth[source.name] = recall_by_depth(alone)
+    return scored, recommendations, depth
 
 
 def base_models(context: Context) -> tuple[dict[str, BaseModel], dict[str, Any]]:
@@ -202,14 +255,18 @@ def _best_target(targets: dict[int, int], items: Sequence[int]) -> int:
 def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[str, float]:
     """Number of lists, number of hit users, and recall of a split.
 
+    With `eval_split: valid` those of the test split are neither printed nor checked.
+
     Raises:
         QualityCheckError: no list contains its target.
     """
     count = pool_size(context.settings)
     ranks = [r.target_rank for r in requests if r.target_rank]
     recall = len(ranks) / max(len(requests), 1)
-    context.say(f"{split}: {len(requests)} lists, {len(ranks)} contain their target ({recall:.4f})")
-    if not ranks:
+    reported = split != "test" or context.settings["eval_split"] == "test"
+    if reported:
+        context.say(f"{split}: {len(requests)} lists, {len(ranks)} contain their target ({recall:.4f})")
+    if reported and not ranks:
         raise QualityCheckError(
             f"no {split} list contains its target: recall@{count} is 0",
             where=f"base_model {', '.join(context.settings['base_model'])}",
@@ -313,20 +370,22 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 
 def stages(settings: Settings) -> list[Stage]:
-    """Declare the stage. What it needs depends on what proposes the candidates."""
+    """Declare the stages. What they need depends on what proposes the candidates."""
     needs: list[str] = []
     for name in () if settings["cand_file"] else settings["base_model"]:
         needs += ("midtrain",) if name == GENERATOR else (base_stage(name),)
         needs += stages_of(name, settings, base=True)
-    return [
-        Stage(
-            name="candidates",
-            version=4,
-            run=run,
-            settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "refit", "seed"),
-            needs=tuple(dict.fromkeys(needs)),
-            check=check_settings,
-            check_data=check_data,
-            key_values=key_values,
-        )
-    ]
+    needs = list(dict.fromkeys(needs))
+    candidates = Stage(
+        name="candidates",
+        version=4,
+        run=run,
+        settings=("cand_beams", "cand_exclude_seen", "cand_fusion", "cand_weights", "refit", "seed"),
+        needs=tuple(needs),
+        check=check_settings,
+        check_data=check_data,
+        key_values=key_values,
+    )
+    if settings["eval_split"] == "test":
+        return [candidates]
+    return [candidates, Stage(name=VALIDATION, version=1, run=run_validation, needs=("candidates", *needs))]

@@ -1,4 +1,4 @@
-"""Evaluate: RecBole's evaluator computes the metrics of every method.
+"""Evaluate: RecBole's evaluator computes the metrics of every method on the test split or the validation split.
 
 There are two scopes: `all_users`, and `hit_users`, the users whose candidate list contains their target. With one
 target, ranking metrics depend on the hit users only.
@@ -26,6 +26,7 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
 from recbole_gr2.lists import pool_size, reported_requests
 from recbole_gr2.ranking import Comparison, adjust, compare_ranks
+from recbole_gr2.recommenders import VALIDATION, validation_stage
 from recbole_gr2.rerankers.apply import completed, input_orders
 from recbole_gr2.rerankers.base import as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
@@ -68,10 +69,11 @@ def run(context: Context) -> dict[str, Any]:
                 [rankings[method.name][r.request_id] == inputs[r.request_id] for r in hits if r.request_id in given]
             )
         )
-    recommendations = {name: read_recommendations(context.folders["candidates"], name) for name in _alone(settings)} | {
-        name: read_recommendations(context.folders[name]) for name in _models(settings)
+    candidates = context.folders[_candidates(settings)]
+    recommendations = {name: read_recommendations(candidates, name) for name in _alone(settings)} | {
+        name: read_recommendations(context.folders[stage]) for name, stage in _models(settings).items()
     }
-    base = read_recommendations(context.folders["candidates"])
+    base = read_recommendations(candidates)
     entries = _methods(context, requests, hits, rankings, unchanged, base, recommendations)
     descriptions = {method.name: method.description for method in methods}
     diagnostic = [method.name for method in methods if method.diagnostic]
@@ -104,7 +106,7 @@ def run(context: Context) -> dict[str, Any]:
     users = [request.user_token for request in requests]
     places = {name: dict(zip([r.user_token for r in hits], each.tolist(), strict=True)) for name, each in ranks.items()}
     return {
-        "slices": slice_metrics(target_slices(context.data, users), users, places),
+        "slices": slice_metrics(target_slices(context.data, users, settings["eval_split"]), users, places),
         "requests": len(requests),
         "hit_users": len(hits),
         "methods": entries,
@@ -132,6 +134,7 @@ def _methods(
 ) -> list[dict[str, Any]]:
     """RecBole's metrics of every method in both scopes, with the paired comparison to the base order."""
     settings, data, count = context.settings, context.data, pool_size(context.settings)
+    split = settings["eval_split"]
     users = set(base.users) if settings["eval_max_lists"] is None else {r.user_token for r in requests}
     scopes = {"all_users": users, "hit_users": {r.user_token for r in hits}}
     by_user = {
@@ -139,7 +142,7 @@ def _methods(
         for name, given in rankings.items()
     }
     general = not settings["cand_file"] and all(map(is_general, settings["base_model"]))
-    metrics = evaluate_methods(data, base, by_user, scopes, general=general)
+    metrics = evaluate_methods(data, base, by_user, scopes, general=general, split=split)
     base_rank = _target_ranks(base)
     listed = {
         scope: float(np.mean([base_rank[user] <= count for user in members])) for scope, members in scopes.items()
@@ -160,7 +163,8 @@ def _methods(
                 }
             )
     for name, other in recommendations.items():
-        alone = evaluate_methods(data, other, {name: None}, {"all_users": users}, general=is_general(name))
+        general = is_general(name)
+        alone = evaluate_methods(data, other, {name: None}, {"all_users": users}, general=general, split=split)
         rank = _target_ranks(other)
         pairs = np.array([(rank[user], base_rank[user]) for user in base.users if user in users])
         entries.append(
@@ -207,9 +211,15 @@ def _write_per_user(context: Context, hits: Sequence[Request], rankings: Mapping
     write_per_user(context.folder, frame)
 
 
-def _models(settings: Settings) -> list[str]:
-    """Names of the other recommenders of the run."""
-    return list(dict.fromkeys(settings["models"]))
+def _candidates(settings: Settings) -> str:
+    """Name of the stage with the recommendations of the base models for the reported split."""
+    return "candidates" if settings["eval_split"] == "test" else VALIDATION
+
+
+def _models(settings: Settings) -> dict[str, str]:
+    """The other recommenders of the run by name, with the stage that has their recommendations for the split."""
+    reported = settings["eval_split"]
+    return {name: name if reported == "test" else validation_stage(name) for name in settings["models"]}
 
 
 def _alone(settings: Settings) -> list[str]:
@@ -224,6 +234,8 @@ def key_values(settings: Settings) -> dict[str, Any]:
     names = ("metrics", "topk", "metric_decimal_place")
     options = settings.recbole_results(base=False)
     values = {f"recbole.{name}": options[name] for name in names if name in options}
+    if settings["eval_split"] != "test":
+        values["eval_split"] = settings["eval_split"]
     return {**values, "eval_rows": [reranker.name for reranker in chosen(settings)]}
 
 
@@ -247,12 +259,13 @@ def stages(settings: Settings) -> list[Stage]:
             version=10,
             run=run,
             settings=("eval_", "cand_num", "cand_ranker", "seed", "trace_teacher", "prompt_history"),
+            excluded=("eval_split",),  # The keys of test results have no such value.
             needs=(
-                "candidates",
+                _candidates(settings),
                 "tokenizer",
                 "prior",
                 *(stage_name(reranker.name) for reranker in chosen(settings)),
-                *_models(settings),
+                *_models(settings).values(),
             ),
             key_values=key_values,
             check_data=check_data,

@@ -219,6 +219,7 @@ def stages(settings: Settings) -> list[Stage]:
         needs=("tokenizer",),
         check=check_settings,
         key_values=key_values,
+        amount="mid_tokens",
     )
     if not settings["mid_hold_out"]:
         return [stage]

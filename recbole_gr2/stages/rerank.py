@@ -1,4 +1,4 @@
-"""Rerank: a re-ranker orders the candidates of the test requests. There is one stage for each re-ranker of the run."""
+"""Rerank: a re-ranker orders the candidates of the requests of `eval_split`. Each re-ranker has a stage."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(context: Context) -> dict[str, Any]:
     requests, hits = reported_requests(context, pool=reranker.whole_pool or sliding)
     if not hits:
         raise QualityCheckError(
-            f"no test list of {reranker.name} contains its target",
+            f"no {settings['eval_split']} list of {reranker.name} contains its target",
             where=f"cand_num {settings['cand_num']}, cand_ranker {settings['cand_ranker']}",
             why="re-ranking cannot improve such a list",
             do="raise cand_num, or train the base models longer (base_epochs)",
@@ -109,6 +109,8 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
             values["prompt_template"] = load_template(settings["prompt_template"]).sha
         if "llm_bf16".startswith(reranker.settings_prefixes):
             values |= resolved_bf16(settings)
+        if settings["eval_split"] != "test":
+            values["eval_split"] = settings["eval_split"]
         return values
 
     built_in = reranker.__module__.startswith("recbole_gr2.rerankers.")
@@ -125,6 +127,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
             *(("eval_windows",) if reranker.windowed and not reranker.whole_pool else ()),
             *reranker.settings_prefixes,
         ),
+        excluded=("eval_split",),  # The keys of test results have no such value.
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
         check=check_settings,

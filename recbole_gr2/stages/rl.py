@@ -236,6 +236,7 @@ def stages(settings: Settings) -> list[Stage]:
             key_values=values,
             parameters={"start": start, "reasoning": True, "distilled": False, "excluded": excluded, **parameters},
             distributed=True,
+            amount="distilled_steps" if "distilled_" in own else "rl_steps",
         )
 
     return [

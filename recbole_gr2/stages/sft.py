@@ -254,6 +254,7 @@ STAGE = Stage(
         "seed",
     ),
     needs=("tokenizer", "prior", "midtrain", "traces"),
+    amount="sft_steps",
     check=check_settings,
     key_values=key_values,
 )
