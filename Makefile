@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n $(WORK
 SLOW = slow or distributed or packaging
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-all test-newest docs
+.PHONY: help install format lint types test test-all test-newest docs site
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -42,3 +42,6 @@ test-newest:  ## Run every test with the newest versions that setup.cfg allows, 
 docs:  ## Write docs/settings.md from the property files.
 	$(PYTHON) -m recbole_gr2.config > docs/settings.md.tmp
 	mv docs/settings.md.tmp docs/settings.md
+
+site:  ## Build the documentation site in site/, and check it.
+	$(PYTHON) docs/build_site.py

@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from recbole_gr2.commands.app import app
 from recbole_gr2.config import declarations, load_settings
-from recbole_gr2.config.recbole_options import recbole_declarations
+from recbole_gr2.config.declaration import recbole_declarations
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.quick_start import parse
 
@@ -45,6 +45,12 @@ def commands():
     return found
 
 
+def yaml_files(page):
+    """The YAML files that a page shows with their names in the first line, as (name, text)."""
+    (file,) = [file for file in PAGES if file.name == page]
+    return re.findall(r"^```yaml\n# ([\w-]+\.yaml)\n(.*?)^```", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def exception(command):
     """The beginning of NOT_READ that a command has, or None."""
     return next((start for start in NOT_READ if command.startswith(start)), None)
@@ -59,8 +65,11 @@ READ = [pair for pair in commands() if not exception(pair[1])]
 
 
 @pytest.mark.parametrize("page, command", READ, ids=lambda text: text)
-def test_the_command_line_reads_the_commands(page, command):
+def test_the_command_line_reads_the_commands(page, command, tmp_path, monkeypatch):
     """Names and types of options, names and values of settings, names of commands and arguments."""
+    for name, text in yaml_files(page):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
@@ -84,10 +93,11 @@ def test_the_command_line_reads_the_commands(page, command):
 
 
 def read_run(words):
-    """Read the options and settings of a run. Its config files are those of the reader and need not exist."""
+    """Read the options and settings of a run, and those of its config files that the page shows."""
     options, settings = parse(words)
-    load_settings(command_line=settings, machine=False)
     assert all(name.endswith(".yaml") for name in options.config_files)
+    shown = [name for name in options.config_files if Path(name).exists()]
+    load_settings(command_line=settings, config_files=shown, machine=False)
 
 
 def read_command(words):
@@ -124,7 +134,7 @@ def test_the_settings_of_the_paper_index_exist():
     known = {*declarations(), *recbole_declarations()}
     prefixes = {name[: name.index("_") + 1] for name in known if "_" in name} | {"onerec_think_rl_"}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_?)(?::[^`]*)?`", (ROOT / "docs" / "papers.md").read_text()))
-    named -= {"rules", "linear", "sft", "prior", "laptop", "paper", "rerank-nokp"}  # values and methods
+    named -= {"rules", "linear", "sft", "prior", "laptop", "paper", "rerank-nokp", "only_if"}  # values
     assert len(named) > 40
     assert sorted(named - known - prefixes) == []
 

@@ -139,7 +139,7 @@ def test_readme_lines_are_complete(name, last):
     assert any(step.startswith("pip install -c constraints.txt -e ") for step in steps)
 
 
-CHECKS = ("ruff format --check .", "ruff check .", "lint-imports --no-logo", "mypy")
+CHECKS = ("ruff format --check .", "ruff check .", "lint-imports --no-logo", "mypy", "make site")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_ci_runs_the_checks_before_the_tests(tmp_path, line, failing, code, step
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     readme = f"<!-- set-up-and-test -->\n```bash\n{line}\n```\n" if line else "no line\n"
     (tmp_path / "README.md").write_text(readme)
-    for tool in ("ruff", "lint-imports", "mypy"):
+    for tool in ("ruff", "lint-imports", "mypy", "make"):
         stub = tmp_path / "bin" / tool
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(f"#!/bin/sh\nexit {int(tool == failing)}\n")
