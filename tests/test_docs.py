@@ -1,6 +1,5 @@
 """The pages of the documentation agree with the package: commands, settings, files, logged values, the notebook."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from pages import ROOT, logged_keys
+from pages import ROOT, logged_keys, site_builder
 from typer.main import get_command
 
 from recbole_gr2.commands.app import app
@@ -156,10 +155,7 @@ def test_logged_values_are_documented(finished):
 @pytest.fixture(scope="module")
 def builder():
     """The module docs/build_site.py."""
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return site_builder()
 
 
 def test_the_navigation_contains_every_page(builder):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import logged_keys
 
 from recbole_gr2 import pipeline
 from recbole_gr2.artifacts import load_requests
@@ -442,6 +443,14 @@ def test_a_rationale_knows_the_target_and_the_prompt_does_not(papered, untrained
     head = tokenizer.decode(prompt_ids(maker, tokenizer, drawn[0][0]))
     named = sid_text(maker.catalog.item(drawn[0][1]).sid)
     assert sample.startswith(f"{head}<think> ") and sample.endswith(f"</think>{named}")
+
+
+@pytest.mark.slow
+def test_logged_values_are_documented(papered):
+    context, _ = papered
+    log = json.loads((context.folder / "log.json").read_text())
+    logged = {name for line in [*log["sft"], *log["rl"]] for name in line}
+    assert logged - logged_keys() == set() and {"kl", "reward/rollout_beam", "loss/trace", "loss/item"} <= logged
 
 
 @pytest.mark.slow

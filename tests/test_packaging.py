@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pages import site_builder
 
 import recbole_gr2
 from recbole_gr2.config import properties_folder
@@ -148,7 +149,8 @@ CHECKS = ("ruff format --check .", "ruff check .", "lint-imports --no-logo", "my
         ("echo set up && echo tested", "", 0, ["echo set up", *CHECKS, "echo tested"]),
         ("true && false && echo tested", "", 1, ["true && false"]),
         ("echo set up && false", "", 1, ["echo set up", *CHECKS, "false"]),
-        ("echo set up && echo tested", "mypy", 1, ["echo set up", *CHECKS]),
+        ("echo set up && echo tested", "mypy", 1, ["echo set up", *CHECKS[:-1]]),
+        ("echo set up && echo tested", "make", 1, ["echo set up", *CHECKS]),
         ("echo set up && echo tested", "ruff", 1, ["echo set up", CHECKS[0]]),
         ("", "", 1, []),
     ],
@@ -195,6 +197,8 @@ def test_links_have_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
+        if target.name in site_builder().PENDING and not target.exists():
+            continue  # a page that is not written yet
         if not link.startswith("http") and not (target.exists() and (not anchor or anchor in anchors(target))):
             missing.append(link)
     assert missing == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import logged_keys
 from safetensors.torch import load_file
 
 from recbole_gr2 import pipeline
@@ -144,6 +145,18 @@ def test_a_killed_run_ends_as_one_that_was_not(uninterrupted, killed):
     assert compared > 50
 
 
+def test_every_logged_value_is_documented_and_the_other_way_round(uninterrupted):
+    _, planned, _ = uninterrupted
+    logged: set[str] = set()
+    for entry in planned:
+        if entry.stage.name in TRAINED:
+            log = json.loads((entry.folder / "log.json").read_text())
+            parts = log.values() if isinstance(log, dict) else [log]
+            logged |= {name for lines in parts for line in lines for name in line}
+    assert logged - logged_keys() == set()
+    assert logged_keys() - logged == {"kl", "reward/rollout_beam"}  # of the variant `paper`, see test_onerec_think.py
+
+
 def test_training_continues_from_its_checkpoints(killed):
     """Otherwise a run that starts from the beginning would pass the comparison, too."""
     first_steps, _ = killed
@@ -166,6 +179,7 @@ def test_every_setting_that_a_stage_reads_is_in_its_key(uninterrupted):
         keys = {key.removeprefix("recbole.") for key in entry.settings} | always
         covered[entry.stage.name] = keys.union(*(covered[need] for need in entry.needs))
     assert set(settings.read) >= set(covered) and sum(map(len, settings.read.values())) > 60
+    harmless |= {(name, "eval_split") for name in covered}  # in the key if it is not test, see test_eval_split.py
     missing = {(name, key) for name in covered for key in settings.read[name] - covered[name] - speed}
     assert missing <= harmless, missing - harmless
 
