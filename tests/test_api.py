@@ -254,6 +254,44 @@ def test_a_results_folder_can_be_moved(finished_command, tmp_path):
         Run(copy / run.path.relative_to(moved)).reranker("rl")
 
 
+@pytest.mark.slow
+def test_a_user_who_is_in_no_training_data_gets_the_answer_of_a_run_with_this_user(
+    tiny_data, tiny_settings, tmp_path_factory
+):
+    """Under a temporal split, a user whose first interaction is one of the validation period changes no model.
+
+    One run has this user among its test users, and the other one has never seen the user.
+    """
+    from recbole_gr2 import run
+
+    header, *lines = (tiny_data / "tiny" / "tiny.inter").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    for row in rows:  # From user by user to step by step.
+        user, step = divmod(int(row[3]), 1000)
+        row[3] = str(1000 * step + user)
+    rows = [row for row in rows if int(row[3]) < 9000]
+    own = [["new", "i00", "3", "6500"], ["new", "i01", "3", "7500"], ["new", "i02", "3", "7600"]]
+    runs = []
+    # A user with a single interaction has no request. The period of validation has as many interactions in both runs.
+    for name, more in (("with", own), ("without", [["other", *own[0][1:]]])):
+        root = tmp_path_factory.mktemp(name)
+        (root / "tiny").mkdir()
+        text = "\n".join([header, *("\t".join(row) for row in [*rows, *more])])
+        (root / "tiny" / "tiny.inter").write_text(f"{text}\n", encoding="utf-8")
+        shutil.copy(tiny_data / "tiny" / "tiny.item", root / "tiny")
+        values = {key: entry["value"] for key, entry in tiny_settings(root).chosen().items()}
+        values |= {"preset": "smoke", "dataset": "tiny", "data_path": str(root), "checkpoint_dir": str(root)}
+        values |= {"eval_args": {"split": {"date": [6000, 7000]}, "order": "TO"}, "eval_scope": "all_users"}
+        values |= {"base_model": ["CausalSASRec", "PairCounts"], "base_options": {"CausalSASRec": {"epochs": 2}}}
+        runs.append(run(values, cand_pool=8, eval_rows=["lambdamart", "midtrain"]))
+    for method in ("prior", "lambdamart", "midtrain"):
+        known, other = (each.reranker(method) for each in runs)
+        each = lists_of(known, complete=False)["test/new"]
+        assert list(each.history) == ["i00"] and "new" not in other.opened.data.user_tokens
+        found, expected = other.rerank(each.history, each.candidates, times=each.times), stored_of(known)["test/new"]
+        assert found.ranking[: len(expected)] == expected and len(expected) > 4
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
