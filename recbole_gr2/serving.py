@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,10 @@ class ListReranker:
     @cached_property
     def describes(self) -> list[Any]:
         """The functions that compute the features of a list, from the interactions that test lists may use."""
-        known = "refit" if self.settings["refit"] else "train"
-        training = TrainingData(
-            catalog=self.catalog,
-            sequences=self.run.data.known_items(known),
-            times=self.run.data.known_times(known),
-            embeddings=self.embeddings,
-        )
-        return make_describes(self.settings["prior_features"], training)
+        names = tuple(self.settings["prior_features"])
+        if len(self.catalog) == self.known:
+            return _describes_of_run(self.run.data, self.run.folders["embeddings"], names)
+        return make_describes(names, _training_data(self.run.data, self.catalog, self.embeddings))
 
     @cached_property
     def prior(self) -> Priors:
@@ -422,3 +418,23 @@ class ListReranker:
     @cached_property
     def _title_of(self) -> dict[str, str]:
         return {sid_text(item.sid): f"[{item.title or item.token}]" for item in self.catalog}
+
+
+def _training_data(data: Data, catalog: Catalog, embeddings: np.ndarray) -> TrainingData:
+    """What the features of a test list are computed from."""
+    known = "refit" if data.settings["refit"] else "train"
+    return TrainingData(
+        catalog=catalog, sequences=data.known_items(known), times=data.known_times(known), embeddings=embeddings
+    )
+
+
+@lru_cache(maxsize=2)
+def _describes_of_run(data: Data, folder: Path, names: tuple[str, ...]) -> list[Any]:
+    """The functions that compute the features of lists without new items. All methods of a run share them.
+
+    Args:
+        data: the data set of the run.
+        folder: folder of its embeddings.
+        names: names of the feature providers.
+    """
+    return make_describes(names, _training_data(data, data.catalog, read_embeddings(folder)))
