@@ -552,8 +552,8 @@ def test_show_agrees_with_the_files_of_the_run(finished_command, hit_user):
 def test_ranks_of_show_are_those_of_the_evaluation(finished_command):
     """For every hit user and method, the rank of the target is that of per_user.csv."""
     from recbole_gr2.artifacts import read_per_user
-    from recbole_gr2.commands.show import describe
     from recbole_gr2.config import load_settings
+    from recbole_gr2.report.answers import describe
 
     folder, stages = finished_command.path.parent, finished_command.stages
     settings = load_settings(config_files=[folder / "config.yaml"])

@@ -263,12 +263,13 @@ def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str
     }
 
 
-def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
-    """Return the means of logged figures over five equal parts of the training steps.
+def learning_curves(folders: Mapping[str, Path], parts: int = 5) -> dict[str, dict[str, list[float]]]:
+    """Return the means of logged figures over equal parts of the training steps.
 
     Args:
         folders: folders of finished stages, by name. A stage that trains a language model has a log.json: a list of
             logged lines, or one such list for each part of the stage.
+        parts: number of parts. A shorter log has one part per line.
 
     Returns:
         Stage, or stage and part -> figure -> means, from the first part of the steps to the last.
@@ -284,7 +285,7 @@ def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[flo
             # A stage may train several times. The curve is that of the last training, whose steps begin at 1 again.
             start = max(n for n, line in enumerate(log) if n == 0 or line["step"] <= log[n - 1]["step"])
             names = FIGURES if "reward" in log[-1] else [name for name in log[-1] if name.startswith("loss")]
-            curves[f"{stage} {part}".strip()] = curve(log[start:], names)
+            curves[f"{stage} {part}".strip()] = curve(log[start:], names, parts)
     return curves
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recbole_gr2.console import Console
-from recbole_gr2.report.page import render_report
+from recbole_gr2.report.html import render_html
+from recbole_gr2.report.page import Page, render_report
 from recbole_gr2.report.result import SCOPES, FinishedRun, build_result, finished_run, in_scope, new_folder
 from recbole_gr2.report.tables import equal_metrics, latex_tables, metrics_table, scope_title
+from recbole_gr2.report.verdict import banner, verdict
 from recbole_gr2.runs import check_same_run, named_folder
 from recbole_gr2.store import explained_disk_errors, write_json, write_text
 from recbole_gr2.types import StageRecord
@@ -55,7 +57,7 @@ def write_run(
 
 
 def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[FinishedRun], console: Console) -> Path:
-    """Write config.yaml, run.json, result.json, report.md and table.tex, and print the tables of metrics.
+    """Write config.yaml, run.json, result.json, the two reports and table.tex, and print the tables of metrics.
 
     run.json names the folders of the stages of a run of one seed, and the runs of a run of several seeds. config.yaml
     has the first seed.
@@ -78,6 +80,7 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
         write_text(folder / "config.yaml", config)
         write_json(folder / "run.json", {"command": result["command"], **sources})
         write_text(folder / "report.md", render_report(result, runs))
+        write_text(folder / "report.html", render_html(result, runs))
         write_text(folder / "table.tex", latex_tables(result))
         write_json(folder / "result.json", result)  # last: a folder with this file is complete
     for scope in SCOPES:
@@ -85,5 +88,8 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
             console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}")
             if equal := equal_metrics(result, scope):
                 console.print(equal)
-    console.say(f"report: {folder / 'report.md'}")
+    page = Page(result=result, runs=runs)
+    for line in filter(None, (banner(result), *verdict(result, page.language_models))):
+        console.print(line.replace("`", ""))
+    console.say(f"report: {folder / 'report.html'}, and report.md")
     return folder / "result.json"
