@@ -24,8 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from recbole_gr2.ranking import ndcg_at, recall_at
+from recbole_gr2.report.latex import DISPLAY, check_names
 from recbole_gr2.report.page import Page, ranked_methods
-from recbole_gr2.report.result import BASE, ORACLE, in_scope, learning_curves, means
+from recbole_gr2.report.result import BASE, ORACLE, FinishedRun, in_scope, learning_curves, means
 from recbole_gr2.report.tables import GAP, gap_closed, hit_slices
 from recbole_gr2.report.verdict import LEVEL
 
@@ -38,7 +39,7 @@ INK, LINE = "#111111", "#d0d0d1"  # text and axes, grid
 SERIES = ("#6b7280", "#0072b2", "#d55e00", "#009e73", "#b6559c", "#a67c00", "#4a90d9", "#7f3c8d")
 THEMED = {INK: "--ink", LINE: "--line", **{color: f"--series-{n}" for n, color in enumerate(SERIES)}}  # in the page
 STYLES = ("-", "--", ":")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -127,7 +128,7 @@ def differences(page: Page) -> list[Drawing]:
                 axes.plot(
                     each["diff"], place, "o", color=color, markersize=5, markerfacecolor=color if sure else "none"
                 )
-            _names(axes, list(found))
+            _names(axes, [_display(page, name) for name in found])
             axes.set_xlabel("line: 95 % interval; filled: adjusted p < .05")
         texts = [
             f"{name} {each['diff']:+.4f}" + (f" [{each['low']:+.4f}, {each['high']:+.4f}]" if "low" in each else "")
@@ -151,7 +152,7 @@ def by_cutoff(page: Page) -> list[Drawing]:
             texts = []
             for method in methods:
                 values = [float(value(frame[method].to_numpy(), int(k)).mean()) for k in cutoffs]
-                axes.plot(cutoffs, values, label=method, **_line(page, method))
+                axes.plot(cutoffs, values, label=_display(page, method), **_line(page, method))
                 shown = [k for k in RANKS if k <= longest]
                 texts.append(f"{method}: " + ", ".join(f"K={k} {values[k - 1]:.4f}" for k in shown))
             axes.set_xlabel("K")
@@ -181,7 +182,7 @@ def gap(page: Page) -> list[Drawing]:
                 va="center",
                 ha="left" if share >= 0 else "right",
             )
-        _names(axes, list(shares))
+        _names(axes, [_display(page, name) for name in shares])
         axes.margins(x=0.2)
         axes.set_xlabel("share in %; the oracle has 100")
     text = "; ".join(f"{name} {share:+.1%}" for name, share in shares.items())
@@ -238,7 +239,7 @@ def moves(page: Page) -> list[Drawing]:
                     axes.text(column, row, f"{counts[row, column]:,.0f}", ha="center", va="center", fontsize=7)
             axes.set_xticks(range(len(names)), names)
             _names(axes, names)
-            axes.set_xlabel(f"rank of the target by {method}")
+            axes.set_xlabel(f"rank of the target by {_display(page, method)}")
             axes.set_ylabel("rank in the base order")
         better, same = float((frame[method] < frame[BASE]).mean()), float((frame[method] == frame[BASE]).mean())
         text = (
@@ -365,13 +366,26 @@ FIGURES: tuple[Callable[[Page], list[Drawing]], ...] = (
 )
 
 
-def save_figures(page: Page, folder: Path) -> list[Path]:
-    """Write every figure of a run as PDF and return the paths.
+def save_figures(
+    result: Mapping[str, Any], runs: Sequence[FinishedRun], folder: Path, *, methods: Sequence[str] = ()
+) -> list[Path]:
+    """Write every figure of a run as PDF, with the names that methods have in papers, and return the paths.
 
     Args:
-        page: result and runs.
+        result: content of result.json.
+        runs: the finished run of each seed.
         folder: where to write. It is made if it does not exist.
+        methods: methods of the figures besides the base order; by default all that make a claim.
+
+    Raises:
+        ConfigurationError: the run has no such method.
     """
+    check_names(methods, [entry["method"] for entry in result["methods"]], "--methods", "the run has no method")
+    if methods:
+        kept = {BASE, ORACLE, *methods}
+        truth = {name: shares for name, shares in result["truth"].items() if name in kept}
+        result = {**result, "methods": [e for e in result["methods"] if e["method"] in kept], "truth": truth}
+    page = Page(result=result, runs=runs, names=DISPLAY)
     folder.mkdir(parents=True, exist_ok=True)
     return [drawing.save_pdf(folder) for figure in FIGURES for drawing in figure(page)]
 
@@ -431,7 +445,7 @@ def _dots(
                 markersize=4,
                 alpha=0.85,
                 clip_on=False,
-                label=method,
+                label=_display(page, method),
             )
         _names(axes, lines)
         axes.tick_params(axis="y", labelsize=7)
@@ -453,6 +467,10 @@ def _steps(page: Page, stage: str) -> int:
         return 0
     log = json.loads((folder / "log.json").read_text(encoding="utf-8"))
     return int(log[-1]["step"]) if isinstance(log, list) else 0
+
+
+def _display(page: Page, method: str) -> str:
+    return page.names.get(method, method)
 
 
 def _place(page: Page, method: str) -> int:

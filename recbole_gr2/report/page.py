@@ -7,7 +7,7 @@ stage or a method, so a stage or a method of the user needs no change here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -43,10 +43,12 @@ class Page:
     Attributes:
         result: content of result.json.
         runs: the finished run of each seed.
+        names: names of methods in figures, if they differ from those in the tables.
     """
 
     result: Mapping[str, Any]
     runs: Sequence[FinishedRun]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from recbole_gr2.artifacts import read_per_user
-from recbole_gr2.errors import MissingFileError
 from recbole_gr2.llm.curves import FIGURES, curve
-from recbole_gr2.store import explained_disk_errors, read_manifest
+from recbole_gr2.runs import finished_stages, read_result, seed_runs
+from recbole_gr2.store import explained_disk_errors, read_json, read_manifest
 from recbole_gr2.types import StageRecord
 
 if TYPE_CHECKING:
@@ -122,20 +122,9 @@ def read_run(path: Path) -> FinishedRun:
     Raises:
         MissingFileError: a stage of the run is not finished any more.
     """
-    result = json.loads(path.read_text(encoding="utf-8"))
-    run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
-    folders = {stage: Path(folder) for stage, folder in run["stages"].items()}
-    records = []
-    for stage, folder in folders.items():
-        record = read_manifest(folder)
-        if record is None:
-            raise MissingFileError(
-                f"the run has no finished {stage} stage",
-                where=str(folder),
-                why="The report is made from the files of the stages.",
-                do="repeat the command of the run",
-            )
-        records.append(record)
+    result, run = read_result(path.parent), read_json(path.parent / "run.json")
+    folders = finished_stages(path.parent)
+    records = [record for folder in folders.values() if (record := read_manifest(folder)) is not None]
     return FinishedRun(
         path=path,
         command=run["command"],
@@ -150,6 +139,15 @@ def read_run(path: Path) -> FinishedRun:
         cached=tuple(stage["cached"][0] for stage in result["stages"]),
         folders=folders,
     )
+
+
+def read_seeds(folder: Path) -> list[FinishedRun]:
+    """Read the finished run of each seed of a run, see `read_run`.
+
+    Args:
+        folder: the folder of a run of one seed or of several seeds.
+    """
+    return [read_run(each / "result.json") for each in seed_runs(folder)]
 
 
 def new_folder(parent: Path) -> Path:

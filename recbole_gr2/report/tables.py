@@ -230,36 +230,6 @@ def published_tables(dataset: str, render: Render = render_table) -> tuple[dict[
     return tables, sources
 
 
-def latex_tables(result: Mapping[str, Any]) -> str:
-    """Return table.tex: one tabular (booktabs) per scope.
-
-    The best value of each column is bold. Diagnostic methods do not compete. A column whose values are the same for all
-    methods is left out. With several seeds a cell is the mean and the standard deviation.
-    """
-    parts = []
-    for scope, users in SCOPES.items():
-        entries = in_scope(result, scope)
-        if not entries:
-            continue
-        shown = [
-            metric
-            for metric in metrics_of(result, scope)[0]
-            if len({str(entry["metrics"].get(metric)) for entry in entries}) > 1
-        ]
-        names = [entry["method"] for entry in entries]
-        figures = [[entry["metrics"].get(metric) for metric in shown] for entry in entries]
-        values = [[np.nan if each is None else each["mean"] for each in row] for row in figures]
-        means = pd.DataFrame(values, names, shown, dtype=float).round(4)
-        diagnostic = np.array([bool(entry["diagnostic"]) for entry in entries])
-        bold = means.eq(means[~diagnostic].max()) & ~diagnostic[:, None]
-        text = pd.DataFrame([[_figure(each, " $\\pm$ ") for each in row] for row in figures], names, shown)
-        style = text.style.apply(lambda _, bold=bold: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
-        style.format_index(escape="latex")
-        columns = "l" + "r" * len(shown)
-        parts.append(f"% {result['dataset']}, {users}\n{style.to_latex(hrules=True, column_format=columns)}")
-    return "\n".join(parts)
-
-
 def _grouped(metrics: Iterable[str]) -> list[str]:
     """Sort metrics by kind, in the order in which the kinds occur, and by cut-off."""
     names = list(metrics)

@@ -45,7 +45,7 @@ def verdict(result: Mapping[str, Any], language_models: Collection[str]) -> tupl
     if banner(result):
         return (
             "There is no verdict, because this is a smoke run.",
-            "Its models are tiny or untrained, so that no difference between methods says anything.",
+            "Run another preset to compare methods.",
         )
     where = "On the validation split" if result.get("split", "test") == "valid" else ""
     return _first(_begin(where, _ahead_of_base(result))), _first(_begin(where, _added(result, language_models)))
