@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from recbole_gr2.console import pipe_table
+from recbole_gr2.console import markdown, pipe_table
 from recbole_gr2.report.result import BASE, SCOPES, FinishedRun, in_scope, unchanged_methods
 from recbole_gr2.report.tables import (
     GAP,
@@ -131,7 +131,7 @@ def reading_section(page: Page) -> str:
         f"two-sided paired randomization tests. {_family(page)}"
     )
     descriptions = {entry["method"]: entry["description"] for entry in page.result["methods"]}
-    methods = "\n".join(f"- `{method}`: {text}" for method, text in descriptions.items())
+    methods = "\n".join(f"- `{method}`: {markdown(text)}" for method, text in descriptions.items())
     warnings = "\n".join(f"- {text}" for text in cautions(page.result))
     return f"{' '.join(notes)}\n\nMethods:\n\n{methods}" + (f"\n\nCaution:\n\n{warnings}" if warnings else "")
 
@@ -323,7 +323,7 @@ def examples_section(page: Page) -> str:
 def protocol_section(page: Page) -> str:
     """Return what has to agree when the results of two runs are compared."""
     for _, _, summary in page.summaries(protocol=Mapping):
-        lines = "\n".join(f"- {name}: {text}" for name, text in summary["protocol"].items())
+        lines = "\n".join(f"- {name}: {markdown(str(text))}" for name, text in summary["protocol"].items())
         return f"## Protocol\n\n{lines}\n\n{methods_table(page)}"
     return ""
 

@@ -107,7 +107,7 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
             if equal := equal_metrics(result, scope):
                 console.print(equal)
     page = Page(result=result, runs=runs)
-    for line in filter(None, (banner(result), *verdict(result, page.language_models))):
-        console.print(line.replace("`", ""))
+    for sentence in [banner(result)] if banner(result) else verdict(result, page.language_models):
+        console.print(sentence.replace("`", ""))
     console.say(f"report: {folder / 'report.html'}, and report.md")
     return folder / "result.json"
