@@ -23,7 +23,6 @@ SOURCES, SITE = ROOT / "build" / "docs", ROOT / "site"
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages in the root of the repository
 ASSETS = ("result.schema.json", "tutorial.ipynb")
 HOME = {"README.md": "index.md"}  # the page that stands for a file of the repository
-PENDING = ("report.md",)  # pages that are not written yet: links to them are plain text until they exist
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data", "link": "href"}
@@ -63,8 +62,6 @@ def rewritten(text: str, *, source: str, place: str, pages: Iterable[str]) -> st
         if page in pages:
             relative = posixpath.relpath(page, posixpath.dirname(place) or ".")
             return f"[{words}]({relative}{'#' + anchor if anchor else ''})"
-        if page in PENDING:
-            return words
         if (ROOT / target).exists():  # a file or folder of the repository
             plain = words.replace("\\", "").strip("`").rstrip("/")
             return f"`{target}`" if target.endswith(plain) else f"{words} (`{target}`)"

@@ -28,10 +28,11 @@ from typing import Any, TypeVar
 from recbole_gr2 import pipeline, preflight
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml_file
-from recbole_gr2.console import Console, quiet_libraries
+from recbole_gr2.console import Console, pipe_table, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
 from recbole_gr2.report.result import SCHEMA, SPLITS, new_folder, stage_entries
 from recbole_gr2.report.tables import data_title, figures_table, variant_cost_table, variant_settings_table
+from recbole_gr2.report.verdict import banner
 from recbole_gr2.store import explained_disk_errors, read_json, read_manifest, write_json, write_text
 
 T = TypeVar("T")
@@ -220,6 +221,8 @@ def run_ablation(
         write_text(folder / "report.md", render_ablation(result))
         write_json(folder / "result.json", result)
     console.print(f"\nablation {ablation.name}, {data_title(result)}\n{figures_table(result)}")
+    if banner(result):
+        console.print(banner(result))
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
 
@@ -319,8 +322,9 @@ def render_ablation(result: Mapping[str, Any]) -> str:
     """Return report.md, a function of result.json."""
     parts = [
         f"# Ablation {result['ablation']} on {data_title(result)}",
+        f"**{banner(result)}**" if banner(result) else "",
         f"Preset {result['preset']}, seed {result['seeds'][0]}. {_split_sentence(result)}\n\n    {result['command']}",
-        f"```\n{figures_table(result)}\n```",
+        figures_table(result, pipe_table),
         textwrap.fill(result["note"], 120),
     ]
     failed = [
@@ -329,10 +333,10 @@ def render_ablation(result: Mapping[str, Any]) -> str:
         if variant["failed"]
     ]
     parts += ["## Failed", *failed] if failed else []
-    parts.append(f"## Settings\n\n```\n{variant_settings_table(result)}\n```")
+    parts.append(f"## Settings\n\n{variant_settings_table(result, pipe_table)}")
     parts.append(
         "## Wall time\n\nWall time includes interrupted starts. The time of a stage that variants share is in the line "
-        f"of each of them.\n\n```\n{variant_cost_table(result)}\n```"
+        f"of each of them.\n\n{variant_cost_table(result, pipe_table)}"
     )
     return "\n\n".join(filter(None, parts)) + "\n"
 

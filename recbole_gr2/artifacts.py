@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -139,11 +139,21 @@ def read_requests(file: Path, catalog: Catalog) -> list[Request]:
     return [request for _, request in numbered_requests(file, catalog)]
 
 
-def numbered_requests(file: Path, catalog: Catalog) -> Iterator[tuple[int, Request]]:
-    """Yield the number of the line, from 1, and the request of each candidate list, see `read_requests`."""
+def numbered_requests(
+    file: Path, catalog: Catalog, users: Collection[str] | None = None
+) -> Iterator[tuple[int, Request]]:
+    """Yield the number of the line, from 1, and the request of each candidate list, see `read_requests`.
+
+    Args:
+        file: the candidate lists.
+        catalog: the catalogue.
+        users: tokens of the users whose lists are read; by default all.
+    """
     names: set[str | tuple[str, str, int]] = set()
     for number, line in numbered_lines(file):
         where = f"{file}:{number}"
+        if users is not None and isinstance(line, dict) and str(line.get("user_id")) not in users:
+            continue
         try:
             request = _read_request(line, catalog, file.name)
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -113,3 +113,32 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
+
+
+def pipe_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table. Columns of numbers are right-aligned. Cells are shown as they are.
+
+    Args:
+        header: name of each column.
+        rows: cells of each line, as many as there are columns.
+
+    >>> print(pipe_table(["method", "n"], [["a|b", "12"]]))
+    | method | n |
+    | --- | ---: |
+    | a\\|b | 12 |
+    """
+    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    right = [all(NUMBER.match(cell) for cell in column[1:]) for column in zip(*cells, strict=True)]
+    rule = ["---:" if each else "---" for each in right]
+    first, *others = [list(map(markdown, row)) for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [first, rule, *others])
+
+
+def markdown(text: str) -> str:
+    """Return a text on one line so that Markdown shows it as it is.
+
+    >>> print(markdown("5 * 3 <b> [x](y)"))
+    5 \\* 3 \\<b> [x]\\(y)
+    """
+    escaped = re.sub(r"[\\`*<|~&]|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", text)
+    return " ".join(escaped.split())

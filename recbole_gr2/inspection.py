@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -89,8 +90,14 @@ def with_titles(text: str, catalog: Catalog) -> str:
         text: the reasoning.
         catalog: the catalogue with semantic IDs. Of several items with one semantic ID the last one gives the title.
     """
-    titles = {sid_text(item.sid): f"[{shorten(item.title, 60)}]" for item in catalog}
+    titles = _titles(catalog)
     return SID.sub(lambda match: titles.get(match[0], match[0]), text).strip()
+
+
+@lru_cache(maxsize=2)
+def _titles(catalog: Catalog) -> dict[str, str]:
+    """The title of each item in brackets, by the text of its semantic ID."""
+    return {sid_text(item.sid): f"[{shorten(item.title, 60)}]" for item in catalog}
 
 
 def _base_rank(request: Request) -> int:

@@ -102,8 +102,45 @@ def find_run(name: str | Path, checkpoint_dir: str | Path = "saved") -> Path:
     )
 
 
+def find_ablation(name: str | Path, checkpoint_dir: str | Path = "saved") -> Path | None:
+    """Return the folder of a finished ablation; None if the name is not that of an ablation.
+
+    Args:
+        name: path of its folder or of its result.json; or its name in `<checkpoint_dir>/gr2/*/ablations/`, alone or as
+            `<dataset>/<name>`.
+        checkpoint_dir: the folder of all results.
+
+    Raises:
+        ConfigurationError: several data sets have an ablation of this name.
+    """
+    path = Path(name)
+    folder = path.parent if path.name == RESULT else path
+    if (folder / RESULT).is_file():
+        return None if (folder / RUN).is_file() else folder
+    files = Path(checkpoint_dir).glob(f"gr2/*/ablations/*/{RESULT}")
+    folders = [file.parent for file in files]
+    found = [each for each in folders if str(name) in (each.name, f"{each.parents[1].name}/{each.name}")]
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"{len(found)} data sets have an ablation {str(name)!r}",
+            where=str(Path(checkpoint_dir) / "gr2"),
+            why="the name does not tell which one is meant",
+            do=f"write {' or '.join(f'{each.parents[1].name}/{each.name}' for each in found)}",
+        )
+    return found[0] if found else None
+
+
+def read_ablation(folder: Path) -> dict[str, Any]:
+    """Return the content of an ablation's result.json.
+
+    Raises:
+        GR2Error: the file is damaged, or is not the result of an ablation.
+    """
+    return _read(folder / RESULT, ("ablation", "dataset", "preset", "columns", "variants"))
+
+
 def read_result(folder: Path) -> dict[str, Any]:
-    """Return the content of a run's result.json.
+    """Return the content of a run's result.json. Results of versions without `eval_split` are those of the test split.
 
     Args:
         folder: the folder of the run.
@@ -111,7 +148,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     Raises:
         GR2Error: the file is damaged, or is not the result of a run.
     """
-    return _read(folder / RESULT, ("dataset", "seeds", "methods", "settings"))
+    return {"split": "test", **_read(folder / RESULT, ("dataset", "seeds", "methods", "settings"))}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import pandas as pd
 
 from recbole_gr2.ranking import METRICS, adjust, compare_ranks
 from recbole_gr2.report import FinishedRun
-from recbole_gr2.store import write_manifest
+from recbole_gr2.rerankers.base import stage_name
+from recbole_gr2.sid.tokens import sid_text
+from recbole_gr2.store import write_lines, write_manifest
 from recbole_gr2.types import StageRecord
 
 DESCRIPTIONS = {
@@ -149,6 +151,58 @@ def recommender(diff: float, users: int) -> dict[str, Any]:
     }
 
 
+ITEMS = 90
+LENGTH = 10  # of a candidate list
+
+
+def sid(item: int) -> tuple[int, ...]:
+    """The semantic ID of an item, from 1."""
+    return (item % 8, item // 8, 0, 0)
+
+
+def write_lists(folders: Mapping[str, Path], ranks: Mapping[str, Sequence[int]], users: Sequence[str]) -> None:
+    """Write the semantic IDs, the test lists and the answers in which the targets have these ranks.
+
+    User number n, from 0, has the items 1 and 2 as history and the candidates n + 11 to n + 20 in another order: the
+    target is item n + 11, and the others follow in ascending order. The reasoning of sft cites the target.
+    """
+
+    def order(number: int, rank: int) -> list[str]:
+        first, *others = range(number + 11, number + 11 + LENGTH)
+        return [str(item) for item in (*others[: rank - 1], first, *others[rank - 1 :])]
+
+    write_lines(folders["tokenizer"] / "sids.jsonl", ({"item_id": str(n), "sid": sid(n)} for n in range(1, ITEMS + 1)))
+    lines = []
+    for number, user in enumerate(users):
+        base, prior = order(number, ranks["base"][number]), order(number, ranks.get("prior", ranks["base"])[number])
+        lines.append(
+            {
+                "request_id": f"test/{user}",
+                "user_id": user,
+                "split": "test",
+                "history": ["1", "2"],
+                "target": str(number + 11),
+                "candidates": base,
+                "log_prior": [-float(prior.index(item)) for item in base],
+            }
+        )
+    write_lines(folders["prior"] / "test.jsonl", lines)
+    for method in ranks.keys() - {"base", "oracle", "prior"}:
+        cited = [sid_text(sid(number + 11)) for number in range(len(users))]
+        write_lines(
+            folders[stage_name(method)] / "rankings.jsonl",
+            (
+                {
+                    "request_id": f"test/{user}",
+                    "ranking": order(number, ranks[method][number]),
+                    "status": "ok",
+                    "reasoning": f"Best is {cited[number]} <b>" if method == "sft" else "",
+                }
+                for number, user in enumerate(users)
+            ),
+        )
+
+
 def finished(
     folder: Path,
     *,
@@ -159,6 +213,9 @@ def finished(
     everyone: int = 60,
     entries: Sequence[dict[str, Any]] = (),
     stages: Mapping[str, dict[str, Any]] | None = None,
+    preset: str = "smoke",
+    dataset: str = "ml-100k",
+    config: str = "",
 ) -> FinishedRun:
     """A finished run in `folder`.
 
@@ -171,12 +228,16 @@ def finished(
         everyone: number of all users.
         entries: further entries of methods.
         stages: further stages, with their summaries.
+        preset: name of the preset in the result. That of the settings is smoke.
+        dataset: name of the data set, whose item file has the items 1 to 90.
+        config: further lines of config.yaml.
     """
     if ranks is None:
         ranks = RANKS if llm else {method: RANKS[method] for method in ("base", "oracle", "prior")}
     summary = evaluation(ranks, everyone)
     summary["methods"] += list(entries)
-    summaries = {**STAGES, **(LLM_STAGES if llm else {}), **(stages or {}), "evaluate": summary}
+    answers = {stage_name(method): {} for method in ranks if method not in ("base", "oracle", "prior")}
+    summaries = {**STAGES, **answers, **(LLM_STAGES if llm else {}), **(stages or {}), "evaluate": summary}
     records, folders = [], {}
     for number, (stage, values) in enumerate(summaries.items()):
         folders[stage] = folder / "stages" / stage
@@ -196,6 +257,7 @@ def finished(
         records.append(record)
         if stage in LOGS:
             (folders[stage] / "log.json").write_text(json.dumps(LOGS[stage]))
+    write_lists(folders, ranks, users)
     frame = pd.DataFrame({"user": list(users), "history": [2, 2, 3, 9, 9, 9][: len(users)], "popularity": 1, **ranks})
     frame.to_csv(folders["evaluate"] / "per_user.csv", index=False)
     if llm:
@@ -205,13 +267,13 @@ def finished(
     return FinishedRun(
         path=path,
         command=f"run_recbole_gr2.py --seed={seed}",
-        dataset="ml-100k",
+        dataset=dataset,
         base_model="SASRec",
         llm="random",
-        preset="smoke",
+        preset=preset,
         seed=seed,
         settings={"sft_steps": {"value": 5, "from": "command line"}},
-        config=f"seed: {seed}\n",
+        config=f"preset: smoke\ndataset: {dataset}\nseed: {seed}\n{config}",
         records=tuple(records),
         cached=tuple(number % 2 == 0 for number in range(len(records))),
         folders=folders,

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from recbole_gr2 import ablation, pipeline
 from recbole_gr2.ablation import data_for, figure, load_variant, read_ablation, render_ablation
 from recbole_gr2.config import load_settings, properties_folder
+from recbole_gr2.console import pipe_table
 from recbole_gr2.errors import ConfigurationError, MissingFileError, QualityCheckError
 from recbole_gr2.quick_start import main
 from recbole_gr2.report.tables import figures_table
+from recbole_gr2.report.verdict import BANNER
 from recbole_gr2.store import read_manifest, write_manifest
 from recbole_gr2.types import StageRecord
 
@@ -173,7 +175,14 @@ def check_two_variants(path: Path, result: dict, tmp_path: Path) -> None:
     assert lines[1].split()[1] == "1.0000" and lines[1].split()[-1] == "0.8300"
     report = (path.parent / "report.md").read_text()
     assert report == render_ablation(result)  # a function of result.json
-    for text in (figures_table(result), result["command"], TWO["note"], "Preset smoke, seed 2020", "random_last: 0"):
+    for text in (
+        figures_table(result, pipe_table),
+        BANNER,
+        result["command"],
+        TWO["note"],
+        "Preset smoke, seed 2020",
+        "random_last: 0",
+    ):
         assert text in report
     assert "Failed" not in report and f"{nearest['stages'][1]['seconds'][0]:.0f} s" in report
 

@@ -17,6 +17,7 @@ from handmade import RANKS, finished
 from typer.testing import CliRunner
 
 import recbole_gr2
+from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.commands import main
 from recbole_gr2.commands.app import app
 from recbole_gr2.config import declarations
@@ -60,6 +61,7 @@ COMMANDS = [
     "runs",
     "compare",
     "show",
+    "report",
     "rerank",
     "data check",
     "data convert",
@@ -185,6 +187,7 @@ def test_names_need_no_large_library(tmp_path):
     """Help, lists of runs and settings, and errors of names import neither torch nor pandas nor RecBole."""
     code = """
 import sys
+from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.commands import main
 for words in ("--help", "runs", "runz", "compare a b", "show a u", "rerank a b", "clean", "list settings rl_",
               "list presets", "list data", "run --preset=smok", "data check --dataset=ml-100"):
@@ -553,9 +556,8 @@ def test_show_agrees_with_the_files_of_the_run(finished_command, hit_user):
 
 def test_ranks_of_show_are_those_of_the_evaluation(finished_command):
     """For every hit user and method, the rank of the target is that of per_user.csv."""
-    from recbole_gr2.artifacts import read_per_user
-    from recbole_gr2.commands.show import describe
     from recbole_gr2.config import load_settings
+    from recbole_gr2.report.answers import describe
 
     folder, stages = finished_command.path.parent, finished_command.stages
     settings = load_settings(config_files=[folder / "config.yaml"])
@@ -618,6 +620,86 @@ def test_show_reads_moved_data(finished_command, tmp_path, hit_user, tiny_data):
     text = (tiny_data / "tiny" / "tiny.item").read_text().replace("number", "No.")
     (tmp_path / "tiny" / "tiny.item").write_text(text)
     assert " No. " in printed("show", finished_command.path, hit_user, "--data_path", tmp_path)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_report_writes_the_files_of_a_run_again(finished_command, tmp_path):
+    root = tmp_path / "saved"
+    shutil.copytree(finished_command.root, root)
+    folder = find_run("latest", root)
+    names = ["report.md", "report.html", "table.tex"]
+    before = {name: (folder / name).read_text() for name in names}
+    for name in names:
+        (folder / name).unlink()
+    written = printed("report", "latest", "--checkpoint_dir", root).splitlines()
+    assert written == [str(folder / name) for name in names]
+    assert {name: (folder / name).read_text() for name in names} == before
+    assert "smoke run" in before["report.md"] and "smoke run" in before["table.tex"]
+    data = before["report.html"].split('<script id="data" type="application/json">')[1].split("</script>")[0]
+    frame = read_per_user(stage_folders(folder)["evaluate"])
+    for user, row in zip(json.loads(data)["users"], frame.to_dict("records"), strict=True):
+        place = user["candidates"].index(user["target"])
+        assert user["id"] == row["user"] and {name: each[place] for name, each in user["ranks"].items()} == {
+            name: row[name] for name in user["ranks"]
+        }
+
+
+@pytest.mark.slow
+def test_report_for_papers(finished_command, tmp_path):
+    path, latex, html = finished_command.path, tmp_path / "new" / "table.tex", tmp_path / "page.html"
+    options = ["--methods", "base,lambdamart,sft", "--metrics", "recall@5,ndcg@10"]
+    written = printed("report", path, "--latex", latex, *options, "--figures", tmp_path / "f", "--html", html)
+    assert written.splitlines()[:2] == [str(latex), str(html)] and str(tmp_path / "f" / "gap.pdf") in written
+    assert {file.suffix for file in (tmp_path / "f").iterdir()} == {".pdf"}
+    text = latex.read_text()
+    assert [line.split(" &")[0] for line in text.splitlines() if " & " in line] == [
+        *("Method", "Base order", "LambdaMART", "GR2, SFT")
+    ]
+    assert "all users" in text and r"\label{tab:tiny-all-users}" in text
+    compared = ["--versus=prior", "--methods=base,prior,sft,rl", "--caption=C", "--label=L"]
+    printed("report", path, "--latex", latex, "--scope=hit_users", *compared)
+    assert r"\caption{C}" in latex.read_text() and r"\label{L}" in latex.read_text()
+
+
+def test_report_of_several_runs_and_of_an_ablation(finished_command, tmp_path):
+    root, latex = tmp_path / "saved", tmp_path / "table.tex"
+    shutil.copytree(finished_command.root, root)
+    first = find_run("latest", root)
+    shutil.copytree(first, first.with_name("second"))
+    printed("report", first.name, "second", "--latex", latex, "--checkpoint_dir", root, "--methods", "base,sft")
+    assert rf"\emph{{{first.name}}}".replace("_", r"\_") in latex.read_text() and r"\emph{second}" in latex.read_text()
+    column = "evaluate.methods.method=sft&scope=hit_users.metrics.ndcg@10"
+    ablation = root / "gr2" / "tiny" / "ablations" / "mine"
+    ablation.mkdir(parents=True)
+    variants = [{"name": "a", "figures": {"sft ndcg@10": 0.5}}, {"name": "b", "figures": {"sft ndcg@10": 0.6}}]
+    content = {"ablation": "mine", "dataset": "tiny", "preset": "laptop", "columns": {"sft ndcg@10": column}}
+    (ablation / "result.json").write_text(json.dumps({**content, "variants": variants}))
+    for name in ("mine", "tiny/mine", ablation):
+        printed("report", name, "--latex", latex, "--checkpoint_dir", root)
+        assert r"b & \textbf{.6000} \\" in latex.read_text()
+    assert "mine is an ablation" in refused("report", "mine", "--checkpoint_dir", root)
+    assert "3 runs are named, one of them twice" in refused(
+        "report", "second", "second", first.name, "--latex", latex, "--checkpoint_dir", root
+    )
+    assert "2 runs are named" in refused("report", "second", first.name, "--html", "x", "--checkpoint_dir", root)
+
+
+@pytest.mark.slow
+def test_mistakes_of_report(finished_command, tmp_path):
+    path, latex = finished_command.path, tmp_path / "t.tex"
+    assert "did you mean hit_users" in refused("report", path, "--latex", latex, "--scope", "hit_user")
+    assert "did you mean sft" in refused("report", path, "--latex", latex, "--methods", "stf")
+    assert "did you mean sft" in refused("report", path, "--figures", tmp_path, "--methods", "stf")
+    assert "did you mean ndcg@10" in refused("report", path, "--latex", latex, "--metrics", "ndgc@10")
+    assert "--versus is given without --latex" in refused("report", path, "--versus", "prior")
+    assert "--methods is given without --latex or --figures" in refused("report", path, "--methods", "sft")
+    assert "cannot write" in refused("report", path, "--latex", tmp_path)
+    assert "with --data_path DIR" in refused("report", path, "--html", latex, "--data_path", tmp_path, code=4)
+    assert "missing argument 'RUN...'" in refused("report")
+    assert not latex.exists()
 
 
 # --- rerank ----------------------------------------------------------------------------------------------------------

@@ -824,6 +824,7 @@ def test_the_run_folder(command):
     assert folder.parent == command.root / "gr2" / "tiny" / "runs"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
+        "report.html",
         "report.md",
         "result.json",
         "run.json",

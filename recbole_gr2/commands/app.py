@@ -17,6 +17,7 @@ from recbole_gr2.commands.convert import convert
 from recbole_gr2.commands.data import check
 from recbole_gr2.commands.doctor import doctor
 from recbole_gr2.commands.listing import data, methods, presets, settings
+from recbole_gr2.commands.report import report
 from recbole_gr2.commands.rerank import rerank
 from recbole_gr2.commands.run import PassThrough, run
 from recbole_gr2.commands.runs import runs
@@ -71,6 +72,7 @@ app.command(
 app.command()(runs)
 app.command()(compare)
 app.command()(show)
+app.command()(report)
 app.command()(rerank)
 app.command(cls=PassThrough, context_settings=PASS_THROUGH)(tune)
 app.add_typer(data_app, name="data")

@@ -1,5 +1,6 @@
-"""The folder of a run: result.json for programs, report.md and table.tex for people."""
+"""The folder of a run: result.json for programs, report.html, report.md and table.tex for people."""
 
+from recbole_gr2.report.latex import latex_tables
 from recbole_gr2.report.page import render_report
 from recbole_gr2.report.result import (
     FinishedRun,
@@ -10,7 +11,7 @@ from recbole_gr2.report.result import (
     read_run,
     unchanged_methods,
 )
-from recbole_gr2.report.tables import latex_tables, metrics_table
+from recbole_gr2.report.tables import metrics_table
 from recbole_gr2.report.writing import write_report, write_run
 
 __all__ = [

@@ -7,10 +7,12 @@ stage or a method, so a stage or a method of the user needs no change here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from recbole_gr2.console import render_table
+import pandas as pd
+
+from recbole_gr2.console import markdown, pipe_table
 from recbole_gr2.report.result import BASE, SCOPES, SPLITS, FinishedRun, in_scope, unchanged_methods
 from recbole_gr2.report.tables import (
     GAP,
@@ -26,6 +28,8 @@ from recbole_gr2.report.tables import (
     slices_table,
     truth_table,
 )
+from recbole_gr2.report.verdict import banner, verdict
+from recbole_gr2.rerankers.base import stage_name
 from recbole_gr2.sid.embed import textless_line
 from recbole_gr2.sid.quality import neighbourhood_line
 
@@ -40,10 +44,12 @@ class Page:
     Attributes:
         result: content of result.json.
         runs: the finished run of each seed.
+        names: names of methods in figures, if they differ from those in the tables.
     """
 
     result: Mapping[str, Any]
     runs: Sequence[FinishedRun]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -65,8 +71,18 @@ class Page:
                     yield ([str(run.seed)] if self.several else []), record.stage, record.summary
 
     def table(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-        """Return a table in a code block. With several seeds the first column is the seed."""
-        return _block(render_table([*(["seed"] if self.several else []), *header], lines))
+        """Return a table. With several seeds the first column is the seed."""
+        return pipe_table([*(["seed"] if self.several else []), *header], lines)
+
+    @property
+    def language_models(self) -> list[str]:
+        """The methods in which a language model answers a prompt."""
+        return list(
+            dict.fromkeys(
+                str(summary.get("method", stage))
+                for _, stage, summary in self.summaries(readable=REAL, statuses=Mapping, output_tokens=REAL)
+            )
+        )
 
 
 def render_report(result: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
@@ -81,13 +97,13 @@ def render_report(result: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str
 
 
 def title_section(page: Page) -> str:
-    """Return the title, the models, the seeds and the command."""
+    """Return the title, the verdict, the models, the seeds and the command."""
     result = page.result
+    warning = f"**{banner(result)}**\n\n" if banner(result) else ""
     seeds = f"seed{'s' if page.several else ''} {', '.join(map(str, result['seeds']))}"
-    return (
-        f"# GR2 on {data_title(result)}\n\nBase model {result['base_model']}, language model {result['llm']}, preset "
-        f"{result['preset']}, {seeds}.\n\n    {result['command']}"
-    )
+    models = f"Base model {result['base_model']}, language model {result['llm']}, preset {result['preset']}, {seeds}."
+    sentences = " ".join(verdict(result, page.language_models))
+    return f"# GR2 on {data_title(result)}\n\n{warning}{sentences}\n\n{models}\n\n    {result['command']}"
 
 
 def metrics_section(page: Page) -> str:
@@ -96,7 +112,7 @@ def metrics_section(page: Page) -> str:
     for scope in SCOPES:
         if not in_scope(page.result, scope):
             continue
-        parts.append(f"## {scope_title(page.result, scope)}\n\n{_block(metrics_table(page.result, scope))}")
+        parts.append(f"## {scope_title(page.result, scope)}\n\n{metrics_table(page.result, scope, pipe_table)}")
         if equal := equal_metrics(page.result, scope):
             parts.append(equal)
     return "\n\n".join(parts)
@@ -116,7 +132,7 @@ def reading_section(page: Page) -> str:
         f"two-sided paired randomization tests. {_family(page)}"
     )
     descriptions = {entry["method"]: entry["description"] for entry in page.result["methods"]}
-    methods = "\n".join(f"- `{method}`: {text}" for method, text in descriptions.items())
+    methods = "\n".join(f"- `{method}`: {markdown(text)}" for method, text in descriptions.items())
     warnings = "\n".join(f"- {text}" for text in cautions(page.result))
     return f"{' '.join(notes)}\n\nMethods:\n\n{methods}" + (f"\n\nCaution:\n\n{warnings}" if warnings else "")
 
@@ -159,15 +175,15 @@ def comparisons_section(page: Page) -> str:
         if page.several
         else "Differences are means over hit users."
     )
-    return f"## Differences between methods\n\n{_block(comparisons_table(page.result))}\n\n{unit} {_family(page)}"
+    return f"## Differences between methods\n\n{comparisons_table(page.result, pipe_table)}\n\n{unit} {_family(page)}"
 
 
 def slices_section(page: Page) -> str:
     """Return NDCG@10 over parts of the hit users."""
     methods = [entry["method"] for entry in in_scope(page.result, "hit_users") if not entry["diagnostic"]]
-    table = slices_table([run.per_user() for run in page.runs], methods)
+    table = slices_table([run.per_user() for run in page.runs], methods, pipe_table)
     seeds = ", of all seeds" if page.several else ""
-    parts = [f"## Slices\n\nNDCG@10 over parts of the hit users{seeds}.\n\n{_block(table)}"]
+    parts = [f"## Slices\n\nNDCG@10 over parts of the hit users{seeds}.\n\n{table}"]
     lines: list[list[str]] = []
     for seed, _, summary in page.summaries(slices=list):
         for entry in summary["slices"]:
@@ -184,9 +200,38 @@ def slices_section(page: Page) -> str:
     return "\n\n".join(parts)
 
 
+def moves_section(page: Page) -> str:
+    """Return how often each method moves the target up or down."""
+    frame = pd.concat([run.per_user() for run in page.runs])
+    lines = []
+    for method in ranked_methods(page.result):
+        moved = frame[BASE] - frame[method]
+        shares = [f"{float(each.mean()):.1%}" for each in (moved > 0, moved == 0, moved < 0)]
+        lines.append([method, *shares, *(f"{float(q):.0f}" for q in frame[method].quantile([0.25, 0.5, 0.75]))])
+    if not lines:
+        return ""
+    header = ["method", "target up", "same rank", "target down", "rank, 25 %", "rank, median", "rank, 75 %"]
+    seeds = ", of all seeds" if page.several else ""
+    quartiles = ", ".join(f"{float(q):.0f}" for q in frame[BASE].quantile([0.25, 0.5, 0.75]))
+    return (
+        f"## Rank before and after\n\nShare of the hit users{seeds} whose target has a better, the same or a worse "
+        f"rank than in the base order, and the quartiles of the rank. Those of the base order are {quartiles}.\n\n"
+        f"{pipe_table(header, lines)}"
+    )
+
+
+def ranked_methods(result: Mapping[str, Any]) -> list[str]:
+    """Return the methods that rank the candidates, without the base order and diagnostic methods."""
+    return [
+        entry["method"]
+        for entry in in_scope(result, "hit_users")
+        if entry["method"] != BASE and not entry["diagnostic"]
+    ]
+
+
 def published_section(page: Page) -> str:
     """Return the figures of papers for this data set."""
-    tables, sources = published_tables(page.result["dataset"])
+    tables, sources = published_tables(page.result["dataset"], pipe_table)
     protocol = page.result["settings"].get("eval_args", {"value": {"split": {"LS": "valid_and_test"}}})["value"]
     files = page.result["settings"].get("benchmark_filename", {"value": None})["value"]
     # The figures are those of the test split of leave-one-out.
@@ -200,7 +245,7 @@ def published_section(page: Page) -> str:
         "model learns from it too. Empty: the source does not state it. Only rows with the protocol of "
         "this package (mask yes, fit n-2) can be compared with its figures, and only roughly."
     ]
-    parts += [f"{SCOPES.get(scope, scope)}:\n\n{_block(table)}" for scope, table in tables.items()]
+    parts += [f"{SCOPES.get(scope, scope)}:\n\n{table}" for scope, table in tables.items()]
     parts.append("\n".join(f"- {name}: {text}." for name, text in sources.items()))
     return "\n\n".join(parts)
 
@@ -259,7 +304,7 @@ def truth_section(page: Page) -> str:
     if not page.result["truth"]:
         return ""
     return (
-        f"## Truth of the reasoning\n\n{_block(truth_table(page.result))}\n\n"
+        f"## Truth of the reasoning\n\n{truth_table(page.result, pipe_table)}\n\n"
         "Share of the answers whose statements are true. Only statements in the form of the rules teacher can be "
         "checked; those of the rules teacher are always true. `habit`: the user interacts with such kinds of items. "
         "`kind`: the cited candidate is of the stated kind. `why`: the stated reason holds (brand, kind, "
@@ -285,9 +330,34 @@ def examples_section(page: Page) -> str:
 def protocol_section(page: Page) -> str:
     """Return what has to agree when the results of two runs are compared."""
     for _, _, summary in page.summaries(protocol=Mapping):
-        lines = {**summary["protocol"], "reported split": SPLITS[page.result["split"]]}
-        return "## Protocol\n\n" + "\n".join(f"- {name}: {text}" for name, text in lines.items())
+        named = {**summary["protocol"], "reported split": SPLITS[page.result["split"]]}
+        lines = "\n".join(f"- {name}: {markdown(str(text))}" for name, text in named.items())
+        return f"## Protocol\n\n{lines}\n\n{methods_table(page)}"
     return ""
+
+
+def methods_table(page: Page) -> str:
+    """Return which stages each method of the first run uses, directly or through other stages."""
+    run = page.runs[0]
+    needs = {record.stage: tuple(record.needs) for record in run.records}
+
+    def closure(stage: str) -> set[str]:
+        return {stage, *(each for need in needs.get(stage, ()) for each in closure(need))}
+
+    lines = {}
+    for entry in page.result["methods"]:
+        method = entry["method"]
+        names = (stage_name(method), method, f"base_model_{method}", *(["candidates"] if method == BASE else []))
+        stage = next((name for name in names if name in needs), "")
+        used = closure(stage) - {stage}
+        lines[method] = [
+            method,
+            stage,
+            ", ".join(each for each in needs if each in used),
+            "" if not entry["diagnostic"] else "yes",
+        ]
+    header = ["method", "its stage", "earlier stages whose files it uses", "diagnostic"]
+    return f"What each method learns from:\n\n{pipe_table(header, list(lines.values()))}"
 
 
 def candidates_section(page: Page) -> str:
@@ -410,7 +480,7 @@ def curves_section(page: Page) -> str:
     seeds = " and over the seeds" if page.several else ""
     return (
         f"## Learning curves\n\nMeans over equal parts of the training steps or rounds{seeds}, on training data.\n\n"
-        f"{_block(curves_table(page.result['curves']))}"
+        f"{curves_table(page.result['curves'], pipe_table)}"
     )
 
 
@@ -418,14 +488,14 @@ def settings_section(page: Page) -> str:
     """Return the settings that differ from their defaults."""
     return (
         "## Settings\n\nThese settings differ from their defaults. config.yaml has all settings.\n\n"
-        f"{_block(settings_table(page.result['settings']))}"
+        f"{settings_table(page.result['settings'], pipe_table)}"
     )
 
 
 def cost_section(page: Page) -> str:
     """Return the cost of each stage."""
     return (
-        f"## Cost\n\n{_block(cost_table(page.result))}\n\n"
+        f"## Cost\n\n{cost_table(page.result, pipe_table)}\n\n"
         "Wall time includes interrupted starts, up to the last file that each wrote. Peak memory and code version are "
         "those of the last start. A cached stage has the cost of the run that computed it."
     )
@@ -445,6 +515,7 @@ SECTIONS: tuple[Callable[[Page], str], ...] = (
     protocol_section,
     comparisons_section,
     slices_section,
+    moves_section,
     published_section,
     answers_section,
     truth_section,
@@ -479,10 +550,6 @@ def _maps(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
     if not isinstance(value, Mapping) or not all(isinstance(entry, Mapping) for entry in value.values()):
         return []
     return [(str(name), entry) for name, entry in value.items()]
-
-
-def _block(table: str) -> str:
-    return f"```\n{table}\n```"
 
 
 def _seed(cells: Sequence[str]) -> str:

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from recbole_gr2.artifacts import read_per_user
-from recbole_gr2.errors import MissingFileError
 from recbole_gr2.llm.curves import FIGURES, curve
-from recbole_gr2.store import explained_disk_errors, read_manifest
+from recbole_gr2.runs import finished_stages, read_result, seed_runs
+from recbole_gr2.store import explained_disk_errors, read_json, read_manifest
 from recbole_gr2.types import StageRecord
 
 if TYPE_CHECKING:
@@ -128,20 +128,9 @@ def read_run(path: Path) -> FinishedRun:
     Raises:
         MissingFileError: a stage of the run is not finished any more.
     """
-    result = json.loads(path.read_text(encoding="utf-8"))
-    run = json.loads((path.parent / "run.json").read_text(encoding="utf-8"))
-    folders = {stage: Path(folder) for stage, folder in run["stages"].items()}
-    records = []
-    for stage, folder in folders.items():
-        record = read_manifest(folder)
-        if record is None:
-            raise MissingFileError(
-                f"the run has no finished {stage} stage",
-                where=str(folder),
-                why="The report is made from the files of the stages.",
-                do="repeat the command of the run",
-            )
-        records.append(record)
+    result, run = read_result(path.parent), read_json(path.parent / "run.json")
+    folders = finished_stages(path.parent)
+    records = [record for folder in folders.values() if (record := read_manifest(folder)) is not None]
     return FinishedRun(
         path=path,
         command=run["command"],
@@ -156,6 +145,15 @@ def read_run(path: Path) -> FinishedRun:
         cached=tuple(stage["cached"][0] for stage in result["stages"]),
         folders=folders,
     )
+
+
+def read_seeds(folder: Path) -> list[FinishedRun]:
+    """Read the finished run of each seed of a run, see `read_run`.
+
+    Args:
+        folder: the folder of a run of one seed or of several seeds.
+    """
+    return [read_run(each / "result.json") for each in seed_runs(folder)]
 
 
 def new_folder(parent: Path) -> Path:
@@ -270,12 +268,13 @@ def means(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str
     }
 
 
-def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[float]]]:
-    """Return the means of logged figures over five equal parts of the training steps.
+def learning_curves(folders: Mapping[str, Path], parts: int = 5) -> dict[str, dict[str, list[float]]]:
+    """Return the means of logged figures over equal parts of the training steps.
 
     Args:
         folders: folders of finished stages, by name. A stage that trains a language model has a log.json: a list of
             logged lines, or one such list for each part of the stage.
+        parts: number of parts. A shorter log has one part per line.
 
     Returns:
         Stage, or stage and part -> figure -> means, from the first part of the steps to the last.
@@ -291,7 +290,7 @@ def learning_curves(folders: Mapping[str, Path]) -> dict[str, dict[str, list[flo
             # A stage may train several times. The curve is that of the last training, whose steps begin at 1 again.
             start = max(n for n, line in enumerate(log) if n == 0 or line["step"] <= log[n - 1]["step"])
             names = FIGURES if "reward" in log[-1] else [name for name in log[-1] if name.startswith("loss")]
-            curves[f"{stage} {part}".strip()] = curve(log[start:], names)
+            curves[f"{stage} {part}".strip()] = curve(log[start:], names, parts)
     return curves
 
 

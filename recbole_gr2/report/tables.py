@@ -1,8 +1,12 @@
-"""The tables of the report. Each is a function of result.json, for one seed and for several."""
+"""The tables of the report. Each is a function of result.json, for one seed and for several.
+
+The argument `render` of each function makes the table from its header and its lines: plain text by default, Markdown
+with `console.pipe_table`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.report.result import BASE, ORACLE, SCOPES, SPLITS, in_scope
 
 GAP = "ndcg@10"  # The metric of the differences to the base order and of the share of the oracle gap.
+Render = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 COMPARED = ("recall@1", "ndcg@10")  # The metrics of the comparisons table.
 
 
@@ -63,7 +68,7 @@ def data_title(result: Mapping[str, Any]) -> str:
     return result["dataset"] + ("" if result["split"] == "test" else f", {SPLITS[result['split']]}")
 
 
-def metrics_table(result: Mapping[str, Any], scope: str) -> str:
+def metrics_table(result: Mapping[str, Any], scope: str, render: Render = render_table) -> str:
     """Return the table of a scope, with one line per method.
 
     Its columns are the metrics, the difference to the base order in NDCG@10 with interval and adjusted p-value, the
@@ -84,7 +89,7 @@ def metrics_table(result: Mapping[str, Any], scope: str) -> str:
                 _share(entry["unchanged"]),
             ]
         )
-    return render_table(["method", *shown, f"{GAP} vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
+    return render(["method", *shown, f"{GAP} vs base [95 %]", "p (Holm)", "gap closed", "unchanged"], lines)
 
 
 def gap_closed(result: Mapping[str, Any], scope: str) -> dict[str, float]:
@@ -100,7 +105,7 @@ def gap_closed(result: Mapping[str, Any], scope: str) -> dict[str, float]:
     return {method: difference / gap for method, difference in differences.items()} if gap else {}
 
 
-def comparisons_table(result: Mapping[str, Any]) -> str:
+def comparisons_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the paired differences between methods over hit users, with one line per pair.
 
     The pairs of each method with the base order come first. The columns are the difference with its interval and the
@@ -117,17 +122,27 @@ def comparisons_table(result: Mapping[str, Any]) -> str:
         for name, found in pairs
     ]
     header = ["methods", *(cell for metric in COMPARED for cell in (f"{metric} [95 %]", "p (Holm)"))]
-    return render_table(header, lines)
+    return render(header, lines)
 
 
-def truth_table(result: Mapping[str, Any]) -> str:
+def truth_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the share of true statements in the answers of each method, by kind of statement."""
     kinds = list(dict.fromkeys(kind for shares in result["truth"].values() for kind in shares))
     lines = [[method, *(_share(shares.get(kind)) for kind in kinds)] for method, shares in result["truth"].items()]
-    return render_table(["method", *kinds], lines)
+    return render(["method", *kinds], lines)
 
 
-def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> str:
+def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str], render: Render = render_table) -> str:
+    """Return NDCG@10 over parts of the hit users, see `hit_slices`."""
+    shown = [method for method in methods if any(method in frame for frame in frames)]
+    lines = [
+        [name, f"{count:,}", *(f"{value:.4f}" for value in values.values())]
+        for name, count, values in hit_slices(frames, shown)
+    ]
+    return render(["candidate lists", "n", *shown], lines)
+
+
+def hit_slices(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> list[tuple[str, int, dict[str, float]]]:
     """Return NDCG@10 over parts of the hit users.
 
     The parts are by base rank of the target, by length of the history and by popularity of the target. A property that
@@ -136,6 +151,9 @@ def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> str:
     Args:
         frames: per_user.csv of each seed.
         methods: the methods to show, if the frames have them.
+
+    Returns:
+        For each part its name, its number of candidate lists, and NDCG@10 by method.
     """
     users = pd.concat(frames)
     shown = [method for method in methods if method in users.columns]
@@ -145,21 +163,17 @@ def slices_table(frames: Sequence[pd.DataFrame], methods: Iterable[str]) -> str:
         "history": pd.qcut(users["history"], 3, duplicates="drop"),
         "popularity": pd.qcut(users["popularity"], 3, duplicates="drop"),
     }
-    lines = []
+    slices = []
     for column, cut in parts.items():
         for _, part in users.groupby(cut, observed=True):
             low, high = part[column].min(), part[column].max()
-            lines.append(
-                [
-                    f"{names[column]} {low}" + (f" to {high}" if high > low else ""),
-                    f"{len(part):,}",
-                    *(f"{ndcg_at(part[method].to_numpy(), 10).mean():.4f}" for method in shown),
-                ]
-            )
-    return render_table(["candidate lists", "n", *shown], lines)
+            name = f"{names[column]} {low}" + (f" to {high}" if high > low else "")
+            values = {method: float(ndcg_at(part[method].to_numpy(), 10).mean()) for method in shown}
+            slices.append((name, len(part), values))
+    return slices
 
 
-def curves_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def curves_table(curves: Mapping[str, Mapping[str, Sequence[float]]], render: Render = render_table) -> str:
     """Return the means over equal parts of the steps, with one line per stage and figure."""
     lines = [
         [stage, name, *(f"{value:.4f}" for value in values)]
@@ -168,16 +182,16 @@ def curves_table(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     ]
     parts = max(map(len, lines), default=2) - 2
     header = ["stage", "figure", *(f"{n} of {parts}" for n in range(1, parts + 1))]
-    return render_table(header, [line + [""] * (len(header) - len(line)) for line in lines])
+    return render(header, [line + [""] * (len(header) - len(line)) for line in lines])
 
 
-def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> str:
+def settings_table(settings: Mapping[str, Mapping[str, Any]], render: Render = render_table) -> str:
     """Return the settings that differ from their defaults, with one line per setting."""
     lines = [[key, str(entry["value"]), str(entry["from"])] for key, entry in settings.items()]
-    return render_table(["setting", "value", "from"], lines)
+    return render(["setting", "value", "from"], lines)
 
 
-def cost_table(result: Mapping[str, Any]) -> str:
+def cost_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return wall time of each seed, largest peak memory, use of the cache and code version of each stage.
 
     A number of cached seeds stands in the column `cached` if a stage was cached for some seeds only.
@@ -197,13 +211,13 @@ def cost_table(result: Mapping[str, Any]) -> str:
         )
     totals = [f"{sum(stage['seconds'][n] for stage in stages):,.0f} s" for n in range(len(seeds))]
     times = ["wall time"] if len(seeds) == 1 else [f"seed {seed}" for seed in seeds]
-    return render_table(["stage", *times, "peak memory", "cached", "code"], [*lines, ["all", *totals, "", "", ""]])
+    return render(["stage", *times, "peak memory", "cached", "code"], [*lines, ["all", *totals, "", "", ""]])
 
 
 PROTOCOL = ("method", "source", "mask", "fit")  # fields of a published figure that are no metrics
 
 
-def published_tables(dataset: str) -> tuple[dict[str, str], dict[str, str]]:
+def published_tables(dataset: str, render: Render = render_table) -> tuple[dict[str, str], dict[str, str]]:
     """Return the published figures of papers for a data set: scope -> table, and the sources that the tables name.
 
     Both are empty if there are no figures. properties/published.yaml explains the columns.
@@ -220,39 +234,9 @@ def published_tables(dataset: str) -> tuple[dict[str, str], dict[str, str]]:
             ]
             for entry in entries
         ]
-        tables[scope] = render_table([*PROTOCOL, *names], lines)
+        tables[scope] = render([*PROTOCOL, *names], lines)
         sources |= {entry["source"]: published["sources"][entry["source"]] for entry in entries}
     return tables, sources
-
-
-def latex_tables(result: Mapping[str, Any]) -> str:
-    """Return table.tex: one tabular (booktabs) per scope.
-
-    The best value of each column is bold. Diagnostic methods do not compete. A column whose values are the same for all
-    methods is left out. With several seeds a cell is the mean and the standard deviation.
-    """
-    parts = []
-    for scope, users in SCOPES.items():
-        entries = in_scope(result, scope)
-        if not entries:
-            continue
-        shown = [
-            metric
-            for metric in metrics_of(result, scope)[0]
-            if len({str(entry["metrics"].get(metric)) for entry in entries}) > 1
-        ]
-        names = [entry["method"] for entry in entries]
-        figures = [[entry["metrics"].get(metric) for metric in shown] for entry in entries]
-        values = [[np.nan if each is None else each["mean"] for each in row] for row in figures]
-        means = pd.DataFrame(values, names, shown, dtype=float).round(4)
-        diagnostic = np.array([bool(entry["diagnostic"]) for entry in entries])
-        bold = means.eq(means[~diagnostic].max()) & ~diagnostic[:, None]
-        text = pd.DataFrame([[_figure(each, " $\\pm$ ") for each in row] for row in figures], names, shown)
-        style = text.style.apply(lambda _, bold=bold: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
-        style.format_index(escape="latex")
-        columns = "l" + "r" * len(shown)
-        parts.append(f"% {data_title(result)}, {users}\n{style.to_latex(hrules=True, column_format=columns)}")
-    return "\n".join(parts)
 
 
 def _grouped(metrics: Iterable[str]) -> list[str]:
@@ -284,7 +268,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def figures_table(result: Mapping[str, Any]) -> str:
+def figures_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the figures of an ablation, with one line per variant.
 
     The columns of published figures follow those of the ablation. A failed variant is marked.
@@ -294,7 +278,7 @@ def figures_table(result: Mapping[str, Any]) -> str:
     """
     variants = result["variants"]
     published = [heading for heading in result["columns"] if any(heading in each["published"] for each in variants)]
-    return render_table(
+    return render(
         ["variant", *result["columns"], *(f"published: {heading}" for heading in published)],
         [
             [
@@ -307,16 +291,16 @@ def figures_table(result: Mapping[str, Any]) -> str:
     )
 
 
-def variant_settings_table(result: Mapping[str, Any]) -> str:
+def variant_settings_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the settings that each variant of an ablation changes."""
     lines = [
         [variant["name"], ", ".join(f"{key}: {value}" for key, value in variant["settings"].items())]
         for variant in result["variants"]
     ]
-    return render_table(["variant", "settings"], lines)
+    return render(["variant", "settings"], lines)
 
 
-def variant_cost_table(result: Mapping[str, Any]) -> str:
+def variant_cost_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the wall time of the finished stages of each variant of an ablation."""
     times = [{stage["stage"]: stage["seconds"][0] for stage in variant["stages"]} for variant in result["variants"]]
     stages = list(dict.fromkeys(stage for each in times for stage in each))
@@ -328,7 +312,7 @@ def variant_cost_table(result: Mapping[str, Any]) -> str:
         ]
         for variant, each in zip(result["variants"], times, strict=True)
     ]
-    return render_table(["variant", *stages, "all"], lines)
+    return render(["variant", *stages, "all"], lines)
 
 
 def _value(value: Any) -> str:
