@@ -48,6 +48,7 @@ def made(figures, *, sd=None, pairs=(), p_base=1.0, dataset="x", preset="laptop"
     ]
     return {
         "dataset": dataset,
+        "split": "test",
         "preset": preset,
         "seeds": list(range(seeds)),
         "methods": methods,
@@ -171,6 +172,7 @@ def test_the_table_of_a_validation_run_says_so():
 ABLATION = {
     "ablation": "rerank",
     "dataset": "x",
+    "split": "test",
     "preset": "laptop",
     "columns": {
         "base ndcg@10": "evaluate.methods.method=base&scope=hit_users.metrics.ndcg@10",

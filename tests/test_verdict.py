@@ -29,6 +29,7 @@ def result(base, pairs=(), *, preset="laptop", seeds=(2020,), diagnostic=("oracl
     comparisons = [
         {"method": one, "versus": other, "scope": "hit_users", "metrics": metrics} for one, other, metrics in pairs
     ]
+    more = {"split": "test", **more}
     return {"preset": preset, "seeds": list(seeds), "methods": methods, "comparisons": comparisons, **more}
 
 
