@@ -32,18 +32,18 @@ from recbole_gr2.artifacts import load_catalog, load_requests, read_answers, rea
 from recbole_gr2.bridge.data import Data, exact_time_dataset  # noqa: E402
 from recbole_gr2.bridge.evaluator import rank_all  # noqa: E402
 from recbole_gr2.bridge.scoring import scores_of_row  # noqa: E402
-from recbole_gr2.config import Settings, load_settings, recbole_config  # noqa: E402
+from recbole_gr2.config import ONEREC_THINK, Settings, load_settings, recbole_config  # noqa: E402
 from recbole_gr2.console import quiet_libraries  # noqa: E402
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest  # noqa: E402
 from recbole_gr2.lists import pool_size  # noqa: E402
 from recbole_gr2.rerankers.apply import completed, input_orders, rank_pools  # noqa: E402
 from recbole_gr2.rerankers.base import Reranker, stage_name  # noqa: E402
 from recbole_gr2.rerankers.external import FILE  # noqa: E402
-from recbole_gr2.rerankers.registry import chosen, orders  # noqa: E402
+from recbole_gr2.rerankers.registry import RERANKERS, find_reranker, orders  # noqa: E402
 from recbole_gr2.run_comparison import compare_runs  # noqa: E402
 from recbole_gr2.runs import find_run, finished_stages, one_seed, read_result, seed_runs, stage_folders  # noqa: E402
 from recbole_gr2.serving import CandidateList, ListReranker, Reranked  # noqa: E402
-from recbole_gr2.store import check_files, numbered_lines, read_manifest, stage_key, write_text  # noqa: E402
+from recbole_gr2.store import check_files, explained_disk_errors, numbered_lines, read_manifest, stage_key, write_text  # noqa: E402
 from recbole_gr2.types import Candidate, Request, StageRecord  # noqa: E402
 
 if TYPE_CHECKING:
@@ -74,12 +74,19 @@ class OpenRun:
     records: Mapping[str, StageRecord]
 
     @property
-    def methods(self) -> dict[str, type[Reranker]]:
-        """The re-rankers of the run that can rank other lists, by name."""
-        named = [*orders(self.settings), *chosen(self.settings)]
-        files = {name.removeprefix(FILE) for name in self.settings["eval_rows"] if name.startswith(FILE)}
-        stems = {Path(file).stem for file in files}
-        return {each.name: each for each in named if each.name != "oracle" and each.name not in stems}
+    def methods(self) -> list[str]:
+        """Names of the re-rankers of the run that can rank other lists, as far as no module of the user is needed."""
+        named = [order.name for order in orders(self.settings) if order.name != "oracle"]
+        named += [name for name in self.settings["eval_rows"] if not name.startswith(FILE)]
+        return named + [ONEREC_THINK[model] for model in self.settings["models"] if model in ONEREC_THINK]
+
+    def method(self, name: str) -> type[Reranker] | None:
+        """The re-ranker of this name; None if the run has none. Other objects of the user are not imported."""
+        by_name = {**{order.name: order for order in orders(self.settings)}, **RERANKERS}
+        if name in self.methods:
+            return by_name.get(name) or find_reranker(name)
+        own = (find_reranker(entry) for entry in self.methods if ":" in entry)  # A class can have another name.
+        return next((each for each in own if each.name == name), None)
 
 
 @lru_cache(maxsize=2)
@@ -156,9 +163,9 @@ class GR2(SequentialRecommender):
 
     def _find(self) -> type[Reranker]:
         """The re-ranker of this name. Raises a ConfigurationError if the run has no such method."""
-        methods = self.opened.methods
-        if self.method in methods:
-            return methods[self.method]
+        found, methods = self.opened.method(self.method), self.opened.methods
+        if found is not None:
+            return found
         near = nearest(self.method, methods)
         raise ConfigurationError(
             f"the run has no method {self.method!r} that can rank other lists",
@@ -405,14 +412,29 @@ def rerank_file(
     file = Path(lists)
     if not file.is_file():
         raise MissingFileError(f"there is no file {file}", where="lists", do="correct the path of the lists")
+    if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
+        raise ConfigurationError(
+            f"{output} cannot be written: it is a folder, or its folder does not exist",
+            where="output",
+            why="the rankings are written there",
+            do="name a file in an existing folder",
+        )
     read = [_read_list(line, f"{file}:{number}") for number, line in numbered_lines(file)]
+    if not read:
+        raise ConfigurationError(
+            "the file has no list", where=str(file), why="there is nothing to rank", do="write one JSON object per line"
+        )
     results = GR2.load(run, method, data_path=data_path).rerank_batch([each for _, each in read])
-    records = (json.dumps({**names, **asdict(found)}) for (names, _), found in zip(read, results, strict=True))
+    records = (
+        json.dumps({**names, **asdict(found)}, ensure_ascii=False)
+        for (names, _), found in zip(read, results, strict=True)
+    )
     text = "".join(f"{record}\n" for record in records)
     if output is None:
         sys.stdout.write(text)
     else:
-        write_text(Path(output), text)
+        with explained_disk_errors(Path(output).parent):
+            write_text(Path(output), text)
     return len(read)
 
 

@@ -12,7 +12,7 @@ from recbole_gr2.errors import ConfigurationError, nearest
 from recbole_gr2.ranking import METRICS, Comparison, adjust, paired_comparison
 from recbole_gr2.runs import changed_settings, finished_stages, read_config, read_result, seed_runs
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.store import read_lines
+from recbole_gr2.store import read_lines, read_manifest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +82,21 @@ def compare_runs(
         "dataset": results[0]["dataset"],
         "users": users,
         "list_length": longest,
-        "settings": changed_settings(*configs),
+        "settings": {**changed_settings(*configs), **_changed_objects(stages)},
         "methods": [{**line, **test} for line, test in compared],
     }
+
+
+def _changed_objects(stages: Sequence[Sequence[Mapping[str, Path]]]) -> dict[str, list[Any]]:
+    """Hashes of the user's modules and files that differ between the first seeds of two runs, with both values."""
+    hashes: list[dict[str, Any]] = [{}, {}]
+    for found, runs in zip(hashes, stages, strict=True):
+        for folder in runs[0].values():
+            record = read_manifest(folder)
+            values = record.settings if record else {}
+            found |= {key: value for key, value in values.items() if key.endswith((".sha", ".sha256"))}
+    first, second = hashes
+    return {key: [first[key], second[key]] for key in first if key in second and first[key] != second[key]}
 
 
 def _methods(result: Mapping[str, Any]) -> dict[str, Any]:

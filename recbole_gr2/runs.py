@@ -244,19 +244,23 @@ def check_same_run(folder: Path, sources: Mapping[str, Any], config: str) -> Non
     """
     if not (folder / RUN).is_file():
         return
-    recorded = _read(folder / RUN, ())
+    recorded, other = _read(folder / RUN, ()), []
     if "runs" in sources:
         same = _names(recorded.get("runs", ())) == _names(sources["runs"])
     else:
         earlier = {stage: Path(path).name for stage, path in recorded.get("stages", {}).items()}
-        same = all(earlier.get(stage) == Path(path).name for stage, path in sources["stages"].items())
+        other = [stage for stage, path in sources["stages"].items() if earlier.get(stage) != Path(path).name]
+        same = not other
     if same:
         return
     changed = changed_settings(read_config(folder), read_yaml(config))
     differences = [f"{key} {before!r:.60} -> {now!r:.60}" for key, (before, now) in changed.items()]
     raise ConfigurationError(
         f"the run {folder.name!r} exists and is another one: "
-        + ("; ".join(differences[:5]) or "its seeds, data or code differ"),
+        + (
+            "; ".join(differences[:5])
+            or "its seeds, data or code differ" + (f", in {', '.join(other)}" if other else "")
+        ),
         where=str(folder),
         why="its report would be replaced by that of a different run",
         do=f"choose another --name, or remove the run: recbole-gr2 clean --runs {folder.name}",

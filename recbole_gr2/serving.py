@@ -235,10 +235,11 @@ class ListReranker:
         for token, named in texts.items():
             if token in self.catalog.id_of:
                 continue
-            text = {name: clean_text(str(named.get(name) or "")) for name in TEXTS}
-            if set(named) - set(TEXTS) or not any(text.values()):
+            given = dict(named) if isinstance(named, Mapping) else {}
+            text = {name: clean_text(str(given.get(name) or "")) for name in TEXTS}
+            if set(given) - set(TEXTS) or not any(text.values()):
                 raise ConfigurationError(
-                    f"the item {token!r} has the texts {dict(named)!r:.200}",
+                    f"the item {token!r} has the texts {named!r:.200}",
                     where="items",
                     why="an item that the data set does not contain is known by its texts only",
                     do=f"give at least one of {', '.join(TEXTS)}",
@@ -267,15 +268,24 @@ class ListReranker:
         Raises:
             ConfigurationError: a candidate occurs twice, or scores, times or sources do not fit.
         """
+        for name, tokens in (("history", given.history), ("candidates", given.candidates)):
+            if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+                raise ConfigurationError(
+                    f"{name} is {tokens!r:.100}, expected a list of item ids",
+                    where=where,
+                    why="each element is the id of an item",
+                    do='write a list such as ["I1", "I2"]',
+                )
         tokens, history = [str(token) for token in given.candidates], [str(token) for token in given.history]
         count = len(tokens)
-        scores = list(map(float, given.scores)) if given.scores is not None else [-float(n) for n in range(count)]
+        scores = _numbers(given.scores, "scores", where) or [-float(n) for n in range(count)]
+        times = _numbers(given.times, "times", where)
         problems = {
             "a candidate occurs twice": len(set(tokens)) < count,
             f"{len(scores)} scores for {count} candidates": len(scores) != count,
-            "a score is not a finite number": not all(map(math.isfinite, scores)),
-            f"{len(given.times or ())} times for {len(history)} items of the history": given.times is not None
-            and len(given.times) != len(history),
+            "a score or a time is not a finite number": not all(map(math.isfinite, [*scores, *(times or ())])),
+            f"{len(times or ())} times for {len(history)} items of the history": times is not None
+            and len(times) != len(history),
             f"ranks and scores by base models do not fit {count} candidates": any(
                 len(values["ranks"]) != count or len(values["scores"]) != count
                 for values in (given.sources or {}).values()
@@ -286,7 +296,7 @@ class ListReranker:
                 raise ConfigurationError(
                     problem,
                     where=where,
-                    why="each candidate is ranked once, by one score",
+                    why="a list has one score for each candidate and one time for each item of its history",
                     do="correct the list",
                 )
         id_of = self.catalog.id_of
@@ -303,7 +313,7 @@ class ListReranker:
             user_token=name,
             split="test",
             history=tuple(id_of[history[place]] for place in read),
-            times=() if given.times is None else tuple(float(given.times[place]) for place in read),
+            times=() if times is None else tuple(times[place] for place in read),
             candidates=tuple(
                 Candidate(item_id=id_of[tokens[place]], score=scores[place], rank=rank)
                 for rank, place in enumerate(places, start=1)
@@ -418,6 +428,19 @@ class ListReranker:
     @cached_property
     def _title_of(self) -> dict[str, str]:
         return {sid_text(item.sid): f"[{item.title or item.token}]" for item in self.catalog}
+
+
+def _numbers(values: Sequence[float] | None, name: str, where: str) -> list[float] | None:
+    """The values as floats. Raises a ConfigurationError if one is no number."""
+    try:
+        return None if values is None else list(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{name} cannot be read: {error}",
+            where=where,
+            why="they are numbers, and times have the unit of the data file",
+            do=f"give a list of numbers as {name}",
+        ) from error
 
 
 def _training_data(data: Data, catalog: Catalog, embeddings: np.ndarray) -> TrainingData:

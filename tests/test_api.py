@@ -215,7 +215,7 @@ def test_any_list_gives_a_permutation(finished_run, history, candidates, scores,
     [
         ({"candidates": ["i02", "i02"]}, "a candidate occurs twice"),
         ({"scores": [1.0]}, "1 scores for 2 candidates"),
-        ({"scores": [1.0, float("nan")]}, "a score is not a finite number"),
+        ({"scores": [1.0, float("nan")]}, "a score or a time is not a finite number"),
         ({"times": [1.0, 2.0]}, "2 times for 1 items"),
         ({"items": {"new": {}}}, "the item 'new' has the texts"),
         ({"items": {"new": {"name": "Lamp"}}}, "the item 'new' has the texts"),

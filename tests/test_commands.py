@@ -187,7 +187,6 @@ def test_names_need_no_large_library(tmp_path):
     """Help, lists of runs and settings, and errors of names import neither torch nor pandas nor RecBole."""
     code = """
 import sys
-from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.commands import main
 for words in ("--help", "runs", "runz", "compare a b", "show a u", "rerank a b", "clean", "list settings rl_",
               "list presets", "list data", "run --preset=smok", "data check --dataset=ml-100"):
@@ -376,7 +375,7 @@ def test_no_runs(tmp_path):
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 CONFIG = {
-    "eval_args": {"split": {"LS": "valid_and_test"}},
+    "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full", "group_by": "user"},
     "eval_max_lists": None,
     "cand_file": None,
     "cand_pool": None,
@@ -472,7 +471,10 @@ def test_seeds_are_averaged_for_each_user(tmp_path):
     ("options", "text"),
     [
         ({"everyone": 61}, "different numbers of users: 60 and 61"),
-        ({"config": {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}}, "different splits"),
+        (
+            {"config": {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "group_by": "none"}}},
+            "different splits",
+        ),
         ({"config": {"eval_max_lists": 50}}, "sample different numbers of users"),
         ({"targets": {"c": "i-z"}}, "1 users have different test targets, for example c"),
     ],
@@ -675,7 +677,13 @@ def test_report_of_several_runs_and_of_an_ablation(finished_command, tmp_path):
     ablation = root / "gr2" / "tiny" / "ablations" / "mine"
     ablation.mkdir(parents=True)
     variants = [{"name": "a", "figures": {"sft ndcg@10": 0.5}}, {"name": "b", "figures": {"sft ndcg@10": 0.6}}]
-    content = {"ablation": "mine", "dataset": "tiny", "preset": "laptop", "columns": {"sft ndcg@10": column}}
+    content = {
+        "ablation": "mine",
+        "dataset": "tiny",
+        "split": "test",
+        "preset": "laptop",
+        "columns": {"sft ndcg@10": column},
+    }
     (ablation / "result.json").write_text(json.dumps({**content, "variants": variants}))
     for name in ("mine", "tiny/mine", ablation):
         printed("report", name, "--latex", latex, "--checkpoint_dir", root)

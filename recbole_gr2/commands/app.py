@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; nothing was changed", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command continues", file=sys.stderr)
         return 130
     finally:
         sys.path.remove(os.getcwd())

@@ -194,11 +194,12 @@ def load_settings(
         preset = default_preset()
     presets = {file.stem: file for file in (folder / "preset").glob("*.yaml")}
     if str(preset) not in presets:
+        near = nearest(str(preset), presets)
         raise ConfigurationError(
             f"there is no preset named {preset!r:.200}",
             where="preset",
             why="a preset defines the sizes of the models and of the training",
-            do=f"choose from {', '.join(nearest(str(preset), presets) or sorted(presets))}",
+            do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(sorted(presets))}",
         )
     weaker.append((f"preset/{preset}.yaml", _read_file(presets[str(preset)])))
     merged = _merge([*weaker, *given])

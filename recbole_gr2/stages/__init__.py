@@ -17,7 +17,7 @@ from recbole_gr2.types import Stage
 # Module -> names of its stages; () if they depend on the settings.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "base_model": (),  # first, because its mistakes are found within seconds, and most models need no other stage
-    "candidates": ("candidates", "validation"),
+    "candidates": ("candidates",),  # and `validation` with `eval_split: valid`
     "embeddings": ("embeddings",),
     "tokenizer": ("tokenizer",),
     "midtrain": ("midtrain", "midtrain_all"),
@@ -54,7 +54,8 @@ def check_names(names: Iterable[str], settings: Settings) -> None:
     """
     known = [f"{BASE_MODEL}{name}" for name in settings["base_model"]]
     known += [name for group in MODULES.values() for name in group] + settings["models"]
-    known += [f"{VALIDATION}{name}" for name in settings["models"]]
+    if settings["eval_split"] != "test":
+        known += ["validation", *(f"{VALIDATION}{name}" for name in settings["models"])]
     methods = [*settings["eval_rows"], *(ONEREC_THINK[model] for model in settings["models"] if model in ONEREC_THINK)]
     known += dict.fromkeys(f"{RERANK}{name}" for name in methods if ":" not in name)
     for name in names:
