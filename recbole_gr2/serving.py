@@ -201,7 +201,8 @@ class ListReranker:
         """
         given = {token: texts for each in lists for token, texts in each.items.items()}
         used = {token for each in lists for token in (*each.history, *each.candidates)}
-        unseen = {token: texts for token, texts in self.run.data.item_texts.items() if token in used}
+        texts = self.run.data.item_texts
+        unseen = {token: texts[token] for token in sorted(used & texts.keys()) if any(texts[token].values())}
         self.add_items({**unseen, **given})
         requests = {}
         for number, each in enumerate(lists):

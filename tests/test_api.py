@@ -178,9 +178,10 @@ def test_new_items_get_semantic_ids_of_their_own(finished_run):
 def test_items_of_the_item_file_need_no_text(tiny_data, finished_run, tmp_path):
     shutil.copytree(tiny_data / "tiny", tmp_path / "tiny")
     with open(tmp_path / "tiny" / "tiny.item", "a", encoding="utf-8") as file:
-        file.write("cold\tLamp number 11\tThings > Lamps\tAcme\n")
+        file.write("cold\tLamp number 11\tThings > Lamps\tAcme\nblank\t\t\t\n")
     gr2 = GR2.load(finished_run.path, "prior", data_path=tmp_path)
     assert gr2.rerank(["i00"], ["i50", "cold", "i40"]).unknown == ()
+    assert gr2.rerank(["i00"], ["i50", "blank", "i40"]).unknown == ("blank",)  # It has no text.
 
 
 tokens = st.sampled_from([f"i{kind}{item}" for kind in range(6) for item in range(10)] + ["x", "", "i", "[PAD]"])
