@@ -73,7 +73,9 @@ def test_wheel_contains_every_file(wheel):
     modules = {str(f.relative_to(ROOT)) for f in (ROOT / "recbole_gr2").rglob("*.py")}
     properties = {f"recbole_gr2/{f.relative_to(ROOT)}" for f in (ROOT / "properties").rglob("*") if f.is_file()}
     assert len(modules) > 30 and len(properties) > 15  # the globs are not empty
-    assert {f for f in packed if ".dist-info/" not in f} == modules | properties | {"recbole_gr2/py.typed"}
+    templates = {str(f.relative_to(ROOT)) for f in (ROOT / "recbole_gr2" / "report" / "templates").iterdir()}
+    expected = modules | properties | templates | {"recbole_gr2/py.typed"}
+    assert len(templates) > 2 and {f for f in packed if ".dist-info/" not in f} == expected
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # distributions whose module has another name
+# Distributions whose module has another name. A hyphen in a name is an underscore in that of the module.
+MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "markdown-it-py": "markdown_it"}
 OPTIONAL = {
     "openai": "trace_teacher: openai_api needs it; pip install 'recbole-gr2[teacher]'",
     "vllm": "it can serve a teacher for trace_teacher: openai_api; install it in an environment of its own",
@@ -112,7 +113,7 @@ def _package(requirement: Requirement) -> Finding:
     install = f"pip install -c constraints.txt '{requirement.name}{requirement.specifier}'"
     try:
         version = importlib.metadata.version(requirement.name)
-        importlib.import_module(MODULES.get(requirement.name, requirement.name))
+        importlib.import_module(MODULES.get(requirement.name, requirement.name.replace("-", "_")))
     except Exception as error:  # a package that is missing or broken
         return Finding(requirement.name, FAILED, f"{type(error).__name__}: {error}", install)
     if not requirement.specifier.contains(version, prereleases=True):
