@@ -245,12 +245,10 @@ def test_reports_and_ablations_name_the_split(finished_command, tmp_path):
     headings = [line for line in report.splitlines() if line.startswith("#")]
     assert "# GR2 on tiny, validation" in headings and "## tiny, validation, all users, n = 150" in headings
     assert "figures of the validation split" in report and "- reported split: validation" in report
-    assert "% tiny, validation, hit users" in (path.parent / "table.tex").read_text()
+    assert "tiny, validation split, hit users" in (path.parent / "table.tex").read_text()
     candidate_lines = report.partition("## Candidates")[2].partition("\n## ")[0].splitlines()
-    assert [line.split()[0] for line in candidate_lines if line.startswith(("train", "valid", "test"))] == [
-        "train",
-        "valid",
-    ]
+    rows_of_splits = [line.split()[1] for line in candidate_lines if line.startswith("| ")]
+    assert [name for name in rows_of_splits if name in ("train", "valid", "test")] == ["train", "valid"]
     assert "all users of the validation split" in report and "test: " not in stderr
 
     file = tmp_path / "two.yaml"
