@@ -7,10 +7,13 @@ a stage from earlier runs.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from recbole_gr2.config import Settings, read_yaml, recbole_properties
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest
@@ -21,7 +24,10 @@ from recbole_gr2.store import existing_folder, other_records, read_manifest, rec
 from recbole_gr2.types import StageRecord
 
 LEAST_FREE = 50 * 2**20  # bytes; a smaller disk cannot even hold the lists and features of a small data set
+LLM = "llm"
+LANGUAGE_MODEL = (LLM, "llm_layers", "llm_random")  # settings of its size, in the key of the stage that loads it first
 TRAINS = "llm_lora_rank"  # a stage with this setting in its key trains a language model
+GPU_PRESETS = ("gpu", "paper")
 GIB = 2**30
 PACKAGED_DATASET = "ml-100k"  # part of the RecBole package
 
@@ -123,6 +129,8 @@ def check_resources(
     training = [entry.stage.name for entry in planned if not entry.finished and TRAINS in entry.settings]
     if not training:
         return
+    if settings["preset"] in GPU_PRESETS and gpu_memory() is None:
+        say(f"there is no GPU: the preset {settings['preset']} is made for one, and training on the CPU can take days")
     from recbole_gr2.llm.size import Size, model_size
 
     try:
@@ -168,11 +176,16 @@ def _gib(count: float) -> str:
     return f"{count / GIB:,.1f} GiB"
 
 
-def expected_time(entry: Planned) -> str:
+def expected_time(entry: Planned, planned: Sequence[Planned] = ()) -> str:
     """Return the time that a planned stage will take, in words, from earlier runs on the same data set.
 
     The earlier run is the one with the fewest other settings, and of several the newest. Its time is scaled by the
-    setting that the time of the stage is proportional to, such as the number of steps.
+    setting that the time of the stage is proportional to, such as the number of steps. Runs with another language model
+    do not count.
+
+    Args:
+        entry: the stage.
+        planned: the whole plan, which tells the language model.
 
     Returns:
         For example `about 70 min (earlier run)`, and "" if the stage is finished. If it has never run on this data set,
@@ -180,16 +193,16 @@ def expected_time(entry: Planned) -> str:
     """
     if entry.finished:
         return ""
-    seconds, same = _earlier(entry)
+    seconds, same = _earlier(entry, planned)
     if seconds is None:
-        other = _on_other_data(entry)
+        other = _on_other_data(entry, planned)
         return f"unknown; {duration(other[1])} on {other[0]}" if other else "unknown"
     return f"about {duration(seconds)} ({'earlier run' if same else 'earlier run, other settings'})"
 
 
 def expected_total(planned: Sequence[Planned]) -> str:
     """Return the sum of `expected_time`, in words. It names the stages without an estimate."""
-    known = [(entry.stage.name, _earlier(entry)[0]) for entry in planned if not entry.finished]
+    known = [(entry.stage.name, _earlier(entry, planned)[0]) for entry in planned if not entry.finished]
     if not known:
         return "none, every stage is finished"
     seconds = [value for _, value in known if value is not None]
@@ -200,13 +213,14 @@ def expected_total(planned: Sequence[Planned]) -> str:
     return total + (f"; without {', '.join(unknown)}, which never ran" if unknown else "")
 
 
-def _earlier(entry: Planned) -> tuple[float | None, bool]:
+def _earlier(entry: Planned, planned: Sequence[Planned]) -> tuple[float | None, bool]:
     """Seconds of the nearest earlier run of a stage, and whether it had the same settings."""
     try:
         own = read_manifest(entry.folder)
     except GR2Error:  # its file is damaged; the plan reports that
         own = None
     records = [*([own] if own else []), *other_records(entry.folder)]
+    records = [record for record in records if _has_same_model(record, entry.folder.parents[1], planned)]
     if not records:
         return None, False
 
@@ -223,7 +237,31 @@ def _share(entry: Planned, record: StageRecord) -> float:
     return entry.settings[entry.stage.amount] / earlier if earlier else 1.0
 
 
-def _on_other_data(entry: Planned) -> tuple[str, float] | None:
+def _has_same_model(record: StageRecord, stages: Path, planned: Sequence[Planned]) -> bool:
+    """Whether an earlier run of a stage had the language model of a plan, or has none.
+
+    Args:
+        record: manifest of the earlier run.
+        stages: the folder that contains the folders of all its stages.
+        planned: the plan.
+    """
+    model = next((entry.settings for entry in planned if LLM in entry.settings), None)
+    pending = [record]
+    while model is not None and pending:
+        earlier = pending.pop()
+        if LLM in earlier.settings:
+            return all(earlier.settings.get(name) == _as_json(model.get(name)) for name in LANGUAGE_MODEL)
+        for name, key in earlier.needs.items():
+            with contextlib.suppress(GR2Error):  # of a damaged manifest, which another check reports
+                pending += filter(None, [read_manifest(stages / name / key)])
+    return True
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _on_other_data(entry: Planned, planned: Sequence[Planned]) -> tuple[str, float] | None:
     """Data set and seconds of the nearest run of a stage on another data set, or None."""
     dataset = entry.folder.parents[2]
     runs = [
@@ -231,6 +269,7 @@ def _on_other_data(entry: Planned) -> tuple[str, float] | None:
         for other in sorted(dataset.parent.iterdir() if dataset.parent.is_dir() else ())
         if other != dataset
         for record in records_of(other / entry.folder.parent.relative_to(dataset))
+        if _has_same_model(record, other / "stages", planned)
     ]
     return min(runs, key=lambda run: run[0])[1:] if runs else None
 

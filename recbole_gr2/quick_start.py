@@ -431,7 +431,7 @@ def _run_once(
         _check_name(planned, settings, name)
     console.table(
         ["stage", "key", "plan", "time", "why"],
-        [[p.stage.name, p.key, p.action, preflight.expected_time(p), p.why] for p in planned],
+        [[p.stage.name, p.key, p.action, preflight.expected_time(p, planned), p.why] for p in planned],
     )
     console.say(f"expected time: {preflight.expected_total(planned)}")
     pipeline.check_data(planned, settings, data)

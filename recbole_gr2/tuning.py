@@ -223,7 +223,9 @@ def _plan(settings: Settings, data: Data, console: Console, *, dry_run: bool = F
     planned = pipeline.plan(settings, data)
     pipeline.check_data(planned, settings, data)
     preflight.check_resources(planned, settings, console.say, dry_run=dry_run)
-    waiting = [[p.stage.name, p.key, p.action, preflight.expected_time(p), p.why] for p in planned if not p.finished]
+    waiting = [
+        [p.stage.name, p.key, p.action, preflight.expected_time(p, planned), p.why] for p in planned if not p.finished
+    ]
     if waiting:
         console.table(["stage", "key", "plan", "time", "why"], waiting)
     return planned

@@ -273,6 +273,26 @@ def test_the_time_on_another_data_set_is_named_as_such(tiny_settings, tmp_path, 
     assert preflight.expected_total([entry]).startswith("unknown")
 
 
+@pytest.mark.parametrize(("hidden", "expected"), [(32, "about 70 min (earlier run)"), (64, "unknown")])
+def test_the_time_of_another_language_model_does_not_count(tiny_settings, tmp_path, data, hidden, expected):
+    """The earlier run of `sft` read a model that mid-training had loaded."""
+    planned = pipeline.plan(tiny_settings(tmp_path), data, stages=["sft"])
+    entries = {entry.stage.name: entry for entry in planned}
+    model = {**entries["midtrain"].settings["llm_random"], "hidden_size": hidden}
+    for name, needs, changes in (("midtrain", {}, {"llm_random": model}), ("sft", {"midtrain": "old"}, {})):
+        folder = entries[name].folder.parent / "old"
+        folder.mkdir(parents=True)
+        settings = {**entries[name].settings, **changes}
+        write_manifest(
+            folder,
+            StageRecord(
+                stage=name, key="old", version=1, needs=needs, settings=settings, seconds=4200, peak_memory_mb=1.0
+            ),
+        )
+    for name in ("midtrain", "sft"):
+        assert preflight.expected_time(entries[name], planned) == expected
+
+
 def test_a_dry_run_checks_everything_and_leaves_nothing(tiny_data, tmp_path, capsys, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
