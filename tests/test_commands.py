@@ -21,13 +21,12 @@ from recbole_gr2.artifacts import read_per_user
 from recbole_gr2.commands import main
 from recbole_gr2.commands.app import app
 from recbole_gr2.config import declarations
-from recbole_gr2.console import Console
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.ranking import METRICS
-from recbole_gr2.report import build_result, write_report
+from recbole_gr2.report import build_result
 from recbole_gr2.run_comparison import compare_runs
 from recbole_gr2.runs import check_run_name, find_run, run_folders, stage_folders
-from recbole_gr2.store import locked, read_lines, write_lines
+from recbole_gr2.store import locked, read_lines, write_json, write_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -389,7 +388,7 @@ CONFIG = {
 def written(
     root: Path, name: str, *, config: dict | None = None, targets: dict | None = None, seeds=(2020,), **options
 ) -> Path:
-    """The folder of a finished run that is made by hand, with the report of its seeds."""
+    """The folder of a finished run that is made by hand: what programs read, without the report."""
     made = []
     for seed in seeds:
         run = finished(root / name / str(seed), seed=seed, **options)
@@ -398,7 +397,11 @@ def written(
         for line in lines:
             line["target"] = (targets or {}).get(line["user_id"], line["target"])
         write_lines(run.folders["candidates"] / "test.jsonl", lines)
-        write_report(run.path.parent, build_result([run], run.command), [run], Console())
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(run.path, build_result([run], run.command))
+        folders = {stage: str(folder) for stage, folder in run.folders.items()}
+        write_json(run.path.parent / "run.json", {"command": run.command, "stages": folders})
+        (run.path.parent / "config.yaml").write_text(run.config, encoding="utf-8")
         made.append(run)
     return made[0].path.parent
 
