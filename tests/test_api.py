@@ -14,6 +14,8 @@ from recbole_gr2 import GR2, CandidateList, Run
 from recbole_gr2.artifacts import read_answers, read_requests
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 
+pytestmark = pytest.mark.slow  # Together they need a finished run and many seconds.
+
 METHODS = ("base", "prior", "midtrain", "sft", "rl", "shuffled")
 
 

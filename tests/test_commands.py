@@ -270,6 +270,7 @@ def test_stages_are_found_after_a_move(finished_command, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_named_run_has_its_folder(finished_command, tmp_path):
     """The same run replaces its report. Another run of the name is refused before it computes anything."""
     argv = ["run", *finished_command.copy(tmp_path / "saved")]

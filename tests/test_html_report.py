@@ -15,6 +15,8 @@ from recbole_gr2.report.html import render_html, sampled_answers, to_html
 from recbole_gr2.report.page import Page
 from recbole_gr2.seeds import combine
 
+pytestmark = pytest.mark.slow  # Together they need a finished run and many seconds.
+
 EVIL = '</script><img src=x onerror="window.evil=1"><b>&amp;\'|*x*'
 
 

@@ -29,6 +29,8 @@ from recbole_gr2.search_space import read_space
 from recbole_gr2.store import read_manifest, write_manifest
 from recbole_gr2.types import StageRecord
 
+pytestmark = pytest.mark.slow  # Together they need a finished run and many seconds.
+
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "result.schema.json").read_text())
 SPACE = {
     "method": "prior",
