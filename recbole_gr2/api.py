@@ -36,7 +36,8 @@ from recbole_gr2.config import ONEREC_THINK, Settings, load_settings, recbole_co
 from recbole_gr2.console import quiet_libraries  # noqa: E402
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest  # noqa: E402
 from recbole_gr2.lists import pool_size  # noqa: E402
-from recbole_gr2.rerankers.apply import completed, input_orders, rank_pools  # noqa: E402
+from recbole_gr2.ranking import complete  # noqa: E402
+from recbole_gr2.rerankers.apply import input_orders, rank_pools  # noqa: E402
 from recbole_gr2.rerankers.base import Reranker, stage_name  # noqa: E402
 from recbole_gr2.rerankers.external import FILE  # noqa: E402
 from recbole_gr2.rerankers.registry import RERANKERS, find_reranker, orders  # noqa: E402
@@ -159,7 +160,6 @@ class GR2(SequentialRecommender):
             self.opened.settings, known, self.opened.folders, self.opened.records, self._find(), lambda text: None
         )
         self.config = config
-        self._rankings: dict[str, tuple[int, ...]] | None = None
 
     def _find(self) -> type[Reranker]:
         """The re-ranker of this name. Raises a ConfigurationError if the run has no such method."""
@@ -310,24 +310,22 @@ class GR2(SequentialRecommender):
         """Return the score of one item per row, (B,)."""
         return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)
 
-    @property
+    @cached_property
     def _stored(self) -> dict[str, tuple[int, ...]]:
         """The ranking of each pool of the split that the run reports, by request id."""
-        if self._rankings is None:
-            ranker, method = self.ranker, self.ranker.method
-            requests = load_requests(ranker.run, self.opened.settings["eval_split"])
-            folder = self.opened.folders.get(stage_name(method.name))
-            if folder is None:  # an order that every run has
-                rankings = [answer.ranking for answer in rank_pools(ranker.reranker, requests)]
-            else:
-                answers = read_answers(folder, load_catalog(ranker.run))
-                inputs = input_orders(requests, self.opened.settings, method)
-                rankings = [
-                    completed(answers[request.request_id].ranking if request.request_id in answers else (), order)
-                    for request, order in zip(requests, inputs, strict=True)
-                ]
-            self._rankings = {r.request_id: ranking for r, ranking in zip(requests, rankings, strict=True)}
-        return self._rankings
+        ranker, method = self.ranker, self.ranker.method
+        requests = load_requests(ranker.run, self.opened.settings["eval_split"])
+        folder = self.opened.folders.get(stage_name(method.name))
+        if folder is None:  # an order that every run has
+            rankings = [answer.ranking for answer in rank_pools(ranker.reranker, requests)]
+        else:
+            answers = read_answers(folder, load_catalog(ranker.run))
+            inputs = input_orders(requests, self.opened.settings, method)
+            rankings = [
+                complete(answers[request.request_id].ranking if request.request_id in answers else (), order)
+                for request, order in zip(requests, inputs, strict=True)
+            ]
+        return {r.request_id: ranking for r, ranking in zip(requests, rankings, strict=True)}
 
     def _histories(self, rows: Interaction) -> tuple[list[int], list[str], list[tuple[int, ...]]]:
         """User, split and whole history of each row. Rows of no user of the data set have the split `new`."""

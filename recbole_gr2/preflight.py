@@ -8,12 +8,10 @@ a stage from earlier runs.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from recbole_gr2.config import Settings, read_yaml, recbole_properties
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest
@@ -250,15 +248,11 @@ def _has_same_model(record: StageRecord, stages: Path, planned: Sequence[Planned
     while model is not None and pending:
         earlier = pending.pop()
         if LLM in earlier.settings:
-            return all(earlier.settings.get(name) == _as_json(model.get(name)) for name in LANGUAGE_MODEL)
+            return not set(LANGUAGE_MODEL) & set(changed_settings(earlier.settings, model))
         for name, key in earlier.needs.items():
             with contextlib.suppress(GR2Error):  # of a damaged manifest, which another check reports
                 pending += filter(None, [read_manifest(stages / name / key)])
     return True
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 def _on_other_data(entry: Planned, planned: Sequence[Planned]) -> tuple[str, float] | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.fusion import FusedModel, Fusion
 from recbole_gr2.bridge.generative import Generator
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.support import check_size, check_support, model_options
@@ -132,6 +133,21 @@ def load_base_model(context: Context, name: str, kind: str = BASE) -> BaseModel:
         return load_generator(context, hold_out=kind == HOLD_OUT)
     folder = context.folders[base_stage(name)] / kind
     return load_base(context.data, folder, model=name, inputs=model_inputs(context, name, base=True))
+
+
+def load_fused_model(context: Context, kind: str = BASE) -> BaseModel:
+    """Return the base models of a run as one, with the weights that the stage `candidates` chose.
+
+    Args:
+        context: a context whose stage needs the stage `candidates` and the stages of `load_base_model`.
+        kind: see `load_base_model`.
+    """
+    settings, names = context.settings, context.settings["base_model"]
+    models = [load_base_model(context, name, kind) for name in names]
+    if len(models) == 1:
+        return models[0]
+    weights = context.inputs["candidates"].summary["fusion"]
+    return FusedModel.of(models, Fusion(settings["cand_fusion"]), [weights[name] for name in names])
 
 
 def load_generator(context: Context, *, hold_out: bool = False) -> Generator:

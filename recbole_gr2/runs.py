@@ -80,17 +80,9 @@ def find_run(name: str | Path, checkpoint_dir: str | Path = "saved") -> Path:
         return folder
     if str(name) == LATEST and folders:
         return folders[0]
-    found = [each for each in folders if str(name) in (each.name, f"{each.parents[1].name}/{each.name}")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = [f"{each.parents[1].name}/{each.name}" for each in found]
-        raise ConfigurationError(
-            f"{len(found)} data sets have a run {str(name)!r}",
-            where=str(Path(checkpoint_dir) / "gr2"),
-            why="the name does not tell which run is meant",
-            do=f"write {' or '.join(names)}",
-        )
+    found = _named(str(name), folders, "a run", checkpoint_dir)
+    if found is not None:
+        return found
     known = list(dict.fromkeys(each.name for each in folders))
     near = nearest(path.name, known) or known[:3]
     raise MissingFileError(
@@ -118,16 +110,25 @@ def find_ablation(name: str | Path, checkpoint_dir: str | Path = "saved") -> Pat
     if (folder / RESULT).is_file():
         return None if (folder / RUN).is_file() else folder
     files = Path(checkpoint_dir).glob(f"gr2/*/ablations/*/{RESULT}")
-    folders = [file.parent for file in files]
-    found = [each for each in folders if str(name) in (each.name, f"{each.parents[1].name}/{each.name}")]
+    return _named(str(name), [file.parent for file in files], "an ablation", checkpoint_dir)
+
+
+def _named(name: str, folders: Sequence[Path], what: str, checkpoint_dir: str | Path) -> Path | None:
+    """The folder with a name, alone or as `<dataset>/<name>`; None if there is none.
+
+    Raises:
+        ConfigurationError: several data sets have a folder of this name.
+    """
+    full = {f"{each.parents[1].name}/{each.name}": each for each in folders}
+    found = {path: each for path, each in full.items() if name in (path, each.name)}
     if len(found) > 1:
         raise ConfigurationError(
-            f"{len(found)} data sets have an ablation {str(name)!r}",
+            f"{len(found)} data sets have {what} {name!r}",
             where=str(Path(checkpoint_dir) / "gr2"),
             why="the name does not tell which one is meant",
-            do=f"write {' or '.join(f'{each.parents[1].name}/{each.name}' for each in found)}",
+            do=f"write {' or '.join(found)}",
         )
-    return found[0] if found else None
+    return next(iter(found.values()), None)
 
 
 def read_ablation(folder: Path) -> dict[str, Any]:

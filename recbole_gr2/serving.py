@@ -20,7 +20,6 @@ import numpy as np
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings, read_feature_names, request_id
 from recbole_gr2.bridge.data import TEXTS, Data
-from recbole_gr2.bridge.fusion import FusedModel, Fusion
 from recbole_gr2.bridge.item_text import clean_text
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.scoring import check_histories, score_candidates
@@ -30,11 +29,11 @@ from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, make_describes
 from recbole_gr2.features.prior import Priors, log_prior
 from recbole_gr2.features.trees import load_trees, scores_of
-from recbole_gr2.lists import candidate_requests, ranks_by_trees, training_requests
+from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.llm.download import resolve
 from recbole_gr2.llm.model import device
-from recbole_gr2.recommenders import BASE, REFIT, load_base_model
-from recbole_gr2.rerankers.apply import rank_pools
+from recbole_gr2.recommenders import BASE, REFIT, load_fused_model
+from recbole_gr2.rerankers.apply import fit, rank_pools
 from recbole_gr2.rerankers.base import Reranker, stage_name
 from recbole_gr2.sid.embed import HASH, embed_texts, hash_embeddings, item_text
 from recbole_gr2.sid.methods import load_tokenizer
@@ -165,9 +164,7 @@ class ListReranker:
         reranker = self.method(replace(self.run, data=data, folders=folders))
         if type(reranker).fit is not Reranker.fit and not reranker.load(self.run.folder):
             self.say(f"{self.method.name} stores nothing that it has learned, and is fitted again")
-            pool = reranker.whole_pool
-            valid = [request for request in candidate_requests(self.run, "valid", pool=pool) if request.has_signal]
-            reranker.fit(training_requests(self.run, pool=pool), valid)
+            fit(reranker, self.run)
         return reranker
 
     @cached_property
@@ -184,12 +181,7 @@ class ListReranker:
                 why="it has no base model that scores items",
                 do="give the scores of the candidates, or use a run with base models",
             )
-        names, weights = self.settings["base_model"], self.run.inputs["candidates"].summary.get("fusion", {})
-        kind = REFIT if self.settings["refit"] else BASE
-        models = [load_base_model(self.run, name, kind) for name in names]
-        base = models[0]
-        if len(names) > 1:
-            base = FusedModel.of(models, Fusion(self.settings["cand_fusion"]), [weights[name] for name in names])
+        base = load_fused_model(self.run, REFIT if self.settings["refit"] else BASE)
         check_histories(base)
         return base
 

@@ -290,7 +290,7 @@ class Source:
         reader = csv.reader(lines, delimiter=self.separator, strict=True) if len(self.separator) == 1 else None
         self._width = 0
         while True:
-            lines.taken.clear()
+            lines.buffered.clear()
             try:
                 if self.form == "json":
                     text = next(lines)
@@ -305,13 +305,13 @@ class Source:
             except (csv.Error, Malformed) as error:
                 is_open = "end of data" in str(error)  # what the module csv says of it
                 record, problem = [], Malformed("a quotation mark is not closed") if is_open else error
-            self.line = lines.taken[0][0]
+            self.line = lines.buffered[0][0]
             if problem is None and _is_empty(record):
                 continue
             self.read += 1
             if self.read % EVERY == 0:
                 print(f"{self.file.name}: {self.read:,} lines", file=sys.stderr, flush=True)
-            undecodable = next((error for _, _, error in lines.taken if error), None)
+            undecodable = next((error for _, _, error in lines.buffered if error), None)
             if undecodable is not None:
                 if not self.skip:
                     raise self._wrong_encoding(undecodable, self.line)
@@ -329,9 +329,9 @@ class Source:
         self, record: list[str], problem: Exception | None, lines: _Lines
     ) -> tuple[list[str], Exception | None]:
         """The record with as many values as the first one, and what is wrong with it."""
-        texts = [text.rstrip("\r\n").split(self.separator) for _, text, _ in lines.taken]
+        texts = [text.rstrip("\r\n").split(self.separator) for _, text, _ in lines.buffered]
         width = self._width or len(record) or len(texts[0])
-        if self.separator in "\t|" and '"' in lines.taken[0][1] and len(texts[0]) == width:
+        if self.separator in "\t|" and '"' in lines.buffered[0][1] and len(texts[0]) == width:
             several = len(texts) > 1 and all(len(fields) == width for fields in texts)
             if problem is not None or len(record) != width or several:
                 self.with_quotes += 1
@@ -390,28 +390,28 @@ class _Lines:
     """An iterator over texts of lines. Lines can be given back after the error of a reader.
 
     Attributes:
-        taken: number, text and error of the lines since the last `clear`.
+        buffered: number, text and error of the lines that were read since the buffer was emptied.
     """
 
     def __init__(self, lines: Iterator[tuple[int, str, UnicodeDecodeError | None]]) -> None:
         self._lines = lines
         self._pending: deque[tuple[int, str, UnicodeDecodeError | None]] = deque()
-        self.taken: list[tuple[int, str, UnicodeDecodeError | None]] = []
+        self.buffered: list[tuple[int, str, UnicodeDecodeError | None]] = []
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        if len(self.taken) == LONGEST_VALUE:
+        if len(self.buffered) == LONGEST_VALUE:
             raise csv.Error(f"a quotation mark is not closed within {LONGEST_VALUE:,} lines")
         line = self._pending.popleft() if self._pending else next(self._lines)
-        self.taken.append(line)
+        self.buffered.append(line)
         return line[1]
 
     def give_back(self) -> None:
-        """Give back all taken lines but the first one."""
-        self._pending.extendleft(reversed(self.taken[1:]))
-        del self.taken[1:]
+        """Return all buffered lines but the first one to the iterator."""
+        self._pending.extendleft(reversed(self.buffered[1:]))
+        del self.buffered[1:]
 
 
 def _is_empty(record: Any) -> bool:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recbole_gr2.artifacts import numbered_requests
+from recbole_gr2.artifacts import numbered_requests, read_answers
 from recbole_gr2.bridge.data import read_item_texts
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, read_yaml, recbole_properties
@@ -84,13 +84,8 @@ def described(
     """
     known = ranking_methods(result)
     catalog = read_items(stages["tokenizer"], settings)
-    requests = _read_requests(stages["prior"] / f"{result.get('split', 'test')}.jsonl", catalog, users)
-    wanted = {request.request_id for request in requests.values()}
-    answers = {
-        name: _read_answers(stages[stage_name(name)] / "rankings.jsonl", wanted, catalog)
-        for name in known
-        if stage_name(name) in stages
-    }
+    requests = _read_requests(stages["prior"] / f"{result['split']}.jsonl", catalog, users)
+    answers = {name: read_answers(stages[stage_name(name)], catalog) for name in known if stage_name(name) in stages}
     for user in users:
         request = requests[user]
         ranked = {
@@ -230,12 +225,3 @@ def _read_requests(file: Path, catalog: Catalog, users: Sequence[str]) -> dict[s
                 do=f"name another user, for example {', '.join(near)}",
             )
     return requests
-
-
-def _read_answers(file: Path, wanted: Collection[str], catalog: Catalog) -> dict[str, Answer]:
-    """The answers to these requests, by request id."""
-    return {
-        line["request_id"]: Answer(**{**line, "ranking": catalog.ids(line["ranking"])})
-        for line in read_lines(file)
-        if line["request_id"] in wanted
-    }

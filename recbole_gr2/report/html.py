@@ -142,15 +142,17 @@ def sampled_answers(
     moved = {} if data_path is None else {"data_path": data_path}
     settings = load_settings(config_dict=read_yaml(run.config), command_line=moved)
     order = np.random.default_rng(0).permutation(len(hits))
+    places = sorted(order[:users].tolist())
+    lists = dict(zip(places, described(result, run.folders, settings, [hits[place] for place in places]), strict=True))
     while True:
-        chosen = [hits[place] for place in sorted(order[:users])]
-        answers = _answers(result, run, list(described(result, run.folders, settings, chosen)))
-        if len(chosen) <= 1 or len(_json(answers).encode("utf-8")) <= size:
+        answers = _answers([lists[place] for place in sorted(order[:users].tolist())])
+        count = len(answers["users"])
+        if count <= 1 or len(_json(answers).encode("utf-8")) <= size:
             return {"hit_users": len(hits), "seed": run.seed, **answers}
-        users = len(chosen) // 2
+        users = count // 2
 
 
-def _answers(result: Mapping[str, Any], run: FinishedRun, lists: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _answers(lists: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Replace the items of lists by their places in a list of items."""
     places: dict[str, int] = {}
     items: list[list[str]] = []

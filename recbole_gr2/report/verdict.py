@@ -66,11 +66,8 @@ def _ahead_of_base(result: Mapping[str, Any]) -> str:
     if ahead:
         best = max(ahead, key=lambda name: found[name]["diff"])
         others = [name for name in ahead if name != best]
-        return (
-            f"`{best}` is ahead of the base order by {_difference(found[best])} over {users}"
-            + (f"; {_names(others)} {_is(others)} also ahead" if others else "")
-            + (f"; {_names(behind)} {_is(behind)} behind" if behind else "")
-            + "."
+        return f"`{best}` is ahead of the base order by {_difference(found[best])} over {users}" + _clauses(
+            others, behind
         )
     if all(each["low"] == each["high"] == 0 for each in found.values()):
         return f"no method changes the {_metric()} of the base order for any of {users}."
@@ -79,7 +76,7 @@ def _ahead_of_base(result: Mapping[str, Any]) -> str:
         return f"`{best}`{many} is behind the base order: its difference over {users} is {_difference(found[best])}."
     return (
         f"no method is significantly ahead of the base order over {users}: the largest difference is that of `{best}`, "
-        f"{_difference(found[best])}" + (f"; {_names(behind)} {_is(behind)} behind" if behind else "") + "."
+        f"{_difference(found[best])}" + _clauses([], behind)
     )
 
 
@@ -109,9 +106,7 @@ def _added(result: Mapping[str, Any], language_models: Collection[str]) -> str:
         others = [name for name in ahead if name != best]
         return (
             f"the language model adds to the features: `{best}` is ahead of `{PRIOR}` by {_difference(found[best])}"
-            + (f"; {_names(others)} {_is(others)} also ahead" if others else "")
-            + (f"; {_names(behind)} {_is(behind)} behind" if behind else "")
-            + "."
+            + _clauses(others, behind)
         )
     best = max(found, key=lambda name: found[name]["diff"])
     if len(behind) == len(found):
@@ -124,7 +119,7 @@ def _added(result: Mapping[str, Any], language_models: Collection[str]) -> str:
         return f"the language model adds nothing to the features: {_names(list(found))} ranks as `{PRIOR}` does."
     return (
         f"the language model adds nothing significant to the features: the difference of `{best}` to `{PRIOR}` is "
-        f"{_difference(found[best])}" + (f"; {_names(behind)} {_is(behind)} behind" if behind else "") + "."
+        f"{_difference(found[best])}" + _clauses([], behind)
     )
 
 
@@ -165,6 +160,13 @@ def _metric() -> str:
 def _names(names: Collection[str]) -> str:
     quoted = [f"`{name}`" for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+
+
+def _clauses(ahead: Collection[str], behind: Collection[str]) -> str:
+    """The end of a sentence: which other methods are ahead, and which are behind."""
+    parts = [f"; {_names(ahead)} {_is(ahead)} also ahead"] if ahead else []
+    parts += [f"; {_names(behind)} {_is(behind)} behind"] if behind else []
+    return "".join(parts) + "."
 
 
 def _is(names: Collection[str]) -> str:

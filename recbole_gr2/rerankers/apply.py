@@ -6,10 +6,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from recbole_gr2.config import Settings
-from recbole_gr2.lists import base_orders, pool_size, rank_windows, selected
+from recbole_gr2.lists import base_orders, candidate_requests, pool_size, rank_windows, selected, training_requests
 from recbole_gr2.plugins import calling
 from recbole_gr2.rerankers.base import Reranker, as_answers, user_name
-from recbole_gr2.types import Answer, Request
+from recbole_gr2.types import Answer, Context, Request
+
+
+def fit(reranker: Reranker, context: Context) -> None:
+    """Let a re-ranker learn from the train and validation requests of a run that contain their target.
+
+    Args:
+        reranker: the re-ranker.
+        context: a context whose stage needs the prior stage.
+
+    Raises:
+        GR2Error: the re-ranker of a user raised an exception.
+    """
+    pool = reranker.whole_pool
+    valid = [request for request in candidate_requests(context, "valid", pool=pool) if request.has_signal]
+    train = training_requests(context, pool=pool)
+    with calling(user_name(type(reranker)), where=f"method {reranker.name}, fit"):
+        reranker.fit(train, valid)
 
 
 def rank(reranker: Reranker, requests: Sequence[Request]) -> list[Answer]:
@@ -80,8 +97,3 @@ def input_orders(requests: Sequence[Request], settings: Settings, method: type[R
     if method.slides(settings):
         return rank_windows(requests, settings, base_orders)
     return [candidates + others for candidates, others in (selected(request, settings) for request in requests)]
-
-
-def completed(ranking: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a ranking of the first items of an order, followed by the other items of this order."""
-    return ranking + order[len(ranking) :]

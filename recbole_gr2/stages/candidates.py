@@ -30,7 +30,16 @@ from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.config import GENERATOR, Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.lists import pool_size
-from recbole_gr2.recommenders import BASE, HOLD_OUT, REFIT, VALIDATION, base_stage, load_base_model, stages_of
+from recbole_gr2.recommenders import (
+    BASE,
+    HOLD_OUT,
+    REFIT,
+    VALIDATION,
+    base_stage,
+    load_base_model,
+    load_fused_model,
+    stages_of,
+)
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
 
@@ -81,17 +90,12 @@ def run_validation(context: Context) -> dict[str, Any]:
     Raises:
         GR2Error: the first items of the recommendations are not the validation lists of the stage `candidates`.
     """
-    settings, names = context.settings, context.settings["base_model"]
+    settings = context.settings
     lists = read_requests(context.folders["candidates"] / "valid.jsonl", context.data.catalog)
     if settings["cand_file"]:
         write_recommendations(context.folder, from_lists(context.data, lists))
         return {"split": "valid"}
-    models = [load_base_model(context, name) for name in names]
-    base = models[0]
-    if len(models) > 1:
-        weights = context.inputs["candidates"].summary["fusion"]
-        base = FusedModel.of(models, Fusion(settings["cand_fusion"]), [weights[name] for name in names])
-    _, recommendations, depth = _recommend(context, base, "valid")
+    _, recommendations, depth = _recommend(context, load_fused_model(context), "valid")
     first = dict(zip(recommendations.users, recommendations.items[:, : pool_size(settings)].tolist(), strict=True))
     different = [
         request.user_token for request in lists if list(request.items) != list(filter(None, first[request.user_token]))

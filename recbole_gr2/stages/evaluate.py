@@ -25,9 +25,9 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.inspection import examples, truthfulness
 from recbole_gr2.lists import pool_size, reported_requests
-from recbole_gr2.ranking import Comparison, adjust, compare_ranks
+from recbole_gr2.ranking import Comparison, adjust, compare_ranks, complete
 from recbole_gr2.recommenders import VALIDATION, validation_stage
-from recbole_gr2.rerankers.apply import completed, input_orders
+from recbole_gr2.rerankers.apply import input_orders
 from recbole_gr2.rerankers.base import as_answers, stage_name
 from recbole_gr2.rerankers.registry import chosen, orders
 from recbole_gr2.seeding import derive_seed
@@ -62,7 +62,7 @@ def run(context: Context) -> dict[str, Any]:
         inputs = dict(zip([r.request_id for r in requests], input_orders(requests, settings, method), strict=True))
         ranked = requests if len(given) == len(requests) else hits
         rankings[method.name] = {
-            r.request_id: completed(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
+            r.request_id: complete(given.get(r.request_id, ()), inputs[r.request_id]) for r in ranked
         }
         unchanged[method.name] = float(
             np.mean(

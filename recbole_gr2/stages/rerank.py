@@ -14,15 +14,13 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import GR2Error, QualityCheckError
 from recbole_gr2.lists import (
     base_orders,
-    candidate_requests,
     rank_windows,
     reported_requests,
-    training_requests,
 )
 from recbole_gr2.plugins import calling
 from recbole_gr2.policy import resolved_bf16
 from recbole_gr2.prompts import load_template
-from recbole_gr2.rerankers.apply import rank, rank_by_windows
+from recbole_gr2.rerankers.apply import fit, rank, rank_by_windows
 from recbole_gr2.rerankers.base import Reranker, stage_name, user_name
 from recbole_gr2.rerankers.external import FILE, read_rankings
 from recbole_gr2.types import Context, Stage
@@ -62,11 +60,8 @@ def run(context: Context) -> dict[str, Any]:
     if settings["eval_scope"] == "hit_users":
         requests = hits
     if type(reranker).fit is not Reranker.fit:
-        pool = reranker.whole_pool
-        valid = [request for request in candidate_requests(context, "valid", pool=pool) if request.has_signal]
-        train = training_requests(context, pool=pool)
-        with calling(name, where=f"{where}, fit"):
-            reranker.fit(train, valid)
+        fit(reranker, context)
+        with calling(name, where=f"{where}, save"):
             reranker.save(context.folder)
     started = time.monotonic()
     answers = rank_by_windows(reranker, requests) if sliding else rank(reranker, requests)
