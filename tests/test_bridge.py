@@ -69,6 +69,7 @@ def target_tokens(data: Data, dataset) -> dict[str, str]:
     return {data.user_tokens[u]: data.item_tokens[i] for u, i in zip(users, items, strict=True)}
 
 
+@pytest.mark.slow
 def test_sequences_are_in_exact_time_order(movies, raw):
     data = movies("CausalSASRec").data
     assert len(raw) == len(data.sequences) == MOVIE_USERS
@@ -1086,6 +1087,7 @@ def test_training_writes_nothing_to_the_current_folder(planted, tmp_path, monkey
 # --- Beauty ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_amazon_beauty(beauty, record_property):
     started = time.monotonic()
     data = Data(load_settings(config_dict={"preset": "smoke", "dataset": "amazon-beauty", "data_path": str(beauty)}))

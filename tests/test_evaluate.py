@@ -317,10 +317,16 @@ def test_metrics_of_short_lists_are_those_of_a_brute_force(table, drawn):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["GR2Generator", "TIGER"])
-def test_a_search_with_few_beams_gives_short_lists(table, tiny_run, model):
+@pytest.mark.parametrize(
+    ("model", "small"),
+    [
+        ("GR2Generator", {}),
+        ("TIGER", {"base_n_layers": 1, "base_n_heads": 2, "base_head_size": 16, "base_inner_size": 64}),
+    ],
+)
+def test_a_search_with_few_beams_gives_short_lists(table, tiny_run, model, small):
     """Three semantic IDs, with cand_num 5 and cut-offs up to 20."""
-    options = {**EXACT, "base_model": model, "models": ["Pop"], "cand_beams": 3}
+    options = {**EXACT, "base_model": model, "models": ["Pop"], "cand_beams": 3, **small}
     run = tiny_run(table.settings["checkpoint_dir"], **options)
     entries = entries_of(run)
     requests = read_requests(run.folders["candidates"] / "test.jsonl", run.data.catalog)

@@ -487,6 +487,7 @@ def again(plan) -> list[str]:
     return [name for name, entry in plan.items() if entry.action == "run"]
 
 
+@pytest.mark.slow
 def test_the_second_run_is_cached(command, tmp_path):
     code, stdout, _ = called(command.copy(tmp_path / "saved"))
     result = json.loads(Path(stdout.splitlines()[-1]).read_text())

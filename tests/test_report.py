@@ -232,6 +232,7 @@ def test_settings_that_differ_between_seeds_are_left_out(one):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_seed_and_several_write_the_same_files(one, three, tmp_path, capsys):
     for name, runs, result in (("one", [one[0]], one[1]), ("three", *three)):
         (tmp_path / name).mkdir()

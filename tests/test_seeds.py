@@ -127,6 +127,7 @@ def test_seeds_have_to_differ(seeds):
         run_seeds(seeds, lambda seed: None, draws=10, command="", console=Console())
 
 
+@pytest.mark.slow
 def test_each_seed_is_run_and_reported(tmp_path, capsys):
     started = []
 
@@ -147,11 +148,11 @@ def test_no_report_without_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, capsys):
+def test_the_command(finished_command, tmp_path, capsys):
     """Two seeds of a table without a language model; the same command again finds both."""
     argv = [
-        *("--preset", "smoke", "--checkpoint_dir", str(tmp_path), "--eval_rows=[lambdamart]"),
-        *("--stages", "evaluate", "--seeds", "2020,7"),
+        *finished_command.argv[:2],
+        *("--checkpoint_dir", str(tmp_path), "--eval_rows=[lambdamart]", "--stages", "evaluate", "--seeds", "2020,7"),
     ]
     assert main([*argv, "--dry_run"]) == 0 and capsys.readouterr().out == ""
     for _ in range(2):
@@ -160,7 +161,7 @@ def test_the_command(tmp_path, capsys):
     assert captured.err.count(" cached  ") > 10 and ": run (" not in captured.err
     path = Path(captured.out.strip())
     result = json.loads(path.read_text())
-    assert result["seeds"] == [2020, 7] and result["dataset"] == "ml-100k"
+    assert result["seeds"] == [2020, 7] and result["dataset"] == "tiny"
     single = [json.loads(Path(run).read_text()) for run in result["runs"]]
     assert [one["seeds"] for one in single] == [[2020], [7]] and "--seed=7" in single[1]["command"]
     assert "--seeds" not in single[1]["command"]
