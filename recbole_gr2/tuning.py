@@ -66,7 +66,7 @@ def tune(
 
     def load(params: Mapping[str, Any], number: int | None = None) -> Settings:
         changes = space.settings_of(params, baseline)
-        place = "space" if number is None else f"trial {number}"
+        place = "space" if number is None else f"trial {number + 1}"
         settings = load_trial(space, given, {**changes, "eval_split": "valid"}, place=place)
         pipeline.check(settings)
         return settings
@@ -87,10 +87,10 @@ def tune(
     if dry_run:
         study = _open(folder, space.direction) if (folder / "study.db").is_file() else None
         done = study.trials if study else []
-        console.say(f"{len(done)} of {space.count()} trials are finished: {folder}")
+        console.say(f"trials: {len(done)} finished, {max(space.count() - len(done), 0)} left: {folder}")
         if len(done) < space.count():
             settings = load(params := suggest(space, done, settings["seed"]), len(done))
-            console.say(f"trial {len(done)}: {_described(params)}")
+            console.say(f"trial {len(done) + 1} of {space.count()}: {_described(params)}")
             _plan(settings, data_for(settings, data), console, dry_run=True)
         return None
     with explained_disk_errors(folder), locked(folder, what="study"):

@@ -352,10 +352,10 @@ def test_best_yaml_has_the_settings_of_the_best_trial(command, executed, tmp_pat
 def test_a_dry_run_starts_no_trial(command, executed, tmp_path):
     code, stdout, stderr = called(command({}, "--dry_run"))
     assert code == 0 and not stdout and not executed
-    assert "0 of 4 trials are finished" in stderr and "prior_steps" in stderr
+    assert "trials: 0 finished, 4 left" in stderr and "trial 1 of 4: prior_steps" in stderr
     assert not (tmp_path / "saved").exists()
     result = result_of(command({"trials": 1}, "--no_test"))
-    assert "1 of 4 trials" in called(command({}, "--dry_run"))[2]
+    assert "trials: 1 finished, 3 left" in called(command({}, "--dry_run"))[2]
     result["path"].with_name("study.db").write_text("no database")
     code, _, stderr = called(command({}, "--no_test"))
     assert code == 1 and "the study cannot be read" in stderr and "remove the file" in stderr
