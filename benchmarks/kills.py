@@ -47,6 +47,7 @@ METHODS = [
     "shuffled",
     "distilled",
     "internalised",
+    "score",
     "onerec_think",
     "onerec_think-no-think",
 ]
@@ -74,6 +75,7 @@ SETTINGS = {
     "mid_embedding_tokens": 3000,
     "mid_batch_size": 8,
     "prompt_max_reasoning": 16,
+    "score_steps": 40,
     "sft_steps": 40,  # three passes
     "sft_check_lists": 4,
     "rl_steps": 4,
@@ -318,7 +320,7 @@ def kill_somewhere(run: Run, left: list[str], seconds: dict[str, float], rng: ra
         return ""
     checkpoints = set(run.stages.glob(f"{stage}/*/checkpoints/**/checkpoint-*/*"))
     deadline = time.monotonic() + rng.uniform(0, 1.05 * seconds[stage])
-    if rng.random() < 0.4 and "midtrain sft rl distilled internalised onerec".find(stage.partition("_")[0]) >= 0:
+    if rng.random() < 0.4 and "midtrain sft score rl distilled internalised onerec".find(stage.partition("_")[0]) >= 0:
         deadline = time.monotonic() + seconds[stage]
         skipped = rng.randrange(3)
         while time.monotonic() < deadline and not run.ended():

@@ -48,6 +48,7 @@ SETTINGS = SETTINGS | {
     "mid_tokens": 4000,
     "mid_embedding_tokens": 1000,
     "sft_steps": 6,
+    "score_steps": 6,
     "rl_steps": 2,
     "distilled_steps": 2,
     "onerec_think_steps": 4,

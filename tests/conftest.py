@@ -163,6 +163,7 @@ TINY = {
     "llm_random": {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
     "prompt_max_reasoning": 16,
     "sft_steps": 4,
+    "score_steps": 4,
     "sft_check_lists": 4,
     "rl_steps": 2,
     "rl_prompts_per_step": 2,

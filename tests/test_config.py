@@ -211,7 +211,7 @@ def test_wrong_types(key, wrong, expected):
         ("base_n_layers", 0, "int >= 1"),
         *(
             (f"{prefix}_batch_size", 0, "int >= 1")
-            for prefix in ("mid", "sft", "onerec_think", "sid", "llm_micro", "eval")
+            for prefix in ("mid", "sft", "score", "onerec_think", "sid", "llm_micro", "eval")
         ),
     ],
 )
@@ -233,6 +233,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("sid_random_mode", "uniformly", "unused_first, uniform"),
         ("cand_fusion", "zscor", "zscore, rank, quota"),
         ("cand_ranker", "priors", "prior, lambdamart, none"),
+        ("score_loss", "pair", "listwise, pairwise"),
         ("trace_teacher", "rule", "rules, local_llm, openai_api, recorded, module:attribute"),
     ],
 )

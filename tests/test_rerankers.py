@@ -57,6 +57,7 @@ def test_every_method_describes_itself():
         "shuffled",
         "distilled",
         "internalised",
+        "score",
         "onerec_think",
         "onerec_think-no-think",
     }

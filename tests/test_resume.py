@@ -26,13 +26,23 @@ OPTIONS = {
     "llm_save_steps": 2,
     "rl_save_steps": 1,
     "sft_steps": 6,
+    "score_steps": 6,
     "rl_steps": 3,
     "distilled_steps": 3,
     "onerec_think_steps": 6,
     "mid_tokens": 6000,
 }
 FASTER = {"llm_save_steps": 4, "rl_save_steps": 2, "eval_batch_size": 2048, "eval_batch_lists": 7}  # same results
-TRAINED = ("midtrain", "sft", "rl", "distilled", "internalised", "onerec_think", "onerec_think-no-think")
+TRAINED = (
+    "midtrain",
+    "sft",
+    "score",
+    "rl",
+    "distilled",
+    "internalised",
+    "onerec_think",
+    "onerec_think-no-think",
+)
 COMPARED = {".safetensors", ".json", ".jsonl", ".npy", ".npz", ".csv", ".txt", ".md"}
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import PrinterCallback, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
@@ -77,14 +77,8 @@ class PartsTrainer(SFTTrainer):
         self._sums = torch.zeros(2, len(part_weights) + 1, dtype=torch.float64)  # loss and tokens of each part
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        args: Any = self.args
         texts: Any = self.train_dataset
-        return LengthSampler(
-            texts["length"],
-            batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            seed=args.seed,
-            step=lambda: self.state.global_step,
-        )
+        return length_sampler(self, texts["length"])
 
     def compute_loss(
         self,
@@ -200,28 +194,19 @@ def finetune(
             do="raise the max_length of the stage, or shorten prompts (prompt_history, prompt_title_chars)",
         )
     steps = steps or math.ceil(len(examples) / batch_size)
-    micro = largest_micro_batch(batch_size, micro_batch_size)
-    logging_steps = max(1, round(steps / 40))
     config = SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch_size // micro,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=round(warmup_share * steps),
+        **training_options(
+            folder,
+            steps=steps,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            learning_rate=learning_rate,
+            warmup_share=warmup_share,
+            seed=seed,
+            bf16=bf16,
+            save_steps=save_steps,
+        ),
         max_length=None,
-        seed=seed,
-        data_seed=seed,
-        bf16=bf16,
-        use_cpu=device() == "cpu",
-        gradient_checkpointing=False,
-        remove_unused_columns=False,
-        save_strategy="steps",
-        save_steps=math.ceil(save_steps / logging_steps) * logging_steps,
-        logging_steps=logging_steps,
-        report_to="none",
-        disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
     dataset = Dataset.from_dict(
@@ -247,15 +232,69 @@ def finetune(
         callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
         data_collator=Collator(tokenizer.pad_token_id),
     )
+    return train_from_checkpoint(trainer, folder, steps)
+
+
+def training_options(
+    folder: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    warmup_share: float,
+    seed: int,
+    bf16: bool,
+    save_steps: int,
+) -> dict[str, Any]:
+    """Return the arguments of transformers' TrainingArguments that all supervised trainings share, see `finetune`."""
+    micro = largest_micro_batch(batch_size, micro_batch_size)
+    logging_steps = max(1, round(steps / 40))
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch_size // micro,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(warmup_share * steps),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": bf16,
+        "use_cpu": device() == "cpu",
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_steps": math.ceil(save_steps / logging_steps) * logging_steps,
+        "logging_steps": logging_steps,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def train_from_checkpoint(trainer: Trainer, folder: Path, steps: int) -> list[dict[str, float]]:
+    """Train up to a number of steps, from the last checkpoint in `folder` if there is one, and return the log."""
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
     checkpoint = last_checkpoint(folder)
     if checkpoint and step_of(checkpoint) >= steps:  # transformers would train one more step if it is within a pass
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        model: Any = trainer.model
         model.train()
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def length_sampler(trainer: Trainer, lengths: Sequence[int]) -> LengthSampler:
+    """Return the order of the texts of a trainer, see `LengthSampler`."""
+    args: Any = trainer.args
+    return LengthSampler(
+        lengths,
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        seed=args.seed,
+        step=lambda: trainer.state.global_step,
+    )
 
 
 class Collator:

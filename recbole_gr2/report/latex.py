@@ -28,6 +28,7 @@ DISPLAY = {  # name of a method -> name in a paper; other methods keep their nam
     "shuffled": "GR2, RL, shuffled",
     "distilled": "GR2, distilled",
     "internalised": "GR2, no reasoning",
+    "score": "LLM, one pass",
     "onerec_think": "OneRec-Think",
     "onerec_think-no-think": "OneRec, no reasoning",
 }

@@ -15,6 +15,7 @@ from recbole_gr2.rerankers.external import FILE, from_file, from_function
 from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.likelihood import Midtrain, OneRecThink, OneRecThinkWithoutTraces
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
+from recbole_gr2.rerankers.score import Score
 from recbole_gr2.store import file_hash, module_hash
 
 ORDERS: tuple[type[Reranker], ...] = (BaseOrder, Oracle, PriorOrder)  # part of every run, computed by evaluate
@@ -28,6 +29,7 @@ RERANKERS: Mapping[str, type[Reranker]] = {
         Shuffled,
         Distilled,
         Internalised,
+        Score,
         OneRecThink,
         OneRecThinkWithoutTraces,
     )

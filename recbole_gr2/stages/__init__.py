@@ -24,6 +24,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "prior": ("prior",),
     "traces": ("traces",),
     "sft": ("sft",),
+    "score": ("score",),
     "rl": ("distilled", "rl", "internalised"),
     "onerec_think": ("onerec_think", "onerec_think-no-think"),
     "recommender": (),

@@ -1,0 +1,275 @@
+"""Score all candidates of a list in one forward pass, and train a language model to do so.
+
+The score of a candidate is the logit of its label after the prompt and the ranking mark, as in the verbaliser of
+LlamaRec (arXiv 2311.02089). These are the logits by which `generation` chooses the first label of an answer without
+reasoning. Nothing is generated, so that the cost of a list is that of reading its prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from recbole_gr2.batching import by_length
+from recbole_gr2.console import progress
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.checkpoints import CompleteCheckpoints
+from recbole_gr2.llm.inputs import bf16_autocast, evaluating
+from recbole_gr2.llm.sampler import LengthSampler
+from recbole_gr2.llm.train import FiniteLoss, ProgressLines, length_sampler, train_from_checkpoint, training_options
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListInput:
+    """A list as the language model reads it.
+
+    Attributes:
+        input_ids: token ids, (T,).
+        places: position whose output gives the score of each candidate, (K,).
+        tokens: token whose logit at this position is the score, (K,).
+        prior: log-prior of each candidate, (K,); zeros without a prior.
+        relevance: relevance of each candidate, (K,), for training; () if it is unknown.
+    """
+
+    input_ids: Sequence[int]
+    places: Sequence[int]
+    tokens: Sequence[int]
+    prior: Sequence[float]
+    relevance: Sequence[float] = ()
+
+
+class ListCollator:
+    """Pad lists on the right to one batch. Under causal attention no token sees the padding, so no mask is needed.
+
+    Args:
+        pad_id: id of the padding token.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, lists: Sequence[ListInput]) -> dict[str, torch.Tensor]:
+        """Return input_ids (B, T), and places, tokens, prior and relevance (B, K). The prior of padding is -inf."""
+        batch = {
+            "input_ids": _padded([each.input_ids for each in lists], self.pad_id),
+            "places": _padded([each.places for each in lists], 0),
+            "tokens": _padded([each.tokens for each in lists], 0),
+            "prior": _padded([each.prior for each in lists], -torch.inf),
+        }
+        if lists[0].relevance:
+            batch["relevance"] = _padded([[float(value) for value in each.relevance] for each in lists], 0.0)
+        return batch
+
+
+def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
+    """Return the score of each candidate, llm_weight * logit + prior, (B, K) float32; -inf for padding.
+
+    Only the logits of the scored tokens at the scored positions are computed.
+
+    Args:
+        model: a causal language model.
+        batch: the lists, see `ListCollator`.
+        llm_weight: power of the model's probability.
+    """
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    places, tokens = batch["places"], batch["tokens"]
+    head, hidden = model.get_output_embeddings(), hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
+    if type(head) is nn.Linear and head.bias is None:
+        logits = (hidden.float() * head.weight[tokens].float()).sum(-1)
+    else:  # with LoRA, the head adds what it has learned to its weight
+        logits = head(hidden).float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return llm_weight * logits + batch["prior"]
+
+
+def listwise_loss(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    """Return the softmax cross-entropy of each list in nats, (B,).
+
+    The target distribution is the relevance divided by its sum, as in the fit of the prior.
+
+    Args:
+        scores: (B, K), -inf for padding.
+        relevance: (B, K), 0 for padding, at least one value of a list above 0.
+    """
+    target = relevance / relevance.sum(-1, keepdim=True)
+    return -(target * scores.log_softmax(-1).masked_fill(target == 0, 0.0)).sum(-1)
+
+
+def pairwise_loss(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    """Return the logistic loss of each list, (B,): the mean of log(1 + exp(s_j - s_i)) over pairs with i above j.
+
+    Args:
+        scores: (B, K), -inf for padding.
+        relevance: (B, K), 0 for padding.
+    """
+    real = scores > -torch.inf
+    scores = scores.masked_fill(~real, 0.0)
+    pairs = (relevance.unsqueeze(2) > relevance.unsqueeze(1)) & real.unsqueeze(1)
+    losses = functional.softplus(scores.unsqueeze(1) - scores.unsqueeze(2))
+    return losses.masked_fill(~pairs, 0.0).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+
+LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "listwise": listwise_loss,
+    "pairwise": pairwise_loss,
+}
+
+
+class ListTrainer(Trainer):
+    """A trainer whose loss is a mean over lists. The order of the lists is that of `LengthSampler`.
+
+    Args:
+        loss: name of the loss, one of `LOSSES`.
+        llm_weight: power of the model's probability.
+    """
+
+    def __init__(self, *args: Any, loss: str, llm_weight: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.list_loss, self.llm_weight = LOSSES[loss], llm_weight
+        self.model_accepts_loss_kwargs = False  # the mean of a batch is divided by the number of batches of a step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
+        lists: Any = self.train_dataset
+        return length_sampler(self, [len(each.input_ids) for each in lists])
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return the mean loss of the lists of a batch."""
+        if return_outputs:
+            raise ValueError("ListTrainer returns no outputs")
+        with self.accelerator.autocast():
+            scores = list_scores(self.accelerator.unwrap_model(model), inputs, self.llm_weight)
+        return self.list_loss(scores, inputs["relevance"]).mean()
+
+
+def train_lists(
+    model: Any,
+    tokenizer: Any,
+    lists: Sequence[ListInput],
+    folder: Path,
+    *,
+    loss: str,
+    llm_weight: float,
+    steps: int,
+    batch_size: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    warmup_share: float,
+    seed: int,
+    bf16: bool,
+    save_steps: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, float]]:
+    """Train `model` in place to score lists. Continue from the last checkpoint in `folder` if there is one.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        lists: the training lists, with their relevance.
+        folder: folder of the checkpoints.
+        loss: `listwise` or `pairwise`.
+        llm_weight: power of the model's probability beside the prior.
+        steps: optimizer steps, over as many passes as needed.
+        batch_size: lists of an optimizer step.
+        micro_batch_size: lists that pass through the model at once, at most.
+        learning_rate: highest learning rate.
+        warmup_share: share of the steps in which the learning rate increases. Then it decreases linearly to 0.
+        seed: seed of the order of the lists.
+        bf16: train under bfloat16 autocast.
+        save_steps: steps between checkpoints, at least, see `recbole_gr2.llm.train.finetune`.
+        say: prints progress.
+
+    Returns:
+        The log, one dict per line, with the key `loss`.
+
+    Raises:
+        ConfigurationError: there are no lists, or a list is longer than the context of the model.
+        QualityCheckError: the loss or a gradient is not finite.
+    """
+    check_context(model, lists, where=str(folder))
+    options = training_options(
+        folder,
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=learning_rate,
+        warmup_share=warmup_share,
+        seed=seed,
+        bf16=bf16,
+        save_steps=save_steps,
+    )
+    trainer = ListTrainer(
+        model=model,
+        args=TrainingArguments(**options),
+        train_dataset=list(lists),
+        processing_class=tokenizer,
+        loss=loss,
+        llm_weight=llm_weight,
+        callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
+        data_collator=ListCollator(tokenizer.pad_token_id),
+    )
+    return train_from_checkpoint(trainer, folder, steps)
+
+
+def score_lists(
+    model: Any, lists: Sequence[ListInput], *, pad_id: int, llm_weight: float, batch_size: int, bf16: bool = False
+) -> list[list[float]]:
+    """Return the log-probability of each candidate to be the best one, B lists of K numbers in nats.
+
+    Args:
+        model: a causal language model.
+        lists: the lists.
+        pad_id: id of the padding token.
+        llm_weight: power of the model's probability beside the prior.
+        batch_size: lists that are read together. It changes the speed only.
+        bf16: run the model under bfloat16 autocast.
+
+    Raises:
+        ConfigurationError: a list is longer than the context of the model.
+    """
+    check_context(model, lists, where="score_lists")
+    collate, result = ListCollator(pad_id), [[0.0]] * len(lists)
+    batches = by_length([len(each.input_ids) for each in lists], batch_size)
+    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
+        for positions in progress(batches, "scores"):
+            batch = {name: part.to(model.device) for name, part in collate([lists[n] for n in positions]).items()}
+            rows = list_scores(model, batch, llm_weight).log_softmax(-1).tolist()
+            for position, row in zip(positions, rows, strict=True):
+                result[position] = row[: len(lists[position].prior)]
+    return result
+
+
+def check_context(model: Any, lists: Sequence[ListInput], *, where: str) -> None:
+    """Check that there are lists, and that they fit the context of the model.
+
+    Raises:
+        ConfigurationError: there are no lists, or a list is too long.
+    """
+    longest = max((len(each.input_ids) for each in lists), default=0)
+    context = getattr(model.config, "max_position_embeddings", None) or longest
+    if not 0 < longest <= context:
+        raise ConfigurationError(
+            f"{len(lists)} lists of up to {longest} tokens do not fit the context of {context} tokens",
+            where=where,
+            why="at least one list is needed, and prompts are never cut",
+            do="shorten the prompts (prompt_history, prompt_title_chars)",
+        )
+
+
+def _padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    """Rows of different lengths as one tensor, filled with a value on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -1,0 +1,133 @@
+"""Score: the mid-trained model learns to score all candidates of a list in one forward pass.
+
+It learns from the train requests that contain their target. It needs no traces, because it does not reason.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_gr2.config import Settings
+from recbole_gr2.lists import candidate_requests, training_requests
+from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.card import write_model_card
+from recbole_gr2.llm.model import save_language_model
+from recbole_gr2.llm.scoring import ListInput, listwise_loss, train_lists
+from recbole_gr2.policy import load_model, new_tokens, resolved_bf16
+from recbole_gr2.prompts import load_template
+from recbole_gr2.scorer import Scorer
+from recbole_gr2.seeding import derive_seed, seed_everything
+from recbole_gr2.store import write_json
+from recbole_gr2.types import Context, Request, Stage
+
+WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our choice.
+CHECKED = 256  # largest number of validation lists whose cross-entropy is reported. Our choice.
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Write model/, README.md and log.json."""
+    settings = context.settings
+    model, tokenizer = load_model(context.folders["midtrain"])
+    scorer = Scorer.of(model, tokenizer, context)
+    lists = [training_list(scorer, request) for request in training_requests(context, purpose="score")]
+    lengths = [len(each.input_ids) for each in lists]
+    context.say(f"{len(lists):,} lists with {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most")
+    seed = derive_seed(settings["seed"], "score")
+    seed_everything(seed)
+    model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
+    log = train_lists(
+        model,
+        tokenizer,
+        lists,
+        context.folder / "checkpoints",
+        loss=settings["score_loss"],
+        llm_weight=scorer.grammar.llm_weight,
+        steps=settings["score_steps"],
+        batch_size=settings["score_batch_size"],
+        micro_batch_size=settings["llm_micro_batch_size"],
+        learning_rate=settings["score_learning_rate"],
+        warmup_share=WARMUP_SHARE,
+        seed=seed,
+        bf16=scorer.bf16,
+        save_steps=settings["llm_save_steps"],
+        say=context.say,
+    )
+    model = merged(model)
+    save_language_model(model, tokenizer, context.folder / "model")
+    write_model_card(
+        context,
+        purpose="scores of all candidates of a list in one forward pass, without reasoning",
+        method=context.stage,
+        settings=("llm", "prompt_", "score_"),
+    )
+    write_json(context.folder / "log.json", log)
+    return {
+        "lists": len(lists),
+        "tokens_mean": float(np.mean(lengths)),
+        "tokens_max": max(lengths),
+        "loss_first": log[0]["loss"],
+        "loss_last": log[-1]["loss"],
+        "valid": _validation(context, replace(scorer, model=model), seed),
+    }
+
+
+def training_list(scorer: Scorer, request: Request) -> ListInput:
+    """Return a train request as the model reads it, with the relevance of its candidates as labels of the loss."""
+    order = scorer.maker.order(request)
+    return replace(
+        scorer.list_input(request, order), relevance=[float(request.relevance[position]) for position in order]
+    )
+
+
+def _validation(context: Context, scorer: Scorer, seed: int) -> dict[str, Any]:
+    """Cross-entropy of validation lists that contain their target, in nats, of the model and of the prior alone."""
+    requests = [request for request in candidate_requests(context, "valid") if request.has_signal]
+    requests = random.Random(seed).sample(requests, min(CHECKED, len(requests)))
+    if not requests:
+        return {"lists": 0}
+    priors: list[Sequence[float]] = [request.prior or [0.0] * len(request.items) for request in requests]
+    figures: dict[str, Sequence[Sequence[float]]] = {"score": scorer.log_probs(requests), "prior": priors}
+    return {
+        "lists": len(requests),
+        **{name: _cross_entropy(requests, rows) for name, rows in figures.items()},
+    }
+
+
+def _cross_entropy(requests: Sequence[Request], scores: Sequence[Sequence[float]]) -> float:
+    """Mean cross-entropy of the labels of lists."""
+    losses = [
+        listwise_loss(torch.tensor([row]), torch.tensor([request.relevance], dtype=torch.float32)).item()
+        for request, row in zip(requests, scores, strict=True)
+    ]
+    return float(np.mean(losses))
+
+
+def key_values(settings: Settings) -> dict[str, Any]:
+    """Return the hash of the prompt template, and whether the model trains in bfloat16."""
+    return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
+
+
+STAGE = Stage(
+    name="score",
+    version=1,
+    run=run,
+    settings=(
+        "score_",
+        "cand_num",
+        "cand_ranker",
+        "prompt_",
+        "llm_lora_rank",
+        "llm_bf16",
+        "llm_micro_batch_size",
+        "seed",
+    ),
+    needs=("tokenizer", "prior", "midtrain"),
+    amount="score_steps",
+    key_values=key_values,
+)

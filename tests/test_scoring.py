@@ -1,0 +1,248 @@
+"""Scores of all candidates in one forward pass: losses by hand, exact resume, and the method on a run."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from recbole_gr2.artifacts import read_answers
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.lists import training_requests
+from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.scoring import (
+    ListCollator,
+    ListInput,
+    list_scores,
+    listwise_loss,
+    pairwise_loss,
+    score_lists,
+    train_lists,
+)
+from recbole_gr2.policy import Policy, load_model
+from recbole_gr2.scorer import Scorer
+from recbole_gr2.stages.score import training_list
+
+INF = math.inf
+
+
+def tiny(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=28,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
+
+
+def list_of(number: int) -> ListInput:
+    """A list of two or three candidates with the labels 20, 21 and 22. The token 3 + n % 5 says which one is best."""
+    count, best = 2 + number % 2, number % 2
+    ids = [2, 3 + best, *(8 + (number + t) % 9 for t in range(number % 7)), 19]
+    return ListInput(
+        input_ids=ids,
+        places=[len(ids) - 1] * count,
+        tokens=[20, 21, 22][:count],
+        prior=[-0.5, -1.0, -2.0][:count],
+        relevance=[float(place == best) for place in range(count)],
+    )
+
+
+LISTS = [list_of(number) for number in range(20)]
+
+
+def train(model, tokenizer, folder, **changes):
+    options = {
+        "loss": "listwise",
+        "llm_weight": 0.5,
+        "steps": 8,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_share": 0.0,
+        "seed": 7,
+        "bf16": False,
+        "save_steps": 1,
+    }
+    return train_lists(model, tokenizer, LISTS, folder, **{**options, **changes})
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, **{chr(ord("a") + n): n + 2 for n in range(26)}}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="a")), pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def test_losses_by_hand():
+    scores = torch.tensor([[math.log(1.0), math.log(2.0), math.log(5.0)], [0.0, math.log(3.0), -INF]])
+    relevance = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    # Shares 1/8, 2/8, 5/8 and 1/4, 3/4.
+    assert listwise_loss(scores, relevance).tolist() == pytest.approx([math.log(4.0), math.log(4.0)])
+    # The first list has the pairs of candidate 2 with 1 and 3: log(1 + 1/2) and log(1 + 5/2).
+    expected = [(math.log(1.5) + math.log(3.5)) / 2, math.log(4.0)]
+    assert pairwise_loss(scores, relevance).tolist() == pytest.approx(expected)
+    graded = torch.tensor([[1.0, 3.0, 0.0]])
+    assert listwise_loss(scores[:1], graded).item() == pytest.approx(0.25 * math.log(8.0) + 0.75 * math.log(4.0))
+    expected = (math.log(1.5) + math.log(6.0) + math.log(3.5)) / 3  # 2 above 1, 1 above 3, 2 above 3
+    assert pairwise_loss(scores[:1], graded).item() == pytest.approx(expected)
+    for loss in (listwise_loss, pairwise_loss):
+        part = scores.clone().requires_grad_()
+        loss(part, relevance).sum().backward()
+        assert part.grad.isfinite().all() and part.grad[1, 2] == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_are_those_of_all_logits(tied):
+    model = tiny(tied=tied)
+    scores = score_lists(model, LISTS, pad_id=0, llm_weight=0.5, batch_size=6)
+    for each, row in zip(LISTS, scores, strict=True):
+        logits = model(input_ids=torch.tensor([each.input_ids])).logits[0, -1, list(each.tokens)]
+        expected = (0.5 * logits + torch.tensor(each.prior)).log_softmax(-1)
+        assert row == pytest.approx(expected.tolist(), abs=1e-5)
+        assert sum(map(math.exp, row)) == pytest.approx(1.0)
+
+
+def test_scores_do_not_depend_on_the_batch():
+    model = tiny()
+    together = score_lists(model, LISTS, pad_id=0, llm_weight=0.5, batch_size=20)
+    alone = score_lists(model, LISTS, pad_id=0, llm_weight=0.5, batch_size=1)
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_lists_that_do_not_fit_are_an_error(tokenizer, tmp_path):
+    long = replace(LISTS[0], input_ids=[2] * 65)
+    with pytest.raises(ConfigurationError, match="lists of up to 65 tokens do not fit the context of 64"):
+        score_lists(tiny(), [long], pad_id=0, llm_weight=1.0, batch_size=1)
+    with pytest.raises(ConfigurationError, match="0 lists"):
+        train_lists(
+            tiny(),
+            tokenizer,
+            [],
+            tmp_path,
+            loss="listwise",
+            llm_weight=1.0,
+            steps=1,
+            batch_size=1,
+            micro_batch_size=1,
+            learning_rate=1.0,
+            warmup_share=0.0,
+            seed=0,
+            bf16=False,
+            save_steps=1,
+        )
+
+
+def test_the_first_loss_is_the_mean_over_lists(tokenizer, tmp_path):
+    log = train(tiny(), tokenizer, tmp_path, steps=1, batch_size=20, micro_batch_size=20)
+    scores = list_scores(tiny(), ListCollator(0)(LISTS), 0.5)
+    relevance = torch.nn.utils.rnn.pad_sequence([torch.tensor(each.relevance) for each in LISTS], batch_first=True)
+    assert log[0]["loss"] == pytest.approx(listwise_loss(scores, relevance).mean().item(), rel=1e-4)
+    smaller = train(tiny(), tokenizer, tmp_path / "parts", steps=1, batch_size=20, micro_batch_size=4)
+    assert smaller[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["listwise", "pairwise"])
+def test_training_finds_the_best_candidate(tokenizer, tmp_path, loss):
+    model = tiny()
+    train(model, tokenizer, tmp_path, loss=loss, steps=40, save_steps=100)
+    scores = score_lists(model, LISTS, pad_id=0, llm_weight=0.5, batch_size=20)
+    best = [int(np.argmax(row)) for row in scores]
+    assert best == [list(each.relevance).index(1.0) for each in LISTS]
+
+
+def test_a_killed_training_ends_with_the_same_weights_and_log(tokenizer, tmp_path):
+    whole = tiny()
+    log = train(whole, tokenizer, tmp_path / "whole")
+
+    def say(text):
+        if text.startswith("step 5/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), tokenizer, tmp_path / "killed", say=say)
+    resumed, seen = tiny(seed=99), []  # other weights: those of the checkpoint replace them
+    assert train(resumed, tokenizer, tmp_path / "killed", say=seen.append) == log
+    assert seen[0].startswith("step 5/")
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_scores_equal_those_of_the_merged_model(tokenizer, tmp_path, tied):
+    model = with_lora(tiny(tied=tied), 2, [19, 20, 21, 22])
+    log = train(model, tokenizer, tmp_path, learning_rate=3e-2, steps=20, save_steps=100)
+    assert log[-1]["loss"] < log[0]["loss"]
+    model.eval()
+    batch = ListCollator(0)(LISTS)
+    with torch.no_grad():
+        adapted = list_scores(model, batch, 0.5)
+        assert torch.allclose(list_scores(merged(model), batch, 0.5), adapted, atol=1e-4)
+
+
+# --- on a run ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorer(context) -> Scorer:
+    return Scorer.load(context, "sft")  # any model of the run
+
+
+def test_a_list_contains_no_label(scorer, context):
+    request = training_requests(context)[0]
+    other = replace(request, target=request.items[-1], grades=tuple(range(len(request.items))))
+    assert scorer.list_input(request) == scorer.list_input(other) == scorer.list_input(request.without_labels())
+    order = scorer.maker.order(request)
+    assert training_list(scorer, request).relevance == [float(request.items[p] == request.target) for p in order]
+
+
+def test_a_score_is_the_probability_of_the_first_label_of_an_answer_without_reasoning(scorer, context):
+    requests = training_requests(context)[:8]
+    model, tokenizer = load_model(context.folders["sft"])
+    generated, _ = Policy.of(model, tokenizer, context, reasoning=False).answer(requests)
+    scored = scorer.answer(requests)
+    for one, other, request in zip(generated, scored, requests, strict=True):
+        assert one.first_choice == pytest.approx(other.first_choice, abs=1e-5)
+        assert sorted(other.ranking) == sorted(request.items)
+        chances = dict(zip(request.items, other.first_choice, strict=True))
+        assert [chances[item] for item in other.ranking] == sorted(other.first_choice, reverse=True)
+
+
+def test_equal_scores_keep_the_base_order(scorer, context):
+    request = training_requests(context)[0]
+    model, _ = load_model(context.folders["sft"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    equal = replace(scorer, model=model)
+    (answer,) = equal.answer([replace(request, prior=())], {request.request_id: (3, 1, 4, 0, 2)})
+    assert answer.ranking == request.items and sum(answer.first_choice) == pytest.approx(1.0)
+
+
+def test_the_method_in_a_run(tiny_run, finished_copy):
+    from recbole_gr2.artifacts import load_catalog
+
+    run = tiny_run(finished_copy(), eval_rows=["score"], score_steps=4, score_loss="pairwise")
+    assert "sft" not in run.folders and "traces" not in run.folders
+    summary = run.records["score"].summary
+    assert summary["lists"] > 30 and summary["valid"]["lists"] > 0
+    answers = read_answers(run.folders["rerank_score"], load_catalog(run.context()))
+    assert all(len(set(answer.ranking)) == 5 for answer in answers.values())
+    methods = {(m["method"], m["scope"]) for m in run.records["evaluate"].summary["methods"]}
+    assert ("score", "hit_users") in methods
