@@ -28,7 +28,7 @@ from recbole_gr2.config import ONEREC_THINK
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.policy import load_model, sid_log_likelihood, use_bf16
-from recbole_gr2.prompts import PromptMaker, encode, recent, sequential_ids
+from recbole_gr2.prompts import TEXT, PromptMaker, encode, recent, sequential_ids
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import SID_BEGIN
 from recbole_gr2.tasks import PERSONA, describe
@@ -45,7 +45,7 @@ def reasons(method: str) -> bool:
 
 def prompt_maker(settings: Mapping[str, Any], catalog: Catalog) -> PromptMaker:
     """Return the prompt maker; `onerec_think_texts` items of a history are written with their texts."""
-    return replace(PromptMaker.of(settings, catalog), history=settings["onerec_think_texts"])
+    return replace(PromptMaker.of(settings, catalog, TEXT), history=settings["onerec_think_texts"])
 
 
 def trace_grammar(tokenizer: Any, settings: Mapping[str, Any]) -> Grammar:

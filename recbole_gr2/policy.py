@@ -17,9 +17,11 @@ from recbole_gr2.llm.generation import generate_completions
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import device, load_saved, uses_bf16
-from recbole_gr2.prompts import PromptMaker, encode_prompt, recent
+from recbole_gr2.prompts import FORMS, PromptMaker, encode_prompt, recent
 from recbole_gr2.sid.tokens import RANKING, SID, SID_BEGIN, label_tokens, sid_text
 from recbole_gr2.types import Answer, Context, Request, Trace
+
+MEASURED_PROMPTS = 200  # number of prompts whose length is measured
 
 
 def use_bf16(settings: Mapping[str, Any], device_name: str) -> bool:
@@ -104,6 +106,25 @@ def sid_log_likelihood(
         first: dict[tuple[int, ...], float] = {}
         row[:] = [first.setdefault(catalog.item(i).sid, score) for i, score in zip(part, row, strict=True)]
     return scores
+
+
+def prompt_tokens(
+    settings: Mapping[str, Any], catalog: Catalog, tokenizer: Any, requests: Sequence[Request]
+) -> dict[str, float]:
+    """Return the mean number of tokens of a prompt in each form of `prompt_items`, over the first 200 requests.
+
+    Args:
+        settings: settings of the run.
+        catalog: the catalogue with semantic IDs.
+        tokenizer: tokenizer of the language model.
+        requests: at least one request.
+    """
+    measured = {}
+    for form in FORMS:
+        maker = PromptMaker.of(settings, catalog, form)
+        lengths = [len(encode_prompt(maker.render(request), tokenizer)) for request in requests[:MEASURED_PROMPTS]]
+        measured[form] = round(sum(lengths) / len(lengths), 1)
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Render requests as chat messages.
 
 Prompt templates are YAML files with a system and a user message in Jinja2. A template receives the history and the
-candidates of a request. It has no access to the target.
+candidates of a request. It has no access to the target. `prompt_items` says how the items are written; each of its
+forms except `text` has a template of its own in `properties/prompt_items/`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 SEQUENTIAL = "Taken in order: "  # the first words of a sequential text of mid-training
 FIELDS = ("label", "sid", "title", "category", "brand")  # variables of an item in a template
 TEXTS = ("title", "category", "brand")  # those with a text of the data
+TEXT = "text"  # the value of `prompt_items` whose template `prompt_template` names
+FORMS = (TEXT, "short", "sid")  # values of `prompt_items`
+SHORT_TITLE = 24  # largest length of a title in the form `short` in characters. Our choice.
+LEAST_TITLE = 8  # smallest length of a title that ends before a mark of `TITLE_END`. Our choice.
+TITLE_END = re.compile(r", | - | \(| \[|: |; | \| ")  # what follows in a title is often a variant, a size or a year
 PLACEHOLDER = "\ue000"  # stands for any text of the data; a character for private use
 # A text of the data beside characters that can be a part of a token of a semantic ID, a label or the ranking mark.
 JOINED = re.compile(rf"<[\w|]*{PLACEHOLDER}|{PLACEHOLDER}[\w|]*[>{PLACEHOLDER}]")
@@ -90,6 +96,36 @@ def load_template(name: str) -> Template:
             joins texts of the data so that they can form a token of a semantic ID or a label.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else properties_folder() / "prompt" / f"{name}.yaml"
+    return _read_template(file, name)
+
+
+def template_of(settings: Mapping[str, Any]) -> Template:
+    """Return the template of a run: `prompt_template` with `prompt_items: text`, else that of the form.
+
+    Raises:
+        MissingFileError, ConfigurationError: see `load_template`.
+    """
+    return _template(settings["prompt_items"], settings["prompt_template"])
+
+
+def prompt_values(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of the template, and `prompt_items`, for the key of a stage.
+
+    The default form is left out, so that stages of earlier versions keep their keys. A stage with these values
+    declares `prompt_items` as excluded.
+    """
+    items = settings["prompt_items"]
+    return {"prompt_template": template_of(settings).sha, **({} if items == TEXT else {"prompt_items": items})}
+
+
+def _template(items: str, name: str) -> Template:
+    if items == TEXT:
+        return load_template(name)
+    return _read_template(properties_folder() / "prompt_items" / f"{items}.yaml", items)
+
+
+def _read_template(file: Path, name: str) -> Template:
+    """Read and check a template, see `load_template`."""
     if not file.is_file():
         raise MissingFileError(
             f"the prompt template {name!r} does not exist",
@@ -144,6 +180,7 @@ class PromptMaker:
         history: number of history items in a prompt; the most recent ones.
         title_chars: maximum length of a title in characters.
         shuffle_seed: seed of a random order of the candidates, one order per request; None keeps the base order.
+        items: form of the items, one of `FORMS`.
     """
 
     template: Template
@@ -151,18 +188,22 @@ class PromptMaker:
     history: int
     title_chars: int
     shuffle_seed: int | None = None
+    items: str = TEXT
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], catalog: Catalog) -> PromptMaker:
+    def of(cls, settings: Mapping[str, Any], catalog: Catalog, items: str | None = None) -> PromptMaker:
         """Return the prompt maker of a run.
 
         Args:
             settings: settings of the run. The method reads prompt_template, prompt_history, prompt_title_chars,
-                prompt_shuffle and seed.
+                prompt_shuffle, seed and, without `items`, prompt_items.
             catalog: the items, with their semantic IDs.
+            items: form of the items; by default prompt_items.
         """
+        items = settings["prompt_items"] if items is None else items
         return cls(
-            template=load_template(settings["prompt_template"]),
+            items=items,
+            template=_template(items, settings["prompt_template"]),
             catalog=catalog,
             history=settings["prompt_history"],
             title_chars=settings["prompt_title_chars"],
@@ -170,7 +211,7 @@ class PromptMaker:
         )
 
     def fields(self, item_id: int, label: str = "") -> dict[str, str]:
-        """Return the template variables of an item, see `FIELDS`."""
+        """Return the template variables of an item in the form `text`, see `FIELDS`."""
         item = self.catalog.item(item_id)
         return {
             "label": label,
@@ -179,6 +220,35 @@ class PromptMaker:
             "category": kind(item),
             "brand": item.brand,
         }
+
+    def written(
+        self, candidates: Sequence[tuple[int, str]], history: Sequence[int]
+    ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Return the template variables of candidates and history in the form of the prompt.
+
+        `sid` has no texts. `short` has the start of each title, see `short_title`. A category or brand is left out if
+        an earlier item has it or the title contains it. Candidates come before the history.
+
+        Args:
+            candidates: item id and label of each candidate, in the order of the prompt.
+            history: item ids, oldest first.
+        """
+        seen: set[str] = set()
+
+        def fields(item_id: int, label: str = "") -> dict[str, str]:
+            values = self.fields(item_id, label)
+            if self.items == "sid":
+                return values | dict.fromkeys(TEXTS, "")
+            if self.items == "short":
+                values["title"] = short_title(values["title"])
+                for name in ("category", "brand"):
+                    if values[name] in seen or values[name].lower() in values["title"].lower():
+                        values[name] = ""
+                    else:
+                        seen.add(values[name])
+            return values
+
+        return [fields(*candidate) for candidate in candidates], [fields(item) for item in history]
 
     def order(self, request: Request) -> tuple[int, ...]:
         """Return the base positions of the candidates in the order of the prompt, (K,)."""
@@ -198,12 +268,13 @@ class PromptMaker:
         """
         order = self.order(request) if order is None else tuple(order)
         labels = tuple(label_tokens(len(order)))
+        candidates, history = self.written(
+            [(request.items[position], label) for position, label in zip(order, labels, strict=True)],
+            recent(request.history, self.history),
+        )
         return Prompt(
             request_id=request.request_id,
-            messages=self.template.messages(
-                history=[self.fields(item) for item in recent(request.history, self.history)],
-                candidates=[self.fields(request.items[p], label) for p, label in zip(order, labels, strict=True)],
-            ),
+            messages=self.template.messages(history=history, candidates=candidates),
             labels=labels,
             order=order,
         )
@@ -316,6 +387,16 @@ def shorten(text: str, chars: int) -> str:
         return text
     cut = text[: chars + 1]
     return cut[: cut.rfind(" ")].rstrip(" ,-") if " " in cut else text[:chars]
+
+
+def short_title(title: str) -> str:
+    """Return the start of a title: up to a comma, a bracket or a similar mark, and at most `SHORT_TITLE` characters.
+
+    >>> short_title("Toy Story (1995)"), short_title("OPI Nail Lacquer, Red, 0.5 Fluid Ounce"), short_title("Yes, No")
+    ('Toy Story', 'OPI Nail Lacquer', 'Yes, No')
+    """
+    end = TITLE_END.search(title, LEAST_TITLE)
+    return shorten(title[: end.start()] if end else title, SHORT_TITLE)
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.llm.train import Example
 from recbole_gr2.plain_text import plain_text
-from recbole_gr2.prompts import SEQUENTIAL, PromptMaker, encode, kind, templates_for
+from recbole_gr2.prompts import SEQUENTIAL, TEXT, PromptMaker, encode, kind, templates_for
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.teachers import phrases
@@ -81,7 +81,7 @@ def persona_texts(
     catalog: Catalog, histories: Sequence[Sequence[int]], settings: Mapping[str, Any]
 ) -> Iterator[list[str]]:
     """Yield each history as semantic IDs that are followed by the texts of their items."""
-    values = PromptMaker.of(settings, catalog).fields
+    values = PromptMaker.of(settings, catalog, TEXT).fields
     for history in histories:
         if history:
             yield [PERSONA, *(f"\n{describe(values(item))}" for item in history)]
@@ -89,7 +89,7 @@ def persona_texts(
 
 def caption_texts(catalog: Catalog, settings: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield each item's semantic ID and text."""
-    values = PromptMaker.of(settings, catalog).fields
+    values = PromptMaker.of(settings, catalog, TEXT).fields
     for item in catalog:
         yield ["The item", f" {describe(values(item.item_id))}"]
 
@@ -212,7 +212,7 @@ def vocabulary_texts(catalog: Catalog, settings: Mapping[str, Any]) -> list[str]
     """Return every text that later stages may use, without semantic IDs: the texts that a trimmed vocabulary covers."""
     plain = Catalog(replace(item, sid=()) for item in catalog)
     size, texts = settings["cand_num"], [SEQUENTIAL, *phrases()]
-    maker = replace(PromptMaker.of(settings, plain), history=size)  # whatever number of items a prompt contains
+    maker = replace(PromptMaker.of(settings, plain, TEXT), history=size)  # whatever number of items a prompt contains
     request = None
     for start in range(0, len(plain), size):
         block = [item.item_id for item in plain[start : start + size]]

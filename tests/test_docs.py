@@ -133,7 +133,7 @@ def test_the_settings_of_the_paper_index_exist():
     known = {*declarations(), *recbole_declarations()}
     prefixes = {name[: name.index("_") + 1] for name in known if "_" in name} | {"onerec_think_rl_"}
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_?)(?::[^`]*)?`", (ROOT / "docs" / "papers.md").read_text()))
-    named -= {"rules", "linear", "sft", "prior", "laptop", "paper", "rerank-nokp", "only_if"}  # values
+    named -= {"rules", "linear", "sft", "sid", "prior", "laptop", "paper", "rerank-nokp", "only_if"}  # values
     assert len(named) > 40
     assert sorted(named - known - prefixes) == []
 

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.prompts import (
+    FORMS,
     PromptMaker,
     built_in,
     kind,
     load_template,
+    prompt_values,
     recent,
     shorten,
     shuffled_order,
@@ -173,6 +175,72 @@ def test_shorten_and_kind_by_hand():
     assert shorten("Lacquer", 3) == "Lac"
     assert kind(CATALOG[0]) == "Kind1"
     assert kind(Item(item_id=1, token="t", title="x")) == ""
+
+
+# --- forms of items ---------------------------------------------------------------------------------------------------
+
+
+def written(items: str, catalog: Catalog = CATALOG, **request) -> str:
+    """The user message of a prompt in a form."""
+    settings = {"prompt_template": "rerank", "prompt_items": items, "prompt_history": 8, "prompt_title_chars": 60}
+    maker = PromptMaker.of({**settings, "prompt_shuffle": False, "seed": 1}, catalog)
+    return maker.render(request_of(**request)).messages[1]["content"]
+
+
+def test_items_as_semantic_ids():
+    assert written("sid", history=(1, 2), candidates=(10, 11)) == (
+        "Candidates: <|sid_begin|><s_a_10><s_b_11><|sid_end|><|A|><|sid_begin|><s_a_11><s_b_12><|sid_end|><|B|>\n"
+        "History: <|sid_begin|><s_a_1><s_b_2><|sid_end|><|sid_begin|><s_a_2><s_b_3><|sid_end|>"
+    )
+
+
+def test_items_in_short():
+    """A category is written once, and not if the title contains it. Candidates come first."""
+    titles = {
+        1: "Nail Kind1 Set",
+        2: "A Fine Long Title Without Any Mark",
+        10: "Toy Story (1995)",
+        11: "Soap, Red, 2 oz",
+    }
+    catalog = Catalog(replace(item, title=titles.get(item.item_id, item.title)) for item in CATALOG)
+    assert written("short", catalog, history=(1, 2, 3), candidates=(10, 11)) == (
+        "Candidates:\n"
+        "<|sid_begin|><s_a_10><s_b_11><|sid_end|><|A|> Toy Story (Kind1)\n"
+        "<|sid_begin|><s_a_11><s_b_12><|sid_end|><|B|> Soap, Red (Kind2)\n"
+        "History:\n"
+        "<|sid_begin|><s_a_1><s_b_2><|sid_end|> Nail Kind1 Set\n"
+        "<|sid_begin|><s_a_2><s_b_3><|sid_end|> A Fine Long Title\n"
+        "<|sid_begin|><s_a_3><s_b_4><|sid_end|> Title3x (Kind0)"
+    )
+
+
+@pytest.mark.parametrize("items", FORMS)
+def test_no_form_depends_on_the_labels(items):
+    assert len({written(items, target=target) for target in (10, 11, 12, 25)}) == 1
+
+
+def test_forms_enter_keys_only_if_they_are_not_the_default(tiny_settings, tmp_path):
+    text, short = (tiny_settings(tmp_path, prompt_items=items) for items in ("text", "short"))
+    assert prompt_values(text) == {"prompt_template": load_template("rerank").sha}
+    assert prompt_values(short).keys() == {"prompt_template", "prompt_items"}
+    assert prompt_values(short)["prompt_template"] != prompt_values(text)["prompt_template"]
+
+
+def test_a_form_with_another_template_is_refused(tiny_settings, tmp_path):
+    with pytest.raises(ConfigurationError, match="prompt_items is sid, which has its own template"):
+        tiny_settings(tmp_path, prompt_items="sid", prompt_template="rerank-nokp")
+
+
+def test_the_texts_of_mid_training_do_not_depend_on_the_form(tiny_settings, tmp_path):
+    from recbole_gr2.stages.midtrain import STAGE_NAME, stages
+    from recbole_gr2.tasks import caption_texts, persona_texts, vocabulary_texts
+
+    text, sid = (tiny_settings(tmp_path, prompt_items=items) for items in ("text", "sid"))
+    assert vocabulary_texts(CATALOG, text) == vocabulary_texts(CATALOG, sid)
+    assert list(caption_texts(CATALOG, text)) == list(caption_texts(CATALOG, sid))
+    assert list(persona_texts(CATALOG, [(1, 2)], text)) == list(persona_texts(CATALOG, [(1, 2)], sid))
+    (stage, *_) = stages(text)
+    assert stage.name == STAGE_NAME and "prompt_items" not in text.results(stage.settings)
 
 
 def test_the_preset_of_the_paper_writes_its_reasoning_freely(tiny_settings, tmp_path):

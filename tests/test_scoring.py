@@ -246,3 +246,19 @@ def test_the_method_in_a_run(tiny_run, finished_copy):
     assert all(len(set(answer.ranking)) == 5 for answer in answers.values())
     methods = {(m["method"], m["scope"]) for m in run.records["evaluate"].summary["methods"]}
     assert ("score", "hit_users") in methods
+
+
+@pytest.mark.slow
+def test_short_prompts_in_a_run(tiny_run, finished_copy, finished):
+    """The stages before the prompt keep their keys. Generated answers work with the short forms, too."""
+    root = finished_copy()
+    for items in ("short", "sid"):
+        run = tiny_run(root, eval_rows=["sft", "score"], prompt_items=items, score_steps=2)
+        for stage in ("midtrain", "prior"):
+            assert run.records[stage].key == finished.records[stage].key
+        assert run.records["sft"].key != finished.records["sft"].key
+        for stage in ("sft", "score"):
+            tokens = run.records[stage].summary["prompt_tokens"]
+            assert tokens["sid"] < tokens["short"] < tokens["text"]
+        mean = run.records["score"].summary["tokens_mean"]
+        assert mean == pytest.approx(tokens[items] + 1, abs=0.1)  # and the ranking mark

@@ -408,6 +408,15 @@ def _check_buffer(values: Mapping[str, Any], declared: Mapping[str, Declaration]
         raise ValueError(f"rl_overlong_buffer is {buffer}, expected at most prompt_max_reasoning ({longest})")
 
 
+def _check_items(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
+    items, default = values["prompt_items"], declared["prompt_template"].default
+    if items != declared["prompt_items"].default and values["prompt_template"] != default:
+        raise ValueError(
+            f"prompt_items is {items}, which has its own template, but prompt_template is "
+            f"{values['prompt_template']!r:.200}; leave one of them out"
+        )
+
+
 def _check_attempts(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     sampled = values["trace_teacher"] in ("rules", "local_llm", "openai_api")
     if (
@@ -460,6 +469,7 @@ COMBINATIONS: dict[str, Rule] = {
     "cand_pool": _check_pool,
     "train_requests": _check_requests,
     "rl_overlong_buffer": _check_buffer,
+    "prompt_items": _check_items,
     "trace_temperature": _check_attempts,
     "trace_file": _check_recorded,
     "train_neg_sample_args": _check_loss,

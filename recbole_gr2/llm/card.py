@@ -92,6 +92,8 @@ def write_model_card(
     """
     speed = (key for key, entry in declarations().items() if entry.speed)
     left_out = {*OMITTED, *excluded, *speed}
+    if context.settings["prompt_items"] == declarations()["prompt_items"].default:
+        left_out.add("prompt_items")  # the key does not have it either
     names = sorted(name for name in context.settings if name.startswith(tuple(settings)) and name not in left_out)
     write_text(context.folder / FILE, _card(context, purpose, method, {name: context.settings[name] for name in names}))
 

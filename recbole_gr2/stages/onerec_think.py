@@ -35,7 +35,8 @@ from recbole_gr2.types import Candidate, Context, Item, Request, Stage
 
 TRACE, ITEM = 1, 2  # parts of an example
 WARMUP_SHARE = 0.1  # share of the steps in which the learning rate rises. OneRec-Think, released code.
-EXCLUDED = ("prompt_grounded", "prompt_llm_weight", "onerec_think_beams")  # settings that do not change the models
+# Settings that do not change the models.
+EXCLUDED = ("prompt_grounded", "prompt_llm_weight", "prompt_items", "onerec_think_beams")
 EPSILON = 0.2  # clip range of GRPO, the same on both sides
 Position = tuple[tuple[int, ...], int]  # a history and the next item
 

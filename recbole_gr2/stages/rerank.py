@@ -19,7 +19,7 @@ from recbole_gr2.lists import (
 )
 from recbole_gr2.plugins import calling
 from recbole_gr2.policy import resolved_bf16
-from recbole_gr2.prompts import load_template
+from recbole_gr2.prompts import prompt_values
 from recbole_gr2.rerankers.apply import fit, rank, rank_by_windows
 from recbole_gr2.rerankers.base import Reranker, stage_name, user_name
 from recbole_gr2.rerankers.external import FILE, read_rankings
@@ -101,7 +101,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
     def key_values(settings: Settings) -> dict[str, Any]:
         values: dict[str, Any] = dict(sources)
         if "prompt_" in reranker.settings_prefixes:
-            values["prompt_template"] = load_template(settings["prompt_template"]).sha
+            values |= prompt_values(settings)
         if "llm_bf16".startswith(reranker.settings_prefixes):
             values |= resolved_bf16(settings)
         if settings["eval_split"] != "test":
@@ -122,7 +122,8 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
             *(("eval_windows",) if reranker.windowed and not reranker.whole_pool else ()),
             *reranker.settings_prefixes,
         ),
-        excluded=("eval_split",),  # The keys of test results have no such value.
+        # The keys of test results have no eval_split, and those of the default form of items no prompt_items.
+        excluded=("eval_split", "prompt_items"),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
         check=check_settings,

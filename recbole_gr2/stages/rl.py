@@ -25,7 +25,7 @@ from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import FiniteLoss, ProgressLines
 from recbole_gr2.policy import answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
-from recbole_gr2.prompts import PromptMaker, encode_prompt, load_template
+from recbole_gr2.prompts import PromptMaker, encode_prompt, prompt_values
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong, reward_names
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.store import folder_hash, module_hash, write_json
@@ -185,7 +185,7 @@ def _check_distillation(settings: Settings, data: Data) -> None:
 
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hashes of the prompt template and of the user's own rewards, and whether to train in bfloat16."""
-    values = {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
+    values: dict[str, Any] = {**prompt_values(settings), **resolved_bf16(settings)}
     for name in reward_names(settings["rl_rewards"]):
         if ":" in name:
             values[f"{name}.sha"] = module_hash(name.partition(":")[0], where="rl_rewards")
@@ -229,7 +229,7 @@ def stages(settings: Settings) -> list[Stage]:
                 "seed",
                 *own,
             ),
-            excluded=excluded,
+            excluded=(*excluded, "prompt_items"),  # the key has it if it is not the default
             needs=("tokenizer", "prior", start, *needs),
             check=check_settings,
             check_data=check_data,

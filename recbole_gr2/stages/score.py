@@ -19,8 +19,8 @@ from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.scoring import ListInput, listwise_loss, train_lists
-from recbole_gr2.policy import load_model, new_tokens, resolved_bf16
-from recbole_gr2.prompts import load_template
+from recbole_gr2.policy import load_model, new_tokens, prompt_tokens, resolved_bf16
+from recbole_gr2.prompts import prompt_values
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.store import write_json
@@ -35,7 +35,8 @@ def run(context: Context) -> dict[str, Any]:
     settings = context.settings
     model, tokenizer = load_model(context.folders["midtrain"])
     scorer = Scorer.of(model, tokenizer, context)
-    lists = [training_list(scorer, request) for request in training_requests(context, purpose="score")]
+    requests = training_requests(context, purpose="score")
+    lists = [training_list(scorer, request) for request in requests]
     lengths = [len(each.input_ids) for each in lists]
     context.say(f"{len(lists):,} lists with {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "score")
@@ -71,6 +72,7 @@ def run(context: Context) -> dict[str, Any]:
         "lists": len(lists),
         "tokens_mean": float(np.mean(lengths)),
         "tokens_max": max(lengths),
+        "prompt_tokens": prompt_tokens(settings, scorer.maker.catalog, tokenizer, requests),
         "loss_first": log[0]["loss"],
         "loss_last": log[-1]["loss"],
         "valid": _validation(context, replace(scorer, model=model), seed),
@@ -110,7 +112,7 @@ def _cross_entropy(requests: Sequence[Request], scores: Sequence[Sequence[float]
 
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the prompt template, and whether the model trains in bfloat16."""
-    return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
+    return {**prompt_values(settings), **resolved_bf16(settings)}
 
 
 STAGE = Stage(
@@ -127,6 +129,7 @@ STAGE = Stage(
         "llm_micro_batch_size",
         "seed",
     ),
+    excluded=("prompt_items",),  # the key has it if it is not the default
     needs=("tokenizer", "prior", "midtrain"),
     amount="score_steps",
     key_values=key_values,

@@ -21,8 +21,8 @@ from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
-from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
-from recbole_gr2.prompts import FIELDS, PromptMaker, encode, encode_prompt, load_template
+from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, prompt_tokens, resolved_bf16, use_bf16
+from recbole_gr2.prompts import FIELDS, PromptMaker, encode, encode_prompt, prompt_values, template_of
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import ADDED, SID, label_tokens, sid_text
@@ -45,8 +45,8 @@ def run(context: Context) -> dict[str, Any]:
     model, tokenizer = load_model(context.folders["midtrain"])
     grammar = answer_grammar(tokenizer, settings)
     seed = derive_seed(settings["seed"], "sft")
-    examples = []
-    for request in training_requests(context, purpose="sft"):
+    requests, examples = training_requests(context, purpose="sft"), []
+    for request in requests:
         if request.request_id in traces:
             trace = traces[request.request_id]
             trace = replace(trace, ranking=target_ranking(request, trace.ranking, seed))
@@ -91,6 +91,7 @@ def run(context: Context) -> dict[str, Any]:
         "texts": len(examples),
         "tokens_mean": sum(lengths) / len(lengths),
         "tokens_max": max(lengths),
+        "prompt_tokens": prompt_tokens(settings, catalog, tokenizer, requests),
         "loss_first": {k: v for k, v in log[0].items() if k.startswith("loss")},
         "loss_last": {k: v for k, v in log[-1].items() if k.startswith("loss")},
         "checked": _check_answers(context, policy, seed),
@@ -220,7 +221,7 @@ def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prom
 
 def check_settings(settings: Settings) -> None:
     """Check that the semantic IDs and labels alone, without any words, are not longer than `sft_max_length`."""
-    template = load_template(settings["prompt_template"])
+    template = template_of(settings)
     empty, sid = dict.fromkeys(FIELDS, ""), sid_text((0,) * settings["sid_levels"])
     labels = label_tokens(settings["cand_num"])
     messages = template.messages([empty | {"sid": sid}], [empty | {"sid": sid, "label": label} for label in labels])
@@ -236,7 +237,7 @@ def check_settings(settings: Settings) -> None:
 
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the prompt template, and whether the model trains in bfloat16."""
-    return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
+    return {**prompt_values(settings), **resolved_bf16(settings)}
 
 
 STAGE = Stage(
@@ -253,6 +254,7 @@ STAGE = Stage(
         "llm_micro_batch_size",
         "seed",
     ),
+    excluded=("prompt_items",),  # the key has it if it is not the default
     needs=("tokenizer", "prior", "midtrain", "traces"),
     amount="sft_steps",
     check=check_settings,

@@ -20,7 +20,7 @@ from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import RANDOM, load_language_model
 from recbole_gr2.policy import Policy, citations, resolved_bf16
-from recbole_gr2.prompts import load_template
+from recbole_gr2.prompts import prompt_values
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens
 from recbole_gr2.store import check_text, file_hash, module_hash
@@ -156,7 +156,7 @@ def check_data(settings: Settings, data: Data) -> None:
 
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hashes of the prompt template and of the recorded traces, and what identifies the teacher."""
-    values: dict[str, Any] = {"prompt_template": load_template(settings["prompt_template"]).sha}
+    values: dict[str, Any] = dict(prompt_values(settings))
     if ":" in settings["trace_teacher"]:
         module = settings["trace_teacher"].partition(":")[0]
         values["trace_teacher.sha"] = module_hash(module, where="trace_teacher")
@@ -178,6 +178,7 @@ def stages(settings: Settings) -> list[Stage]:
             version=8,
             run=run,
             settings=("trace_", "cand_num", "cand_ranker", "prompt_", "seed"),
+            excluded=("prompt_items",),  # the key has it if it is not the default
             needs=("tokenizer", "prior", *(("midtrain",) if own_model else ())),
             check=check_settings,
             check_data=check_data,
