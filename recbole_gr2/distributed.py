@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
+from recbole_gr2.errors import ConfigurationError
+
+T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=30)  # While one process runs a stage, the others wait. torch's default is 30 minutes.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -15,7 +22,50 @@ def wait_for_all() -> None:
         import torch
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT).wait_for_everyone()
+
+
+def share(things: Sequence[T], compute: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
+    """Return the results of `compute`, of which each process computes a part. Every process gets all results.
+
+    Every process calls the function with the same sequence.
+
+    Args:
+        things: what to compute results for.
+        compute: returns one result for each element of a part of `things`, in the same order.
+
+    >>> share([1, 2, 3], lambda part: [2 * number for number in part])
+    [2, 4, 6]
+    """
+    if WORLD_SIZE == 1:
+        return list(compute(things))
+    from accelerate.utils import gather_object
+
+    mine = things[RANK::WORLD_SIZE]
+    parts = gather_object([list(compute(mine)) if mine else []])
+    results: list[Any] = [None] * len(things)
+    for rank, part in enumerate(parts):
+        results[rank::WORLD_SIZE] = part
+    return results
+
+
+def check_shares(name: str, number: int) -> None:
+    """Check that the processes can share what a setting counts.
+
+    Args:
+        name: name of the setting, such as a batch size.
+        number: its value.
+
+    Raises:
+        ConfigurationError: the number is no multiple of the number of processes.
+    """
+    if number % WORLD_SIZE:
+        raise ConfigurationError(
+            f"{WORLD_SIZE} processes cannot share {number} equally",
+            where=name,
+            why="a step waits for every process, and each has equally many texts or groups of answers",
+            do=f"choose a multiple of {WORLD_SIZE}, or another number of processes",
+        )
 
 
 def choose_threads() -> None:

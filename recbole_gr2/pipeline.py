@@ -13,7 +13,7 @@ from typing import Any
 
 from recbole_gr2.config import Settings
 from recbole_gr2.console import Console
-from recbole_gr2.distributed import RANK, WORLD_SIZE, wait_for_all
+from recbole_gr2.distributed import RANK, wait_for_all
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.meter import CLOCK, peak_memory_mb, reset_peak_memory, seconds_of_earlier_starts
 from recbole_gr2.stages import all_stages, check_name
@@ -267,20 +267,12 @@ def execute(
 ) -> list[tuple[StageRecord, bool]]:
     """Run a plan. Returns each stage's record and whether its result existed before.
 
+    Of several processes only the first one runs the stages that are not `distributed`. The others wait.
+
     Raises:
-        ConfigurationError: several processes were started, and a stage that would run supports one only.
         GR2Error: another process works on a stage, a file of a finished stage was changed, the disk is full, or a
             folder cannot be written.
     """
-    single = [entry.stage.name for entry in planned if not entry.finished and not entry.stage.distributed]
-    if WORLD_SIZE > 1 and single:
-        shared = [stage.name for stage in all_stages(settings) if stage.distributed]
-        raise ConfigurationError(
-            f"{WORLD_SIZE} processes would run {', '.join(single)} at the same time",
-            where="accelerate launch",
-            why=f"only {', '.join(shared)} can be shared by several processes",
-            do="compute the other stages with one process first",
-        )
     with explained_disk_errors(settings.results_folder):
         _write_request(planned)
     records: dict[str, StageRecord] = {}
@@ -381,7 +373,7 @@ def _run(
     wait_for_all()
     reset_peak_memory()
     code, started = code_version(), time.monotonic()
-    summary = entry.stage.run(context)
+    summary = entry.stage.run(context) if RANK == 0 or entry.stage.distributed else {}
     if RANK == 0:
         _finish(entry, summary, earlier + time.monotonic() - started, code)
         _fulfil(entry, settings)

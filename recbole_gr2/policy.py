@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.catalog import Catalog
+from recbole_gr2.distributed import share
 from recbole_gr2.llm.answers import read_answer
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.generation import generate_completions
@@ -86,21 +87,25 @@ def sid_log_likelihood(
 ) -> list[list[float]]:
     """Return the log-likelihood of items' semantic IDs as continuations of prompts, B lists of K numbers.
 
-    Items of a prompt with the same semantic ID have the same number.
+    Items of a prompt with the same semantic ID have the same number. Several processes share the prompts, see
+    `recbole_gr2.distributed.share`.
 
     Args:
         prompts: token ids of B prompts.
         items: K item ids for each prompt.
     """
     sids = [tokenizer(sid_text(item.sid), add_special_tokens=False)["input_ids"] for item in catalog]
-    scores = continuation_log_likelihood(
-        model,
-        [[*prompt, sids[0][0]] for prompt in prompts],
-        [[sids[item - 1][1:-1] for item in part] for part in items],
-        pad_id=tokenizer.pad_token_id,
-        batch_size=settings["eval_batch_lists"],
-        bf16=use_bf16(settings, model.device.type),
-        trie=sid_trie(settings, tokenizer, catalog),
+    scores = share(
+        range(len(prompts)),
+        lambda part: continuation_log_likelihood(
+            model,
+            [[*prompts[place], sids[0][0]] for place in part],
+            [[sids[item - 1][1:-1] for item in items[place]] for place in part],
+            pad_id=tokenizer.pad_token_id,
+            batch_size=settings["eval_batch_lists"],
+            bf16=use_bf16(settings, model.device.type),
+            trie=sid_trie(settings, tokenizer, catalog),
+        ),
     )
     for row, part in zip(scores, items, strict=True):  # The rounding of a likelihood depends on its batch.
         first: dict[tuple[int, ...], float] = {}
@@ -176,20 +181,26 @@ class Policy:
     ) -> tuple[list[Answer], list[list[int]]]:
         """Return the greedy answers to requests and their token ids, both in the order of the requests.
 
+        Several processes share the requests, see `recbole_gr2.distributed.share`.
+
         Args:
             requests: the requests.
             orders: for each request id the base positions of its candidates in the order in which the prompt lists
                 them; by default the order of the prompt maker.
         """
         prompts = [self.maker.render(r, (orders or {}).get(r.request_id)) for r in requests]
-        completions = generate_completions(
-            self.model,
-            [encode_prompt(prompt, self.tokenizer) for prompt in prompts],
-            [self.maker.label_prior(r, prompt) for r, prompt in zip(requests, prompts, strict=True)],
-            grammar=self.grammar,
-            temperature=0.0,
-            batch_size=self.batch_size,
-            bf16=self.bf16,
+        priors = [self.maker.label_prior(r, prompt) for r, prompt in zip(requests, prompts, strict=True)]
+        completions = share(
+            range(len(prompts)),
+            lambda part: generate_completions(
+                self.model,
+                [encode_prompt(prompts[place], self.tokenizer) for place in part],
+                [priors[place] for place in part],
+                grammar=self.grammar,
+                temperature=0.0,
+                batch_size=self.batch_size,
+                bf16=self.bf16,
+            ),
         )
         answers = []
         for request, prompt, (ids, first_choice) in zip(requests, prompts, completions, strict=True):

@@ -409,7 +409,7 @@ class Stage:
         check_data: raises an error if the stage cannot run on the data set, or needs a package or file that is missing.
             It is called for each stage that a run computes, before the first of them runs.
         parameters: parameters of a variant; `context.parameters` contains them.
-        distributed: whether several processes may run the stage together.
+        distributed: whether several processes run the stage together. If not, the first one runs it alone.
         modules: further modules whose sources the stage uses, see `recbole_gr2.store.source_hash`.
         unused_modules: modules that the stage's module imports, but that cannot change its output.
         amount: the setting that the time of the stage is proportional to, for the estimate of a plan; "" for none.

@@ -495,7 +495,7 @@ def test_a_reward_is_that_of_the_own_search(untrained):
     codes = torch.tensor([item.sid for item in maker.catalog])
     trie = SidTrie.of(tokenizer, codes.numpy())
     trainer = SimpleNamespace(
-        model=model,
+        policy=model,
         trie=trie,
         beams=3,
         constrained=True,

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 from conftest import called
+from safetensors.torch import load_file
 
 import recbole_gr2
 from recbole_gr2 import pipeline, store
@@ -399,14 +401,6 @@ def test_what_another_run_finished_meanwhile_is_kept(toy):
     assert [finished for _, finished in done] == [True] * 5 and len(toy.starts) == 5
 
 
-def test_several_processes_run_distributed_stages_only(toy, monkeypatch):
-    toy.stages[4] = replace(toy.stages[4], distributed=True)
-    monkeypatch.setattr(pipeline, "WORLD_SIZE", 2)
-    with pytest.raises(ConfigurationError, match="2 processes would run a, b") as error:
-        toy.run()
-    assert "only optional can be shared" in error.value.why and toy.starts == []
-
-
 def test_stages_that_cannot_be_ordered(toy):
     toy.stages[0] = replace(toy.stages[0], needs=("d",))
     with pytest.raises(ValueError, match="stages need each other"):
@@ -733,29 +727,39 @@ def test_a_stage_without_manifest_gives_the_same_result_at_another_speed(command
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_several_processes_share_rl(command, tmp_path):
+def test_several_processes_give_the_results_of_one(command, tmp_path):
+    """They share mid-training, SFT, RL and the answers. One of them runs the traces and the evaluation."""
     argv = command.copy(tmp_path / "saved")
-    shutil.rmtree(tmp_path / "saved" / "gr2" / "tiny" / "stages" / "rl")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    stages = tmp_path / "saved" / "gr2" / "tiny" / "stages"
+    removed = ["midtrain", "traces", "sft", "rl", "rerank_sft", "rerank_shuffled", "evaluate"]
+    for name in removed:
+        shutil.rmtree(stages / name)
     done = subprocess.run(
-        [*launch, ROOT / "run_recbole_gr2.py", *argv, "--stages=rl"],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *(ROOT / "run_recbole_gr2.py", *argv),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    (after,) = (tmp_path / "saved" / "gr2" / "tiny" / "stages" / "rl").iterdir()
-    first_rounds = [
-        [
-            {**line, "advantage": round(line["advantage"], 4)}
-            for line in read_lines(folder / "checkpoints" / "rollouts.jsonl")
-            if line["step"] == 0
-        ]
-        for folder in (command.stages["rl"], after)
-    ]
-    assert first_rounds[0] == first_rounds[1] and first_rounds[0]  # later weights differ in their last digits
-    assert set(read_manifest(after).files) == set(read_manifest(command.stages["rl"]).files)
+    (path,) = done.stdout.split()  # of the first process alone
+    result = json.loads(Path(path).read_text())
+    assert {stage["stage"] for stage in result["stages"] if not stage["cached"][0]} == set(removed)
+    for field in ("methods", "comparisons"):
+        assert result[field] == command.result[field]
+    for name in removed:
+        (after,) = (folder for folder in (stages / name).iterdir() if folder.is_dir())
+        before = command.stages[name]
+        assert set(read_manifest(after).files) == set(read_manifest(before).files), name
+        if (after / "model").exists():
+            ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (after, before))
+            assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in theirs), name
+        elif (after / "rankings.jsonl").exists():
+            rankings = [[line["ranking"] for line in read_lines(f / "rankings.jsonl")] for f in (after, before)]
+            assert rankings[0] == rankings[1] and rankings[0], name
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------

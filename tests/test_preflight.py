@@ -142,12 +142,14 @@ def test_files_and_modules_are_checked_before_data_are_read(changes, text, tiny_
         pipeline.check(tiny_settings(tmp_path, **changes))
 
 
-def test_processes_that_cannot_share_a_round(tiny_settings, tmp_path, monkeypatch):
-    from recbole_gr2.stages import rl
+def test_processes_that_cannot_share_a_step(tiny_settings, tmp_path, monkeypatch):
+    from recbole_gr2 import distributed
 
-    monkeypatch.setattr(rl, "WORLD_SIZE", 3)
-    with pytest.raises(ConfigurationError, match="3 processes cannot share 2 requests"):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 3)
+    with pytest.raises(ConfigurationError, match="3 processes cannot share 2 equally") as error:
         pipeline.check(tiny_settings(tmp_path))
+    names = ("mid_batch_size", "sft_batch_size", "rl_prompts_per_step", "onerec_think_batch_size")
+    assert all(name in str(error.value) for name in names)
 
 
 # --- memory and disk space -------------------------------------------------------------------------------------------

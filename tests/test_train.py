@@ -1,6 +1,9 @@
 """Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,13 @@ from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, finetune
 
 
-@pytest.fixture
-def tokenizer():
+@pytest.fixture(name="tokenizer")
+def letters():
     """A fast tokenizer of single letters. TRL reads many attributes of a tokenizer."""
+    return letter_tokenizer()
+
+
+def letter_tokenizer():
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -232,6 +239,50 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tokenizer, tmp_path, bf
     assert train(again, tokenizer, folder, MANY, bf16=bf16, **PASSES) == log and equal(whole, again)
 
 
+WORKER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+import pytest, torch
+from test_train import MANY, PASSES, kill_after, letter_tokenizer, tiny, train
+from recbole_gr2.distributed import RANK, wait_for_all
+wait_for_all()
+folder, options = Path({folder!r}), {{**PASSES, "micro_batch_size": 2}}
+with pytest.raises(KeyboardInterrupt):
+    train(tiny(), letter_tokenizer(), folder, MANY, say=kill_after(5), **options)
+wait_for_all()
+model, seen = tiny(seed=99), []
+log = train(model, letter_tokenizer(), folder, MANY, say=seen.append, **options)
+torch.save((model.state_dict(), log, seen), folder / f"result-{{RANK}}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_give_the_results_of_one_and_resume(tokenizer, tmp_path):
+    """The last batch of each pass has four texts, so that each process has one more without loss."""
+    two, worker, tests = tmp_path / "two", tmp_path / "worker.py", Path(__file__).parent
+    two.mkdir()
+    worker.write_text(WORKER.format(tests=str(tests), root=str(tests.parent), folder=str(two)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = tiny()
+    log = train(one, tokenizer, tmp_path / "one", MANY, **PASSES)
+    (weights_0, log_0, seen), (weights_1, log_1, _) = (torch.load(two / f"result-{rank}.pt") for rank in (0, 1))
+    assert log_0 == log_1 and seen[0].startswith("step 5/")
+    assert [line["step"] for line in log_0] == [line["step"] for line in log]
+    for name in ("loss", "loss/text", "grad_norm"):
+        assert [line[name] for line in log_0] == pytest.approx([line[name] for line in log], rel=1e-4), name
+    for name, value in one.state_dict().items():
+        assert torch.equal(weights_0[name], weights_1[name]) and torch.allclose(value, weights_0[name], atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_log_does_not_depend_on_the_steps_between_checkpoints(tokenizer, tmp_path):
     """With 60 steps there is a line of the log for every second step; a checkpoint in between would shorten a mean."""
@@ -270,6 +321,8 @@ def test_the_order_of_a_pass_depends_on_the_seed_and_the_pass():
 
     assert order(0) == order(2) != order(3) == order(5) != order(6)  # three steps are a pass
     assert all(sorted(order(step)) == list(range(20)) for step in (0, 3, 6)) and order(0) != order(0, seed=8)
+    filled = LengthSampler(lengths, batch_size=8, seed=7, step=lambda: 0, filler=20)
+    assert list(filled) == [*order(0), 20, 20, 20, 20] and len(filled) == 24
 
 
 def test_training_lowers_every_part(tokenizer, tmp_path):

@@ -78,7 +78,7 @@ class RolloutBeamTrainer(DAPOTrainer):
     ) -> list[dict[str, float | None]]:
         """Return the Rollout-Beam reward of each completion of one prompt. `answers` is not used."""
         beams = beam_items(
-            self.model,
+            self.policy,
             [[*prompt["prompt_ids"], *ids[:-2]] for ids in completions],  # without the label and eos
             self.trie,
             beams=self.beams,

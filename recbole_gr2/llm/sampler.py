@@ -57,13 +57,27 @@ class LengthSampler(Sampler[int]):
         batch_size: Texts per optimizer step.
         seed: Seed of the order.
         step: Returns the number of optimizer steps so far. It determines the pass.
+        filler: Index that completes the last batch of a pass, so that several processes have equally many texts. None:
+            the last batch may be smaller.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, step: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.step = list(lengths), batch_size, seed, step
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        step: Callable[[], int],
+        filler: int | None = None,
+    ) -> None:
+        self.lengths, self.batch_size, self.seed, self.step, self.filler = list(lengths), batch_size, seed, step, filler
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self._missing
+
+    @property
+    def _missing(self) -> int:
+        return 0 if self.filler is None else -len(self.lengths) % self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         steps_per_pass = -(-len(self.lengths) // self.batch_size)
@@ -71,4 +85,5 @@ class LengthSampler(Sampler[int]):
         # The data loader of torch draws one number from the global generator first. With one here, too, the first pass
         # has the order of transformers' LengthGroupedSampler after `set_seed(seed)`.
         torch.empty((), dtype=torch.int64).random_(generator=generator)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        return iter([*order, *[self.filler] * self._missing])

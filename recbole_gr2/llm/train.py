@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.batching import micro_batch_size as largest_micro_batch
+from recbole_gr2.distributed import WORLD_SIZE, check_shares
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint, step_of
@@ -78,7 +79,10 @@ class PartsTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         texts: Any = self.train_dataset
-        return length_sampler(self, texts["length"])
+        lengths = texts["length"]
+        if WORLD_SIZE == 1:
+            return length_sampler(self, lengths)
+        return length_sampler(self, lengths[:-1], filler=len(lengths) - 1)
 
     def compute_loss(
         self,
@@ -93,15 +97,9 @@ class PartsTrainer(SFTTrainer):
         """
         if return_outputs:
             raise ValueError("PartsTrainer returns no outputs")
-        decoder = self.accelerator.unwrap_model(model).get_decoder()
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
         labels, parts = inputs["labels"][:, 1:], inputs["parts"][:, 1:]
         scored = labels != IGNORED
-        with self.accelerator.autocast():
-            hidden = decoder(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).last_hidden_state[:, :-1]
-            logits = head(hidden[scored])
+        logits = self._logits(model, inputs, scored)
         losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
         if "choices" in inputs:  # (B, T, M), FREE after the last choice
             tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
@@ -122,14 +120,28 @@ class PartsTrainer(SFTTrainer):
             here = parts == number
             self._sums[0, number] += losses.detach()[here].sum().double().cpu()
             self._sums[1, number] += here.sum().cpu()
-        return (losses * self.part_weights.to(losses.device)[parts]).sum() / count
+        # DistributedDataParallel averages the gradients of the processes, and `count` is that of all of them.
+        return (losses * self.part_weights.to(losses.device)[parts]).sum() / count * self.accelerator.num_processes
+
+    def _logits(self, model: Any, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) of the M positions of `scored` (B, T - 1)."""
+        texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        with self.accelerator.autocast():
+            if self.accelerator.num_processes > 1:  # Gradients are shared only after a call of the whole model.
+                places = scored.any(0).nonzero().squeeze(1)
+                return model(**texts, logits_to_keep=places).logits[scored[:, places]]
+            whole = self.accelerator.unwrap_model(model)
+            return whole.get_output_embeddings()(whole.get_decoder()(**texts).last_hidden_state[:, :-1][scored])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the values, and the mean loss of each part since the previous line."""
         if "loss" in logs:
+            sums: Any = self._sums
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum")
             for number, name in enumerate(self.part_names, start=1):
-                if self._sums[1, number] > 0:
-                    logs[f"loss/{name}"] = float(self._sums[0, number] / self._sums[1, number])
+                if sums[1, number] > 0:
+                    logs[f"loss/{name}"] = float(sums[0, number] / sums[1, number])
             self._sums.zero_()
         super().log(logs, start_time)
 
@@ -155,6 +167,9 @@ def finetune(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:
     """Train `model` in place on `examples`. Continue from the last checkpoint in `folder` if there is one.
+
+    Several processes share the texts of each optimizer step. The sums of the losses are those of one process, and the
+    weights differ in their last digits.
 
     Args:
         model: A causal language model.
@@ -182,7 +197,8 @@ def finetune(
         The log, one dict per line, with the keys `loss` and `loss/<part>`.
 
     Raises:
-        ConfigurationError: There are no examples, or a text is longer than `max_length`.
+        ConfigurationError: There are no examples, a text is longer than `max_length`, or the processes cannot share
+            `batch_size` equally.
         QualityCheckError: The loss or a gradient is not finite.
     """
     longest = max((len(example.input_ids) for example in examples), default=0)
@@ -194,6 +210,8 @@ def finetune(
             do="raise the max_length of the stage, or shorten prompts (prompt_history, prompt_title_chars)",
         )
     steps = steps or math.ceil(len(examples) / batch_size)
+    if WORLD_SIZE > 1:  # A text without loss completes the last batch.
+        examples = [*examples, Example(input_ids=[tokenizer.eos_token_id], parts=[0])]
     config = SFTConfig(
         **training_options(
             folder,
@@ -248,13 +266,15 @@ def training_options(
     save_steps: int,
 ) -> dict[str, Any]:
     """Return the arguments of transformers' TrainingArguments that all supervised trainings share, see `finetune`."""
-    micro = largest_micro_batch(batch_size, micro_batch_size)
+    check_shares("batch_size", batch_size)
+    share = batch_size // WORLD_SIZE
+    micro = largest_micro_batch(share, micro_batch_size)
     logging_steps = max(1, round(steps / 40))
     return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": batch_size // micro,
+        "gradient_accumulation_steps": share // micro,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": round(warmup_share * steps),
@@ -286,14 +306,15 @@ def train_from_checkpoint(trainer: Trainer, folder: Path, steps: int) -> list[di
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def length_sampler(trainer: Trainer, lengths: Sequence[int]) -> LengthSampler:
+def length_sampler(trainer: Trainer, lengths: Sequence[int], *, filler: int | None = None) -> LengthSampler:
     """Return the order of the texts of a trainer, see `LengthSampler`."""
     args: Any = trainer.args
     return LengthSampler(
         lengths,
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE,
         seed=args.seed,
         step=lambda: trainer.state.global_step,
+        filler=filler,
     )
 
 

@@ -22,6 +22,7 @@ class Sft(Reranker):
     description = "the language model after supervised fine-tuning"
     needs: ClassVar[tuple[str, ...]] = ("sft",)
     trained = True
+    distributed = True
     compare_with: ClassVar[tuple[str, ...]] = ("prior", "lambdamart", "onerec_think", "onerec_think-no-think")
     settings_prefixes = ("prompt_", "llm_bf16")
     reasoning: ClassVar[bool] = True

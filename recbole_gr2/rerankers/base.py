@@ -60,6 +60,11 @@ class Reranker:
     diagnostic: ClassVar[bool] = False
     """Whether the method makes no claim, such as an upper bound. Its tests are left out of the Holm correction."""
 
+    distributed: ClassVar[bool] = False
+    """Whether several processes share the requests. If so, each of them calls `rank` with all requests and gets all
+    answers. If not, one process calls it.
+    """
+
     needs_features: ClassVar[bool] = False
     """Whether it needs candidate features. Without feature providers the method is left out."""
 

@@ -19,6 +19,7 @@ class _Likelihood(Reranker):
     """A method with a language model of the stage that `needs` names."""
 
     trained = True
+    distributed = True
 
     @cached_property
     def model(self) -> tuple[PreTrainedModel, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.config import Settings
+from recbole_gr2.distributed import RANK, check_shares
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.card import write_model_card
@@ -45,7 +46,7 @@ WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our 
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, README.md, log.json and samples.json.
+    """Write model/, README.md, log.json and samples.json. Several processes may run it together.
 
     The parameter `hold_out` says whether the targets of the train requests are left out, by default `mid_hold_out`.
 
@@ -141,19 +142,20 @@ def run(context: Context) -> dict[str, Any]:
         f"perplexity of {sum(map(len, unseen)):,} held-out tokens of plain text: "
         f"{language['before']:.1f} before, {language['after']:.1f} after"
     )
-    save_language_model(model, tokenizer, context.folder / "model")
-    targets = "without the targets of the train requests" if hold_out else "with all training interactions"
-    write_model_card(
-        context,
-        purpose=f"semantic IDs, histories and item texts ({targets}), before it learns to answer prompts",
-        method=context.stage if context.stage == STAGE_NAME else None,
-        settings=("llm", "mid_"),
-    )
-    write_json(context.folder / "log.json", logs)
-    write_json(
-        context.folder / "samples.json",
-        {task: tokenizer.decode(part[0].input_ids) for task, part in examples.items() if part},
-    )
+    if RANK == 0:
+        save_language_model(model, tokenizer, context.folder / "model")
+        targets = "without the targets of the train requests" if hold_out else "with all training interactions"
+        write_model_card(
+            context,
+            purpose=f"semantic IDs, histories and item texts ({targets}), before it learns to answer prompts",
+            method=context.stage if context.stage == STAGE_NAME else None,
+            settings=("llm", "mid_"),
+        )
+        write_json(context.folder / "log.json", logs)
+        write_json(
+            context.folder / "samples.json",
+            {task: tokenizer.decode(part[0].input_ids) for task, part in examples.items() if part},
+        )
     return {
         "parameters": parameters,
         "vocabulary": len(tokenizer),
@@ -168,7 +170,8 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check the mix and the length of the texts, the name of the language model, and the file of the general task."""
+    """Check the texts and their batches, the name of the language model, and the file of the general task."""
+    check_shares("mid_batch_size", settings["mid_batch_size"])
     check_mix(settings["mid_mix"])
     least = len(SEQUENTIAL) + 2 * (settings["sid_levels"] + 2) + 1
     if settings["mid_max_length"] < least:
@@ -220,6 +223,7 @@ def stages(settings: Settings) -> list[Stage]:
         check=check_settings,
         key_values=key_values,
         amount="mid_tokens",
+        distributed=True,
     )
     if not settings["mid_hold_out"]:
         return [stage]

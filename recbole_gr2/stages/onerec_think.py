@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.config import ONEREC_THINK, Settings
+from recbole_gr2.distributed import RANK, WORLD_SIZE, check_shares, share, wait_for_all
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.card import write_model_card
@@ -44,7 +45,8 @@ Position = tuple[tuple[int, ...], int]  # a history and the next item
 def run(context: Context) -> dict[str, Any]:
     """Fine-tune the mid-trained model on all training interactions, with traces or without as the stage's name says.
 
-    Writes model/, README.md, log.json and sample.txt; in variant `paper` also rationales.jsonl and rollouts.
+    Writes model/, README.md, log.json and sample.txt; in variant `paper` also rationales.jsonl and rollouts. Several
+    processes may run it together.
     """
     settings, catalog, with_traces = context.settings, load_catalog(context), reasons(context.stage)
     maker = prompt_maker(settings, catalog)
@@ -94,17 +96,18 @@ def run(context: Context) -> dict[str, Any]:
     model = merged(model)
     if with_traces and settings["onerec_think_variant"] == "paper" and settings["onerec_think_rl_steps"]:
         model, logs["rl"] = reinforce(context, model, tokenizer, maker, positions)
-    save_language_model(model, tokenizer, context.folder / "model")
-    reasoning = "after a reasoning text" if with_traces else "without reasoning"
-    write_model_card(
-        context,
-        purpose=f"the semantic ID of the next item {reasoning} (OneRec-Think)",
-        method=context.stage,
-        settings=("llm", "onerec_think_"),
-        excluded=EXCLUDED,
-    )
-    write_json(context.folder / "log.json", logs)
-    (context.folder / "sample.txt").write_text(tokenizer.decode(examples[0].input_ids) + "\n", encoding="utf-8")
+    if RANK == 0:
+        save_language_model(model, tokenizer, context.folder / "model")
+        reasoning = "after a reasoning text" if with_traces else "without reasoning"
+        write_model_card(
+            context,
+            purpose=f"the semantic ID of the next item {reasoning} (OneRec-Think)",
+            method=context.stage,
+            settings=("llm", "onerec_think_"),
+            excluded=EXCLUDED,
+        )
+        write_json(context.folder / "log.json", logs)
+        (context.folder / "sample.txt").write_text(tokenizer.decode(examples[0].input_ids) + "\n", encoding="utf-8")
     return {
         "texts": len(positions),
         "steps": steps,
@@ -157,7 +160,9 @@ def training_example(
 def rationales(context: Context, maker: PromptMaker, positions: Sequence[Position]) -> list[str]:
     """Return a trace for each history and next item, written by the mid-trained model, which sees both."""
     settings, file = context.settings, context.folder / "rationales.jsonl"
-    if file.is_file():  # an earlier start of this stage wrote it
+    written = file.is_file()  # by an earlier start of this stage
+    wait_for_all()
+    if written:
         return [line["rationale"] for line in read_lines(file)]
     model, tokenizer = load_model(context.folders[whole_midtrain(settings)])
     seed = derive_seed(settings["seed"], "onerec_think", "rationales")
@@ -168,24 +173,29 @@ def rationales(context: Context, maker: PromptMaker, positions: Sequence[Positio
         similar = most_similar(history, target, embeddings, settings["onerec_think_similar"])
         prompt = rationale_prompt(maker, tokenizer, similar, target)
         prompts.append([*prompt, tokenizer.convert_tokens_to_ids(THINK)])
-    completions = generate_rankings(
-        model,
+    completions = share(
         prompts,
-        [[0.0]] * len(prompts),
-        grammar=trace_grammar(tokenizer, settings),
-        temperature=settings["onerec_think_temperature"],
-        seed=seed,
-        batch_size=settings["eval_batch_lists"],
-        bf16=use_bf16(settings, model.device.type),
-    )
-    texts = (" ".join(tokenizer.decode(ids[:-3], skip_special_tokens=True).split()) for ids in completions)
-    write_lines(
-        file,
-        (
-            {"history": history, "target": target, "rationale": f" {text} "}
-            for (history, target), text in zip(positions, texts, strict=True)
+        lambda part: generate_rankings(
+            model,
+            part,
+            [[0.0]] * len(part),
+            grammar=trace_grammar(tokenizer, settings),
+            temperature=settings["onerec_think_temperature"],
+            seed=seed,
+            batch_size=settings["eval_batch_lists"],
+            bf16=use_bf16(settings, model.device.type),
         ),
     )
+    texts = (" ".join(tokenizer.decode(ids[:-3], skip_special_tokens=True).split()) for ids in completions)
+    if RANK == 0:
+        write_lines(
+            file,
+            (
+                {"history": history, "target": target, "rationale": f" {text} "}
+                for (history, target), text in zip(positions, texts, strict=True)
+            ),
+        )
+    wait_for_all()
     return [line["rationale"] for line in read_lines(file)]
 
 
@@ -268,10 +278,12 @@ def reinforce(
         seed=seed,
         save_steps=settings["rl_save_steps"],
         use_cpu=model.device.type == "cpu",
+        processes=WORLD_SIZE,
     )
     reference = deepcopy(model)
+    model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     trainer = RolloutBeamTrainer(
-        with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer)),
+        model,
         config,
         prompts,
         requests=requests,
@@ -289,7 +301,13 @@ def reinforce(
         ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    return merged(trainer.model), [line for line in trainer.state.log_history if "reward" in line]
+    return merged(model), [line for line in trainer.state.log_history if "reward" in line]
+
+
+def check_settings(settings: Settings) -> None:
+    """Check that the processes can share a step."""
+    for name in ("onerec_think_batch_size", "onerec_think_rl_prompts_per_step"):
+        check_shares(name, settings[name])
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
@@ -307,7 +325,9 @@ def stages(settings: Settings) -> list[Stage]:
             settings=("onerec_think_", "prompt_", "llm_lora_rank", "llm_bf16", "llm_micro_batch_size", "seed"),
             excluded=EXCLUDED,
             needs=("embeddings", "tokenizer", whole_midtrain(settings)),
+            check=check_settings,
             key_values=key_values,
+            distributed=True,
         )
         for name in ONEREC_THINK.values()
     ]

@@ -11,6 +11,7 @@ import numpy as np
 
 from recbole_gr2.artifacts import load_catalog, write_answers
 from recbole_gr2.config import Settings
+from recbole_gr2.distributed import RANK
 from recbole_gr2.errors import GR2Error, QualityCheckError
 from recbole_gr2.lists import (
     base_orders,
@@ -61,12 +62,14 @@ def run(context: Context) -> dict[str, Any]:
         requests = hits
     if type(reranker).fit is not Reranker.fit:
         fit(reranker, context)
-        with calling(name, where=f"{where}, save"):
-            reranker.save(context.folder)
+        if RANK == 0:
+            with calling(name, where=f"{where}, save"):
+                reranker.save(context.folder)
     started = time.monotonic()
     answers = rank_by_windows(reranker, requests) if sliding else rank(reranker, requests)
     seconds = time.monotonic() - started
-    write_answers(context.folder, answers, load_catalog(context))
+    if RANK == 0:
+        write_answers(context.folder, answers, load_catalog(context))
     pairs = list(zip(requests, answers, strict=True))
     inputs = rank_windows(requests, settings, base_orders) if sliding else base_orders(requests)
     unchanged = float(np.mean([answer.ranking == order for answer, order in zip(answers, inputs, strict=True)]))
@@ -128,6 +131,7 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
         key_values=key_values,
         check=check_settings,
         parameters={"reranker": reranker},
+        distributed=reranker.distributed,
         modules=(reranker.__module__,) if built_in else (),
         unused_modules=(REGISTRY,),
     )

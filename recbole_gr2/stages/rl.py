@@ -15,7 +15,7 @@ from typing import Any
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
-from recbole_gr2.distributed import WORLD_SIZE
+from recbole_gr2.distributed import WORLD_SIZE, check_shares
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
@@ -152,13 +152,7 @@ def check_settings(settings: Settings) -> None:
     WeightedRewards(settings["rl_rewards"])
     if "://" in settings["distilled_teacher"]:
         check_url(settings["distilled_teacher"], where="distilled_teacher")
-    if settings["rl_prompts_per_step"] % WORLD_SIZE:
-        raise ConfigurationError(
-            f"{WORLD_SIZE} processes cannot share {settings['rl_prompts_per_step']} requests of a round",
-            where="rl_prompts_per_step",
-            why="each process needs the same number of whole groups",
-            do=f"choose a multiple of {WORLD_SIZE}",
-        )
+    check_shares("rl_prompts_per_step", settings["rl_prompts_per_step"])
 
 
 def check_data(settings: Settings, data: Data) -> None:

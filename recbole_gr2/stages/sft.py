@@ -14,6 +14,7 @@ import torch
 
 from recbole_gr2.artifacts import load_catalog, read_traces
 from recbole_gr2.config import Settings
+from recbole_gr2.distributed import RANK, check_shares
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
@@ -34,7 +35,7 @@ WARMUP_SHARE = 0.05  # share of the steps in which the learning rate rises. Our 
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, README.md, log.json and samples.json.
+    """Write model/, README.md, log.json and samples.json. Several processes may run it together.
 
     Raises:
         QualityCheckError: fewer than `sft_min_ok` of the validation answers are well formed.
@@ -78,14 +79,15 @@ def run(context: Context) -> dict[str, Any]:
         say=context.say,
     )
     model = merged(model)
-    save_language_model(model, tokenizer, context.folder / "model")
-    write_model_card(
-        context,
-        purpose="answers with reasoning and a ranking, by supervised fine-tuning on traces of a teacher",
-        method=context.stage,
-        settings=("llm", "prompt_", "sft_"),
-    )
-    write_json(context.folder / "log.json", log)
+    if RANK == 0:
+        save_language_model(model, tokenizer, context.folder / "model")
+        write_model_card(
+            context,
+            purpose="answers with reasoning and a ranking, by supervised fine-tuning on traces of a teacher",
+            method=context.stage,
+            settings=("llm", "prompt_", "sft_"),
+        )
+        write_json(context.folder / "log.json", log)
     policy = Policy(model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=bf16)
     return {
         "texts": len(examples),
@@ -105,18 +107,17 @@ def _check_answers(context: Context, policy: Policy, seed: int) -> dict[str, int
     requests = random.Random(seed).sample(requests, min(settings["sft_check_lists"], len(requests)))
     answers, completions = policy.answer(requests)
     statuses = Counter(answer.status for answer in answers)
-    write_json(
-        context.folder / "samples.json",
-        [
-            {
-                "request_id": request.request_id,
-                "prompt": policy.maker.render(request).messages[-1]["content"],
-                "completion": policy.tokenizer.decode(completion),
-                "status": answer.status,
-            }
-            for request, answer, completion in zip(requests[:5], answers[:5], completions[:5], strict=True)
-        ],
-    )
+    samples = [
+        {
+            "request_id": request.request_id,
+            "prompt": policy.maker.render(request).messages[-1]["content"],
+            "completion": policy.tokenizer.decode(completion),
+            "status": answer.status,
+        }
+        for request, answer, completion in zip(requests[:5], answers[:5], completions[:5], strict=True)
+    ]
+    if RANK == 0:
+        write_json(context.folder / "samples.json", samples)
     context.say(f"validation answers: {dict(statuses)}; for example {answers[0].reasoning[:160]!r}")
     share = statuses["ok"] / len(answers)
     if share < settings["sft_min_ok"]:
@@ -220,7 +221,8 @@ def with_labels(trace: Trace, maker: PromptMaker, request: Request, prompt: Prom
 
 
 def check_settings(settings: Settings) -> None:
-    """Check that the semantic IDs and labels alone, without any words, are not longer than `sft_max_length`."""
+    """Check that the processes can share a step, and that the semantic IDs and labels alone fit `sft_max_length`."""
+    check_shares("sft_batch_size", settings["sft_batch_size"])
     template = template_of(settings)
     empty, sid = dict.fromkeys(FIELDS, ""), sid_text((0,) * settings["sid_levels"])
     labels = label_tokens(settings["cand_num"])
@@ -256,6 +258,7 @@ STAGE = Stage(
     ),
     excluded=("prompt_items",),  # the key has it if it is not the default
     needs=("tokenizer", "prior", "midtrain", "traces"),
+    distributed=True,
     amount="sft_steps",
     check=check_settings,
     key_values=key_values,
