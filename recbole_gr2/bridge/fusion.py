@@ -160,16 +160,15 @@ class Fusion(NamedTuple):
         import torch
 
         masked = parts[0] == -torch.inf
-        parts = parts.masked_fill(masked, 1)
-        factors = torch.tensor(weights, dtype=parts.dtype, device=parts.device).view(-1, *[1] * (parts.dim() - 1))
-        if self.name == "zscore":
-            fused = (parts * factors).sum(0)
-        elif self.name == "rank":
-            fused = (factors / (RANK_CONSTANT + parts)).sum(0)
-        else:
-            table = torch.from_numpy(places_of(weights, int(parts.max()))).to(parts.device)
-            fused = -torch.stack([places[part.long() - 1] for places, part in zip(table, parts, strict=True)]).amin(0)
-        return fused.masked_fill(masked, -torch.inf)
+        if self.name == "quota":
+            places = parts.masked_fill(masked, 1)
+            table = torch.from_numpy(places_of(weights, int(places.max()))).to(parts.device)
+            fused = -torch.stack([row[part.long() - 1] for row, part in zip(table, places, strict=True)]).amin(0)
+        else:  # One part after the other needs the least memory. What it gives for masked items is replaced below.
+            fused = torch.zeros_like(parts[0])
+            for part, weight in zip(parts, torch.tensor(weights, dtype=parts.dtype, device=parts.device), strict=True):
+                fused += part * weight if self.name == "zscore" else weight / (RANK_CONSTANT + part)
+        return fused.masked_fill_(masked, -torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
