@@ -8,6 +8,7 @@ a stage from earlier runs.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -177,9 +178,9 @@ def _gib(count: float) -> str:
 def expected_time(entry: Planned, planned: Sequence[Planned] = ()) -> str:
     """Return the time that a planned stage will take, in words, from earlier runs on the same data set.
 
-    The earlier run is the one with the fewest other settings, and of several the newest. Its time is scaled by the
-    setting that the time of the stage is proportional to, such as the number of steps. Runs with another language model
-    do not count.
+    The earlier run is the one with the fewest other settings; of several, the one with the nearest amount of work; of
+    these, the newest. Its time is scaled by the setting that the time of the stage is proportional to, such as the
+    number of steps. Runs with another language model do not count.
 
     Args:
         entry: the stage.
@@ -222,11 +223,14 @@ def _earlier(entry: Planned, planned: Sequence[Planned]) -> tuple[float | None, 
     if not records:
         return None, False
 
-    def changes(record: StageRecord) -> int:
-        return len(changed_settings(record.settings, entry.settings))
+    nearest_record = min(records, key=lambda record: _distance(entry, record))
+    return nearest_record.seconds * _share(entry, nearest_record), not _distance(entry, nearest_record)[0]
 
-    nearest_record = min(records, key=changes)
-    return nearest_record.seconds * _share(entry, nearest_record), not changes(nearest_record)
+
+def _distance(entry: Planned, record: StageRecord) -> tuple[int, float]:
+    """Number of other settings of an earlier run, and how far its amount of work is from that of a planned stage."""
+    share = _share(entry, record)
+    return len(changed_settings(record.settings, entry.settings)), abs(math.log(share)) if share else math.inf
 
 
 def _share(entry: Planned, record: StageRecord) -> float:
@@ -259,7 +263,7 @@ def _on_other_data(entry: Planned, planned: Sequence[Planned]) -> tuple[str, flo
     """Data set and seconds of the nearest run of a stage on another data set, or None."""
     dataset = entry.folder.parents[2]
     runs = [
-        (len(changed_settings(record.settings, entry.settings)), other.name, record.seconds * _share(entry, record))
+        (_distance(entry, record), other.name, record.seconds * _share(entry, record))
         for other in sorted(dataset.parent.iterdir() if dataset.parent.is_dir() else ())
         if other != dataset
         for record in records_of(other / entry.folder.parent.relative_to(dataset))

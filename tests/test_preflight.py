@@ -275,6 +275,20 @@ def test_the_time_on_another_data_set_is_named_as_such(tiny_settings, tmp_path, 
     assert preflight.expected_total([entry]).startswith("unknown")
 
 
+def test_of_two_runs_the_one_with_nearly_as_much_work_counts(tiny_settings, tmp_path, data):
+    planned = pipeline.plan(tiny_settings(tmp_path, rl_steps=40), data, stages=["rl"])
+    (entry,) = [each for each in planned if each.stage.name == "rl"]
+    for steps, seconds in ((20, 1200), (4, 500), (400, 20_000)):  # 60, 125 and 50 seconds a round
+        folder = entry.folder.with_name(str(steps))
+        folder.mkdir(parents=True)
+        settings = {**entry.settings, "rl_steps": steps}
+        record = StageRecord(
+            stage="rl", key=str(steps), version=1, needs={}, settings=settings, seconds=seconds, peak_memory_mb=1.0
+        )
+        write_manifest(folder, record)
+    assert preflight.expected_time(entry) == "about 40 min (earlier run, other settings)"
+
+
 @pytest.mark.parametrize(("hidden", "expected"), [(32, "about 70 min (earlier run)"), (64, "unknown")])
 def test_the_time_of_another_language_model_does_not_count(tiny_settings, tmp_path, data, hidden, expected):
     """The earlier run of `sft` read a model that mid-training had loaded."""
