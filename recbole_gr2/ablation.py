@@ -220,7 +220,7 @@ def run_ablation(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.md", render_ablation(result))
         write_json(folder / "result.json", result)
-    console.print(f"\nablation {ablation.name}, {data_title(result)}\n{figures_table(result)}")
+    console.print(f"\nablation {ablation.name}, {data_title(result)}\n{figures_table(result, console.render)}")
     if banner(result):
         console.print(banner(result))
     console.say(f"report: {folder / 'report.md'}")

@@ -38,6 +38,7 @@ from recbole_gr2.store import (
 from recbole_gr2.types import Context, Stage, StageRecord
 
 CACHED, OUTDATED, RESUME, RUN = "cached", "outdated", "resume", "run"
+PROGRESS = "recbole_gr2.progress"  # A change of this module cannot change a result.
 REQUESTED = "requested"  # why a stage runs although it may be finished
 REQUESTS = "requests"  # folder with a file for each --from_stage and --force: the stages that it has not computed yet
 
@@ -157,7 +158,7 @@ def plan(
                 folder=root / stage.name / key,
                 needs=needs,
                 settings=values,
-                sources=source_hash((stage.run.__module__, *stage.modules), stage.unused_modules),
+                sources=source_hash((stage.run.__module__, *stage.modules), (*stage.unused_modules, PROGRESS)),
                 action=RUN,
                 why="",
             )
@@ -231,7 +232,7 @@ def _decide(entry: Planned, *, again: bool) -> tuple[str, str]:
         check_files(folder, record)
         if record.sources == entry.sources:
             return CACHED, ""
-        return OUTDATED, f"made by different code ({record.code or 'unknown version'}); --from_stage computes it again"
+        return OUTDATED, f"made by {record.code or 'an unknown version'}"
     if folder.is_dir():
         return RESUME, "interrupted before it was finished"
     others = other_records(folder)
@@ -278,14 +279,14 @@ def execute(
     records: dict[str, StageRecord] = {}
     folders: dict[str, Path] = {}
     done = []
-    for entry in planned:
-        name = entry.stage.name
+    for number, entry in enumerate(planned, start=1):
+        name, label = entry.stage.name, f"stage {number} of {len(planned)}: {entry.stage.name}"
         with explained_disk_errors(entry.folder):
-            record, finished = _record(entry, settings, data, console, records, folders)
+            record, finished = _record(entry, label, settings, data, console, records, folders)
         records[name], folders[name] = record, entry.folder
         done.append((record, finished))
-        result = entry.action if entry.finished else CACHED if finished else f"done in {record.seconds:.0f} s"
-        console.say(f"{name} {result}  {entry.folder}")
+        result = entry.action if entry.finished else CACHED
+        console.say(f"{label} {result if finished else f'done in {record.seconds:.0f} s  {entry.folder}'}")
     return done
 
 
@@ -318,6 +319,7 @@ def _fulfil(entry: Planned, settings: Settings) -> None:
 
 def _record(
     entry: Planned,
+    label: str,
     settings: Settings,
     data: Any,
     console: Console,
@@ -341,11 +343,12 @@ def _record(
         record = None if requested else read_manifest(entry.folder)
         if record is not None:
             return record, True
-        return _run(entry, settings, data, console, records, folders), False
+        return _run(entry, label, settings, data, console, records, folders), False
 
 
 def _run(
     entry: Planned,
+    label: str,
     settings: Settings,
     data: Any,
     console: Console,
@@ -358,7 +361,7 @@ def _run(
             check_files(folders[name], records[name], contents=True)
         if entry.why == REQUESTED:
             _empty(entry.folder)
-    console.say(f"{entry.stage.name}: {entry.action}" + (f" ({entry.why})" if entry.why else ""))
+    console.say(f"{label}, {entry.action}" + (f" ({entry.why})" if entry.why else ""))
     context = Context(
         stage=entry.stage.name,
         settings=settings,
@@ -373,7 +376,8 @@ def _run(
     wait_for_all()
     reset_peak_memory()
     code, started = code_version(), time.monotonic()
-    summary = entry.stage.run(context) if RANK == 0 or entry.stage.distributed else {}
+    with console.stage(label):
+        summary = entry.stage.run(context) if RANK == 0 or entry.stage.distributed else {}
     if RANK == 0:
         _finish(entry, summary, earlier + time.monotonic() - started, code)
         _fulfil(entry, settings)

@@ -187,7 +187,7 @@ def expected_time(entry: Planned, planned: Sequence[Planned] = ()) -> str:
         planned: the whole plan, which tells the language model.
 
     Returns:
-        For example `about 70 min (earlier run)`, and "" if the stage is finished. If it has never run on this data set,
+        For example `about 70 min`, and "" if the stage is finished. If it has never run on this data set,
         `unknown` with the time on another one: `unknown; 12 min on ml-100k`.
     """
     if entry.finished:
@@ -196,7 +196,7 @@ def expected_time(entry: Planned, planned: Sequence[Planned] = ()) -> str:
     if seconds is None:
         other = _on_other_data(entry, planned)
         return f"unknown; {duration(other[1])} on {other[0]}" if other else "unknown"
-    return f"about {duration(seconds)} ({'earlier run' if same else 'earlier run, other settings'})"
+    return f"about {duration(seconds)}" + ("" if same else " (other settings)")
 
 
 def expected_total(planned: Sequence[Planned]) -> str:

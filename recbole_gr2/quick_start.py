@@ -433,6 +433,8 @@ def _run_once(
         ["stage", "key", "plan", "time", "why"],
         [[p.stage.name, p.key, p.action, preflight.expected_time(p, planned), p.why] for p in planned],
     )
+    if any(entry.action == pipeline.OUTDATED for entry in planned):
+        console.say("outdated: made by different code, and used as it is; --from_stage STAGE computes it again")
     console.say(f"expected time: {preflight.expected_total(planned)}")
     pipeline.check_data(planned, settings, data)
     preflight.check_resources(planned, settings, console.say, dry_run=dry_run)

@@ -120,7 +120,7 @@ def tune(
             path = _evaluate(evaluated, data, f"recbole-gr2 run --config_files {folder / 'best.yaml'}", console)
             study.set_user_attr("tests", [*_tests(study), {"trial": best.number, "result": str(path)}])
             _write(folder, _result(space, study, settings, command))
-    console.print(f"\n{trials_table(_result(space, study, settings, command))}")
+    console.print(f"\n{trials_table(_result(space, study, settings, command), console.render)}")
     console.say(f"report: {folder / 'report.md'}")
     return folder / "result.json"
 

@@ -584,31 +584,3 @@ def test_learning_curves(one, tmp_path):
         "parts first": {"loss/a": [2.0]},
         "parts second": {"loss": [1.0]},
     }
-
-
-# --- console ---------------------------------------------------------------------------------------------------------
-
-
-def test_progress_in_a_log(monkeypatch, capsys):
-    """A long loop prints a line a minute and a short one none. Each element is yielded once."""
-    now = iter(range(0, 1000, 32))
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    assert list(console.progress("abcdefgh", "answers")) == list("abcdefgh")
-    assert capsys.readouterr().err.splitlines() == [
-        "        answers: 1 of 8 batches, 01:04 elapsed, 07:28 remaining",
-        "        answers: 3 of 8 batches, 02:08 elapsed, 03:33 remaining",
-        "        answers: 5 of 8 batches, 03:12 elapsed, 01:55 remaining",
-        "        answers: 7 of 8 batches, 04:16 elapsed, 00:36 remaining",
-    ]
-    monkeypatch.setattr(console.time, "monotonic", lambda: 0.0)
-    assert list(console.progress(range(3), "answers")) == [0, 1, 2] and not capsys.readouterr().err
-
-
-def test_only_the_first_process_prints(monkeypatch, capsys):
-    monkeypatch.setattr(console, "RANK", 1)
-    other = console.Console()
-    other.say("text")
-    other.table(["a"], [["b"]])
-    assert list(console.progress("ab", "x")) == ["a", "b"]
-    printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "")

@@ -19,8 +19,8 @@ from recbole_gr2.bridge.fusion import ranks_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, BaseModel, Batch, find_model, seen_items
 from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
 from recbole_gr2.config import GENERATOR, ONEREC_THINK
-from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
+from recbole_gr2.progress import progress
 from recbole_gr2.types import Recommendations, Request
 
 if TYPE_CHECKING:
@@ -366,7 +366,7 @@ def evaluate_methods(
     counts = item_counts(data, general)
     collectors = {(method, scope): _collector(data, config, counts) for method in rankings for scope in scopes}
     size = int(config["eval_batch_size"])
-    for start in progress(range(0, len(users), size), "evaluation"):
+    for start in progress(range(0, len(users), size), "evaluation, batch"):
         batch = slice(start, start + size)
         items = recommendations.items[batch].astype(np.int64)
         targets = torch.tensor([next(iter(data.targets(user, split))) for user in users[batch].tolist()])

@@ -14,8 +14,8 @@ import numpy as np
 from recbole_gr2 import compat
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import recbole_properties
-from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError, nearest
+from recbole_gr2.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +146,7 @@ class BaseModel:
 
         feat, _ = self.data.rows(split)
         size = int(self.data.config["eval_batch_size"])
-        for start in progress(range(0, len(feat), size), f"{split} rows"):
+        for start in progress(range(0, len(feat), size), f"{split} rows, batch"):
             rows = feat[start : start + size]
             histories = [self.data.history(user, split) for user in rows[self.data.uid].tolist()]
             with torch.no_grad():

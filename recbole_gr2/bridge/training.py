@@ -26,6 +26,7 @@ from recbole_gr2.bridge.support import PRETRAINED, dataset_class
 from recbole_gr2.config import recbole_config
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError
 from recbole_gr2.model import MODELS
+from recbole_gr2.progress import Loop, show_values
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import write_json
 
@@ -104,7 +105,7 @@ def train_model(
         model: name of the model; by default the first base model.
         base: whether it is a base model, see `Settings.options_of`.
         inputs: what the model reads besides RecBole's training data, as values of its configuration, see `model.READS`.
-        say: prints a line for each validation.
+        say: prints a line for each validation. On a terminal only the last one is printed.
 
     Returns:
         The metadata: `model`, `hold_out`, `refit`, `epochs`, `training_rows`, and `best_valid` with early stopping.
@@ -140,7 +141,9 @@ def train_model(
             loader,
             None if epochs else valid_loader,
             verbose=False,
-            callback_fn=lambda epoch, value: say(f"{config['model']} epoch {epoch + 1}: {metric.lower()} {value:.4f}"),
+            callback_fn=lambda epoch, value: show_values(
+                f"{config['model']} epoch {epoch + 1}: {metric.lower()} {value:.4f}", say
+            ),
         )
     if epochs is None and not np.isfinite(float(score)):
         raise QualityCheckError(
@@ -465,22 +468,38 @@ class _NoTensorboard:
 
 
 def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, weights: Path) -> Any:
-    """RecBole's trainer of a model with four differences.
+    """RecBole's trainer of a model with five differences.
 
     Validation uses the mask and the tie rule of the evaluation. Checkpoints are safetensors without an optimizer,
     because RecBole pickles the whole Config, which torch >= 2.6 refuses to load (trainer.py:323, 583). There is no
-    TensorBoard log. A traditional model of this package is fitted instead of trained.
+    TensorBoard log. A traditional model of this package is fitted instead of trained. Epochs and batches are reported
+    to the progress of the stage.
     """
     from unittest.mock import patch
 
     mask = not data.has_repeats
 
     class PluginTrainer(trainer_class):
-        def _train_epoch(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-            if not is_traditional(self.model):
-                return super()._train_epoch(train_data, *args, **kwargs)
-            self.model.fit(train_data._dataset)
-            return 0.0
+        def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> Any:
+            pretraining = config["train_stage"] == "pretrain"
+            epochs = config["pretrain_epochs"] if pretraining else self.epochs
+            with Loop(f"{config['model']}, epoch", epochs, at_most=valid_data is not None) as self.loop:
+                return super().fit(train_data, valid_data, **kwargs)
+
+        def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
+            if is_traditional(self.model):
+                self.model.fit(train_data._dataset)
+                return 0.0
+            batch, loop = 1 / len(train_data), self.loop
+            hook = self.optimizer.register_step_post_hook(
+                lambda *call: loop.at(
+                    min(loop.done + batch, epoch_idx + 1)
+                )  # Some models make several steps per batch.
+            )
+            loss = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
+            hook.remove()
+            loop.at(epoch_idx + 1)
+            return loss
 
         def _full_sort_batch_eval(self, batched_data: Any) -> Any:
             interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(batched_data)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from recbole_gr2.console import NUMBER, render_table
+from recbole_gr2.console import render_table
+from recbole_gr2.progress import terminal_width
 
 
 def complete_runs(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -48,23 +49,10 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout. In a terminal, cells are folded to its width; elsewhere each row is one line.
+    """Print a table on stdout. It fits a terminal; elsewhere each row is one line.
 
     Args:
         header: name of each column.
         rows: cells of each line, as many as there are columns.
     """
-    if not sys.stdout.isatty():
-        print(render_table(header, rows))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column, heading in enumerate(header):
-        numbers = all(NUMBER.match(row[column]) for row in rows)
-        table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+    print(render_table(header, rows, width=terminal_width(sys.stdout)))

@@ -11,6 +11,7 @@ from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.providers import PROVIDERS, Describe, Provider, TrainingData
 from recbole_gr2.plugins import calling, check_call, find, misfit
+from recbole_gr2.progress import progress
 from recbole_gr2.types import RECENT, Candidate, CandidateFeatures, Item, Request
 
 __all__ = ["TrainingData", "extract_features", "feature_names", "find_providers"]
@@ -76,7 +77,7 @@ def extract_features(
     labels: list[str] = []
     extracted = []
     expected: list[str] | None = None
-    for request in requests:
+    for request in progress(requests, "features, request"):
         visible = request.without_labels()
         named = [
             pair

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from recbole_gr2.errors import MissingFileError, QualityCheckError
+from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import RECENT, CandidateFeatures
 
@@ -200,7 +201,7 @@ def fit_prior(
         prior = Prior(train.candidates.size(-1), train.pairs.size(-1))
         prior.normalise_by(train)
         optimizer = torch.optim.AdamW(prior.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        for step in range(1, steps + 1):
+        for step in progress(range(1, steps + 1), "prior, step"):
             prior.train()
             positions = torch.randperm(len(targets))[:BATCH]
             loss = cross_entropy(prior(train.select(positions)), targets[positions])
@@ -244,7 +245,7 @@ def fit_priors(
     """
     fits = [
         fit_prior(features, relevance, valid=valid, steps=most, seed=derive_seed(seed, number))
-        for number, most in enumerate(steps)
+        for number, most in enumerate(progress(steps, "prior, fit"))
     ]
     priors = Priors(prior for prior, _, _ in fits).eval()
     steps_of_fits = [count for _, count, _ in fits]
@@ -312,7 +313,8 @@ def cross_fit_with(
         QualityCheckError: the lists belong to fewer than two users.
     """
     scores: list[list[float]] = [[]] * len(features)
-    for fold, (inside, outside) in enumerate(_folds_of_users(users, seed)):
+    folds = list(_folds_of_users(users, seed))
+    for fold, (inside, outside) in enumerate(progress(folds, "cross-fitting, fold")):
         score = fit([features[i] for i in outside], [relevance[i] for i in outside], derive_seed(seed, fold))
         for i, row in zip(inside, score([features[i] for i in inside]), strict=True):
             scores[i] = row

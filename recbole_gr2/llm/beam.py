@@ -18,9 +18,9 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from recbole_gr2.batching import by_length
-from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.inputs import attention_bias, check_window, evaluating, left_pad, positions
+from recbole_gr2.progress import progress
 from recbole_gr2.sid.tokens import SID_BEGIN, code_tokens
 
 # Score of an item that no beam reaches. It is finite, because masked items have -inf, and exact in float32.
@@ -270,7 +270,7 @@ def beam_items(
     result = Beams(torch.empty(len(prompt_ids), width, dtype=torch.long), torch.empty(len(prompt_ids), width))
     trie = trie.to(model.device)
     with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        for batch in progress(by_length([len(ids) for ids in prompt_ids], batch_size), "beam search"):
+        for batch in progress(by_length([len(ids) for ids in prompt_ids], batch_size), "beam search, batch"):
             used_up = [] if excluded is None else trie.used_up(excluded[batch].to(model.device))
             prompts = [prompt_ids[i] for i in batch]
             leaves, log_probs = _search(model, prompts, trie, beams, pad_id, constrained, used_up)

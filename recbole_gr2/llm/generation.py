@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from recbole_gr2.batching import by_length
-from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.grammar import Grammar, GrammarProcessor, prior_tensor
 from recbole_gr2.llm.inputs import bf16_autocast, evaluating, left_pad, positions
 from recbole_gr2.llm.kv_cache import preallocated_cache
+from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 
 
@@ -79,7 +79,7 @@ def generate_completions(
     completions: dict[int, Completion] = {}
     batches = by_length([len(ids) for ids in prompt_ids], max(1, batch_size // num_generations))
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
-        for batch in progress(batches, "answers"):
+        for batch in progress(batches, "answers, batch"):
             prompts, priors = [prompt_ids[i] for i in batch], [label_priors[i] for i in batch]
             generated = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
             for number, completion in enumerate(generated):

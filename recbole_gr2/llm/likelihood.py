@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from recbole_gr2.batching import by_length
-from recbole_gr2.console import progress
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.inputs import attention_bias, check_window, left_pad, positions
+from recbole_gr2.progress import progress
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def continuation_log_likelihood(
     check_window(model, max((len(p) + len(c[0]) for p, c in zip(prompts, continuations, strict=True)), default=0))
     batches = by_length([len(ids) for ids in prompts], batch_size, groups=[len(c) for c in continuations])
     result: list[list[float]] = [[] for _ in prompts]
-    for batch in progress(batches, "likelihood"):
+    for batch in progress(batches, "likelihoods, batch"):
         equal = len({len(continuations[i]) for i in batch}) == 1
         for part in [batch] if equal else [[i] for i in batch]:
             scores = _log_likelihoods(

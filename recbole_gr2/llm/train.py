@@ -27,6 +27,7 @@ from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint, st
 from recbole_gr2.llm.grammar import FREE, among
 from recbole_gr2.llm.model import device
 from recbole_gr2.llm.sampler import LengthSampler
+from recbole_gr2.progress import Loop, show_values
 
 IGNORED = -100
 
@@ -352,26 +353,41 @@ class Collator:
 
 
 class ProgressLines(TrainerCallback):
-    """Print each line of the log as `step 12/100  loss 1.234  ...`.
+    """Show the steps of a training, and the values of its log as `step 12/100  loss 1.234  ...`.
 
     Args:
-        say: Prints a line.
-        names: Logged values to print beside `loss` and `loss/<part>`.
+        say: Prints a line. On a terminal only the last values are printed, see `recbole_gr2.progress.show_values`.
+        names: Logged values to show beside `loss` and `loss/<part>`.
     """
 
     def __init__(self, say: Callable[[str], None], names: Sequence[str] = ()) -> None:
         self.say, self.names = say, names
+        self.loop: Loop | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to show the steps. A resumed training begins after the steps of its checkpoint."""
+        self.loop = Loop("step", state.max_steps, first=state.global_step).open()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the number of finished steps."""
+        if self.loop:
+            self.loop.at(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End to show the steps."""
+        if self.loop:
+            self.loop.close()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Print one line per entry of the log."""
+        """Show the values of one entry of the log."""
         logs = logs or {}
         names = [n for n in logs if n == "loss" or n.startswith("loss/") or n in self.names]
         if names and "train_runtime" not in logs:
             # TRL logs None instead of a value that is not a number.
             values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names if logs[name] is not None)
-            self.say(f"step {state.global_step}/{state.max_steps}  {values}")
+            show_values(f"step {state.global_step}/{state.max_steps}  {values}", self.say)
 
 
 class FiniteLoss(TrainerCallback):

@@ -10,13 +10,15 @@ from typing import Any
 
 from recbole_gr2.console import render_table
 from recbole_gr2.report.result import SCOPES
+from recbole_gr2.report.tables import Render
 
 
-def trials_table(result: Mapping[str, Any]) -> str:
+def trials_table(result: Mapping[str, Any], render: Render = render_table) -> str:
     """Return the trials, the best first, then the failed ones.
 
     Args:
         result: content of result.json.
+        render: makes the table of its header and its lines.
     """
     names = list(dict.fromkeys(name for trial in result["trials"] for name in trial["settings"]))
     sign = 1 if result["direction"] == "minimize" else -1
@@ -31,7 +33,7 @@ def trials_table(result: Mapping[str, Any]) -> str:
         ]
         for trial in ordered
     ]
-    return render_table(["trial", result["metric"], *names, "time", "state"], lines)
+    return render(["trial", result["metric"], *names, "time", "state"], lines)
 
 
 def render_study(result: Mapping[str, Any], folder: Path) -> str:

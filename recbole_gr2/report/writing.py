@@ -103,7 +103,7 @@ def write_report(folder: Path, result: Mapping[str, Any], runs: Sequence[Finishe
         write_json(folder / "result.json", result)  # last: a folder with this file is complete
     for scope in SCOPES:
         if in_scope(result, scope):
-            console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope)}")
+            console.print(f"\n{scope_title(result, scope)}\n{metrics_table(result, scope, console.render)}")
             if equal := equal_metrics(result, scope):
                 console.print(equal)
     page = Page(result=result, runs=runs)

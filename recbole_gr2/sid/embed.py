@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from recbole_gr2.console import progress
 from recbole_gr2.errors import MissingFileError
+from recbole_gr2.progress import progress
 from recbole_gr2.types import Item
 
 HASH = "hash"  # the name of an encoder without a model
@@ -66,7 +66,7 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, *, batch_size: int = 
     # The longest texts come first, so that an out-of-memory error occurs at once.
     by_length = np.argsort([-len(ids) for ids in tokens], kind="stable")
     with torch.inference_mode():
-        for start in progress(range(0, len(texts), batch_size), "texts"):
+        for start in progress(range(0, len(texts), batch_size), "texts, batch"):
             positions = by_length[start : start + batch_size]
             batch = tokenizer.pad({"input_ids": [tokens[i] for i in positions]}, return_tensors="pt").to(device)
             states = model(**batch).last_hidden_state

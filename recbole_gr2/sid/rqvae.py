@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
+from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.contrastive import info_nce, positive_mask, sample_positives
 from recbole_gr2.sid.quantizer import CHUNK, SidConfig, check_embeddings, kmeans, kmeans_sample, saved_files
@@ -352,7 +353,7 @@ def fit_rqvae(embeddings: np.ndarray, config: RQVAEConfig, *, pairs: csr_array |
     batches = torch.Generator().manual_seed(config.seed)
     positives = np.random.default_rng(derive_seed(config.seed, "positives"))
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
-    for epoch in range(1, epochs_for(len(data), config) + 1):
+    for epoch in progress(range(1, epochs_for(len(data), config) + 1), "epoch"):
         for positions in torch.randperm(len(data), generator=batches).split(config.batch_size):
             if not _train_step(model, optimiser, data, positions, pairs, positives):
                 raise QualityCheckError(

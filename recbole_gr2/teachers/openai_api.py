@@ -18,6 +18,7 @@ from typing import Any
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import GR2Error
 from recbole_gr2.llm.endpoint import Endpoint
+from recbole_gr2.progress import Loop
 from recbole_gr2.prompts import PromptMaker
 from recbole_gr2.ranking import promote
 from recbole_gr2.store import numbered_lines
@@ -91,8 +92,12 @@ class OpenAITeacher:
             GR2Error: the endpoint still fails after the retries of the client. Responses so far are kept.
         """
         # After a failure the pool starts no further request and waits for those under way. It keeps their responses.
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(lambda request: self._argue(request, targeted, attempt), requests))
+        with Loop("replies, request", len(requests)) as loop, ThreadPoolExecutor(self.concurrency) as pool:
+            replies = []
+            for reply in pool.map(lambda request: self._argue(request, targeted, attempt), requests):
+                replies.append(reply)
+                loop.advance()
+            return replies
 
     def _argue(self, request: Request, targeted: bool, attempt: int) -> TeacherReply:
         prompt = self.maker.render(request)
