@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from recbole_gr2.progress import Display, stderr, terminal_width
 
 NUMBER = re.compile(
-    r"[-+]?[\d.,]*(%| s| MiB|)( ± [\d.]+)?( \[.*\])?$"
+    r"([-+]?[\d.,]*(%| s| MiB|)( ± [\d.]+)?( \[.*\])?|\[[-+\d.]+, [-+\d.]+\])$"
 )  # A cell of a column of numbers, or an empty cell.
 METRIC = re.compile(r"(\w+)@\d+$")  # A column of a metric. Those of one metric stay together.
 INDENT = re.compile(r"(\[ *\d+:\d\d\] )? *([\w ]{1,16}  +)?")  # What the further lines of a long line are indented by.
 NARROW = 12  # Width of a column of text down to which it shrinks before the table is divided.
+NARROW_FIRST = 40  # That of the first column, which names the lines.
 
 
 def quiet_libraries() -> None:
@@ -29,6 +30,10 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     for module in ("recbole", "transformers"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    # RecBole's graph models build sparse matrices in a way that torch will remove.
+    warnings.filterwarnings("ignore", "torch.sparse.SparseTensor", UserWarning, module="recbole")
+    # PEFT saves the rows of the new tokens in checkpoints, as intended.
+    warnings.filterwarnings("ignore", "Setting `save_embedding_layers`", UserWarning, module="peft")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
@@ -114,7 +119,9 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
            stage
     """
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    columns = [_Column(column) for column in zip(*cells, strict=True)]
+    columns = [
+        _Column(column, NARROW if number else NARROW_FIRST) for number, column in enumerate(zip(*cells, strict=True))
+    ]
     parts = [columns] if width is None else _divided(columns, width)
     return "\n\n".join(_aligned(part, width) for part in parts)
 
@@ -122,21 +129,25 @@ def render_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: in
 class _Column:
     """A column of a table with its header.
 
+    Args:
+        cells: its header and its cells.
+        narrow: width down to which a column of texts shrinks.
+
     Attributes:
         cells: its header and its cells.
         width: length of the longest cell.
         word: length of its longest word, or `width` in a column of numbers.
-        least: the smallest width: that of its longest word, but at most `NARROW` in a column of texts.
+        least: the smallest width: that of its longest word, but at most `narrow` in a column of texts.
     """
 
-    def __init__(self, cells: Sequence[str]) -> None:
+    def __init__(self, cells: Sequence[str], narrow: int) -> None:
         self.cells = cells
         self.numbers = all(NUMBER.match(cell) for cell in cells[1:])
         self.width = max(map(len, cells))
         self.word = (
             self.width if self.numbers else max((len(word) for cell in cells for word in cell.split()), default=0)
         )
-        self.least = self.word if self.numbers else min(self.word, NARROW)
+        self.least = self.word if self.numbers else min(self.word, narrow)
 
     def lines(self, row: int, width: int) -> list[str]:
         """Return a cell as lines of `width` characters."""
@@ -177,13 +188,19 @@ def _divided(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
     return next(parts for limit in range(1, width + 1) if len(parts := divide(limit)) == fewest)
 
 
+def _limited(columns: Sequence[_Column], longest: int) -> list[int]:
+    """The smallest widths that break no word of at most `longest` characters."""
+    return [max(column.least, min(column.word, longest)) for column in columns]
+
+
 def _widths(columns: Sequence[_Column], width: int | None) -> list[int]:
     """The width of each column of a table. The widest columns of text are made narrower until the table fits."""
     if width is None or _total([column.width for column in columns]) <= width:
         return [column.width for column in columns]
-    least = [column.word for column in columns]
-    if _total(least) > width:
-        least = [column.least for column in columns]
+    longest = max(column.word for column in columns)
+    while longest > NARROW and _total(_limited(columns, longest)) > width:
+        longest -= 1
+    least = _limited(columns, longest)
     for most in range(max(column.width for column in columns), 0, -1):
         widths = [max(small, min(column.width, most)) for small, column in zip(least, columns, strict=True)]
         if _total(widths) <= width:

@@ -51,7 +51,7 @@ def compare(
     else:
         print("All settings that can change a result are equal.")
     print()
-    header = ["method", "metric", "A", "B", "B - A", "95 % interval", "p", "p, Holm"]
+    header = ["method and metric", "A", "B", "B - A", "95 % interval", "p", "Holm"]
     print_table(header, [_row(entry) for entry in compared["methods"]])
     if not all("p" in entry for entry in compared["methods"]):
         print(
@@ -69,4 +69,4 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
     if "p" in entry:
         interval = f"[{entry['low']:+.4f}, {entry['high']:+.4f}]"
         tested = [f"{entry['diff']:+.4f}", interval, f"{entry['p']:.4f}", f"{entry['p_holm']:.4f}"]
-    return [entry["method"], entry["metric"], f"{entry['first']:.4f}", f"{entry['second']:.4f}", *tested]
+    return [f"{entry['method']} {entry['metric']}", f"{entry['first']:.4f}", f"{entry['second']:.4f}", *tested]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,7 @@ def settings(
     """List the settings with type, default, meaning and source.
 
     A setting is given as --key=value or in a file of --config_files; base_<option> is an option of the base model.
-    docs/settings.md has the same content.
+    docs/settings.md has the same content. A terminal does not show the files in which settings are declared.
 
     \b
     Examples:
@@ -102,7 +103,9 @@ def settings(
         default = yaml.safe_dump(entry.default, default_flow_style=True, width=10**6, sort_keys=False).split("\n")[0]
         kind = entry.type_name + (f" {entry.allowed}" if entry.allowed else "")
         rows.append([key, kind, "" if entry.default is None else default, entry.text, entry.file])
-    print_table(["setting", "type", "default", "meaning and source", "declared in"], rows)
+    header = ["setting", "type", "default", "meaning and source", "declared in"]
+    shown = 4 if sys.stdout.isatty() else 5  # A terminal has little room for the names of files.
+    print_table(header[:shown], [row[:shown] for row in rows])
 
 
 def presets() -> None:

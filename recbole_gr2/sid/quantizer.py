@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import numpy as np
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from recbole_gr2.errors import ConfigurationError, MissingFileError
@@ -164,7 +166,9 @@ def kmeans(points: np.ndarray, codes: int, seed: int) -> KMeans:
         seed: seed of the initialisation.
     """
     # One thread, because k-means adds the sums of its threads in the order in which they finish.
-    with threadpool_limits(1):
+    with threadpool_limits(1), warnings.catch_warnings():
+        # Equal points are usual in small catalogues, and the stage reports how many codes are used.
+        warnings.filterwarnings("ignore", "Number of distinct clusters", ConvergenceWarning)
         return KMeans(codes, n_init=1, random_state=seed).fit(points)
 
 
