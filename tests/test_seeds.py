@@ -1,6 +1,7 @@
 """Several seeds in one report: means, paired differences by user, and the command on a small run."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,8 @@ def test_the_command(finished_command, tmp_path, capsys):
     for _ in range(2):
         assert main(argv) == 0
         captured = capsys.readouterr()
-    assert captured.err.count(" cached  ") > 10 and ": run (" not in captured.err
+    assert len(re.findall(r"stage \d+ of \d+: \S+ cached\n", captured.err)) > 10
+    assert ", run (" not in captured.err
     path = Path(captured.out.strip())
     result = json.loads(path.read_text())
     assert result["seeds"] == [2020, 7] and result["dataset"] == "tiny"
