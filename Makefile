@@ -7,7 +7,7 @@ PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n $(WORK
 SLOW = slow or distributed or packaging
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-all test-newest docs site
+.PHONY: help install format lint types test test-all test-newest docs site links
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST)
@@ -45,3 +45,6 @@ docs:  ## Write docs/settings.md from the property files.
 
 site:  ## Build the documentation site in site/, and check it.
 	$(PYTHON) docs/build_site.py
+
+links:  ## Check the addresses in the documentation. Needs the network.
+	$(PYTHON) docs/check_links.py

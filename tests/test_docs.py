@@ -1,8 +1,11 @@
 """The pages of the documentation agree with the package: commands, settings, files, logged values, the notebook."""
 
+import http.server
+import importlib.util
 import json
 import re
 import shlex
+import threading
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,29 @@ def test_faults_of_the_site_are_found(builder):
     assert builder.problems({"index.html": '<script src="y.js">', "y.js": ""}) == []
     assert builder.problems({"a.css": "a { src: url(https://x/f.woff) }"}) == ["a.css: loads https://x/f.woff"]
     assert builder.problems({"index.html": '<pre class="mermaid">'})
+
+
+def test_addresses_are_found_and_checked(tmp_path):
+    spec = importlib.util.spec_from_file_location("check_links", ROOT / "docs" / "check_links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    page = tmp_path / "page.md"
+    page.write_text("[a](https://a.org/x), <https://b.org>. `http://localhost:8000/v1` and https://a.org/x again\n")
+    assert links.addresses([page]) == {"https://a.org/x": ["page.md"], "https://b.org": ["page.md"]}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # HEAD is refused
+            self.send_response(200 if self.path == "/here" else 404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert links.problem(f"{address}/here") == "" and "404" in links.problem(f"{address}/gone")
+        server.shutdown()
 
 
 # --- the notebook ----------------------------------------------------------------------------------------------------
