@@ -21,7 +21,7 @@ from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.plain_text import pattern_of
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import is_added, label_tokens, sid_text
+from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_added, label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ SEQUENTIAL = "Taken in order: "  # the first words of a sequential text of mid-t
 FIELDS = ("label", "sid", "title", "category", "brand")  # variables of an item in a template
 TEXTS = ("title", "category", "brand")  # those with a text of the data
 TEXT = "text"  # the value of `prompt_items` whose template `prompt_template` names
-FORMS = (TEXT, "short", "sid")  # values of `prompt_items`
+VECTOR = "vector"  # the value of `prompt_items` with which an item is one position, see `recbole_gr2.llm.item_vectors`
+FORMS = (TEXT, "short", "sid", VECTOR)  # values of `prompt_items`
 SHORT_TITLE = 24  # largest length of a title in the form `short` in characters. Our choice.
 LEAST_TITLE = 8  # smallest length of a title that ends before a mark of `TITLE_END`. Our choice.
 TITLE_END = re.compile(r", | - | \(| \[|: |; | \| ")  # what follows in a title is often a variant, a size or a year
@@ -226,8 +227,8 @@ class PromptMaker:
     ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Return the template variables of candidates and history in the form of the prompt.
 
-        `sid` has no texts. `short` has the start of each title, see `short_title`. A category or brand is left out if
-        an earlier item has it or the title contains it. Candidates come before the history.
+        `sid` and `vector` have no texts. `short` has the start of each title, see `short_title`. A category or brand is
+        left out if an earlier item has it or the title contains it. Candidates come before the history.
 
         Args:
             candidates: item id and label of each candidate, in the order of the prompt.
@@ -237,7 +238,7 @@ class PromptMaker:
 
         def fields(item_id: int, label: str = "") -> dict[str, str]:
             values = self.fields(item_id, label)
-            if self.items == "sid":
+            if self.items in ("sid", VECTOR):
                 return values | dict.fromkeys(TEXTS, "")
             if self.items == "short":
                 values["title"] = short_title(values["title"])
@@ -333,6 +334,35 @@ def sequential_ids(history: Sequence[int], catalog: Catalog, tokenizer: PreTrain
 def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a prompt up to the start of the assistant's turn, (P,)."""
     return encode_chat(prompt.messages, tokenizer)
+
+
+def encode_items(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, filler: int) -> tuple[list[int], list[int]]:
+    """Return the token ids of a prompt in which each semantic ID is one position, and these positions in their order.
+
+    A semantic ID with its label becomes the label. One without a label becomes `filler`.
+
+    Args:
+        prompt: a prompt in the form `vector`.
+        tokenizer: tokenizer of the language model.
+        filler: a token id that stands for an item without a label.
+    """
+    number = tokenizer.get_vocab()
+    begin, end, *labels = (number[token] for token in (SID_BEGIN, SID_END, *prompt.labels))
+    found: list[int] = []
+    places: list[int] = []
+    inside = False
+    for token in encode_prompt(prompt, tokenizer):
+        if token == begin:
+            inside = True
+            places.append(len(found))
+        elif token == end:
+            inside = False
+            found.append(filler)
+        elif token in labels and places and places[-1] == len(found) - 1:
+            found[-1] = token
+        elif not inside:
+            found.append(token)
+    return found, places
 
 
 def encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

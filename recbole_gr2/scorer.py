@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.llm.grammar import Grammar
+from recbole_gr2.llm.item_vectors import ItemVectors
 from recbole_gr2.llm.scoring import ListInput, score_lists
 from recbole_gr2.policy import answer_grammar, load_model, use_bf16
-from recbole_gr2.prompts import PromptMaker, encode_prompt
-from recbole_gr2.types import Answer, Context, Request
+from recbole_gr2.prompts import VECTOR, PromptMaker, encode_items, encode_prompt, recent
+from recbole_gr2.types import Answer, Context, Prompt, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Scorer:
             stage: name of the stage.
         """
         model, tokenizer = load_model(context.folders[stage])
+        if context.settings["prompt_items"] == VECTOR:
+            model.item_inputs = ItemVectors.load(context.folders[stage]).to(model.device)
         return cls.of(model, tokenizer, context)
 
     @classmethod
@@ -68,9 +71,15 @@ class Scorer:
             order: base positions of the candidates in the order of the prompt; by default that of the prompt maker.
         """
         prompt = self.maker.render(request, order)
-        ids = [*encode_prompt(prompt, self.tokenizer), self.grammar.ranking_id]
-        count = len(prompt.order)
+        count, items = len(prompt.order), {}
+        if self.maker.items == VECTOR:
+            ids, places = encode_items(prompt, self.tokenizer, self.grammar.pad_id)
+            ids.append(self.grammar.ranking_id)
+            items = item_positions(request, prompt, places, len(ids), self.maker.history)
+        else:
+            ids = [*encode_prompt(prompt, self.tokenizer), self.grammar.ranking_id]
         return ListInput(
+            **items,
             input_ids=ids,
             places=[len(ids) - 1] * count,
             tokens=self.grammar.label_ids[:count],
@@ -114,3 +123,26 @@ class Scorer:
                 )
             )
         return answers
+
+
+def item_positions(
+    request: Request, prompt: Prompt, places: Sequence[int], length: int, history: int
+) -> dict[str, Any]:
+    """Return items, slots and features of a `ListInput` in the form `vector`.
+
+    Args:
+        request: the request.
+        prompt: its prompt, with the candidates before the history.
+        places: positions of the items of the prompt, in its order.
+        length: T, number of positions.
+        history: largest number of history items in the prompt.
+    """
+    count = len(prompt.order)
+    shown = [*(request.items[position] for position in prompt.order), *recent(request.history, history)]
+    item_at = dict(zip(places, shown, strict=True))
+    features = request.features.candidates if request.features else np.zeros((count, 0), np.float32)
+    return {
+        "items": [item_at.get(place, 0) for place in range(length)],
+        "slots": places[:count],
+        "features": features[list(prompt.order)].tolist(),
+    }

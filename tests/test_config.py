@@ -234,7 +234,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("cand_fusion", "zscor", "zscore, rank, quota"),
         ("cand_ranker", "priors", "prior, lambdamart, none"),
         ("score_loss", "pair", "listwise, pairwise"),
-        ("prompt_items", "texts", "text, short, sid"),
+        ("prompt_items", "texts", "text, short, sid, vector"),
         ("trace_teacher", "rule", "rules, local_llm, openai_api, recorded, module:attribute"),
     ],
 )
@@ -242,7 +242,8 @@ def test_choices(key, near, choices):
     text = problems(**{key: near})
     assert f"{key} is {near!r}, expected one of {choices}; did you mean " in text
     for choice in choices.split(", "):
-        assert load_settings(config_dict={**SMOKE, "trace_file": "traces.jsonl", key: choice})[key] == choice
+        needed = {"eval_rows": ["score"]} if choice == "vector" else {"trace_file": "traces.jsonl"}
+        assert load_settings(config_dict={**SMOKE, **needed, key: choice})[key] == choice
 
 
 def test_all_choices_are_tested():

@@ -12,6 +12,8 @@ from recbole_gr2.prompts import (
     FORMS,
     PromptMaker,
     built_in,
+    encode_items,
+    encode_prompt,
     kind,
     load_template,
     prompt_values,
@@ -229,6 +231,36 @@ def test_forms_enter_keys_only_if_they_are_not_the_default(tiny_settings, tmp_pa
 def test_a_form_with_another_template_is_refused(tiny_settings, tmp_path):
     with pytest.raises(ConfigurationError, match="prompt_items is sid, which has its own template"):
         tiny_settings(tmp_path, prompt_items="sid", prompt_template="rerank-nokp")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_rows": ["score", "sft"]}, "eval_rows has sft, which generate answers"),
+        ({"eval_rows": ["score"], "llm_lora_rank": 4}, "llm_lora_rank is 4; set it to 0"),
+    ],
+)
+def test_vectors_are_for_scores_alone(tiny_settings, tmp_path, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        tiny_settings(tmp_path, prompt_items="vector", **changes)
+
+
+def test_an_item_as_one_position():
+    from recbole_gr2.llm.model import load_language_model
+    from recbole_gr2.sid.tokens import added_tokens
+
+    _, tokenizer = load_language_model("random", corpus=["Candidates: History:"], extra_tokens=added_tokens(2, 40, 3))
+    settings = {"prompt_template": "rerank", "prompt_items": "vector", "prompt_history": 8, "prompt_title_chars": 60}
+    maker = PromptMaker.of({**settings, "prompt_shuffle": False, "seed": 1}, CATALOG)
+    prompt = maker.render(request_of(history=(1, 2), candidates=(10, 11)))
+    ids, places = encode_items(prompt, tokenizer, tokenizer.pad_token_id)
+    whole = encode_prompt(prompt, tokenizer)
+    a, b, pad = *tokenizer.convert_tokens_to_ids(["<|A|>", "<|B|>"]), tokenizer.pad_token_id
+    assert [ids[place] for place in places] == [a, b, pad, pad]
+    assert len(ids) == len(whole) - 4 * 3 - 2  # four semantic IDs of four tokens, and two labels
+    start = whole.index(tokenizer.convert_tokens_to_ids("<|sid_begin|>"))
+    assert places[:2] == [start, start + 1] and ids[:start] == whole[:start]
+    assert places[3] == places[2] + 1 and ids[places[3] + 1 :] == whole[-len(ids) + places[3] + 1 :]
 
 
 def test_the_texts_of_mid_training_do_not_depend_on_the_form(tiny_settings, tmp_path):

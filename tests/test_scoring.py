@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recbole_gr2.artifacts import read_answers
+from recbole_gr2.artifacts import load_catalog, read_answers
+from recbole_gr2.catalog import Catalog
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
+from recbole_gr2.llm.item_vectors import ItemEncoder, ItemInputs, ItemVectors, item_groups
 from recbole_gr2.llm.scoring import (
     ListCollator,
     ListInput,
@@ -24,6 +26,7 @@ from recbole_gr2.llm.scoring import (
 from recbole_gr2.policy import Policy, load_model
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.stages.score import training_list
+from recbole_gr2.types import Item
 
 INF = math.inf
 
@@ -76,7 +79,8 @@ def train(model, tokenizer, folder, **changes):
         "bf16": False,
         "save_steps": 1,
     }
-    return train_lists(model, tokenizer, LISTS, folder, **{**options, **changes})
+    lists = changes.pop("lists", LISTS)
+    return train_lists(model, tokenizer, lists, folder, **{**options, **changes})
 
 
 @pytest.fixture
@@ -197,6 +201,123 @@ def test_lora_scores_equal_those_of_the_merged_model(tokenizer, tmp_path, tied):
         assert torch.allclose(list_scores(merged(model), batch, 0.5), adapted, atol=1e-4)
 
 
+# --- items as input embeddings ----------------------------------------------------------------------------------------
+
+N_ITEMS, FEATURES = 9, 2
+
+
+def encoder(seed: int = 0, features: int = FEATURES) -> ItemEncoder:
+    """Items 1 to 9 with the codes 3 + n and 12 + n % 3."""
+    rng = np.random.default_rng(seed)
+    codes = np.array([[3 + n, 12 + n % 3] for n in range(N_ITEMS)])
+    groups = np.array([[n % 3, n % 2] for n in range(N_ITEMS)])
+    torch.manual_seed(seed)
+    return ItemEncoder(rng.normal(size=(N_ITEMS, 5)).astype(np.float32), codes, groups, features, 16)
+
+
+def vector_list(number: int) -> ListInput:
+    """Two or three candidates and two history items. The best candidate has the history's first item number + 1."""
+    count, best = 2 + number % 2, number % 2
+    candidates = [1 + (number + 2 * n) % N_ITEMS for n in range(count)]
+    history = [1 + candidates[best] % N_ITEMS, 1 + number % N_ITEMS]
+    ids = [2, *[20, 21, 22][:count], 23, 0, 0, 19]
+    return ListInput(
+        input_ids=ids,
+        places=[len(ids) - 1] * count,
+        tokens=[20, 21, 22][:count],
+        prior=[-0.5, -1.0, -2.0][:count],
+        relevance=[float(place == best) for place in range(count)],
+        items=[0, *candidates, 0, *history, 0],
+        slots=list(range(1, count + 1)),
+        features=[[float(number), float(place)] for place in range(count)],
+    )
+
+
+VECTORS = [vector_list(number) for number in range(20)]
+
+
+def with_items(model: LlamaForCausalLM, items: ItemInputs) -> LlamaForCausalLM:
+    model.item_inputs = items
+    return model
+
+
+def test_input_embeddings_by_hand():
+    model, items = tiny(), encoder()
+    tokens = model.get_input_embeddings()
+    with torch.no_grad():
+        items.project.weight.normal_()
+        items.metadata[0].weight.normal_()
+        items.mean, items.scale = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 4.0])
+        batch = ListCollator(0)(VECTORS[:2])  # of two and three candidates
+        embedded = items(batch, tokens)
+        each = VECTORS[0]
+        for place, (token, item) in enumerate(zip(each.input_ids, each.items, strict=True)):
+            expected = torch.zeros(16)
+            if item:
+                codes = torch.tensor([3 + item - 1, 12 + (item - 1) % 3])
+                expected = tokens(codes).sum(0) / math.sqrt(2) + items.metadata[0].weight[(item - 1) % 3]
+            if not item or token:
+                expected = expected + tokens.weight[token]
+            if place in each.slots:
+                # Over the training lists (0 - 1) / 2 and (0 or 1 - 1) / 4; over the list 0, and -1 or 1.
+                first = place == 1
+                values = torch.tensor([-0.5, -0.25 if first else 0.0, 0.0, -1.0 if first else 1.0])
+                expected = expected + items.project.weight @ values
+            assert torch.allclose(embedded[0, place], expected, atol=1e-5), place
+
+
+def test_scores_of_vectors_do_not_depend_on_the_batch_or_on_stored_vectors(tmp_path):
+    items = encoder()
+    with torch.no_grad():
+        items.project.weight.normal_()
+        items.text[2].weight.normal_()
+    model = with_items(tiny(), items)
+    options = {"pad_id": 0, "llm_weight": 0.5}
+    together = score_lists(model, VECTORS, batch_size=20, **options)
+    alone = score_lists(model, VECTORS, batch_size=1, **options)
+    items.catalogue(model.get_input_embeddings()).save(tmp_path)
+    stored = score_lists(with_items(model, ItemVectors.load(tmp_path)), VECTORS, batch_size=20, **options)
+    for one, two, three in zip(together, alone, stored, strict=True):
+        assert one == pytest.approx(two, abs=1e-5) and one == pytest.approx(three, abs=1e-5)
+
+
+def test_items_without_features(tmp_path):
+    items = encoder(features=0)
+    lists = [replace(each, features=[[]] * len(each.prior)) for each in VECTORS]
+    scores = score_lists(with_items(tiny(), items), lists, pad_id=0, llm_weight=1.0, batch_size=7)
+    items.catalogue(tiny().get_input_embeddings()).save(tmp_path)
+    stored = with_items(tiny(), ItemVectors.load(tmp_path))
+    assert np.allclose(scores[3], score_lists(stored, lists[3:4], pad_id=0, llm_weight=1.0, batch_size=1)[0], atol=1e-5)
+
+
+def test_the_encoder_is_trained_and_resumed(tokenizer, tmp_path):
+    whole = with_items(tiny(), encoder())
+    before = {name: value.clone() for name, value in whole.item_inputs.state_dict().items()}
+    log = train(whole, tokenizer, tmp_path / "whole", lists=VECTORS)
+
+    def say(text):
+        if text.startswith("step 5/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(with_items(tiny(), encoder()), tokenizer, tmp_path / "killed", lists=VECTORS, say=say)
+    other = encoder()
+    for parameter in other.parameters():  # other weights: those of the checkpoint replace them
+        torch.nn.init.normal_(parameter)
+    resumed = with_items(tiny(seed=9), other)
+    assert train(resumed, tokenizer, tmp_path / "killed", lists=VECTORS) == log
+    after = resumed.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in whole.state_dict().items())
+    trained = whole.item_inputs.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, trained[name])}
+    assert changed == set(before) - {"mean", "scale"}
+
+
+def test_groups_of_items():
+    items = [Item(item_id=n + 1, token=str(n), title="t", categories=f"Root > K{n // 6}", brand="B") for n in range(13)]
+    assert item_groups(Catalog(items)).tolist() == [[1, 1]] * 6 + [[2, 1]] * 6 + [[0, 1]]  # one item has K2
+
+
 # --- on a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +357,6 @@ def test_equal_scores_keep_the_base_order(scorer, context):
 
 
 def test_the_method_in_a_run(tiny_run, finished_copy):
-    from recbole_gr2.artifacts import load_catalog
-
     run = tiny_run(finished_copy(), eval_rows=["score"], score_steps=4, score_loss="pairwise")
     assert "sft" not in run.folders and "traces" not in run.folders
     summary = run.records["score"].summary
@@ -262,3 +381,16 @@ def test_short_prompts_in_a_run(tiny_run, finished_copy, finished):
             assert tokens["sid"] < tokens["short"] < tokens["text"]
         mean = run.records["score"].summary["tokens_mean"]
         assert mean == pytest.approx(tokens[items] + 1, abs=0.1)  # and the ranking mark
+
+
+@pytest.mark.slow
+def test_vectors_in_a_run(tiny_run, finished_copy):
+    run = tiny_run(finished_copy(), eval_rows=["score"], prompt_items="vector", score_steps=4)
+    summary = run.records["score"].summary
+    assert summary["tokens_max"] <= 60 and summary["prompt_tokens"]["vector"] < summary["prompt_tokens"]["sid"]
+    assert "items.safetensors" in run.records["score"].files
+    scorer = Scorer.load(run.context(), "score")
+    requests = training_requests(run.context())[:6]
+    orders = {request.request_id: range(5) for request in requests}
+    rows = scorer.log_probs(requests, orders)
+    assert all(sum(map(math.exp, row)) == pytest.approx(1.0) for row in rows)

@@ -26,6 +26,7 @@ from recbole_gr2.config.recbole_options import (
 from recbole_gr2.config.values import check_intervals, is_file
 from recbole_gr2.errors import nearest
 
+GENERATING = ("sft", "rl", "shuffled", "distilled", "internalised")  # methods whose language model writes an answer
 LEAST_TEMPERATURE = 0.01  # of sampling, besides 0 for the most likely token
 PATHS = ("data_path", "checkpoint_dir", "prompt_template", "cand_file", "mid_general", "trace_file")
 
@@ -414,6 +415,18 @@ def _check_items(values: Mapping[str, Any], declared: Mapping[str, Declaration])
         raise ValueError(
             f"prompt_items is {items}, which has its own template, but prompt_template is "
             f"{values['prompt_template']!r:.200}; leave one of them out"
+        )
+    if items != "vector":
+        return
+    if generating := [name for name in values["eval_rows"] if name in GENERATING]:
+        raise ValueError(
+            f"prompt_items is vector, in which a prompt has no semantic IDs to cite, but eval_rows has "
+            f"{', '.join(generating)}, which generate answers; name score instead, or choose text, short or sid"
+        )
+    if values["llm_lora_rank"]:
+        raise ValueError(
+            f"prompt_items is vector, but llm_lora_rank is {values['llm_lora_rank']}; set it to 0: the checkpoints of "
+            "LoRA do not contain the encoder of the items"
         )
 
 

@@ -38,6 +38,10 @@ class ListInput:
         tokens: token whose logit at this position is the score, (K,).
         prior: log-prior of each candidate, (K,); zeros without a prior.
         relevance: relevance of each candidate, (K,), for training; () if it is unknown.
+        items: item that a position stands for, (T,), 0 for a position of text; () if all positions are text, see
+            `recbole_gr2.llm.item_vectors`.
+        slots: position of each candidate, (K,), with `items`.
+        features: features of each candidate, (K, F), with `items`.
     """
 
     input_ids: Sequence[int]
@@ -45,6 +49,9 @@ class ListInput:
     tokens: Sequence[int]
     prior: Sequence[float]
     relevance: Sequence[float] = ()
+    items: Sequence[int] = ()
+    slots: Sequence[int] = ()
+    features: Sequence[Sequence[float]] = ()
 
 
 class ListCollator:
@@ -58,7 +65,10 @@ class ListCollator:
         self.pad_id = pad_id
 
     def __call__(self, lists: Sequence[ListInput]) -> dict[str, torch.Tensor]:
-        """Return input_ids (B, T), and places, tokens, prior and relevance (B, K). The prior of padding is -inf."""
+        """Return input_ids and items (B, T), places, tokens, prior, relevance and slots (B, K), and features (B, K, F).
+
+        The prior of padding is -inf. What the lists do not have is left out.
+        """
         batch = {
             "input_ids": _padded([each.input_ids for each in lists], self.pad_id),
             "places": _padded([each.places for each in lists], 0),
@@ -67,6 +77,11 @@ class ListCollator:
         }
         if lists[0].relevance:
             batch["relevance"] = _padded([[float(value) for value in each.relevance] for each in lists], 0.0)
+        if lists[0].items:
+            batch["items"] = _padded([each.items for each in lists], 0)
+            batch["slots"] = _padded([each.slots for each in lists], 0)
+            rows = [torch.tensor(each.features, dtype=torch.float32) for each in lists]
+            batch["features"] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return batch
 
 
@@ -76,11 +91,15 @@ def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
     Only the logits of the scored tokens at the scored positions are computed.
 
     Args:
-        model: a causal language model.
+        model: a causal language model. If the lists have items, its attribute `item_inputs` is an `ItemInputs`.
         batch: the lists, see `ListCollator`.
         llm_weight: power of the model's probability.
     """
-    hidden = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    if "items" in batch:
+        inputs = {"inputs_embeds": model.item_inputs(batch, model.get_input_embeddings())}
+    else:
+        inputs = {"input_ids": batch["input_ids"]}
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     places, tokens = batch["places"], batch["tokens"]
     head, hidden = model.get_output_embeddings(), hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
     if type(head) is nn.Linear and head.bias is None:

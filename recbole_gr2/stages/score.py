@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.config import Settings
 from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.card import write_model_card
+from recbole_gr2.llm.item_vectors import ItemEncoder, feature_scale, item_groups
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.scoring import ListInput, listwise_loss, train_lists
 from recbole_gr2.policy import load_model, new_tokens, prompt_tokens, resolved_bf16
-from recbole_gr2.prompts import prompt_values
+from recbole_gr2.prompts import VECTOR, prompt_values
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.seeding import derive_seed, seed_everything
+from recbole_gr2.sid.tokens import sid_text
 from recbole_gr2.store import write_json
 from recbole_gr2.types import Context, Request, Stage
 
@@ -31,7 +34,7 @@ CHECKED = 256  # largest number of validation lists whose cross-entropy is repor
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, README.md and log.json."""
+    """Write model/, README.md and log.json, and with `prompt_items: vector` items.safetensors."""
     settings = context.settings
     model, tokenizer = load_model(context.folders["midtrain"])
     scorer = Scorer.of(model, tokenizer, context)
@@ -41,6 +44,8 @@ def run(context: Context) -> dict[str, Any]:
     context.say(f"{len(lists):,} lists with {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most")
     seed = derive_seed(settings["seed"], "score")
     seed_everything(seed)
+    if settings["prompt_items"] == VECTOR:
+        model.item_inputs = item_encoder(context, model, tokenizer, requests)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     log = train_lists(
         model,
@@ -60,6 +65,10 @@ def run(context: Context) -> dict[str, Any]:
         say=context.say,
     )
     model = merged(model)
+    if settings["prompt_items"] == VECTOR:
+        vectors = model.item_inputs.catalogue(model.get_input_embeddings())
+        vectors.save(context.folder)
+        del model.item_inputs  # it is no part of the language model
     save_language_model(model, tokenizer, context.folder / "model")
     write_model_card(
         context,
@@ -68,6 +77,8 @@ def run(context: Context) -> dict[str, Any]:
         settings=("llm", "prompt_", "score_"),
     )
     write_json(context.folder / "log.json", log)
+    if settings["prompt_items"] == VECTOR:
+        model.item_inputs = vectors
     return {
         "lists": len(lists),
         "tokens_mean": float(np.mean(lengths)),
@@ -77,6 +88,23 @@ def run(context: Context) -> dict[str, Any]:
         "loss_last": log[-1]["loss"],
         "valid": _validation(context, replace(scorer, model=model), seed),
     }
+
+
+def item_encoder(context: Context, model: Any, tokenizer: Any, requests: Sequence[Request]) -> ItemEncoder:
+    """Return the untrained encoder of the items of a run."""
+    catalog = load_catalog(context)
+    codes = tokenizer([sid_text(item.sid) for item in catalog], add_special_tokens=False)["input_ids"]
+    features = [request.features.candidates for request in requests if request.features]
+    encoder = ItemEncoder(
+        read_embeddings(context.folders["embeddings"]),
+        np.array(codes)[:, 1:-1],
+        item_groups(catalog),
+        features[0].shape[1] if features else 0,
+        model.get_input_embeddings().embedding_dim,
+    )
+    if features:
+        encoder.mean, encoder.scale = feature_scale(features)
+    return encoder.to(model.device)
 
 
 def training_list(scorer: Scorer, request: Request) -> ListInput:
@@ -115,22 +143,31 @@ def key_values(settings: Settings) -> dict[str, Any]:
     return {**prompt_values(settings), **resolved_bf16(settings)}
 
 
-STAGE = Stage(
-    name="score",
-    version=1,
-    run=run,
-    settings=(
-        "score_",
-        "cand_num",
-        "cand_ranker",
-        "prompt_",
-        "llm_lora_rank",
-        "llm_bf16",
-        "llm_micro_batch_size",
-        "seed",
-    ),
-    excluded=("prompt_items",),  # the key has it if it is not the default
-    needs=("tokenizer", "prior", "midtrain"),
-    amount="score_steps",
-    key_values=key_values,
-)
+def stages(settings: Settings) -> list[Stage]:
+    """Declare the stage. It reads the text embeddings if an item is one position."""
+    return [
+        Stage(
+            name="score",
+            version=1,
+            run=run,
+            settings=(
+                "score_",
+                "cand_num",
+                "cand_ranker",
+                "prompt_",
+                "llm_lora_rank",
+                "llm_bf16",
+                "llm_micro_batch_size",
+                "seed",
+            ),
+            excluded=("prompt_items",),  # the key has it if it is not the default
+            needs=(
+                "tokenizer",
+                "prior",
+                "midtrain",
+                *(["embeddings"] if settings["prompt_items"] == VECTOR else []),
+            ),
+            amount="score_steps",
+            key_values=key_values,
+        )
+    ]
