@@ -129,7 +129,7 @@ def prompt_tokens(
         maker = PromptMaker.of(settings, catalog, form)
         prompts = [maker.render(request) for request in requests[:MEASURED_PROMPTS]]
         if form == VECTOR:
-            lengths = [len(encode_items(prompt, tokenizer, tokenizer.pad_token_id)[0]) for prompt in prompts]
+            lengths = [len(encode_items(prompt.messages, tokenizer, tokenizer.pad_token_id)[0]) for prompt in prompts]
         else:
             lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
         measured[form] = round(sum(lengths) / len(lengths), 1)

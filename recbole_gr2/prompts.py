@@ -21,7 +21,7 @@ from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.plain_text import pattern_of
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_added, label_tokens, sid_text
+from recbole_gr2.sid.tokens import MAX_CANDIDATES, SID_BEGIN, SID_END, is_added, label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ def prompt_values(settings: Mapping[str, Any]) -> dict[str, str]:
 def _template(items: str, name: str) -> Template:
     if items == TEXT:
         return load_template(name)
+    return _form_template(items)
+
+
+@lru_cache(maxsize=8)
+def _form_template(items: str) -> Template:
+    """The template of a form, `properties/prompt_items/<items>.yaml`."""
     return _read_template(properties_folder() / "prompt_items" / f"{items}.yaml", items)
 
 
@@ -235,21 +241,36 @@ class PromptMaker:
             history: item ids, oldest first.
         """
         seen: set[str] = set()
+        first = [self._in_form(item, label, seen) for item, label in candidates]
+        return first, [self._in_form(item, "", seen) for item in history]
 
-        def fields(item_id: int, label: str = "") -> dict[str, str]:
-            values = self.fields(item_id, label)
-            if self.items in ("sid", VECTOR):
-                return values | dict.fromkeys(TEXTS, "")
-            if self.items == "short":
-                values["title"] = short_title(values["title"])
-                for name in ("category", "brand"):
-                    if values[name] in seen or values[name].lower() in values["title"].lower():
-                        values[name] = ""
-                    else:
-                        seen.add(values[name])
-            return values
+    def _in_form(self, item_id: int, label: str, seen: set[str]) -> dict[str, str]:
+        """Template variables of an item. `seen` has the categories and brands of earlier items, and gets its own."""
+        values = self.fields(item_id, label)
+        if self.items in ("sid", VECTOR):
+            return values | dict.fromkeys(TEXTS, "")
+        if self.items == "short":
+            values["title"] = short_title(values["title"])
+            for name in ("category", "brand"):
+                if values[name] in seen or values[name].lower() in values["title"].lower():
+                    values[name] = ""
+                else:
+                    seen.add(values[name])
+        return values
 
-        return [fields(*candidate) for candidate in candidates], [fields(item) for item in history]
+    def render_parts(self, request: Request, order: Sequence[int]) -> tuple[tuple[dict[str, str], ...], list[str]]:
+        """Return the messages with the history, and the text of each candidate, for the form without input order.
+
+        The text of a candidate does not depend on the other candidates.
+
+        Args:
+            request: the request. Its labels are not used.
+            order: base positions of the candidates in the order of the result, (K,).
+        """
+        template, seen = _form_template("invariant"), set[str]()
+        history = [self._in_form(item, "", seen) for item in recent(request.history, self.history)]
+        candidates = [self._in_form(request.items[position], "", set(seen)) for position in order]
+        return template.messages(history=history, candidates=[]), [_line(values) for values in candidates]
 
     def order(self, request: Request) -> tuple[int, ...]:
         """Return the base positions of the candidates in the order of the prompt, (K,)."""
@@ -336,22 +357,25 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     return encode_chat(prompt.messages, tokenizer)
 
 
-def encode_items(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, filler: int) -> tuple[list[int], list[int]]:
-    """Return the token ids of a prompt in which each semantic ID is one position, and these positions in their order.
+def encode_items(
+    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, filler: int
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of chat messages in which a semantic ID is one position, and these positions in their order.
 
-    A semantic ID with its label becomes the label. One without a label becomes `filler`.
+    A semantic ID that a label follows becomes the label. One without a label becomes `filler`.
 
     Args:
-        prompt: a prompt in the form `vector`.
+        messages: messages of a prompt in the form `vector`.
         tokenizer: tokenizer of the language model.
         filler: a token id that stands for an item without a label.
     """
     number = tokenizer.get_vocab()
-    begin, end, *labels = (number[token] for token in (SID_BEGIN, SID_END, *prompt.labels))
+    begin, end = number[SID_BEGIN], number[SID_END]
+    labels = {number[label] for label in label_tokens(MAX_CANDIDATES) if label in number}
     found: list[int] = []
     places: list[int] = []
     inside = False
-    for token in encode_prompt(prompt, tokenizer):
+    for token in encode_chat(messages, tokenizer):
         if token == begin:
             inside = True
             places.append(len(found))
@@ -417,6 +441,12 @@ def shorten(text: str, chars: int) -> str:
         return text
     cut = text[: chars + 1]
     return cut[: cut.rfind(" ")].rstrip(" ,-") if " " in cut else text[:chars]
+
+
+def _line(values: Mapping[str, str]) -> str:
+    """An item as in the template `invariant`."""
+    category = f" ({values['category']})" if values["category"] else ""
+    return " ".join(part for part in (values["sid"], values["title"]) if part) + category
 
 
 def short_title(title: str) -> str:

@@ -14,8 +14,8 @@ from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.item_vectors import ItemVectors
 from recbole_gr2.llm.scoring import ListInput, score_lists
 from recbole_gr2.policy import answer_grammar, load_model, use_bf16
-from recbole_gr2.prompts import VECTOR, PromptMaker, encode_items, encode_prompt, recent
-from recbole_gr2.types import Answer, Context, Prompt, Request
+from recbole_gr2.prompts import VECTOR, PromptMaker, encode, encode_chat, encode_items, encode_prompt, recent
+from recbole_gr2.types import Answer, Context, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Scorer:
         grammar: the tokens of labels and of the ranking mark, and the weight of the model beside the prior.
         bf16: whether to run under bfloat16 autocast.
         batch_size: number of requests that are read together. It does not change the answers.
+        invariant: whether candidates do not see each other, so that their input order has no effect.
     """
 
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class Scorer:
     grammar: Grammar
     bf16: bool
     batch_size: int = 64
+    invariant: bool = False
 
     @classmethod
     def load(cls, context: Context, stage: str) -> Scorer:
@@ -61,30 +63,81 @@ class Scorer:
             grammar=answer_grammar(tokenizer, context.settings, reasoning=False),
             bf16=use_bf16(context.settings, model.device.type),
             batch_size=context.settings["eval_batch_lists"],
+            invariant=context.settings["score_invariant"],
         )
 
-    def list_input(self, request: Request, order: Sequence[int] | None = None) -> ListInput:
-        """Return a request as the model reads it, without its labels.
+    def layout(self, request: Request, order: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Return the base positions of the candidates in the order in which the model reads them, (K,).
+
+        In the invariant form this is the order of their ids, so that not even the rounding depends on the input order.
 
         Args:
             request: the request.
-            order: base positions of the candidates in the order of the prompt; by default that of the prompt maker.
+            order: an input order; by default that of the prompt maker.
         """
-        prompt = self.maker.render(request, order)
-        count, items = len(prompt.order), {}
+        if self.invariant:
+            return tuple(sorted(range(len(request.items)), key=request.items.__getitem__))
+        return self.maker.order(request) if order is None else tuple(order)
+
+    def list_input(self, request: Request, order: Sequence[int] | None = None) -> ListInput:
+        """Return a request as the model reads it, without its labels. For `order` see `layout`."""
+        order = self.layout(request, order)
+        return self._invariant_input(request, order) if self.invariant else self._list_input(request, order)
+
+    def _list_input(self, request: Request, order: tuple[int, ...]) -> ListInput:
+        """The prompt and the ranking mark, which predicts the labels."""
+        prompt, count = self.maker.render(request, order), len(order)
+        items: dict[str, Any] = {}
         if self.maker.items == VECTOR:
-            ids, places = encode_items(prompt, self.tokenizer, self.grammar.pad_id)
-            ids.append(self.grammar.ranking_id)
-            items = item_positions(request, prompt, places, len(ids), self.maker.history)
+            ids, places = encode_items(prompt.messages, self.tokenizer, self.grammar.pad_id)
+            shown = [*self._items(request, order), *recent(request.history, self.maker.history)]
+            items = item_inputs(request, order, dict(zip(places, shown, strict=True)), len(ids) + 1, places[:count])
         else:
-            ids = [*encode_prompt(prompt, self.tokenizer), self.grammar.ranking_id]
+            ids = encode_prompt(prompt, self.tokenizer)
         return ListInput(
-            **items,
-            input_ids=ids,
-            places=[len(ids) - 1] * count,
+            input_ids=[*ids, self.grammar.ranking_id],
+            places=[len(ids)] * count,
             tokens=self.grammar.label_ids[:count],
             prior=self.maker.label_prior(request, prompt),
+            **items,
         )
+
+    def _invariant_input(self, request: Request, order: tuple[int, ...]) -> ListInput:
+        """The history, and then each candidate with the ranking mark, which predicts the first label.
+
+        With `prompt_items: vector` a candidate and its mark are one position.
+        """
+        messages, texts = self.maker.render_parts(request, order)
+        item_at: dict[int, int] = {}
+        if self.maker.items == VECTOR:
+            ids, places = encode_items(messages, self.tokenizer, self.grammar.pad_id)
+            item_at = dict(zip(places, recent(request.history, self.maker.history), strict=True))
+            parts: list[list[int]] = [[] for _ in order]
+        else:
+            ids, parts = encode_chat(messages, self.tokenizer), [encode(text, self.tokenizer) for text in texts]
+        context = len(ids)
+        segments, positions, ends = [0] * context, list(range(context)), []
+        for number, part in enumerate(parts, start=1):
+            ids += [*part, self.grammar.ranking_id]
+            segments += [number] * (len(part) + 1)
+            positions += range(context, context + len(part) + 1)
+            ends.append(len(ids) - 1)
+        items: dict[str, Any] = {}
+        if self.maker.items == VECTOR:
+            item_at |= dict(zip(ends, self._items(request, order), strict=True))
+            items = item_inputs(request, order, item_at, len(ids), ends)
+        return ListInput(
+            input_ids=ids,
+            places=ends,
+            tokens=[self.grammar.label_ids[0]] * len(order),
+            prior=[request.prior[position] if request.prior else 0.0 for position in order],
+            segments=segments,
+            positions=positions,
+            **items,
+        )
+
+    def _items(self, request: Request, order: Sequence[int]) -> list[int]:
+        return [request.items[position] for position in order]
 
     def log_probs(
         self, requests: Sequence[Request], orders: Mapping[str, Sequence[int]] | None = None
@@ -96,7 +149,7 @@ class Scorer:
             orders: for each request id the base positions of its candidates in the order of the prompt; by default the
                 order of the prompt maker.
         """
-        orders = orders or {request.request_id: self.maker.order(request) for request in requests}
+        orders = {r.request_id: self.layout(r, (orders or {}).get(r.request_id)) for r in requests}
         scores = score_lists(
             self.model,
             [self.list_input(request, orders[request.request_id]) for request in requests],
@@ -125,24 +178,21 @@ class Scorer:
         return answers
 
 
-def item_positions(
-    request: Request, prompt: Prompt, places: Sequence[int], length: int, history: int
+def item_inputs(
+    request: Request, order: Sequence[int], item_at: Mapping[int, int], length: int, slots: Sequence[int]
 ) -> dict[str, Any]:
     """Return items, slots and features of a `ListInput` in the form `vector`.
 
     Args:
         request: the request.
-        prompt: its prompt, with the candidates before the history.
-        places: positions of the items of the prompt, in its order.
+        order: base positions of the candidates in the order of the input, (K,).
+        item_at: item id at each position with an item.
         length: T, number of positions.
-        history: largest number of history items in the prompt.
+        slots: position of each candidate, (K,).
     """
-    count = len(prompt.order)
-    shown = [*(request.items[position] for position in prompt.order), *recent(request.history, history)]
-    item_at = dict(zip(places, shown, strict=True))
-    features = request.features.candidates if request.features else np.zeros((count, 0), np.float32)
+    features = request.features.candidates if request.features else np.zeros((len(order), 0), np.float32)
     return {
         "items": [item_at.get(place, 0) for place in range(length)],
-        "slots": places[:count],
-        "features": features[list(prompt.order)].tolist(),
+        "slots": list(slots),
+        "features": features[list(order)].tolist(),
     }

@@ -245,6 +245,33 @@ def test_vectors_are_for_scores_alone(tiny_settings, tmp_path, changes, message)
         tiny_settings(tmp_path, prompt_items="vector", **changes)
 
 
+def test_the_invariant_form_with_another_template_is_refused(tiny_settings, tmp_path):
+    options = {"score_invariant": True, "prompt_template": "rerank-nokp"}
+    with pytest.raises(ConfigurationError, match="score_invariant is True, and its prompts have their own template"):
+        tiny_settings(tmp_path, eval_rows=["score"], **options)
+    assert tiny_settings(tmp_path, eval_rows=["sft"], **options)["score_invariant"]  # without effect
+
+
+@pytest.mark.parametrize(
+    ("items", "first"),
+    [
+        ("text", "<|sid_begin|><s_a_11><s_b_12><|sid_end|> Title11x (Kind2)"),
+        ("short", "<|sid_begin|><s_a_11><s_b_12><|sid_end|> Title11x"),  # the history has the category
+        ("sid", "<|sid_begin|><s_a_11><s_b_12><|sid_end|>"),
+    ],
+)
+def test_the_parts_of_a_prompt_without_input_order(items, first):
+    settings = {"prompt_template": "rerank", "prompt_items": items, "prompt_history": 8, "prompt_title_chars": 60}
+    maker = PromptMaker.of({**settings, "prompt_shuffle": False, "seed": 1}, CATALOG)
+    request = request_of(history=(2,), candidates=(10, 11, 14))
+    messages, texts = maker.render_parts(request, (1, 0, 2))
+    assert texts[0] == first and texts == maker.render_parts(request, (1, 2, 0))[1][:1] + texts[1:]
+    assert maker.render_parts(request, (2, 1, 0))[1] == [texts[2], texts[0], texts[1]]
+    history = {"text": " Title2x (Kind2)", "short": " Title2x (Kind2)", "sid": ""}[items]
+    expected = f"History:\n<|sid_begin|><s_a_2><s_b_3><|sid_end|>{history}\nCandidates:"
+    assert messages[1]["content"] == expected
+
+
 def test_an_item_as_one_position():
     from recbole_gr2.llm.model import load_language_model
     from recbole_gr2.sid.tokens import added_tokens
@@ -253,7 +280,7 @@ def test_an_item_as_one_position():
     settings = {"prompt_template": "rerank", "prompt_items": "vector", "prompt_history": 8, "prompt_title_chars": 60}
     maker = PromptMaker.of({**settings, "prompt_shuffle": False, "seed": 1}, CATALOG)
     prompt = maker.render(request_of(history=(1, 2), candidates=(10, 11)))
-    ids, places = encode_items(prompt, tokenizer, tokenizer.pad_token_id)
+    ids, places = encode_items(prompt.messages, tokenizer, tokenizer.pad_token_id)
     whole = encode_prompt(prompt, tokenizer)
     a, b, pad = *tokenizer.convert_tokens_to_ids(["<|A|>", "<|B|>"]), tokenizer.pad_token_id
     assert [ids[place] for place in places] == [a, b, pad, pad]

@@ -24,6 +24,7 @@ from recbole_gr2.llm.scoring import (
     train_lists,
 )
 from recbole_gr2.policy import Policy, load_model
+from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.stages.score import training_list
 from recbole_gr2.types import Item
@@ -318,6 +319,62 @@ def test_groups_of_items():
     assert item_groups(Catalog(items)).tolist() == [[1, 1]] * 6 + [[2, 1]] * 6 + [[0, 1]]  # one item has K2
 
 
+# --- candidates that do not see each other ----------------------------------------------------------------------------
+
+CONTEXT = [2, 5, 7]
+CANDIDATES = {"a": [11, 12, 19], "b": [13, 19], "c": [14, 15, 16, 19]}
+
+
+def separate(names: str, vectors: bool = False) -> ListInput:
+    """A list of candidates in this order, each with a token that ends it. With vectors each is one position."""
+    ids, segments, positions, ends = list(CONTEXT), [0] * 3, [0, 1, 2], []
+    for number, name in enumerate(names, start=1):
+        part = [19] if vectors else CANDIDATES[name]
+        ids, segments = ids + part, segments + [number] * len(part)
+        positions, ends = [*positions, *range(3, 3 + len(part))], [*ends, len(ids) - 1]
+    places = "abc".index
+    items = {
+        "items": [0, 0, 4, *(1 + places(name) for name in names)],
+        "slots": ends,
+        "features": [[float(places(name)), 1.0] for name in names],
+    }
+    return ListInput(
+        input_ids=ids,
+        places=ends,
+        tokens=[20] * len(names),
+        prior=[-1.0] * len(names),
+        segments=segments,
+        positions=positions,
+        **(items if vectors else {}),
+    )
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_input_order_does_not_matter_if_candidates_do_not_see_each_other(vectors):
+    items = encoder()
+    with torch.no_grad():
+        items.project.weight.normal_()
+    model = with_items(tiny(), items)
+    orders = ["abc", "cab", "bca", "cba"]
+    lists = [separate(names, vectors) for names in orders]
+    by_name = [
+        dict(zip(names, row, strict=True))
+        for names, row in zip(orders, score_lists(model, lists, pad_id=0, llm_weight=1.0, batch_size=3), strict=True)
+    ]
+    for scores in by_name:
+        assert scores == pytest.approx(by_name[0], abs=1e-5)
+    assert len({round(score, 3) for score in by_name[0].values()}) == 3
+
+
+def test_a_candidate_is_scored_as_if_it_were_alone():
+    model = tiny()
+    scores = list_scores(model, ListCollator(0)([separate("abc"), separate("ba")]), 1.0)
+    for row, name, place in [(0, "a", 0), (0, "b", 1), (0, "c", 2), (1, "b", 0), (1, "a", 1)]:
+        logits = model(input_ids=torch.tensor([[*CONTEXT, *CANDIDATES[name]]])).logits[0, -1]
+        assert scores[row, place].item() == pytest.approx(logits[20].item() - 1.0, abs=1e-5)
+    assert scores[1, 2] == -INF
+
+
 # --- on a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -394,3 +451,25 @@ def test_vectors_in_a_run(tiny_run, finished_copy):
     orders = {request.request_id: range(5) for request in requests}
     rows = scorer.log_probs(requests, orders)
     assert all(sum(map(math.exp, row)) == pytest.approx(1.0) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("items", ["text", "short", "vector"])
+def test_shuffled_input_gives_the_same_order_in_the_invariant_form(tiny_run, finished_copy, items):
+    options = {
+        "prompt_items": items,
+        "score_invariant": True,
+        "score_steps": 2,
+        "prior_features": ["base", "popularity"],
+    }
+    run = tiny_run(finished_copy(), ["rerank_score"], eval_rows=["score"], **options)
+    scorer = Scorer.load(run.context(), "score")
+    requests = training_requests(run.context())[:8]
+    base = scorer.answer(requests)
+    for seed in range(3):
+        orders = {request.request_id: shuffled_order(request, seed) for request in requests}
+        assert scorer.answer(requests, orders) == base
+    other = replace(scorer, invariant=False) if items == "text" else None
+    if other:  # the usual form depends on the order
+        orders = [{r.request_id: shuffled_order(r, seed) for r in requests} for seed in range(2)]
+        assert other.log_probs(requests, orders[0]) != other.log_probs(requests, orders[1])

@@ -411,6 +411,11 @@ def _check_buffer(values: Mapping[str, Any], declared: Mapping[str, Declaration]
 
 def _check_items(values: Mapping[str, Any], declared: Mapping[str, Declaration]) -> None:
     items, default = values["prompt_items"], declared["prompt_template"].default
+    if values["score_invariant"] and "score" in values["eval_rows"] and values["prompt_template"] != default:
+        raise ValueError(
+            "score_invariant is True, and its prompts have their own template, but prompt_template is "
+            f"{values['prompt_template']!r:.200}; leave one of them out"
+        )
     if items != declared["prompt_items"].default and values["prompt_template"] != default:
         raise ValueError(
             f"prompt_items is {items}, which has its own template, but prompt_template is "

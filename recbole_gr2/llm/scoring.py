@@ -21,11 +21,12 @@ from recbole_gr2.batching import by_length
 from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
-from recbole_gr2.llm.inputs import bf16_autocast, evaluating
+from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import FiniteLoss, ProgressLines, length_sampler, train_from_checkpoint, training_options
 
 Batch = Mapping[str, torch.Tensor]
+PADDING = -1  # segment of padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class ListInput:
         tokens: token whose logit at this position is the score, (K,).
         prior: log-prior of each candidate, (K,); zeros without a prior.
         relevance: relevance of each candidate, (K,), for training; () if it is unknown.
+        segments: candidate that a position belongs to, from 1, (T,), 0 for the context that all candidates see; () for
+            causal attention over all positions.
+        positions: position ids, (T,), with `segments`. Each candidate has those that follow the context.
         items: item that a position stands for, (T,), 0 for a position of text; () if all positions are text, see
             `recbole_gr2.llm.item_vectors`.
         slots: position of each candidate, (K,), with `items`.
@@ -49,6 +53,8 @@ class ListInput:
     tokens: Sequence[int]
     prior: Sequence[float]
     relevance: Sequence[float] = ()
+    segments: Sequence[int] = ()
+    positions: Sequence[int] = ()
     items: Sequence[int] = ()
     slots: Sequence[int] = ()
     features: Sequence[Sequence[float]] = ()
@@ -65,7 +71,7 @@ class ListCollator:
         self.pad_id = pad_id
 
     def __call__(self, lists: Sequence[ListInput]) -> dict[str, torch.Tensor]:
-        """Return input_ids and items (B, T), places, tokens, prior, relevance and slots (B, K), and features (B, K, F).
+        """Return tensors: input_ids, segments, positions and items (B, T), features (B, K, F), all others (B, K).
 
         The prior of padding is -inf. What the lists do not have is left out.
         """
@@ -77,6 +83,9 @@ class ListCollator:
         }
         if lists[0].relevance:
             batch["relevance"] = _padded([[float(value) for value in each.relevance] for each in lists], 0.0)
+        if lists[0].segments:
+            batch["segments"] = _padded([each.segments for each in lists], PADDING)
+            batch["positions"] = _padded([each.positions for each in lists], 0)
         if lists[0].items:
             batch["items"] = _padded([each.items for each in lists], 0)
             batch["slots"] = _padded([each.slots for each in lists], 0)
@@ -95,10 +104,14 @@ def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
         batch: the lists, see `ListCollator`.
         llm_weight: power of the model's probability.
     """
+    inputs: dict[str, Any]
     if "items" in batch:
         inputs = {"inputs_embeds": model.item_inputs(batch, model.get_input_embeddings())}
     else:
         inputs = {"input_ids": batch["input_ids"]}
+    if "segments" in batch:
+        inputs["attention_mask"] = attention_bias(visible(batch["segments"]), model)
+        inputs["position_ids"] = batch["positions"]
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     places, tokens = batch["places"], batch["tokens"]
     head, hidden = model.get_output_embeddings(), hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
@@ -107,6 +120,19 @@ def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
     else:  # with LoRA, the head adds what it has learned to its weight
         logits = head(hidden).float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return llm_weight * logits + batch["prior"]
+
+
+def visible(segments: torch.Tensor) -> torch.Tensor:
+    """Return whether each position attends to each position, (B, T, T) bool: to earlier ones of context and own part.
+
+    So the output at a candidate does not depend on the other candidates (InvariRank, arXiv 2604.27599).
+
+    Args:
+        segments: (B, T), see `ListInput`.
+    """
+    causal = torch.ones(segments.size(1), segments.size(1), dtype=torch.bool, device=segments.device).tril()
+    own = segments.unsqueeze(1) == segments.unsqueeze(2)
+    return causal & (own | (segments == 0).unsqueeze(1))
 
 
 def listwise_loss(scores: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
@@ -275,9 +301,11 @@ def check_context(model: Any, lists: Sequence[ListInput], *, where: str) -> None
     """Check that there are lists, and that they fit the context of the model.
 
     Raises:
-        ConfigurationError: there are no lists, or a list is too long.
+        ConfigurationError: there are no lists, or a list is too long, also for a sliding window of attention.
     """
     longest = max((len(each.input_ids) for each in lists), default=0)
+    if any(each.segments for each in lists):
+        check_window(model, longest)
     context = getattr(model.config, "max_position_embeddings", None) or longest
     if not 0 < longest <= context:
         raise ConfigurationError(

@@ -20,7 +20,7 @@ class Score(Reranker):
     needs: ClassVar[tuple[str, ...]] = ("score",)
     trained = True
     compare_with: ClassVar[tuple[str, ...]] = ("sft", "prior", "lambdamart")
-    settings_prefixes = ("prompt_", "llm_bf16")
+    settings_prefixes = ("prompt_", "llm_bf16", "score_invariant")
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -29,7 +29,7 @@ class Score(Reranker):
 
     def rank(self, requests: Sequence[Request]) -> list[Answer]:
         """Sort the candidates by descending score. `summary` says where the first items come from."""
-        orders = {request.request_id: self.scorer.maker.order(request) for request in requests}
+        orders = {request.request_id: self.scorer.layout(request) for request in requests}
         answers = self.scorer.answer(requests, orders)
         self.summary = first_places(requests, answers, orders)
         return answers

@@ -109,7 +109,7 @@ def item_encoder(context: Context, model: Any, tokenizer: Any, requests: Sequenc
 
 def training_list(scorer: Scorer, request: Request) -> ListInput:
     """Return a train request as the model reads it, with the relevance of its candidates as labels of the loss."""
-    order = scorer.maker.order(request)
+    order = scorer.layout(request)
     return replace(
         scorer.list_input(request, order), relevance=[float(request.relevance[position]) for position in order]
     )
