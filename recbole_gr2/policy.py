@@ -18,7 +18,7 @@ from recbole_gr2.llm.generation import generate_completions
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import device, load_saved, uses_bf16
-from recbole_gr2.prompts import FORMS, VECTOR, PromptMaker, encode_items, encode_prompt, recent
+from recbole_gr2.prompts import FORMS, VECTOR, PromptMaker, encode_prompt, item_prompt, recent
 from recbole_gr2.sid.tokens import RANKING, SID, SID_BEGIN, label_tokens, sid_text
 from recbole_gr2.types import Answer, Context, Request, Trace
 
@@ -127,13 +127,17 @@ def prompt_tokens(
     measured = {}
     for form in FORMS:
         maker = PromptMaker.of(settings, catalog, form)
-        prompts = [maker.render(request) for request in requests[:MEASURED_PROMPTS]]
-        if form == VECTOR:
-            lengths = [len(encode_items(prompt.messages, tokenizer, tokenizer.pad_token_id)[0]) for prompt in prompts]
-        else:
-            lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in prompts]
+        lengths = [len(_encoded(maker, request, tokenizer)) for request in requests[:MEASURED_PROMPTS]]
         measured[form] = round(sum(lengths) / len(lengths), 1)
     return measured
+
+
+def _encoded(maker: PromptMaker, request: Request, tokenizer: Any) -> Sequence[int]:
+    """Token ids of the prompt of a request."""
+    if maker.items != VECTOR:
+        return encode_prompt(maker.render(request), tokenizer)
+    history, levels = len(recent(request.history, maker.history)), len(maker.catalog[0].sid)
+    return item_prompt(VECTOR, len(request.items), history, levels, tokenizer, tokenizer.pad_token_id)[0]
 
 
 @dataclass(frozen=True, kw_only=True)

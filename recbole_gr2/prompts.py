@@ -21,7 +21,7 @@ from recbole_gr2.config import properties_folder, read_yaml
 from recbole_gr2.errors import ConfigurationError, MissingFileError
 from recbole_gr2.plain_text import pattern_of
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.sid.tokens import MAX_CANDIDATES, SID_BEGIN, SID_END, is_added, label_tokens, sid_text
+from recbole_gr2.sid.tokens import SID_BEGIN, SID_END, is_added, label_tokens, sid_text
 from recbole_gr2.types import Item, Prompt, Request
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ TEXTS = ("title", "category", "brand")  # those with a text of the data
 TEXT = "text"  # the value of `prompt_items` whose template `prompt_template` names
 VECTOR = "vector"  # the value of `prompt_items` with which an item is one position, see `recbole_gr2.llm.item_vectors`
 FORMS = (TEXT, "short", "sid", VECTOR)  # values of `prompt_items`
+INVARIANT = "invariant"  # name of the template of the form without input order
 SHORT_TITLE = 24  # largest length of a title in the form `short` in characters. Our choice.
 LEAST_TITLE = 8  # smallest length of a title that ends before a mark of `TITLE_END`. Our choice.
 TITLE_END = re.compile(r", | - | \(| \[|: |; | \| ")  # what follows in a title is often a variant, a size or a year
@@ -267,7 +268,7 @@ class PromptMaker:
             request: the request. Its labels are not used.
             order: base positions of the candidates in the order of the result, (K,).
         """
-        template, seen = _form_template("invariant"), set[str]()
+        template, seen = _form_template(INVARIANT), set[str]()
         history = [self._in_form(item, "", seen) for item in recent(request.history, self.history)]
         candidates = [self._in_form(request.items[position], "", set(seen)) for position in order]
         return template.messages(history=history, candidates=[]), [_line(values) for values in candidates]
@@ -357,21 +358,29 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     return encode_chat(prompt.messages, tokenizer)
 
 
-def encode_items(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, filler: int
-) -> tuple[list[int], list[int]]:
-    """Return the token ids of chat messages in which a semantic ID is one position, and these positions in their order.
+@lru_cache(maxsize=64)
+def item_prompt(
+    items: str, candidates: int, history: int, levels: int, tokenizer: PreTrainedTokenizerBase, filler: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the token ids of a prompt in which an item is one position, and the positions of items in their order.
 
-    A semantic ID that a label follows becomes the label. One without a label becomes `filler`.
+    They depend on the numbers of items only. A candidate is its label. A history item is `filler`.
 
     Args:
-        messages: messages of a prompt in the form `vector`.
+        items: name of the template, `vector` or `invariant`.
+        candidates: number of candidates that the template gets.
+        history: number of history items.
+        levels: number of codes of a semantic ID. The template writes one for each item.
         tokenizer: tokenizer of the language model.
         filler: a token id that stands for an item without a label.
     """
     number = tokenizer.get_vocab()
-    begin, end = number[SID_BEGIN], number[SID_END]
-    labels = {number[label] for label in label_tokens(MAX_CANDIDATES) if label in number}
+    labels = label_tokens(candidates)
+    example = dict.fromkeys(FIELDS, "") | {"sid": sid_text((0,) * levels)}
+    messages = _form_template(items).messages(
+        history=[example] * history, candidates=[example | {"label": label} for label in labels]
+    )
+    begin, end, *of_labels = (number[token] for token in (SID_BEGIN, SID_END, *labels))
     found: list[int] = []
     places: list[int] = []
     inside = False
@@ -382,11 +391,11 @@ def encode_items(
         elif token == end:
             inside = False
             found.append(filler)
-        elif token in labels and places and places[-1] == len(found) - 1:
+        elif token in of_labels and places and places[-1] == len(found) - 1:
             found[-1] = token
         elif not inside:
             found.append(token)
-    return found, places
+    return tuple(found), tuple(places)
 
 
 def encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,7 @@ from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.item_vectors import ItemVectors
 from recbole_gr2.llm.scoring import ListInput, score_lists
 from recbole_gr2.policy import answer_grammar, load_model, use_bf16
-from recbole_gr2.prompts import VECTOR, PromptMaker, encode, encode_chat, encode_items, encode_prompt, recent
+from recbole_gr2.prompts import INVARIANT, VECTOR, PromptMaker, encode, encode_chat, encode_prompt, item_prompt, recent
 from recbole_gr2.types import Answer, Context, Request
 
 
@@ -86,34 +86,50 @@ class Scorer:
 
     def _list_input(self, request: Request, order: tuple[int, ...]) -> ListInput:
         """The prompt and the ranking mark, which predicts the labels."""
-        prompt, count = self.maker.render(request, order), len(order)
         items: dict[str, Any] = {}
         if self.maker.items == VECTOR:
-            ids, places = encode_items(prompt.messages, self.tokenizer, self.grammar.pad_id)
-            shown = [*self._items(request, order), *recent(request.history, self.maker.history)]
-            items = item_inputs(request, order, dict(zip(places, shown, strict=True)), len(ids) + 1, places[:count])
+            ids, items = self._item_prompt(VECTOR, request, order)
         else:
-            ids = encode_prompt(prompt, self.tokenizer)
+            ids = encode_prompt(self.maker.render(request, order), self.tokenizer)
         return ListInput(
             input_ids=[*ids, self.grammar.ranking_id],
-            places=[len(ids)] * count,
-            tokens=self.grammar.label_ids[:count],
-            prior=self.maker.label_prior(request, prompt),
+            places=[len(ids)] * len(order),
+            tokens=self.grammar.label_ids[: len(order)],
+            prior=priors(request, order),
             **items,
         )
+
+    def _item_prompt(self, template: str, request: Request, order: tuple[int, ...]) -> tuple[list[int], dict[str, Any]]:
+        """Token ids of a prompt in which an item is one position; and items, slots and features of a `ListInput`.
+
+        The items are those of all positions up to the mark that follows the prompt.
+
+        Args:
+            template: `vector`, or `invariant`, to which the candidates are added later.
+            request: the request.
+            order: base positions of the candidates in the order of the input.
+        """
+        shown, count = recent(request.history, self.maker.history), len(order) if template == VECTOR else 0
+        levels = len(self.maker.catalog[0].sid)
+        ids, places = item_prompt(template, count, len(shown), levels, self.tokenizer, self.grammar.pad_id)
+        candidates = [request.items[position] for position in order]
+        items = [0] * (len(ids) + 1)
+        for place, item in zip(places, [*candidates[:count], *shown], strict=True):
+            items[place] = item
+        features = request.features.candidates if request.features else np.zeros((len(order), 0), np.float32)
+        return list(ids), {"items": items, "slots": places[:count], "features": features[list(order)].tolist()}
 
     def _invariant_input(self, request: Request, order: tuple[int, ...]) -> ListInput:
         """The history, and then each candidate with the ranking mark, which predicts the first label.
 
         With `prompt_items: vector` a candidate and its mark are one position.
         """
-        messages, texts = self.maker.render_parts(request, order)
-        item_at: dict[int, int] = {}
+        items: dict[str, Any] = {}
         if self.maker.items == VECTOR:
-            ids, places = encode_items(messages, self.tokenizer, self.grammar.pad_id)
-            item_at = dict(zip(places, recent(request.history, self.maker.history), strict=True))
+            ids, items = self._item_prompt(INVARIANT, request, order)
             parts: list[list[int]] = [[] for _ in order]
         else:
+            messages, texts = self.maker.render_parts(request, order)
             ids, parts = encode_chat(messages, self.tokenizer), [encode(text, self.tokenizer) for text in texts]
         context = len(ids)
         segments, positions, ends = [0] * context, list(range(context)), []
@@ -122,22 +138,18 @@ class Scorer:
             segments += [number] * (len(part) + 1)
             positions += range(context, context + len(part) + 1)
             ends.append(len(ids) - 1)
-        items: dict[str, Any] = {}
-        if self.maker.items == VECTOR:
-            item_at |= dict(zip(ends, self._items(request, order), strict=True))
-            items = item_inputs(request, order, item_at, len(ids), ends)
+        if items:
+            candidates = [request.items[position] for position in order]
+            items |= {"items": [*items["items"][:context], *candidates], "slots": ends}
         return ListInput(
             input_ids=ids,
             places=ends,
             tokens=[self.grammar.label_ids[0]] * len(order),
-            prior=[request.prior[position] if request.prior else 0.0 for position in order],
+            prior=priors(request, order),
             segments=segments,
             positions=positions,
             **items,
         )
-
-    def _items(self, request: Request, order: Sequence[int]) -> list[int]:
-        return [request.items[position] for position in order]
 
     def log_probs(
         self, requests: Sequence[Request], orders: Mapping[str, Sequence[int]] | None = None
@@ -178,21 +190,6 @@ class Scorer:
         return answers
 
 
-def item_inputs(
-    request: Request, order: Sequence[int], item_at: Mapping[int, int], length: int, slots: Sequence[int]
-) -> dict[str, Any]:
-    """Return items, slots and features of a `ListInput` in the form `vector`.
-
-    Args:
-        request: the request.
-        order: base positions of the candidates in the order of the input, (K,).
-        item_at: item id at each position with an item.
-        length: T, number of positions.
-        slots: position of each candidate, (K,).
-    """
-    features = request.features.candidates if request.features else np.zeros((len(order), 0), np.float32)
-    return {
-        "items": [item_at.get(place, 0) for place in range(length)],
-        "slots": list(slots),
-        "features": features[list(order)].tolist(),
-    }
+def priors(request: Request, order: Sequence[int]) -> list[float]:
+    """Return the log-priors of candidates in an order, (K,); zeros without a prior."""
+    return [request.prior[position] if request.prior else 0.0 for position in order]

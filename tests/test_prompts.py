@@ -12,14 +12,15 @@ from recbole_gr2.prompts import (
     FORMS,
     PromptMaker,
     built_in,
-    encode_items,
     encode_prompt,
+    item_prompt,
     kind,
     load_template,
     prompt_values,
     recent,
     shorten,
     shuffled_order,
+    template_of,
     templates_for,
 )
 from recbole_gr2.types import Candidate, Item, Request
@@ -179,6 +180,8 @@ def test_shorten_and_kind_by_hand():
     assert kind(Item(item_id=1, token="t", title="x")) == ""
 
 
+VECTOR_SETTINGS = {"prompt_items": "vector", "prompt_template": "rerank"}
+
 # --- forms of items ---------------------------------------------------------------------------------------------------
 
 
@@ -277,17 +280,20 @@ def test_an_item_as_one_position():
     from recbole_gr2.sid.tokens import added_tokens
 
     _, tokenizer = load_language_model("random", corpus=["Candidates: History:"], extra_tokens=added_tokens(2, 40, 3))
-    settings = {"prompt_template": "rerank", "prompt_items": "vector", "prompt_history": 8, "prompt_title_chars": 60}
-    maker = PromptMaker.of({**settings, "prompt_shuffle": False, "seed": 1}, CATALOG)
-    prompt = maker.render(request_of(history=(1, 2), candidates=(10, 11)))
-    ids, places = encode_items(prompt.messages, tokenizer, tokenizer.pad_token_id)
+    prompt = maker_of(history=2)
+    prompt = replace(prompt, template=template_of(VECTOR_SETTINGS), items="vector").render(
+        request_of(candidates=(10, 11))
+    )
+    ids, places = item_prompt("vector", 2, 2, 2, tokenizer, tokenizer.pad_token_id)
     whole = encode_prompt(prompt, tokenizer)
     a, b, pad = *tokenizer.convert_tokens_to_ids(["<|A|>", "<|B|>"]), tokenizer.pad_token_id
     assert [ids[place] for place in places] == [a, b, pad, pad]
     assert len(ids) == len(whole) - 4 * 3 - 2  # four semantic IDs of four tokens, and two labels
     start = whole.index(tokenizer.convert_tokens_to_ids("<|sid_begin|>"))
-    assert places[:2] == [start, start + 1] and ids[:start] == whole[:start]
-    assert places[3] == places[2] + 1 and ids[places[3] + 1 :] == whole[-len(ids) + places[3] + 1 :]
+    assert list(places[:2]) == [start, start + 1] and list(ids[:start]) == whole[:start]
+    assert places[3] == places[2] + 1 and list(ids[places[3] + 1 :]) == whole[-len(ids) + places[3] + 1 :]
+    alone, places = item_prompt("invariant", 0, 2, 2, tokenizer, tokenizer.pad_token_id)
+    assert len(places) == 2 and a not in alone
 
 
 def test_the_texts_of_mid_training_do_not_depend_on_the_form(tiny_settings, tmp_path):

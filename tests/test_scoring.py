@@ -449,6 +449,14 @@ def test_vectors_in_a_run(tiny_run, finished_copy):
     scorer = Scorer.load(run.context(), "score")
     requests = training_requests(run.context())[:6]
     orders = {request.request_id: range(5) for request in requests}
+    for invariant in (False, True):
+        read = replace(scorer, invariant=invariant).list_input(requests[0])
+        layout = replace(scorer, invariant=invariant).layout(requests[0])
+        assert [read.items[slot] for slot in read.slots] == [requests[0].items[place] for place in layout]
+        assert len(read.items) == len(read.input_ids)
+        shown = [item for item in read.items if item not in requests[0].items and item]
+        assert shown == list(requests[0].history[-run.settings["prompt_history"] :])
+        assert np.allclose(read.features, requests[0].features.candidates[list(layout)])
     rows = scorer.log_probs(requests, orders)
     assert all(sum(map(math.exp, row)) == pytest.approx(1.0) for row in rows)
 
