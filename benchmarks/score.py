@@ -5,8 +5,8 @@
 All methods rank the same lists of ten movies of ml-100k with the first layers of SmolLM2-135M, or with an untrained
 model of its shape if the package smollm2-135m-instruct is not installed. The model is not trained further, because only
 the speed is measured. `reason+rank` generates up to 64 tokens of reasoning and the ranking, `rank` the ranking alone.
-Lists per second are those of processor time in one thread, without loading the model, the best of some alternating runs.
-`prompts` is the share of this time in which prompts are rendered and encoded.
+Lists per second are those of processor time in one thread without loading the model, the best of some alternating
+runs. `prompts` is the share of this time in which prompts are rendered and encoded.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ VECTOR = "vector"  # the value of `prompt_items` with which an item is one posit
 FORMS = (TEXT, "short", "sid", VECTOR)  # values of `prompt_items`
 INVARIANT = "invariant"  # name of the template of the form without input order
 SHORT_TITLE = 24  # largest length of a title in the form `short` in characters. Our choice.
+SHORT_CATEGORY = 12  # largest length of a category or brand in the form `short` in characters. Our choice.
 LEAST_TITLE = 8  # smallest length of a title that ends before a mark of `TITLE_END`. Our choice.
 TITLE_END = re.compile(r", | - | \(| \[|: |; | \| ")  # what follows in a title is often a variant, a size or a year
 PLACEHOLDER = "\ue000"  # stands for any text of the data; a character for private use
@@ -234,8 +235,8 @@ class PromptMaker:
     ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         """Return the template variables of candidates and history in the form of the prompt.
 
-        `sid` and `vector` have no texts. `short` has the start of each title, see `short_title`. A category or brand is
-        left out if an earlier item has it or the title contains it. Candidates come before the history.
+        `sid` and `vector` have no texts. `short` has the start of each title, see `short_title`, and of each category
+        and brand, unless an earlier item has it or the title contains it. Candidates come before the history.
 
         Args:
             candidates: item id and label of each candidate, in the order of the prompt.
@@ -253,6 +254,7 @@ class PromptMaker:
         if self.items == "short":
             values["title"] = short_title(values["title"])
             for name in ("category", "brand"):
+                values[name] = shorten(values[name], SHORT_CATEGORY)
                 if values[name] in seen or values[name].lower() in values["title"].lower():
                     values[name] = ""
                 else:
