@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from recbole_gr2.config.rules import GENERATING
 from recbole_gr2.errors import QualityCheckError
 from recbole_gr2.features.trees import columns, cross_fit_trees, fit_trees, scores_of
 from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.ranking import promote
-from recbole_gr2.rerankers.answers import first_places
+from recbole_gr2.rerankers.answers import Sft, first_places
 from recbole_gr2.rerankers.base import Reranker, by_score
 from recbole_gr2.rerankers.lambdamart import LambdaMART
 from recbole_gr2.rerankers.orders import BaseOrder, Oracle, PriorOrder
@@ -66,6 +67,10 @@ def test_every_method_describes_itself():
         assert set(method.compare_with) <= set(methods) - {name}
         assert method.trained == (name not in ("base", "oracle", "shuffled")) or name == "shuffled"
     assert {name for name, method in methods.items() if method.diagnostic} == {"oracle", "shuffled"}
+
+
+def test_the_methods_that_generate_answers():
+    assert set(GENERATING) == {name for name, method in RERANKERS.items() if issubclass(method, Sft)}
 
 
 def test_orders():

@@ -420,6 +420,8 @@ def test_the_method_in_a_run(tiny_run, finished_copy):
     assert summary["lists"] > 30 and summary["valid"]["lists"] > 0
     answers = read_answers(run.folders["rerank_score"], load_catalog(run.context()))
     assert all(len(set(answer.ranking)) == 5 for answer in answers.values())
+    figures = run.records["rerank_score"].summary
+    assert figures["statuses"] == {"ok": len(answers)} and sum(figures["promoted_from_slot"].values()) == len(answers)
     methods = {(m["method"], m["scope"]) for m in run.records["evaluate"].summary["methods"]}
     assert ("score", "hit_users") in methods
 

@@ -31,5 +31,7 @@ class Score(Reranker):
         """Sort the candidates by descending score. `summary` says where the first items come from."""
         orders = {request.request_id: self.scorer.layout(request) for request in requests}
         answers = self.scorer.answer(requests, orders)
-        self.summary = first_places(requests, answers, orders)
+        # Every answer is a whole ranking, and no token is generated. The report lists these figures of language models.
+        self.summary = {"readable": 1.0, "statuses": {"ok": len(answers)}, "output_tokens": 0.0}
+        self.summary |= first_places(requests, answers, orders)
         return answers
