@@ -239,7 +239,7 @@ def test_the_time_is_that_of_the_earlier_run_with_the_fewest_other_settings(tiny
         write_json(manifest, {**json.loads(manifest.read_text()), "seconds": seconds})
     embeddings, tokenizer = planned(sid_commitment=0.4)
     assert preflight.expected_time(embeddings) == ""
-    assert preflight.expected_time(tokenizer) == "about 70 min (earlier run, other settings)"
+    assert preflight.expected_time(tokenizer) == "about 70 min (other settings)"
     total = "about 70 min, from the times of earlier runs on this data set"
     assert preflight.expected_total([embeddings, tokenizer]) == total
     again = pipeline.plan(tiny_settings(tmp_path, **near), data, stages=["tokenizer"], from_stage="tokenizer")
@@ -286,7 +286,7 @@ def test_of_two_runs_the_one_with_nearly_as_much_work_counts(tiny_settings, tmp_
             stage="rl", key=str(steps), version=1, needs={}, settings=settings, seconds=seconds, peak_memory_mb=1.0
         )
         write_manifest(folder, record)
-    assert preflight.expected_time(entry) == "about 40 min"
+    assert preflight.expected_time(entry) == "about 40 min (other settings)"
 
 
 @pytest.mark.parametrize(("hidden", "expected"), [(32, "about 70 min"), (64, "unknown")])

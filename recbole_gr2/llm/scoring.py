@@ -18,12 +18,12 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from recbole_gr2.batching import by_length
-from recbole_gr2.console import progress
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import FiniteLoss, ProgressLines, length_sampler, train_from_checkpoint, training_options
+from recbole_gr2.progress import progress
 
 Batch = Mapping[str, torch.Tensor]
 PADDING = -1  # segment of padding
@@ -289,7 +289,7 @@ def score_lists(
     collate, result = ListCollator(pad_id), [[0.0]] * len(lists)
     batches = by_length([len(each.input_ids) for each in lists], batch_size)
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
-        for positions in progress(batches, "scores"):
+        for positions in progress(batches, "scores, batch"):
             batch = {name: part.to(model.device) for name, part in collate([lists[n] for n in positions]).items()}
             rows = list_scores(model, batch, llm_weight).log_softmax(-1).tolist()
             for position, row in zip(positions, rows, strict=True):
