@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog
+from recbole_gr2.distributed import share
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.item_vectors import ItemVectors
 from recbole_gr2.llm.scoring import ListInput, score_lists
@@ -162,13 +163,16 @@ class Scorer:
                 order of the prompt maker.
         """
         orders = {r.request_id: self.layout(r, (orders or {}).get(r.request_id)) for r in requests}
-        scores = score_lists(
-            self.model,
-            [self.list_input(request, orders[request.request_id]) for request in requests],
-            pad_id=self.grammar.pad_id,
-            llm_weight=self.grammar.llm_weight,
-            batch_size=self.batch_size,
-            bf16=self.bf16,
+        scores = share(
+            requests,
+            lambda part: score_lists(
+                self.model,
+                [self.list_input(request, orders[request.request_id]) for request in part],
+                pad_id=self.grammar.pad_id,
+                llm_weight=self.grammar.llm_weight,
+                batch_size=self.batch_size,
+                bf16=self.bf16,
+            ),
         )
         return [
             tuple(score for _, score in sorted(zip(orders[request.request_id], row, strict=True)))

@@ -15,6 +15,7 @@ from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
 from recbole_gr2.llm.sampler import LengthSampler
+from recbole_gr2.llm.scoring import ListInput, train_lists
 from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, finetune
 
 
@@ -239,12 +240,30 @@ def test_a_killed_run_ends_with_the_same_weights_and_log(tokenizer, tmp_path, bf
     assert train(again, tokenizer, folder, MANY, bf16=bf16, **PASSES) == log and equal(whole, again)
 
 
+LISTS = [
+    ListInput(
+        input_ids=[2 + (5 * n + t) % 24 for t in range(4 + n % 3)],
+        places=[3 + n % 3] * 3,
+        tokens=[5, 6, 7],
+        prior=[0.1 * n, 0.0, -0.5],
+        relevance=[float(place == n % 3) for place in range(3)],
+    )
+    for n in range(10)
+]
+
+
+def score(model, tokenizer, folder):
+    """Train a model to score lists: three steps with four, four and two of them, and a second pass."""
+    options = dict(steps=5, batch_size=4, micro_batch_size=1, learning_rate=1e-2, warmup_share=0.0, save_steps=2)
+    return train_lists(model, tokenizer, LISTS, folder, loss="listwise", llm_weight=0.5, seed=3, bf16=False, **options)
+
+
 WORKER = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import pytest, torch
-from test_train import MANY, PASSES, kill_after, letter_tokenizer, tiny, train
+from test_train import MANY, PASSES, kill_after, letter_tokenizer, score, tiny, train
 from recbole_gr2.distributed import RANK, wait_for_all
 wait_for_all()
 folder, options = Path({folder!r}), {{**PASSES, "micro_batch_size": 2}}
@@ -253,7 +272,9 @@ with pytest.raises(KeyboardInterrupt):
 wait_for_all()
 model, seen = tiny(seed=99), []
 log = train(model, letter_tokenizer(), folder, MANY, say=seen.append, **options)
-torch.save((model.state_dict(), log, seen), folder / f"result-{{RANK}}.pt")
+scorer = tiny(seed=1)
+scores = score(scorer, letter_tokenizer(), folder / "score")
+torch.save((model.state_dict(), log, seen, scorer.state_dict(), scores), folder / f"result-{{RANK}}.pt")
 """
 
 
@@ -274,13 +295,17 @@ def test_two_processes_give_the_results_of_one_and_resume(tokenizer, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     one = tiny()
     log = train(one, tokenizer, tmp_path / "one", MANY, **PASSES)
-    (weights_0, log_0, seen), (weights_1, log_1, _) = (torch.load(two / f"result-{rank}.pt") for rank in (0, 1))
-    assert log_0 == log_1 and seen[0].startswith("step 5/")
-    assert [line["step"] for line in log_0] == [line["step"] for line in log]
-    for name in ("loss", "loss/text", "grad_norm"):
-        assert [line[name] for line in log_0] == pytest.approx([line[name] for line in log], rel=1e-4), name
-    for name, value in one.state_dict().items():
-        assert torch.equal(weights_0[name], weights_1[name]) and torch.allclose(value, weights_0[name], atol=1e-5)
+    scorer = tiny(seed=1)
+    scores = score(scorer, tokenizer, tmp_path / "score")
+    first, second = (torch.load(two / f"result-{rank}.pt") for rank in (0, 1))
+    assert first[2][0].startswith("step 5/")  # the killed run continued
+    for model, lines, place in ((one, log, 0), (scorer, scores, 3)):
+        weights, shared = first[place], first[place + 1]
+        assert shared == second[place + 1] and [line["step"] for line in shared] == [line["step"] for line in lines]
+        for name in {"loss", "loss/text", "grad_norm"} & set(lines[0]):
+            assert [line[name] for line in shared] == pytest.approx([line[name] for line in lines], rel=1e-4), name
+        for name, value in model.state_dict().items():
+            assert torch.equal(weights[name], second[place][name]) and torch.allclose(value, weights[name], atol=1e-5)
 
 
 @pytest.mark.slow

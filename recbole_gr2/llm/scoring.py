@@ -8,7 +8,8 @@ reasoning. Nothing is generated, so that the cost of a list is that of reading i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from recbole_gr2.batching import by_length
+from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
 from recbole_gr2.llm.sampler import LengthSampler
-from recbole_gr2.llm.train import FiniteLoss, ProgressLines, length_sampler, train_from_checkpoint, training_options
+from recbole_gr2.llm.train import (
+    FiniteLoss,
+    ProgressLines,
+    length_sampler,
+    through,
+    train_from_checkpoint,
+    training_options,
+)
 from recbole_gr2.progress import progress
 
 Batch = Mapping[str, torch.Tensor]
@@ -169,7 +178,10 @@ LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 class ListTrainer(Trainer):
-    """A trainer whose loss is a mean over lists. The order of the lists is that of `LengthSampler`.
+    """A trainer whose loss is the mean over the lists of a step. The order of the lists is that of `LengthSampler`.
+
+    A list without relevance has no loss. With several processes the last list is one, and completes the last step of a
+    pass.
 
     Args:
         loss: name of the loss, one of `LOSSES`.
@@ -179,11 +191,20 @@ class ListTrainer(Trainer):
     def __init__(self, *args: Any, loss: str, llm_weight: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.list_loss, self.llm_weight = LOSSES[loss], llm_weight
-        self.model_accepts_loss_kwargs = False  # the mean of a batch is divided by the number of batches of a step
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the number of lists of a step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         lists: Any = self.train_dataset
-        return length_sampler(self, [len(each.input_ids) for each in lists])
+        lengths = [len(each.input_ids) for each in lists]
+        if WORLD_SIZE == 1:
+            return length_sampler(self, lengths)
+        return length_sampler(self, lengths[:-1], filler=len(lengths) - 1)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Return the batches of a step, and the number of its lists in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["relevance"].sum(-1) > 0).sum() for batch in batches)
+        return batches, self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
 
     def compute_loss(
         self,
@@ -192,12 +213,16 @@ class ListTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the mean loss of the lists of a batch."""
+        """Return the sum of the losses of a batch, divided by the number of lists of the step."""
         if return_outputs:
             raise ValueError("ListTrainer returns no outputs")
         with self.accelerator.autocast():
-            scores = list_scores(self.accelerator.unwrap_model(model), inputs, self.llm_weight)
-        return self.list_loss(scores, inputs["relevance"]).mean()
+            scores = through(self.accelerator, model, partial(list_scores, llm_weight=self.llm_weight), inputs)
+        relevant = inputs["relevance"].sum(-1) > 0
+        losses = self.list_loss(scores[relevant], inputs["relevance"][relevant])
+        count = relevant.sum() if num_items_in_batch is None else num_items_in_batch
+        # DistributedDataParallel averages the gradients of the processes, and `count` is that of all of them.
+        return losses.sum() / count * self.accelerator.num_processes
 
 
 def train_lists(
@@ -245,6 +270,8 @@ def train_lists(
         QualityCheckError: the loss or a gradient is not finite.
     """
     check_context(model, lists, where=str(folder))
+    if WORLD_SIZE > 1:  # A list without relevance completes the last step of a pass.
+        lists = [*lists, replace(lists[0], relevance=[0.0] * len(lists[0].relevance))]
     options = training_options(
         folder,
         steps=steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class PartsTrainer(SFTTrainer):
             raise ValueError("PartsTrainer returns no outputs")
         labels, parts = inputs["labels"][:, 1:], inputs["parts"][:, 1:]
         scored = labels != IGNORED
-        logits = self._logits(model, inputs, scored)
+        with self.accelerator.autocast():
+            logits = through(self.accelerator, model, partial(_logits, scored=scored), inputs)
         losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
         if "choices" in inputs:  # (B, T, M), FREE after the last choice
             tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
@@ -124,16 +126,6 @@ class PartsTrainer(SFTTrainer):
         # DistributedDataParallel averages the gradients of the processes, and `count` is that of all of them.
         return (losses * self.part_weights.to(losses.device)[parts]).sum() / count * self.accelerator.num_processes
 
-    def _logits(self, model: Any, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
-        """Logits (M, V) of the M positions of `scored` (B, T - 1)."""
-        texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
-        with self.accelerator.autocast():
-            if self.accelerator.num_processes > 1:  # Gradients are shared only after a call of the whole model.
-                places = scored.any(0).nonzero().squeeze(1)
-                return model(**texts, logits_to_keep=places).logits[scored[:, places]]
-            whole = self.accelerator.unwrap_model(model)
-            return whole.get_output_embeddings()(whole.get_decoder()(**texts).last_hidden_state[:, :-1][scored])
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the values, and the mean loss of each part since the previous line."""
         if "loss" in logs:
@@ -145,6 +137,36 @@ class PartsTrainer(SFTTrainer):
                     logs[f"loss/{name}"] = float(sums[0, number] / sums[1, number])
             self._sums.zero_()
         super().log(logs, start_time)
+
+
+def _logits(model: Any, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor) -> torch.Tensor:
+    """Logits (M, V) of the M positions of `scored` (B, T - 1)."""
+    hidden = model.get_decoder()(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+    ).last_hidden_state[:, :-1]
+    return model.get_output_embeddings()(hidden[scored])
+
+
+def through(accelerator: Any, model: Any, compute: Callable[[Any, Any], torch.Tensor], inputs: Any) -> torch.Tensor:
+    """Return `compute(whole model, inputs)`, called so that several processes share its gradients.
+
+    DistributedDataParallel shares the gradients of what its own `forward` computes, which is that of the whole model.
+
+    Args:
+        accelerator: the accelerator of the trainer.
+        model: the model as the trainer passes it, which may be wrapped.
+        compute: the computation. It must use all weights that are trained.
+        inputs: its input.
+    """
+    whole = accelerator.unwrap_model(model)
+    if whole is model:
+        return compute(whole, inputs)
+    forward = whole.forward
+    whole.forward = partial(compute, whole)
+    try:
+        return model(inputs)
+    finally:
+        whole.forward = forward
 
 
 def finetune(

@@ -19,6 +19,7 @@ class Score(Reranker):
     description = "the language model that scores all candidates in one forward pass, without reasoning"
     needs: ClassVar[tuple[str, ...]] = ("score",)
     trained = True
+    distributed = True
     compare_with: ClassVar[tuple[str, ...]] = ("sft", "prior", "lambdamart")
     settings_prefixes = ("prompt_", "llm_bf16", "score_invariant")
 

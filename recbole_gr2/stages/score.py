@@ -15,6 +15,7 @@ import torch
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
 from recbole_gr2.config import Settings
+from recbole_gr2.distributed import RANK, check_shares
 from recbole_gr2.lists import candidate_requests, training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.card import write_model_card
@@ -34,7 +35,10 @@ CHECKED = 256  # largest number of validation lists whose cross-entropy is repor
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Write model/, README.md and log.json, and with `prompt_items: vector` items.safetensors."""
+    """Write model/, README.md and log.json, and with `prompt_items: vector` items.safetensors.
+
+    Several processes may run it together.
+    """
     settings = context.settings
     model, tokenizer = load_model(context.folders["midtrain"])
     scorer = Scorer.of(model, tokenizer, context)
@@ -67,16 +71,18 @@ def run(context: Context) -> dict[str, Any]:
     model = merged(model)
     if settings["prompt_items"] == VECTOR:
         vectors = model.item_inputs.catalogue(model.get_input_embeddings())
-        vectors.save(context.folder)
         del model.item_inputs  # it is no part of the language model
-    save_language_model(model, tokenizer, context.folder / "model")
-    write_model_card(
-        context,
-        purpose="scores of all candidates of a list in one forward pass, without reasoning",
-        method=context.stage,
-        settings=("llm", "prompt_", "score_"),
-    )
-    write_json(context.folder / "log.json", log)
+    if RANK == 0:
+        save_language_model(model, tokenizer, context.folder / "model")
+        if settings["prompt_items"] == VECTOR:
+            vectors.save(context.folder)
+        write_model_card(
+            context,
+            purpose="scores of all candidates of a list in one forward pass, without reasoning",
+            method=context.stage,
+            settings=("llm", "prompt_", "score_"),
+        )
+        write_json(context.folder / "log.json", log)
     if settings["prompt_items"] == VECTOR:
         model.item_inputs = vectors
     return {
@@ -138,6 +144,11 @@ def _cross_entropy(requests: Sequence[Request], scores: Sequence[Sequence[float]
     return float(np.mean(losses))
 
 
+def check_settings(settings: Settings) -> None:
+    """Check that the processes can share a step."""
+    check_shares("score_batch_size", settings["score_batch_size"])
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the prompt template, and whether the model trains in bfloat16."""
     return {**prompt_values(settings), **resolved_bf16(settings)}
@@ -168,6 +179,8 @@ def stages(settings: Settings) -> list[Stage]:
                 *(["embeddings"] if settings["prompt_items"] == VECTOR else []),
             ),
             amount="score_steps",
+            check=check_settings,
             key_values=key_values,
+            distributed=True,
         )
     ]
