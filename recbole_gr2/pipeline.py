@@ -35,10 +35,11 @@ from recbole_gr2.store import (
     write_json,
     write_manifest,
 )
+from recbole_gr2.tracking import Tracking
 from recbole_gr2.types import Context, Stage, StageRecord
 
 CACHED, OUTDATED, RESUME, RUN = "cached", "outdated", "resume", "run"
-PROGRESS = "recbole_gr2.progress"  # A change of this module cannot change a result.
+SHOWN = ("recbole_gr2.progress", "recbole_gr2.tracking")  # A change of these modules cannot change a result.
 REQUESTED = "requested"  # why a stage runs although it may be finished
 REQUESTS = "requests"  # folder with a file for each --from_stage and --force: the stages that it has not computed yet
 
@@ -158,7 +159,7 @@ def plan(
                 folder=root / stage.name / key,
                 needs=needs,
                 settings=values,
-                sources=source_hash((stage.run.__module__, *stage.modules), (*stage.unused_modules, PROGRESS)),
+                sources=source_hash((stage.run.__module__, *stage.modules), (*stage.unused_modules, *SHOWN)),
                 action=RUN,
                 why="",
             )
@@ -376,7 +377,7 @@ def _run(
     wait_for_all()
     reset_peak_memory()
     code, started = code_version(), time.monotonic()
-    with console.stage(label):
+    with console.stage(label), Tracking.of(settings, entry.stage.name, entry.key):
         summary = entry.stage.run(context) if RANK == 0 or entry.stage.distributed else {}
     if RANK == 0:
         _finish(entry, summary, earlier + time.monotonic() - started, code)

@@ -20,6 +20,7 @@ from recbole_gr2.pipeline import Planned, changed_settings
 from recbole_gr2.rewards import WeightedRewards
 from recbole_gr2.stages import check_names
 from recbole_gr2.store import existing_folder, other_records, read_manifest, records_of
+from recbole_gr2.tracking import check_trackers
 from recbole_gr2.types import StageRecord
 
 LEAST_FREE = 50 * 2**20  # bytes; a smaller disk cannot even hold the lists and features of a small data set
@@ -40,10 +41,12 @@ def check(settings: Settings, stages: Sequence[str] = ()) -> None:
 
     Raises:
         ConfigurationError: a name does not exist, or `checkpoint_dir` cannot be written to.
+        DependencyError: the package of a tracker is missing.
         MissingFileError: there is no such data set.
     """
     check_names(stages, settings)
     WeightedRewards(settings["rl_rewards"])
+    check_trackers(settings["report_to"])
     check_dataset(settings)
     check_folder(settings.results_folder, where=f"checkpoint_dir {settings['checkpoint_dir']}")
 

@@ -249,7 +249,7 @@ def test_choices(key, near, choices):
 def test_all_choices_are_tested():
     limited = {key for key, entry in declarations().items() if entry.choices}
     tested = next(mark for mark in test_choices.pytestmark if mark.name == "parametrize").args[1]
-    assert limited == {key for key, *_ in tested} | {"eval_rows", "prior_features"}
+    assert limited == {key for key, *_ in tested} | {"eval_rows", "prior_features", "report_to"}
 
 
 def test_the_choices_of_lists_are_the_built_in_objects():
@@ -262,6 +262,7 @@ def test_the_choices_of_lists_are_the_built_in_objects():
     assert problems(eval_rows=["stf"]).count("did you mean sft") == 1
     assert "prior_features has 'popularty'" in problems(prior_features=["popularty", "mine:feature"])
     assert load_settings(config_dict={**SMOKE, "eval_rows": ["mine:rank", "file:x.jsonl"]})
+    assert "report_to has 'tensorbord', expected one of tensorboard, " in problems(report_to=["tensorbord"])
 
 
 def test_candidate_lists_have_a_label_for_each_candidate():

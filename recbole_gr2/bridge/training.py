@@ -29,6 +29,7 @@ from recbole_gr2.model import MODELS
 from recbole_gr2.progress import Loop, show_values
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import write_json
+from recbole_gr2.tracking import track
 
 METADATA = "metadata.json"
 WEIGHTS = "model.safetensors"
@@ -457,11 +458,15 @@ class BucketedLoss:
         return total
 
 
-class _NoTensorboard:
-    """Replaces RecBole's SummaryWriter, which writes `log_tensorboard/` to the current folder."""
+TAGS = {"Loss/Train": "loss", "Vaild_score": "valid_score"}  # RecBole's names of these metrics
 
-    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+
+class _Writer:
+    """Replaces RecBole's SummaryWriter, which writes `log_tensorboard/` to the current folder, by the trackers."""
+
+    def add_scalar(self, tag: str, value: float, epoch: int) -> None:
+        """Report the loss or the validation score of an epoch, which RecBole counts from 0."""
+        track({TAGS.get(tag, tag): float(value)}, epoch + 1)
 
     def add_hparams(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
@@ -471,9 +476,9 @@ def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, wei
     """RecBole's trainer of a model with five differences.
 
     Validation uses the mask and the tie rule of the evaluation. Checkpoints are safetensors without an optimizer,
-    because RecBole pickles the whole Config, which torch >= 2.6 refuses to load (trainer.py:323, 583). There is no
-    TensorBoard log. A traditional model of this package is fitted instead of trained. Epochs and batches are reported
-    to the progress of the stage.
+    because RecBole pickles the whole Config, which torch >= 2.6 refuses to load (trainer.py:323, 583). Losses and
+    validation scores are reported to the trackers. A traditional model of this package is fitted instead of trained.
+    Epochs and batches are reported to the progress of the stage.
     """
     from unittest.mock import patch
 
@@ -514,7 +519,7 @@ def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, wei
         def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
             """Do nothing. RecBole would pickle its Config; `_next_stage` passes the weights on."""
 
-    with patch("recbole.trainer.trainer.get_tensorboard", lambda logger: _NoTensorboard()):
+    with patch("recbole.trainer.trainer.get_tensorboard", lambda logger: _Writer()):
         return PluginTrainer(config, network)
 
 

@@ -29,6 +29,7 @@ from recbole_gr2.llm.grammar import FREE, among
 from recbole_gr2.llm.model import device
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.progress import Loop, show_values
+from recbole_gr2.tracking import track
 
 IGNORED = -100
 
@@ -403,13 +404,14 @@ class ProgressLines(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Show the values of one entry of the log."""
+        """Show the values of one entry of the log, and report them to the trackers."""
         logs = logs or {}
         names = [n for n in logs if n == "loss" or n.startswith("loss/") or n in self.names]
         if names and "train_runtime" not in logs:
             # TRL logs None instead of a value that is not a number.
             values = "  ".join(f"{name} {float(logs[name]):.4f}" for name in names if logs[name] is not None)
             show_values(f"step {state.global_step}/{state.max_steps}  {values}", self.say)
+            track(logs, state.global_step)
 
 
 class FiniteLoss(TrainerCallback):
