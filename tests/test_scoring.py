@@ -21,6 +21,7 @@ from recbole_gr2.llm.scoring import (
     listwise_loss,
     pairwise_loss,
     score_lists,
+    shared_length,
     train_lists,
 )
 from recbole_gr2.policy import Policy, load_model
@@ -123,6 +124,22 @@ def test_scores_are_those_of_all_logits(tied):
         expected = (0.5 * logits + torch.tensor(each.prior)).log_softmax(-1)
         assert row == pytest.approx(expected.tolist(), abs=1e-5)
         assert sum(map(math.exp, row)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["text", "vector", "invariant"])
+def test_the_shared_prefix_changes_no_score(kind):
+    lists = {
+        "text": [replace(each, input_ids=[2, 5, 9, *each.input_ids[3:]]) for each in LISTS if len(each.input_ids) > 5],
+        "vector": VECTORS,
+        "invariant": [separate("abc"), separate("ca")],
+    }[kind]
+    assert shared_length(lists) == {"text": 3, "vector": 1, "invariant": 3}[kind]
+    assert shared_length([LISTS[0]] * 2) == LISTS[0].places[0]
+    model = with_items(tiny(), encoder())
+    scores = score_lists(model, lists, pad_id=0, llm_weight=1.0, batch_size=3)
+    for each, row in zip(lists, scores, strict=True):
+        whole = list_scores(model, ListCollator(0)([each]), 1.0).log_softmax(-1)[0]
+        assert row == pytest.approx(whole.tolist(), abs=1e-5)
 
 
 def test_scores_do_not_depend_on_the_batch():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
+from recbole_gr2.llm.kv_cache import preallocated_cache
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import (
     FiniteLoss,
@@ -103,7 +104,50 @@ class ListCollator:
         return batch
 
 
-def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
+class Prefix(NamedTuple):
+    """Tokens with which all lists of a call begin, as the keys and values of each layer.
+
+    Attributes:
+        length: number of tokens, at least 1.
+        layers: keys and values of each layer, (1, heads, length, D).
+    """
+
+    length: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def read(cls, model: Any, lists: Sequence[ListInput]) -> Prefix | None:
+        """Read the first tokens that several lists share, such as a system message. None if there are none."""
+        length = shared_length(lists) if len(lists) > 1 else 0
+        if not length or getattr(model.config, "sliding_window", None):
+            return None
+        cache: Any = preallocated_cache(model)
+        ids = torch.tensor([lists[0].input_ids[:length]], device=model.device)
+        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        return cls(length, [(layer.keys, layer.values) for layer in cache.layers])
+
+    def cache(self, model: Any, batch_size: int) -> Any:
+        """Return a cache of the model with the prefix of each list of a batch."""
+        cache = preallocated_cache(model)
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), number)
+        return cache
+
+
+def shared_length(lists: Sequence[ListInput]) -> int:
+    """Return the number of first tokens that are equal in all lists: text of the context, before any score."""
+    first, length = lists[0], 0
+    longest = min(min(each.places) for each in lists)
+    while length < longest and all(
+        each.input_ids[length] == first.input_ids[length]
+        and not any(part[length] for part in (each.items, each.segments) if part)
+        for each in lists
+    ):
+        length += 1
+    return length
+
+
+def list_scores(model: Any, batch: Batch, llm_weight: float, prefix: Prefix | None = None) -> torch.Tensor:
     """Return the score of each candidate, llm_weight * logit + prior, (B, K) float32; -inf for padding.
 
     Only the logits of the scored tokens at the scored positions are computed.
@@ -112,17 +156,21 @@ def list_scores(model: Any, batch: Batch, llm_weight: float) -> torch.Tensor:
         model: a causal language model. If the lists have items, its attribute `item_inputs` is an `ItemInputs`.
         batch: the lists, see `ListCollator`.
         llm_weight: power of the model's probability.
+        prefix: the first tokens of all lists, which are not read again.
     """
-    inputs: dict[str, Any]
+    start = prefix.length if prefix else 0
+    inputs: dict[str, Any] = {"use_cache": prefix is not None}
     if "items" in batch:
-        inputs = {"inputs_embeds": model.item_inputs(batch, model.get_input_embeddings())}
+        inputs["inputs_embeds"] = model.item_inputs(batch, model.get_input_embeddings())[:, start:]
     else:
-        inputs = {"input_ids": batch["input_ids"]}
+        inputs["input_ids"] = batch["input_ids"][:, start:]
     if "segments" in batch:
-        inputs["attention_mask"] = attention_bias(visible(batch["segments"]), model)
-        inputs["position_ids"] = batch["positions"]
-    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    places, tokens = batch["places"], batch["tokens"]
+        inputs["attention_mask"] = attention_bias(visible(batch["segments"])[:, start:], model)
+        inputs["position_ids"] = batch["positions"][:, start:]
+    if prefix:
+        inputs["past_key_values"] = prefix.cache(model, len(batch["places"]))
+    hidden = model.get_decoder()(**inputs).last_hidden_state
+    places, tokens = (batch["places"] - start).clamp(min=0), batch["tokens"]  # those of padding are 0
     head, hidden = model.get_output_embeddings(), hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
     if type(head) is nn.Linear and head.bias is None:
         logits = (hidden.float() * head.weight[tokens].float()).sum(-1)
@@ -301,6 +349,8 @@ def score_lists(
 ) -> list[list[float]]:
     """Return the log-probability of each candidate to be the best one, B lists of K numbers in nats.
 
+    The first tokens that all lists share are read once.
+
     Args:
         model: a causal language model.
         lists: the lists.
@@ -316,9 +366,10 @@ def score_lists(
     collate, result = ListCollator(pad_id), [[0.0]] * len(lists)
     batches = by_length([len(each.input_ids) for each in lists], batch_size)
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
+        prefix = Prefix.read(model, lists)
         for positions in progress(batches, "scores, batch"):
             batch = {name: part.to(model.device) for name, part in collate([lists[n] for n in positions]).items()}
-            rows = list_scores(model, batch, llm_weight).log_softmax(-1).tolist()
+            rows = list_scores(model, batch, llm_weight, prefix).log_softmax(-1).tolist()
             for position, row in zip(positions, rows, strict=True):
                 result[position] = row[: len(lists[position].prior)]
     return result
