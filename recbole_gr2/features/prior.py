@@ -115,7 +115,8 @@ class Prior(nn.Module):
         # The input is the normalised features and a one-hot encoding of the position in the history.
         scaled = weight[:, :features] / self.pairs_scale
         bias = self.pair_hidden.bias - scaled @ self.pairs_mean + weight[:, features:].T[slots]  # (M, half)
-        hidden = batch.pairs[lists, slots].float() @ scaled.T + bias.unsqueeze(1)
+        rows = batch.pairs.flatten(0, 1).index_select(0, lists * RECENT + slots)  # [lists, slots] is slower
+        hidden = rows.float() @ scaled.T + bias.unsqueeze(1)
         hidden = nn.functional.dropout(nn.functional.gelu(hidden), DROPOUT, self.training)  # (M, K, half)
         # The output layer is linear: it is applied to sums over the history, and joined with the attention.
         logits = hidden @ (self.attention.weight @ self.pair_output.weight).squeeze(0)  # (M, K)
