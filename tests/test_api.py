@@ -79,6 +79,23 @@ def test_each_user_gets_the_answer_of_the_run(finished_run, method):
 
 
 @pytest.mark.slow
+def test_each_user_of_ml_100k_gets_the_answer_of_the_run(tiny_settings, tmp_path):
+    from recbole_gr2.quick_start import run
+
+    values = {key: entry["value"] for key, entry in tiny_settings(tmp_path).chosen().items()}
+    values |= {"preset": "smoke", "dataset": "ml-100k", "checkpoint_dir": str(tmp_path), "eval_scope": "all_users"}
+    values |= {"base_model": ["PairCounts"], "eval_rows": ["lambdamart", "sft"], "sid_codes": 16, "sft_min_ok": 0.0}
+    values |= {"text_title": "movie_title", "text_categories": "class", "text_brand": None, "train_requests": 1}
+    path = run(config_dict=values)
+    assert path is not None
+    for method in ("prior", "lambdamart", "sft"):
+        gr2 = Run(path).reranker(method)
+        lists, stored = lists_of(gr2, complete=True), stored_of(gr2)
+        assert len(lists) == len(stored) == 943
+        found = dict(zip(lists, gr2.rerank_batch(lists.values()), strict=True))
+        assert {name: found[name].ranking for name in stored} == stored, method
+
+
 @pytest.mark.parametrize("method", ["base", "prior", "lambdamart", "midtrain"])
 def test_a_pool_is_ranked_as_in_the_run(pooled, method):
     gr2 = pooled.reranker(method)
