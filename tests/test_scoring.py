@@ -435,6 +435,7 @@ def test_the_method_in_a_run(tiny_run, finished_copy):
     assert "sft" not in run.folders and "traces" not in run.folders
     summary = run.records["score"].summary
     assert summary["lists"] > 30 and summary["valid"]["lists"] > 0
+    assert 0 <= summary["valid"]["first_changed"] <= summary["valid"]["changed"] <= 1
     answers = read_answers(run.folders["rerank_score"], load_catalog(run.context()))
     assert all(len(set(answer.ranking)) == 5 for answer in answers.values())
     figures = run.records["rerank_score"].summary
@@ -490,6 +491,7 @@ def test_shuffled_input_gives_the_same_order_in_the_invariant_form(tiny_run, fin
         "prior_features": ["base", "popularity"],
     }
     run = tiny_run(finished_copy(), ["rerank_score"], eval_rows=["score"], **options)
+    assert run.records["score"].summary["valid"]["changed"] == 0
     scorer = Scorer.load(run.context(), "score")
     requests = training_requests(run.context())[:8]
     base = scorer.answer(requests)

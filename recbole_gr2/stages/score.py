@@ -23,7 +23,7 @@ from recbole_gr2.llm.item_vectors import ItemEncoder, feature_scale, item_groups
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.scoring import ListInput, listwise_loss, train_lists
 from recbole_gr2.policy import load_model, new_tokens, prompt_tokens, resolved_bf16
-from recbole_gr2.prompts import VECTOR, prompt_values
+from recbole_gr2.prompts import VECTOR, prompt_values, shuffled_order
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import sid_text
@@ -122,16 +122,27 @@ def training_list(scorer: Scorer, request: Request) -> ListInput:
 
 
 def _validation(context: Context, scorer: Scorer, seed: int) -> dict[str, Any]:
-    """Cross-entropy of validation lists that contain their target, in nats, of the model and of the prior alone."""
+    """Figures of validation lists that contain their target.
+
+    Returns:
+        `lists`, their number; `score` and `prior`, the cross-entropy of the model and of the prior alone in nats;
+        `changed` and `first_changed`, the shares of lists whose order and whose first item change if the input order is
+        a random one.
+    """
     requests = [request for request in candidate_requests(context, "valid") if request.has_signal]
     requests = random.Random(seed).sample(requests, min(CHECKED, len(requests)))
     if not requests:
         return {"lists": 0}
-    priors: list[Sequence[float]] = [request.prior or [0.0] * len(request.items) for request in requests]
-    figures: dict[str, Sequence[Sequence[float]]] = {"score": scorer.log_probs(requests), "prior": priors}
+    orders = {request.request_id: shuffled_order(request, seed, "input order") for request in requests}
+    scores, shuffled = scorer.log_probs(requests), scorer.log_probs(requests, orders)
+    places = [[np.argsort(-np.array(row), kind="stable") for row in rows] for rows in (scores, shuffled)]
+    changed = [one != other for one, other in zip(*places, strict=True)]
     return {
         "lists": len(requests),
-        **{name: _cross_entropy(requests, rows) for name, rows in figures.items()},
+        "score": _cross_entropy(requests, scores),
+        "prior": _cross_entropy(requests, [request.prior or [0.0] * len(request.items) for request in requests]),
+        "changed": float(np.mean([each.any() for each in changed])),
+        "first_changed": float(np.mean([each[0] for each in changed])),
     }
 
 
