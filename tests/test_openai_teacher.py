@@ -41,6 +41,7 @@ SETTINGS = {
     "trace_concurrency": 2,
     "trace_temperature": 0.7,
     "prompt_template": "rerank",
+    "prompt_items": "text",
     "prompt_history": 5,
     "prompt_title_chars": 40,
     "prompt_shuffle": False,

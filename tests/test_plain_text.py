@@ -31,6 +31,7 @@ FOREIGN = ["<s>", "</s>", "<eos>", "<bos>", "<pad>", "[INST]", "[/INST]", "<<SYS
 PIECES = [*TOKENS, *FOREIGN, "<|", "|>", "<", ">", "|", "im_end", "A", "s_a_3", "think", "[", "]", "/", " ", "Soap"]
 SETTINGS = {
     "prompt_template": "rerank",
+    "prompt_items": "text",
     "prompt_history": 5,
     "prompt_title_chars": 200,
     "prompt_shuffle": False,

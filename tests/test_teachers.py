@@ -29,6 +29,7 @@ SETTINGS = {
     "trace_temperature": 1.0,
     "prompt_history": 8,
     "prompt_template": "rerank",
+    "prompt_items": "text",
     "prompt_title_chars": 60,
     "prompt_shuffle": False,
     "seed": 2020,
