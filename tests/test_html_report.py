@@ -8,6 +8,7 @@ import pytest
 from chromium import PROGRAM, Chromium
 from handmade import LENGTH, RANKS, finished, recommender
 
+from recbole_gr2.console import Console
 from recbole_gr2.errors import MissingFileError
 from recbole_gr2.report import build_result, read_run, render_report, write_report
 from recbole_gr2.report.figures import gap, truth
@@ -213,17 +214,8 @@ def test_moved_data_are_read_and_missing_ones_are_an_error(evil, tmp_path):
 
 def test_a_page_from_the_files_of_a_run_is_the_same(one):
     run, result, page = one
-    write_report(run.path.parent, result, [run], Quiet())
+    write_report(run.path.parent, result, [run], Console())
     assert (run.path.parent / "report.html").read_text() == page and read_run(run.path) == run
-
-
-class Quiet:
-    """A console that prints nothing."""
-
-    def say(self, text):
-        pass
-
-    print = say
 
 
 # --- safety ----------------------------------------------------------------------------------------------------------
