@@ -149,9 +149,9 @@ def test_grounding_by_hand():
 
 
 def test_a_teacher_of_the_users_own(context, tmp_path, monkeypatch):
-    (tmp_path / "my_teacher.py").write_text(TEACHER)
+    (tmp_path / "teacher_of_traces.py").write_text(TEACHER)
     monkeypatch.syspath_prepend(str(tmp_path))
-    summary = traces.run(changed(context, tmp_path, trace_teacher="my_teacher:Mine", trace_mode="targeted"))
+    summary = traces.run(changed(context, tmp_path, trace_teacher="teacher_of_traces:Mine", trace_mode="targeted"))
     assert summary["accepted_share"] == 1.0 and summary["grounded"] == 0.0
     assert {line["teacher"] for line in lines(tmp_path / "accepted.jsonl")} == {"mine"}
     with pytest.raises(GR2Error, match="replies"):
