@@ -139,15 +139,15 @@ def test_an_entry_of_another_form_is_refused(weights):
 
 
 def test_a_custom_reward(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "rewards_of_a_user.py").write_text(
         "def brief(request, answer):\n    return 1.0 - answer.output_tokens / 10\n\n"
         "def last_changed(request, answer):\n    return float(answer.ranking[-1] != request.items[-1])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    rewards = WeightedRewards({"my_rewards:brief": {"weight": 2, "only_if": "my_rewards:last_changed"}})
+    rewards = WeightedRewards({"rewards_of_a_user:brief": {"weight": 2, "only_if": "rewards_of_a_user:last_changed"}})
     answers = [answer(10, 20, 30, 40, output_tokens=5), answer(40, 20, 30, 10, output_tokens=5)]
     assert [rewards.total(rewards.terms(request(), each)) for each in answers] == [0.0, 1.0]
-    for name, message in (("my_rewards:long", "cannot import"), ("no_such_module:x", "cannot import")):
+    for name, message in (("rewards_of_a_user:long", "cannot import"), ("no_such_module:x", "cannot import")):
         with pytest.raises(ConfigurationError, match=message):
             WeightedRewards({"rank_gain": {"weight": 1, "only_if": name}})
 
