@@ -28,6 +28,8 @@ LLM = "llm"
 LANGUAGE_MODEL = (LLM, "llm_layers", "llm_random")  # settings of its size, in the key of the stage that loads it first
 TRAINS = "llm_lora_rank"  # a stage with this setting in its key trains a language model
 GPU_PRESETS = ("gpu", "paper")
+OPERATIONS = 6  # for each weight and token of a training: 2 forward, 4 backward
+USED = 0.2  # share of the speed of matrix products that training reached. Measured: 16 to 26 % on two CPU cores.
 GIB = 2**30
 PACKAGED_DATASET = "ml-100k"  # part of the RecBole package
 
@@ -116,7 +118,8 @@ def check_resources(
     """Check that the language model fits the GPU and that its checkpoints fit the disk.
 
     The size of the model follows from its configuration; its weights are not loaded. Both bounds are lower bounds:
-    activations and other files need more.
+    activations and other files need more. Training times of stages without an earlier run follow from the number of
+    weights and tokens and from the speed of a matrix product.
 
     Args:
         planned: the plan.
@@ -133,6 +136,7 @@ def check_resources(
         return
     if settings["preset"] in GPU_PRESETS and gpu_memory() is None:
         say(f"there is no GPU: the preset {settings['preset']} is made for one, and training on the CPU can take days")
+    from recbole_gr2.llm.model import device, uses_bf16
     from recbole_gr2.llm.size import Size, model_size
 
     try:
@@ -148,6 +152,14 @@ def check_resources(
         f"{settings['llm']}: {size.parameters / 1e6:,.1f} M parameters; training needs more than {_gib(memory)} of "
         f"memory and {_gib(disk)} of disk space"
     )
+    new = {e.stage.name: e.stage.tokens(settings) for e in planned if _never_ran(e, planned) and e.stage.tokens}
+    if new:
+        speed = matrix_speed(bf16=uses_bf16(settings["llm_bf16"], device()))
+        times = (f"{name} {duration(OPERATIONS * size.least * count / USED / speed)}" for name, count in new.items())
+        say(
+            f"training times by arithmetic, at most about: {', '.join(times)} ({OPERATIONS} operations for each weight "
+            f"and token, at {USED:.0%} of the speed of this machine's matrix products, {speed / 1e9:,.0f} GFLOP/s)"
+        )
     free_memory, free_disk = gpu_memory(), shutil.disk_usage(existing_folder(settings.results_folder)).free
     if free_memory is not None and free_memory < memory:
         raise ConfigurationError(
@@ -165,6 +177,31 @@ def check_resources(
             why="a stage would stop while it writes its results",
             do="remove files, or name a folder on another disk",
         )
+
+
+def _never_ran(entry: Planned, planned: Sequence[Planned]) -> bool:
+    return not entry.finished and _earlier(entry, planned)[0] is None
+
+
+def matrix_speed(*, bf16: bool) -> float:
+    """Return the operations per second of a product of two matrices on the device of the language model.
+
+    Args:
+        bf16: whether the matrices are in bfloat16.
+    """
+    import time
+
+    import torch
+
+    from recbole_gr2.llm.model import device
+
+    size, seconds = 2048, []
+    matrix = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=device())
+    for _ in range(4):  # the first product loads the library
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def gpu_memory() -> int | None:
@@ -210,7 +247,7 @@ def expected_total(planned: Sequence[Planned]) -> str:
     seconds = [value for _, value in known if value is not None]
     unknown = dict.fromkeys(name for name, value in known if value is None)
     if not seconds:
-        return "unknown, because no stage of the plan has run on this data set before"
+        return "unknown, because no stage of the plan has run on this data set before; docs/performance.md has times"
     total = f"about {duration(sum(seconds))}, from the times of earlier runs on this data set"
     return total + (f"; without {', '.join(unknown)}, which never ran" if unknown else "")
 

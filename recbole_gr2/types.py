@@ -413,6 +413,8 @@ class Stage:
         modules: further modules whose sources the stage uses, see `recbole_gr2.store.source_hash`.
         unused_modules: modules that the stage's module imports, but that cannot change its output.
         amount: the setting that the time of the stage is proportional to, for the estimate of a plan; "" for none.
+        tokens: returns the most tokens that a language model is trained on, for the estimate of a plan without earlier
+            runs. None for a stage without such a number.
     """
 
     name: str
@@ -429,3 +431,4 @@ class Stage:
     modules: tuple[str, ...] = ()
     unused_modules: tuple[str, ...] = ()
     amount: str = ""
+    tokens: Callable[[Settings], int] | None = None

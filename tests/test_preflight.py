@@ -195,7 +195,8 @@ def test_a_model_that_does_not_fit_is_refused_before_any_stage(tiny_settings, tm
     for free in (None, need):
         monkeypatch.setattr(preflight, "gpu_memory", lambda free=free: free)
         preflight.check_resources(planned, settings, lines.append)
-    assert len(lines) == 2 and lines[0].startswith("random: 0.0 M parameters; training needs more than")
+    assert len(lines) == 4 and lines[0].startswith("random: 0.0 M parameters; training needs more than")
+    assert lines[1].startswith("training times by arithmetic, at most about: midtrain ")
     monkeypatch.setattr(preflight, "gpu_memory", lambda: need - 1)
     with pytest.raises(ConfigurationError, match="the GPU has .* of free memory") as error:
         preflight.check_resources(planned, settings, lines.append)
@@ -210,6 +211,25 @@ def test_a_model_that_does_not_fit_is_refused_before_any_stage(tiny_settings, tm
     disk(need - 1)
     with pytest.raises(ConfigurationError, match="are free on the disk"):
         preflight.check_resources(planned, settings, lines.append)
+
+
+def test_times_by_arithmetic_are_those_of_stages_without_an_earlier_run(tiny_settings, tmp_path, data, monkeypatch):
+    settings = tiny_settings(tmp_path, eval_rows=["rl"])
+    planned, lines = pipeline.plan(settings, data), []
+    speed = 6 * model_size(settings, fetch=True).least / 0.2  # of which a fifth is one token a second
+    monkeypatch.setattr(preflight, "matrix_speed", lambda bf16: speed)
+    (midtrain,) = [entry for entry in planned if entry.stage.name == "midtrain"]
+    folder = midtrain.folder.with_name("old")
+    folder.mkdir(parents=True)
+    record = StageRecord(
+        stage="midtrain", key="old", version=1, needs={}, settings=midtrain.settings, seconds=9.0, peak_memory_mb=1.0
+    )
+    write_manifest(folder, record)
+    preflight.check_resources(planned, settings, lines.append)
+    rounds = 2 * settings["rl_num_iterations"]
+    sft, rl = 4 * settings["sft_batch_size"] * 1024, rounds * 2 * settings["rl_num_generations"] * 1024
+    times = f"sft {preflight.duration(sft)}, rl {preflight.duration(rl)}"
+    assert f"at most about: {times} (6 operations for each weight and token, at 20% of the speed of" in lines[1]
 
 
 def test_a_dry_run_fetches_no_model(tiny_settings, tmp_path, data, monkeypatch):

@@ -223,6 +223,7 @@ def stages(settings: Settings) -> list[Stage]:
         check=check_settings,
         key_values=key_values,
         amount="mid_tokens",
+        tokens=lambda settings: settings["mid_tokens"] + settings["mid_embedding_tokens"],
         distributed=True,
     )
     if not settings["mid_hold_out"]:

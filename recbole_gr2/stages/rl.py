@@ -208,6 +208,7 @@ def stages(settings: Settings) -> list[Stage]:
         check_data: Callable[[Settings, Data], None] = check_data,
         **parameters: Any,
     ) -> Stage:
+        steps = "distilled_steps" if "distilled_" in own else "rl_steps"
         return Stage(
             name=name,
             version=9,
@@ -230,7 +231,14 @@ def stages(settings: Settings) -> list[Stage]:
             key_values=values,
             parameters={"start": start, "reasoning": True, "distilled": False, "excluded": excluded, **parameters},
             distributed=True,
-            amount="distilled_steps" if "distilled_" in own else "rl_steps",
+            amount=steps,
+            tokens=lambda settings: (
+                settings[steps]
+                * settings["rl_prompts_per_step"]
+                * settings["rl_num_generations"]
+                * settings["rl_num_iterations"]
+                * settings["sft_max_length"]
+            ),
         )
 
     return [

@@ -260,6 +260,7 @@ STAGE = Stage(
     needs=("tokenizer", "prior", "midtrain", "traces"),
     distributed=True,
     amount="sft_steps",
+    tokens=lambda settings: settings["sft_steps"] * settings["sft_batch_size"] * settings["sft_max_length"],
     check=check_settings,
     key_values=key_values,
 )
