@@ -12,6 +12,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from recbole_gr2.config import Settings, read_yaml, recbole_properties
@@ -183,6 +184,7 @@ def _never_ran(entry: Planned, planned: Sequence[Planned]) -> bool:
     return not entry.finished and _earlier(entry, planned)[0] is None
 
 
+@cache
 def matrix_speed(*, bf16: bool) -> float:
     """Return the operations per second of a product of two matrices on the device of the language model.
 
@@ -195,7 +197,7 @@ def matrix_speed(*, bf16: bool) -> float:
 
     from recbole_gr2.llm.model import device
 
-    size, seconds = 2048, []
+    size, seconds = (8192 if device() == "cuda" else 1024), []
     matrix = torch.ones(size, size, dtype=torch.bfloat16 if bf16 else torch.float32, device=device())
     for _ in range(4):  # the first product loads the library
         started = time.perf_counter()

@@ -85,6 +85,7 @@ def test_each_user_of_ml_100k_gets_the_answer_of_the_run(tiny_settings, tmp_path
     values = {key: entry["value"] for key, entry in tiny_settings(tmp_path).chosen().items()}
     values |= {"preset": "smoke", "dataset": "ml-100k", "checkpoint_dir": str(tmp_path), "eval_scope": "all_users"}
     values |= {"base_model": ["PairCounts"], "eval_rows": ["lambdamart", "sft"], "sid_codes": 16, "sft_min_ok": 0.0}
+    values |= {"sid_method": "rqkmeans", "prompt_max_reasoning": 8, "rl_overlong_buffer": 0}
     values |= {"text_title": "movie_title", "text_categories": "class", "text_brand": None, "train_requests": 1}
     path = run(config_dict=values)
     assert path is not None

@@ -376,7 +376,7 @@ def test_points_of_a_grid_are_those_of_a_range(tmp_path_factory, low, width, ste
 REAL = {
     "method": "lambdamart",
     "metric": "recall@5",
-    "trials": 3,
+    "trials": 2,
     "sampler": "random",
     "settings": {"eval_rows": ["lambdamart"], "base_model": ["PairCounts", "ItemKNN"]},
     "space": {"cand_fusion": {"choice": ["zscore", "rank", "quota"]}, "prior_steps": {"int": [5, 20]}},
@@ -411,7 +411,7 @@ def test_a_study_ends_with_one_test_evaluation_and_continues_after_kill_9(comman
     while process.poll() is None and not _stored(tmp_path / "killed"):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and 0 < _stored(tmp_path / "killed") < 3
+    assert process.wait() == -signal.SIGKILL and 0 < _stored(tmp_path / "killed") < 2
     assert trials_of(result_of(argv)) == trials_of(result)
 
 
