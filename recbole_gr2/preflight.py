@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from recbole_gr2.config import Settings, read_yaml, recbole_properties
+from recbole_gr2.config import Settings, first_comment, properties_folder, read_yaml, recbole_properties
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, nearest
 from recbole_gr2.pipeline import Planned, changed_settings
 from recbole_gr2.rewards import WeightedRewards
@@ -249,9 +249,20 @@ def expected_total(planned: Sequence[Planned]) -> str:
     seconds = [value for _, value in known if value is not None]
     unknown = dict.fromkeys(name for name, value in known if value is None)
     if not seconds:
-        return "unknown, because no stage of the plan has run on this data set before; docs/performance.md has times"
+        return "unknown, because no stage of the plan has run on this data set before"
     total = f"about {duration(sum(seconds))}, from the times of earlier runs on this data set"
     return total + (f"; without {', '.join(unknown)}, which never ran" if unknown else "")
+
+
+def is_first_run(planned: Sequence[Planned]) -> bool:
+    """Return whether no stage of a plan has run on its data set before."""
+    return all(_never_ran(entry, planned) for entry in planned)
+
+
+def preset_purpose(settings: Settings) -> str:
+    """Return the name and the purpose of the preset of a run. For `quick` it contains the time of a first run."""
+    preset = settings["preset"]
+    return f"preset {preset}: {first_comment(properties_folder() / 'preset' / f'{preset}.yaml')}"
 
 
 def _earlier(entry: Planned, planned: Sequence[Planned]) -> tuple[float | None, bool]:

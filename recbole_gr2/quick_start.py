@@ -436,6 +436,8 @@ def _run_once(
     if any(entry.action == pipeline.OUTDATED for entry in planned):
         console.say("outdated: made by different code, and used as it is; --from_stage STAGE computes it again")
     console.say(f"expected time: {preflight.expected_total(planned)}")
+    if preflight.is_first_run(planned):
+        console.say(preflight.preset_purpose(settings))
     pipeline.check_data(planned, settings, data)
     preflight.check_resources(planned, settings, console.say, dry_run=dry_run)
     if dry_run:

@@ -32,6 +32,8 @@ from recbole_gr2.convert.items import one_line
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
 from recbole_gr2.quick_start import parse
 
+pytestmark = pytest.mark.slow  # Together they need many seconds.
+
 START = 1_400_000_000
 INTER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 ITEM = "item_id:token\ttitle:token_seq\tbrand:token\tcategories:token_seq\tdescription:token_seq\n"

@@ -20,6 +20,8 @@ from recbole_gr2.features.extraction import TrainingData, extract_features
 from recbole_gr2.recommenders import load_base_model
 from recbole_gr2.stages.candidates import base_models
 
+pytestmark = pytest.mark.slow  # Together they need many seconds.
+
 INF = float("inf")
 TWO = ["PairCounts", "ItemKNN"]
 

@@ -31,6 +31,8 @@ from recbole_gr2.teachers.openai_api import (
 )
 from recbole_gr2.types import Candidate, Item, Request
 
+pytestmark = pytest.mark.slow  # Together they need many seconds.
+
 pytest.importorskip("openai", reason="the extra recbole-gr2[teacher] is not installed")
 
 CATALOG = Catalog(

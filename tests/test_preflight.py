@@ -335,6 +335,7 @@ def test_a_dry_run_checks_everything_and_leaves_nothing(tiny_data, tmp_path, cap
     assert command(tiny_data, tmp_path / "saved", "--dry_run", "--eval_rows=[sft]") == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "expected time: unknown" in captured.err
+    assert "preset smoke: All stages in two minutes with a small random language model." in captured.err
     (header,) = [line for line in captured.err.splitlines() if line.startswith("stage ")]
     assert header.split() == ["stage", "key", "plan", "time", "why"]
     assert list(tmp_path.rglob("*")) == [tmp_path / "here"]

@@ -40,12 +40,12 @@ def data(
       recbole-gr2 list data
       recbole-gr2 list data --data_path data
     """
-    from recbole_gr2.config import properties_folder, read_yaml, recbole_properties
+    from recbole_gr2.config import first_comment, properties_folder, read_yaml, recbole_properties
     from recbole_gr2.preflight import PACKAGED_DATASET
 
     folder = Path(data_path)
     here = {each.parent.name for each in folder.glob("*/*.inter")} if folder.is_dir() else set()
-    described = {file.stem: _first_comment(file) for file in (properties_folder() / "dataset").glob("*.yaml")}
+    described = {file.stem: first_comment(file) for file in (properties_folder() / "dataset").glob("*.yaml")}
     url = recbole_properties() / "dataset" / "url.yaml"
     downloads = set(read_yaml(url.read_text(encoding="utf-8"))) - {PACKAGED_DATASET}
     places = {
@@ -115,21 +115,10 @@ def presets() -> None:
     Example:
       recbole-gr2 list presets
     """
-    from recbole_gr2.config import properties_folder, read_yaml
+    from recbole_gr2.config import first_comment, properties_folder, read_yaml
 
     rows = []
     for file in sorted((properties_folder() / "preset").glob("*.yaml")):
         values = read_yaml(file.read_text(encoding="utf-8"))
-        rows.append([file.stem, _first_comment(file), ", ".join(f"{key}: {value}" for key, value in values.items())])
+        rows.append([file.stem, first_comment(file), ", ".join(f"{key}: {value}" for key, value in values.items())])
     print_table(["preset", "purpose", "settings"], rows)
-
-
-def _first_comment(file: Path) -> str:
-    """The first sentence of the comment with which a property file begins, "" without one."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.removeprefix("#").strip())
-    sentence = " ".join(lines).partition(". ")[0]
-    return sentence.removesuffix(".") + ("." if lines else "")

@@ -13,7 +13,13 @@ and reads the declarations, `recbole_options` reads RecBole's own options, `rule
 express, and `settings` merges all sources. `python -m recbole_gr2.config` prints docs/settings.md.
 """
 
-from recbole_gr2.config.declaration import Declaration, declarations, properties_folder, read_declarations
+from recbole_gr2.config.declaration import (
+    Declaration,
+    declarations,
+    first_comment,
+    properties_folder,
+    read_declarations,
+)
 from recbole_gr2.config.recbole_options import (
     GENERATOR,
     ONEREC_THINK,
@@ -31,6 +37,7 @@ __all__ = [
     "Settings",
     "base_model_properties",
     "declarations",
+    "first_comment",
     "load_settings",
     "properties_folder",
     "read_declarations",

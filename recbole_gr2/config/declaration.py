@@ -68,6 +68,17 @@ def _properties_of(package: Path) -> Path:
     )
 
 
+def first_comment(file: Path) -> str:
+    """Return the first sentence of the comment with which a property file begins, "" without one."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    sentence = " ".join(lines).partition(". ")[0]
+    return sentence.removesuffix(".") + ("." if lines else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
     """A documented key: its default, type and permitted values.
