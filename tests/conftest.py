@@ -47,7 +47,7 @@ EXACT = {"preset": "smoke", "metrics": METRICS, "topk": [1, 5, 10, 20], "metric_
 
 
 # Files that take longest, longest first. They run first, so that two processes end at about the same time.
-LONGEST = ("tuning", "resume", "onerec_think", "pipeline", "api", "commands", "evaluate", "docs", "splits", "train", "dapo")
+LONGEST = ["tuning", "resume", "onerec_think", "pipeline", "api", "commands", "evaluate", "docs", "splits", "train"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
