@@ -22,6 +22,8 @@ from recbole_gr2.model.pair_counts import decayed_pairs
 from recbole_gr2.model.text_sasrec import standardised
 from recbole_gr2.sid.embed import item_text
 
+pytestmark = pytest.mark.slow  # Together they need many seconds.
+
 A, B, C, D, E = range(1, 6)
 # The training items are the first three. Item E is only a test target, and item D has no text.
 FIVE = {"u0": "abcde", "u1": "bcade", "u2": "dabce"}

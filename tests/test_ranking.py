@@ -70,6 +70,7 @@ def test_ndcg_lies_between_zero_and_recall(rank, k):
     assert ndcg_at(1, k) == 1
 
 
+@pytest.mark.slow
 def test_paired_comparison_agrees_with_scipy():
     rng = np.random.default_rng(0)
     base = rng.random(200)
