@@ -400,6 +400,7 @@ def test_a_ranking_of_other_items_is_an_error(movies, evaluated):
         evaluated(trained.open, {user: items})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BPR", "Pop", "ItemKNN"])
 @pytest.mark.parametrize("mask", [False, True], ids=["open", "masked"])
 def test_base_models_with_tied_scores_keep_their_order(movies, name, mask, evaluated):

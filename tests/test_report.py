@@ -255,6 +255,7 @@ def test_one_seed_and_several_write_the_same_files(one, three, tmp_path, capsys)
     assert "--seeds 1,2,3" in (tmp_path / "three" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_read_from_its_files(one, three, tmp_path):
     """The report is a function of what the stages wrote."""
     run, result = one
@@ -268,6 +269,7 @@ def test_a_run_is_read_from_its_files(one, three, tmp_path):
     (tmp_path / "manifest.json").rename(run.folders["prior"] / "manifest.json")
 
 
+@pytest.mark.slow
 def test_the_run_of_a_plan(one, tmp_path, capsys):
     run, _ = one
     settings = load_settings(config_dict={"preset": "smoke", "checkpoint_dir": str(tmp_path), "seed": 2020})

@@ -191,6 +191,7 @@ def test_training_finds_the_best_candidate(tokenizer, tmp_path, loss):
     assert best == [list(each.relevance).index(1.0) for each in LISTS]
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_weights_and_log(tokenizer, tmp_path):
     whole = tiny()
     log = train(whole, tokenizer, tmp_path / "whole")
@@ -308,6 +309,7 @@ def test_items_without_features(tmp_path):
     assert np.allclose(scores[3], score_lists(stored, lists[3:4], pad_id=0, llm_weight=1.0, batch_size=1)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_encoder_is_trained_and_resumed(tokenizer, tmp_path):
     whole = with_items(tiny(), encoder())
     before = {name: value.clone() for name, value in whole.item_inputs.state_dict().items()}
@@ -430,6 +432,7 @@ def test_equal_scores_keep_the_base_order(scorer, context):
     assert answer.ranking == request.items and sum(answer.first_choice) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_the_method_in_a_run(tiny_run, finished_copy):
     run = tiny_run(finished_copy(), eval_rows=["score"], score_steps=4, score_loss="pairwise")
     assert "sft" not in run.folders and "traces" not in run.folders
