@@ -496,11 +496,8 @@ def _make_trainer(trainer_class: Any, config: Any, network: Any, data: Data, wei
                 self.model.fit(train_data._dataset)
                 return 0.0
             batch, loop = 1 / len(train_data), self.loop
-            hook = self.optimizer.register_step_post_hook(
-                lambda *call: loop.at(
-                    min(loop.done + batch, epoch_idx + 1)
-                )  # Some models make several steps per batch.
-            )
+            # Some models make several steps per batch.
+            hook = self.optimizer.register_step_post_hook(lambda *call: loop.at(min(loop.done + batch, epoch_idx + 1)))
             loss = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
             hook.remove()
             loop.at(epoch_idx + 1)
