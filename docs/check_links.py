@@ -31,7 +31,7 @@ def addresses(pages: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def problem(address: str) -> str:
-    """Return why an address cannot be reached, "" if it can. Servers that refuse HEAD are asked with GET."""
+    """Return the reason why an address cannot be reached, or "". A server that refuses HEAD gets a GET request."""
     reason = ""
     for method in ("HEAD", "GET"):
         request = urllib.request.Request(address, method=method, headers={"User-Agent": "Mozilla/5.0 (link check)"})

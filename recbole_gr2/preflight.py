@@ -153,7 +153,7 @@ def check_resources(
         f"{settings['llm']}: {size.parameters / 1e6:,.1f} M parameters; training needs more than {_gib(memory)} of "
         f"memory and {_gib(disk)} of disk space"
     )
-    new = {e.stage.name: e.stage.tokens(settings) for e in planned if _never_ran(e, planned) and e.stage.tokens}
+    new = {e.stage.name: e.stage.tokens(settings) for e in planned if e.stage.tokens and _never_ran(e, planned)}
     if new:
         speed = matrix_speed(bf16=uses_bf16(settings["llm_bf16"], device()))
         times = (f"{name} {duration(OPERATIONS * size.least * count / USED / speed)}" for name, count in new.items())

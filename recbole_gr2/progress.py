@@ -228,7 +228,7 @@ class Display:
         from rich.live import Live
 
         console = Console(file=self.stream, force_terminal=True)  # type: ignore[arg-type]  # rich needs only `write`
-        # What other code prints on the terminal appears above the bar. A file behind stdout stays as it is.
+        # Text that other code prints to the terminal appears above the bar. If stdout is a file, it is left as it is.
         self.live = Live(
             get_renderable=lambda: self._picture(console.width),
             console=console,

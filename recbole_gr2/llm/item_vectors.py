@@ -44,7 +44,7 @@ class ItemInputs(nn.Module):
         self.project: nn.Module = nn.Identity()
         if features:
             self.project = nn.Linear(2 * features, width, bias=False)
-            nn.init.zeros_(self.project.weight)  # the first step sees the items alone
+            nn.init.zeros_(self.project.weight)  # before training, features have no effect
 
     def vectors_of(self, items: torch.Tensor, tokens: nn.Embedding) -> torch.Tensor:
         """Return the vectors of item ids (n,), (n, D)."""

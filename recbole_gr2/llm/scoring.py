@@ -243,10 +243,7 @@ class ListTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         lists: Any = self.train_dataset
-        lengths = [len(each.input_ids) for each in lists]
-        if WORLD_SIZE == 1:
-            return length_sampler(self, lengths)
-        return length_sampler(self, lengths[:-1], filler=len(lengths) - 1)
+        return length_sampler(self, [len(each.input_ids) for each in lists])
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the batches of a step, and the number of its lists in all processes."""

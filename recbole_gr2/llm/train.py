@@ -82,10 +82,7 @@ class PartsTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         texts: Any = self.train_dataset
-        lengths = texts["length"]
-        if WORLD_SIZE == 1:
-            return length_sampler(self, lengths)
-        return length_sampler(self, lengths[:-1], filler=len(lengths) - 1)
+        return length_sampler(self, texts["length"])
 
     def compute_loss(
         self,
@@ -330,11 +327,18 @@ def train_from_checkpoint(trainer: Trainer, folder: Path, steps: int) -> list[di
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
-def length_sampler(trainer: Trainer, lengths: Sequence[int], *, filler: int | None = None) -> LengthSampler:
-    """Return the order of the texts of a trainer, see `LengthSampler`."""
+def length_sampler(trainer: Trainer, lengths: Sequence[int]) -> LengthSampler:
+    """Return the order of the texts of a trainer, see `LengthSampler`.
+
+    Args:
+        trainer: the trainer.
+        lengths: length of each text. With several processes the last text has no loss, and completes the last batch of
+            a pass.
+    """
     args: Any = trainer.args
+    filler = len(lengths) - 1 if WORLD_SIZE > 1 else None
     return LengthSampler(
-        lengths,
+        lengths[:filler],
         batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * WORLD_SIZE,
         seed=args.seed,
         step=lambda: trainer.state.global_step,
