@@ -167,6 +167,17 @@ def loss_of(trainer, batch) -> torch.Tensor:
     return trainer.compute_loss(trainer.model, batch)
 
 
+def test_gradient_checkpointing_changes_no_weight(tokenizer, tmp_path):
+    """Up to rounding: without it, completions of a prompt share its keys and values."""
+    trained = []
+    for checkpointing in (False, True):
+        trainer = build(tokenizer, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        trainer.train()
+        trained.append(weights(trainer))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, atol=1e-4, rtol=1e-3)
+
+
 # --- what the trainer relies on in TRL -------------------------------------------------------------------------------
 
 

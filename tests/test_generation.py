@@ -452,8 +452,51 @@ def test_a_preallocated_layer_contains_the_same_as_a_dynamic_one():
         update(6, 100)  # more than SPARE_TOKENS
     assert ours.get_seq_length() == theirs.get_seq_length() == 208
     half = PreallocatedLayer()
-    keys, _ = half.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4, dtype=torch.bfloat16))
-    assert keys.dtype == torch.bfloat16
+    keys, values = half.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4, dtype=torch.bfloat16))
+    assert keys.dtype == values.dtype == torch.float32  # on a CPU
+
+
+def test_a_cpu_attends_to_a_single_token_in_float32():
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    key, value, mask = key[:, :2], value[:, :2], torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    mask[1, :, :, 0] = False
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    exact, _ = kv_cache.attend_on_cpu(module, query, key, value, mask, scaling=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        several, _ = kv_cache.attend_on_cpu(module, query, key, value, mask, scaling=0.3)
+        single, _ = kv_cache.attend_on_cpu(module, query[:, :, -1:], key, value, mask[:, :, -1:], scaling=0.3)
+    assert (several.dtype, single.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(single, exact[:, -1:])
+
+
+def test_the_attention_of_a_model_is_replaced_during_generation_only(model, grammar, monkeypatch):
+    used = []
+    original = kv_cache.sdpa_attention_forward
+    monkeypatch.setattr(kv_cache, "sdpa_attention_forward", lambda *args, **kw: used.append(1) or original(*args, **kw))
+    generate_rankings(model, PROMPTS, PRIORS, grammar=grammar)
+    assert used and model.config._attn_implementation == "sdpa"
+    used.clear()
+    model(input_ids=torch.tensor(PROMPTS[:1]))
+    assert not used
+
+
+@pytest.mark.parametrize("generations", [1, 50])
+def test_reading_a_common_start_once_changes_no_token(model, monkeypatch, generations):
+    """The start ends within a semantic ID, and one prompt is one token longer than the start."""
+    start = [9, 4, BEGIN, 22]
+    prompts = [[*start, *rest] for rest in ([25, END, A, 5, 6], [26, END, B, BEGIN, 23, 25, END, A], [7])]
+    grammar, priors = replace(GROUNDED, max_reasoning=30), [[0.3, -0.1], [0.0, 0.5], [0.0]]
+
+    def generate():
+        return generate_rankings(
+            model, prompts, priors, grammar=grammar, num_generations=generations, temperature=20.0, seed=3
+        )
+
+    assert generation.common_start(prompts) == start
+    once = generate()
+    assert generations == 1 or any({BEGIN, 22, 25, END} <= set(ids[:30]) for ids in once)
+    monkeypatch.setattr(generation, "common_start", lambda prompts: [])
+    assert generate() == once
 
 
 def test_a_sliding_window_keeps_the_layer_of_transformers():

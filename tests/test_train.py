@@ -75,6 +75,23 @@ def train(model, tokenizer, folder, examples=EXAMPLES, **changes):
     return finetune(model, tokenizer, examples, folder, **{**options, **changes})
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_reads_each_layer_twice_and_changes_no_weight(tokenizer, tmp_path, rank):
+    weights, calls = [], []
+    for number, checkpointing in enumerate([False, True]):
+        torch.manual_seed(0)
+        model = tiny()
+        calls.append(0)
+        attention = model.model.layers[0].self_attn
+        attention.register_forward_hook(lambda *call, run=number: calls.__setitem__(run, calls[run] + 1))
+        model = with_lora(model, rank, [26, 27])
+        train(model, tokenizer, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        weights.append(merged(model).state_dict())
+    assert calls[1] == 2 * calls[0] > 0
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    assert any(not torch.equal(tiny().state_dict()[name], value) for name, value in weights[1].items())
+
+
 def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
     rows = EXAMPLES[:2]
     model = tiny()

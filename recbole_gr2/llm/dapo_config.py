@@ -26,6 +26,7 @@ def dapo_config(
     epsilon_high: float = 0.28,
     warmup_steps: int = 0,
     mask_truncated: bool = True,
+    gradient_checkpointing: bool = False,
     bf16: bool = False,
     use_cpu: bool = False,
 ) -> GRPOConfig:
@@ -54,6 +55,7 @@ def dapo_config(
         epsilon_high: The ratio is clipped to at most 1 + epsilon_high. DAPO uses 0.28.
         warmup_steps: Rounds in which the learning rate increases.
         mask_truncated: Exclude completions whose reasoning was truncated from the loss (overlong filtering of DAPO).
+        gradient_checkpointing: Compute activations again in the backward pass instead of storing them.
         bf16: Train under bfloat16 autocast.
         use_cpu: Train on the CPU.
 
@@ -98,7 +100,7 @@ def dapo_config(
         epsilon_high=epsilon_high,
         mask_truncated_completions=mask_truncated,
         disable_dropout=True,
-        gradient_checkpointing=False,
+        gradient_checkpointing=gradient_checkpointing,
         remove_unused_columns=False,
         bf16=bf16,
         use_cpu=use_cpu,

@@ -13,7 +13,7 @@ from recbole_gr2.batching import by_length
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.grammar import Grammar, GrammarProcessor, prior_tensor
 from recbole_gr2.llm.inputs import bf16_autocast, evaluating, left_pad, positions
-from recbole_gr2.llm.kv_cache import preallocated_cache
+from recbole_gr2.llm.kv_cache import Prefix, decoding, preallocated_cache
 from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 
@@ -45,9 +45,9 @@ def generate_completions(
 ) -> list[Completion]:
     """Return G completions for each of B prompts.
 
-    Every completion is legal under the grammar. Each prompt is read once for all its completions. A sample depends only
-    on the seed, its prompt, its prior and its number within the group, not on other prompts. So `batch_size` changes
-    the speed only.
+    Every completion is legal under the grammar. Each prompt is read once for all its completions, and the first tokens
+    that all prompts share are read once for all prompts. A sample depends only on the seed, its prompt, its prior and
+    its number within the group, not on other prompts. So `batch_size` changes the speed only.
 
     Args:
         model: The language model.
@@ -78,10 +78,13 @@ def generate_completions(
             )
     completions: dict[int, Completion] = {}
     batches = by_length([len(ids) for ids in prompt_ids], max(1, batch_size // num_generations))
-    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
+    # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16), decoding(base):
+        prefix = Prefix.read(base, common_start(prompt_ids))
         for batch in progress(batches, "answers, batch"):
             prompts, priors = [prompt_ids[i] for i in batch], [label_priors[i] for i in batch]
-            generated = _generate_batch(model, prompts, priors, grammar, num_generations, temperature, seed)
+            generated = _generate_batch(base, prompts, priors, grammar, num_generations, temperature, seed, prefix)
             for number, completion in enumerate(generated):
                 prompt, sample = divmod(number, num_generations)
                 completions[batch[prompt] * num_generations + sample] = completion
@@ -113,6 +116,21 @@ def generate_rankings(
         bf16=bf16,
     )
     return [completion.ids for completion in completions]
+
+
+def common_start(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return the tokens with which several prompts begin, without the last token of the shortest prompt.
+
+    >>> common_start([[7, 8, 1, 2], [7, 8, 3], [7, 8]])
+    [7]
+    >>> common_start([[7, 8, 1]])
+    []
+    """
+    first, length = prompts[0] if prompts else [], 0
+    longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
+    while length < longest and all(prompt[length] == first[length] for prompt in prompts):
+        length += 1
+    return first[:length]
 
 
 class GumbelSampler(LogitsProcessor):
@@ -147,25 +165,27 @@ def _generate_batch(
     num_generations: int,
     temperature: float,
     seed: int,
+    prefix: Prefix | None,
 ) -> list[Completion]:
-    # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ids, mask = left_pad(prompts, grammar.pad_id, model.device)
-    cache = preallocated_cache(base)
+    start = prefix.length if prefix else 0
+    ids, mask = left_pad(prompts, grammar.pad_id, model.device, start=start)
+    whole, _ = left_pad(prompts, grammar.pad_id, model.device)  # no padding within a semantic ID
+    cache = prefix.cache(model, len(ids)) if prefix else preallocated_cache(model)
     if num_generations > 1 and ids.size(1) > 1:  # read each prompt once, except its last token
         head = mask[:, :-1]
-        base(
-            input_ids=ids[:, :-1],
-            attention_mask=head,
-            position_ids=positions(head),
-            use_cache=True,
-            logits_to_keep=1,
-            past_key_values=cache,
-        )
+        if head.size(1) > start:
+            model(
+                input_ids=ids[:, start:-1],
+                attention_mask=head,
+                position_ids=positions(head)[:, start:],
+                use_cache=True,
+                logits_to_keep=1,
+                past_key_values=cache,
+            )
         cache.batch_repeat_interleave(num_generations)
-    ids, mask = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask))
+    ids, mask, whole = (part.repeat_interleave(num_generations, dim=0) for part in (ids, mask, whole))
     label_prior = prior_tensor(priors, grammar, ids.device).repeat_interleave(num_generations, dim=0)
-    rules = GrammarProcessor(grammar, ids, label_prior, temperature)
+    rules = GrammarProcessor(grammar, whole, label_prior, temperature)
     processors = LogitsProcessorList([rules])
     if temperature > 0:
         seeds = [derive_seed(seed, sample, *prompt) for prompt in prompts for sample in range(num_generations)]
@@ -177,8 +197,8 @@ def _generate_batch(
         pad_token_id=grammar.pad_id,
         use_cache=True,
     )
-    with _generation_config(base, config):
-        output = base.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors)
+    with _generation_config(model, config):
+        output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_processor=processors)
     completions, choices = output[:, ids.size(1) :].tolist(), rules.first_choice.tolist()
     return [
         Completion(tokens[: tokens.index(grammar.eos_id) + 1], choice[: len(priors[row // num_generations])])

@@ -11,11 +11,25 @@ import torch
 from recbole_gr2.errors import ConfigurationError
 
 
-def left_pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids (B, P), padded with `value` on the left, and their attention mask (B, P)."""
+def left_pad(
+    sequences: Sequence[Sequence[int]], value: int, device: torch.device, *, start: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (B, P), padded with `value` on the left, and their attention mask (B, P).
+
+    Args:
+        sequences: token ids of B texts.
+        value: id of the padding token.
+        device: device of the tensors.
+        start: number of first tokens of each text that stay before its padding.
+
+    >>> [part.tolist() for part in left_pad([[7, 8], [7]], 0, torch.device("cpu"))]
+    [[[7, 8], [0, 7]], [[1, 1], [0, 1]]]
+    >>> [part.tolist() for part in left_pad([[7, 8, 9], [7, 6]], 0, torch.device("cpu"), start=1)]
+    [[[7, 8, 9], [7, 0, 6]], [[1, 1, 1], [1, 0, 1]]]
+    """
     length = max(map(len, sequences))
-    ids = [[value] * (length - len(tokens)) + list(tokens) for tokens in sequences]
-    mask = [[0] * (length - len(tokens)) + [1] * len(tokens) for tokens in sequences]
+    ids = [[*text[:start], *[value] * (length - len(text)), *text[start:]] for text in sequences]
+    mask = [[1] * start + [0] * (length - len(text)) + [1] * (len(text) - start) for text in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 

@@ -1,14 +1,19 @@
-"""A key-value cache that allocates memory in advance."""
+"""The keys and values of tokens that were read before, and the attention to them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 SPARE_TOKENS = 128  # tokens that fit into a layer before it is copied; not from a paper
+DECODING = "recbole_gr2_decoding"  # name of `attend_on_cpu` in transformers
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -17,7 +22,7 @@ class PreallocatedLayer(DynamicLayer):
     A new token is written into the buffers. The layer of transformers copies all keys and values for every token.
 
     Keys are stored in the dtype of the values. Under autocast, rotary embeddings return float32 keys, and attention
-    would convert the whole cache for every token.
+    would convert the whole cache for every token. On a CPU both are stored in float32, see `attend_on_cpu`.
     """
 
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -35,7 +40,9 @@ class PreallocatedLayer(DynamicLayer):
         # The methods of transformers (crop, reorder_cache, ...) replace `keys`: then the buffers are stale.
         if buffers is None or after > buffers[0].size(-2) or keys.data_ptr() != buffers[0].data_ptr():
             shape = (*key_states.shape[:2], after + SPARE_TOKENS, key_states.size(-1))
-            buffers = self.buffers = value_states.new_empty(shape), value_states.new_empty(shape)
+            dtype = torch.float32 if value_states.device.type == "cpu" else value_states.dtype
+            buffers = value_states.new_empty(shape, dtype=dtype), value_states.new_empty(shape, dtype=dtype)
+            self.buffers = buffers
             if before:
                 buffers[0][:, :, :before], buffers[1][:, :, :before] = keys, values
         buffers[0][:, :, before:after], buffers[1][:, :, before:after] = key_states, value_states
@@ -48,3 +55,69 @@ def preallocated_cache(model: PreTrainedModel) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+class Prefix(NamedTuple):
+    """Tokens with which several texts begin, as the keys and values of each layer.
+
+    Attributes:
+        length: number of tokens, at least 1.
+        layers: keys and values of each layer, (1, heads, length, D).
+    """
+
+    length: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def read(cls, model: Any, ids: Sequence[int]) -> Prefix | None:
+        """Read tokens. None if there are none, or if the model has a sliding window."""
+        if not ids or getattr(model.config, "sliding_window", None):
+            return None
+        cache: Any = preallocated_cache(model)
+        model.get_decoder()(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+        return cls(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+
+    def cache(self, model: Any, batch_size: int) -> DynamicCache:
+        """Return a cache of the model with the prefix of each text of a batch."""
+        cache = preallocated_cache(model)
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), number)
+        return cache
+
+
+def attend_on_cpu(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of torch, in float32 for a single new token.
+
+    torch's kernel for CPUs takes about ten times as long for one query in bfloat16 as in float32, because it prepares
+    all keys and values for a product of matrices.
+    """
+    if query.size(2) > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    with torch.autocast("cpu", enabled=False):
+        states = (states.float() for states in (query, key, value))
+        return sdpa_attention_forward(module, *states, attention_mask, **options)
+
+
+AttentionInterface.register(DECODING, attend_on_cpu)
+AttentionMaskInterface.register(DECODING, sdpa_mask)
+
+
+@contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Let a model on a CPU use `attend_on_cpu` instead of the attention of torch."""
+    used = model.config._attn_implementation
+    if used != "sdpa" or model.device.type != "cpu":
+        yield
+        return
+    model.set_attn_implementation(DECODING)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(used)

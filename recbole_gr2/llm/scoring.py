@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
-from recbole_gr2.llm.kv_cache import preallocated_cache
+from recbole_gr2.llm.kv_cache import Prefix
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import (
     FiniteLoss,
@@ -102,36 +102,6 @@ class ListCollator:
             rows = [torch.tensor(each.features, dtype=torch.float32) for each in lists]
             batch["features"] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return batch
-
-
-class Prefix(NamedTuple):
-    """Tokens with which all lists of a call begin, as the keys and values of each layer.
-
-    Attributes:
-        length: number of tokens, at least 1.
-        layers: keys and values of each layer, (1, heads, length, D).
-    """
-
-    length: int
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @classmethod
-    def read(cls, model: Any, lists: Sequence[ListInput]) -> Prefix | None:
-        """Read the first tokens that several lists share, such as a system message. None if there are none."""
-        length = shared_length(lists) if len(lists) > 1 else 0
-        if not length or getattr(model.config, "sliding_window", None):
-            return None
-        cache: Any = preallocated_cache(model)
-        ids = torch.tensor([lists[0].input_ids[:length]], device=model.device)
-        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
-        return cls(length, [(layer.keys, layer.values) for layer in cache.layers])
-
-    def cache(self, model: Any, batch_size: int) -> Any:
-        """Return a cache of the model with the prefix of each list of a batch."""
-        cache = preallocated_cache(model)
-        for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), number)
-        return cache
 
 
 def shared_length(lists: Sequence[ListInput]) -> int:
@@ -286,6 +256,7 @@ def train_lists(
     seed: int,
     bf16: bool,
     save_steps: int,
+    gradient_checkpointing: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:
     """Train `model` in place to score lists. Continue from the last checkpoint in `folder` if there is one.
@@ -305,6 +276,7 @@ def train_lists(
         seed: seed of the order of the lists.
         bf16: train under bfloat16 autocast.
         save_steps: steps between checkpoints, at least, see `recbole_gr2.llm.train.finetune`.
+        gradient_checkpointing: compute activations again in the backward pass instead of storing them.
         say: prints progress.
 
     Returns:
@@ -327,6 +299,7 @@ def train_lists(
         seed=seed,
         bf16=bf16,
         save_steps=save_steps,
+        gradient_checkpointing=gradient_checkpointing,
     )
     trainer = ListTrainer(
         model=model,
@@ -363,7 +336,8 @@ def score_lists(
     collate, result = ListCollator(pad_id), [[0.0]] * len(lists)
     batches = by_length([len(each.input_ids) for each in lists], batch_size)
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
-        prefix = Prefix.read(model, lists)
+        shared = shared_length(lists) if len(lists) > 1 else 0
+        prefix = Prefix.read(model, lists[0].input_ids[:shared])
         for positions in progress(batches, "scores, batch"):
             batch = {name: part.to(model.device) for name, part in collate([lists[n] for n in positions]).items()}
             rows = list_scores(model, batch, llm_weight, prefix).log_softmax(-1).tolist()

@@ -183,6 +183,7 @@ def finetune(
     seed: int,
     bf16: bool,
     save_steps: int,
+    gradient_checkpointing: bool = False,
     llm_weight: float = 1.0,
     trie: SidTrie | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -209,6 +210,7 @@ def finetune(
         bf16: Train under bfloat16 autocast.
         save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log,
             so that a resumed run logs the same means.
+        gradient_checkpointing: Compute the activations of a layer again in the backward pass instead of storing them.
         llm_weight: Power of the model's probability in `Example.choices`, beside their prior.
         trie: Normalize each code of a semantic ID over the codes that lead to an item, as in generation. None: over the
             whole vocabulary.
@@ -244,6 +246,7 @@ def finetune(
             seed=seed,
             bf16=bf16,
             save_steps=save_steps,
+            gradient_checkpointing=gradient_checkpointing,
         ),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -285,6 +288,7 @@ def training_options(
     seed: int,
     bf16: bool,
     save_steps: int,
+    gradient_checkpointing: bool,
 ) -> dict[str, Any]:
     """Return the arguments of transformers' TrainingArguments that all supervised trainings share, see `finetune`."""
     check_shares("batch_size", batch_size)
@@ -303,7 +307,7 @@ def training_options(
         "data_seed": seed,
         "bf16": bf16,
         "use_cpu": device() == "cpu",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": gradient_checkpointing,
         "remove_unused_columns": False,
         "save_strategy": "steps",
         "save_steps": math.ceil(save_steps / logging_steps) * logging_steps,

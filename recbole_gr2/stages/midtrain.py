@@ -83,6 +83,7 @@ def run(context: Context) -> dict[str, Any]:
     options = {
         "batch_size": settings["mid_batch_size"],
         "micro_batch_size": settings["llm_micro_batch_size"],
+        "gradient_checkpointing": settings["llm_gradient_checkpointing"],
         "warmup_share": WARMUP_SHARE,
         "max_length": longest,
         "seed": seed,

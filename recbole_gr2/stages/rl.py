@@ -80,6 +80,7 @@ def run(context: Context) -> dict[str, Any]:
         num_generations=settings["rl_num_generations"],
         num_iterations=settings["rl_num_iterations"],
         micro_batch_size=settings["llm_micro_batch_size"],
+        gradient_checkpointing=settings["llm_gradient_checkpointing"],
         learning_rate=settings["rl_learning_rate"],
         warmup_steps=WARMUP_ROUNDS,
         temperature=settings["rl_temperature"],

@@ -61,6 +61,7 @@ def run(context: Context) -> dict[str, Any]:
         steps=settings["score_steps"],
         batch_size=settings["score_batch_size"],
         micro_batch_size=settings["llm_micro_batch_size"],
+        gradient_checkpointing=settings["llm_gradient_checkpointing"],
         learning_rate=settings["score_learning_rate"],
         warmup_share=WARMUP_SHARE,
         seed=seed,

@@ -70,6 +70,7 @@ def run(context: Context) -> dict[str, Any]:
         steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
         batch_size=batch_size,
         micro_batch_size=settings["llm_micro_batch_size"],
+        gradient_checkpointing=settings["llm_gradient_checkpointing"],
         learning_rate=settings["sft_learning_rate"],
         warmup_share=WARMUP_SHARE,
         max_length=settings["sft_max_length"],
