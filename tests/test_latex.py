@@ -1,6 +1,8 @@
 """LaTeX tables for papers: marks, best values, several seeds, several runs, ablations, and their width."""
 
 import re
+import shutil
+import subprocess
 from functools import cache
 
 import pytest
@@ -256,10 +258,8 @@ def test_the_counted_width_is_that_of_computer_modern():
     assert width("0.0", 10) == pytest.approx(12.78, abs=0.4)
 
 
-@pytest.mark.parametrize("sd", [None, 0.0123])
-def test_tables_fit_one_column(sd, tmp_path):
-    """With every method of the package, four metrics, and both marks."""
-    names = list(DISPLAY)
+def wide(names, sd=None) -> dict:
+    """A result of these methods with four metrics and both marks, for a dagger against the prior."""
     result = made({name: (0.5, 0.3) for name in names}, sd=sd, seeds=3 if sd else 1, p_base=0.01)
     result["comparisons"] = [
         {"method": name, "versus": "prior", "scope": "hit_users", "metrics": {}} for name in names if name != "prior"
@@ -270,7 +270,13 @@ def test_tables_fit_one_column(sd, tmp_path):
         entry["vs_base"] = {metric: comparison(0.1, 0.01) for metric in four}
     for pair in result["comparisons"]:
         pair["metrics"] = {metric: comparison(0.1, 0.01) for metric in four}
-    table = latex_table({"": result}, versus="prior", methods=names)
+    return result
+
+
+@pytest.mark.parametrize("sd", [None, 0.0123])
+def test_tables_fit_one_column(sd, tmp_path):
+    """With every method of the package, four metrics, and both marks."""
+    table = latex_table({"": wide(DISPLAY, sd)}, versus="prior", methods=list(DISPLAY))
     assert 150 < table_width(table) <= COLUMN
     run = finished(tmp_path, entries=[recommender(0.1, 60)])
     assert table_width(latex_tables(build_result([run], ""))) <= COLUMN
@@ -280,3 +286,31 @@ def test_a_run_of_several_seeds(tmp_path):
     runs = [finished(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
     table = latex_table({"": combine(runs, "the command", 200)}, scope="hit_users")
     assert r"{\scriptsize $\pm$.0000}" in table and table_width(table) <= COLUMN
+
+
+@pytest.mark.slow
+def test_latex_compiles_the_tables_within_a_column(tmp_path):
+    """In the standard class, whose columns are 229.5 pt wide: long names, marks, deviations, and an ablation."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("LaTeX is not installed")
+    names = ["base", "oracle", "prior", "shuffled", "my_module.rerankers:a_long_name_of_50%_<b|c>", "a & b ~ #1 ^2 {x}"]
+    tables = {
+        "every": latex_table({"": wide(DISPLAY)}, versus="prior", methods=list(DISPLAY)),
+        "long": latex_table({"": wide(names, 0.0123)}, versus="prior", methods=names, label="tab:long"),
+        "blocks": latex_table({"a_b": made(FIGURES, dataset="a_b"), "c": made(FIGURES)}),
+        "variants": ablation_table(ABLATION, metrics=list(ABLATION["columns"])),
+    }
+    for name, table in tables.items():
+        (tmp_path / f"{name}.tex").write_text(table)
+    lines = [r"\documentclass[twocolumn]{article}", r"\usepackage{booktabs,graphicx}", r"\begin{document}"]
+    lines += [*(rf"\input{{{name}}}" for name in tables), r"\end{document}"]
+    (tmp_path / "paper.tex").write_text("\n".join(lines))
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout and (tmp_path / "paper.pdf").stat().st_size > 10_000

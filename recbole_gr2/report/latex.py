@@ -1,6 +1,7 @@
-"""LaTeX tables for one column of a paper: one or several runs, or an ablation. The package booktabs is needed.
+"""LaTeX tables for one column of a paper: one or several runs, or an ablation.
 
-A table is at most as wide as a column of 252 pt with the default metrics and the methods of this package.
+They need the packages booktabs and graphicx. LaTeX measures a table and scales one that is wider than the column to the
+width of the column.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ SPECIAL = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 PLACE = re.compile(r"evaluate\.methods\.method=(?P<method>[^&]+)&scope=(?P<scope>\w+)\.metrics\.(?P<metric>.+)")
@@ -263,7 +265,7 @@ def _table(
                     "" if cell.sd is None else rf"{{\scriptsize $\pm${_number(cell.sd)}}}{_phantom(widest[n])}"
                     for n, cell in enumerate(line.cells)
                 ]
-                body.append(" & ".join(["", *small]) + r" \\")
+                body += [r"\addlinespace[-2pt]", " & ".join(["", *small]) + r" \\", r"\addlinespace[2pt]"]
     return "\n".join(
         [
             *([f"% {warning}"] if warning else []),
@@ -272,13 +274,16 @@ def _table(
             r"\small",
             r"\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{caption}}}",
+            r"\par\addvspace{4pt} % The standard classes put no space between a caption and the table below it.",
             rf"\label{{{label}}}",
+            r"\sbox0{%",
             rf"\begin{{tabular}}{{@{{}}l{'r' * len(header)}@{{}}}}",
             r"\toprule",
             " & ".join([first, *(f"{each}{_phantom(widest[n])}" for n, each in enumerate(header))]) + r" \\",
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}%",
+            r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi",
             r"\end{table}",
             "",
         ]
@@ -408,12 +413,12 @@ def _phantom(widest: str, marks: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    """Four decimals, without the zero before the point.
+    """Four decimals, without the zero before the point, with a minus sign instead of a hyphen.
 
     >>> _number(0.12345), _number(1.0), _number(-0.5)
-    ('.1235', '1.0000', '-.5000')
+    ('.1235', '1.0000', '$-$.5000')
     """
-    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}").replace("-", "$-$")
 
 
 def _short(metric: str) -> str:
@@ -457,7 +462,7 @@ def _caption(
     sentences.append("Best in bold, second best underlined.")
     if any(not line.competes for block in blocks for line in block.lines):
         names = dict.fromkeys(escape(line.name) for block in blocks for line in block.lines if not line.competes)
-        sentences.append(f"{', '.join(names)}: for reference only.")
+        sentences.append(f"{'; '.join(names)}: for reference only.")
     against = rf"$^{{{STAR}}}$: differs significantly from the base order" + (
         rf"; $^{{{DAGGER}}}$: from {escape(DISPLAY.get(versus, versus))}" if versus else ""
     )
