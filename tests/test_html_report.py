@@ -7,12 +7,14 @@ from html.parser import HTMLParser
 import pytest
 from chromium import PROGRAM, Chromium
 from handmade import LENGTH, RANKS, finished, recommender
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from recbole_gr2.console import Console
 from recbole_gr2.errors import MissingFileError
 from recbole_gr2.report import build_result, read_run, render_report, write_report
-from recbole_gr2.report.figures import gap, truth
+from recbole_gr2.report.figures import FIGURES, gap, truth
 from recbole_gr2.report.html import render_html, sampled_answers, to_html
+from recbole_gr2.report.latex import DISPLAY
 from recbole_gr2.report.page import Page
 from recbole_gr2.seeds import combine
 
@@ -271,6 +273,22 @@ def test_figures_are_vector_files(one, tmp_path):
         assert path.name == f"{drawing.name}.pdf" and content.startswith(b"%PDF")
         assert width == 252 and b"/Subtype /Image" not in content
         assert path.read_bytes() == drawing.save_pdf(tmp_path).read_bytes()  # without the time
+
+
+def test_no_text_of_a_figure_is_cut_off(one):
+    run, result, _ = one
+    drawings = [drawing for draw in FIGURES for drawing in draw(Page(result=result, runs=[run], names=DISPLAY))]
+    assert len(drawings) > 10
+    for drawing in drawings:
+        canvas = FigureCanvasAgg(drawing.figure)
+        canvas.draw()
+        (axes,) = drawing.figure.axes
+        texts = [axes.xaxis.label, axes.yaxis.label, *axes.texts, *axes.get_yticklabels()]
+        for text in texts:
+            if text.get_text():
+                box = text.get_window_extent(canvas.get_renderer())
+                assert min(box.x0, box.y0) >= 0 and box.x1 <= drawing.figure.bbox.width, (drawing.name, text)
+        assert axes.get_xlabel() and (axes.get_ylabel() or any(label.get_text() for label in axes.get_yticklabels()))
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------

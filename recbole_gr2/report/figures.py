@@ -129,7 +129,7 @@ def differences(page: Page) -> list[Drawing]:
                     each["diff"], place, "o", color=color, markersize=5, markerfacecolor=color if sure else "none"
                 )
             _names(axes, [_display(page, name) for name in found])
-            axes.set_xlabel("line: 95 % interval; filled: adjusted p < .05")
+            axes.set_xlabel(f"difference in {GAP.upper()}\nline: 95 % interval; filled: adjusted p < .05")
         texts = [
             f"{name} {each['diff']:+.4f}" + (f" [{each['low']:+.4f}, {each['high']:+.4f}]" if "low" in each else "")
             for name, each in found.items()
@@ -147,7 +147,7 @@ def by_cutoff(page: Page) -> list[Drawing]:
         return []
     drawings = []
     cutoffs = np.arange(1, longest + 1)
-    for name, value in (("recall", recall_at), ("ndcg", ndcg_at)):
+    for name, label, value in (("recall", "Recall@K", recall_at), ("ndcg", "NDCG@K", ndcg_at)):
         with _axes(8) as (figure, axes):
             texts = []
             for method in methods:
@@ -156,12 +156,12 @@ def by_cutoff(page: Page) -> list[Drawing]:
                 shown = [k for k in RANKS if k <= longest]
                 texts.append(f"{method}: " + ", ".join(f"K={k} {values[k - 1]:.4f}" for k in shown))
             axes.set_xlabel("K")
+            axes.set_ylabel(label)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.set_ylim(bottom=0)
             axes.grid(axis="y")
             axes.legend(loc="best")
-        label = {"recall": "Recall", "ndcg": "NDCG"}[name]
-        drawings.append(_drawn(f"{name}-by-k", f"{label}@K, hit users", "; ".join(texts), figure))
+        drawings.append(_drawn(f"{name}-by-k", f"{label}, hit users", "; ".join(texts), figure))
     return drawings
 
 
@@ -183,8 +183,8 @@ def gap(page: Page) -> list[Drawing]:
                 ha="left" if share >= 0 else "right",
             )
         _names(axes, [_display(page, name) for name in shares])
-        axes.margins(x=0.2)
-        axes.set_xlabel("share in %; the oracle has 100")
+        axes.margins(x=0.3)  # The numbers are beside the bars.
+        axes.set_xlabel(f"share of the gap in {GAP.upper()} in %\nthe oracle has 100")
     text = "; ".join(f"{name} {share:+.1%}" for name, share in shares.items())
     return [_drawn("gap", f"Share of the gap to the oracle, {GAP.upper()}, hit users", text, figure)]
 
@@ -275,6 +275,7 @@ def depth(page: Page) -> list[Drawing]:
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("items per user")
+        axes.set_ylabel("Recall")
         axes.grid(axis="y")
         axes.legend(loc="best")
     return [_drawn("recall-by-depth", "Recall of the base models by depth, all users", "; ".join(texts), figure)]
@@ -301,6 +302,7 @@ def curves(page: Page) -> list[Drawing]:
                     axes.plot(places, values, label=name, **_nth(place + 1))
                     texts.append(f"{name} from {values[0]:.4f} to {values[-1]:.4f}")
                 axes.set_xlabel("step")
+                axes.set_ylabel(group)
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.grid(axis="y")
                 if len(names) > 1:
