@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,8 +77,9 @@ class Tracking:
 
     def __exit__(self, *raised: Any) -> None:
         Tracking.current = None
-        for tracker in self.trackers:
-            tracker.finish()
+        with redirect_stdout(sys.stderr):
+            for name, tracker in zip(self.names, self.trackers, strict=False):
+                _finish(name, tracker)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Report the numbers among some values.
@@ -109,7 +112,8 @@ class Tracking:
                 tracker = kind(self.run, logging_dir=str(self.folder))
             else:
                 tracker = kind(PROJECT, name=self.run)
-            tracker.start()
+            with redirect_stdout(sys.stderr):  # Trackio prints. Stdout is for the path of result.json.
+                tracker.start()
         except Exception as error:  # of any kind: it is that of another package, or of its server
             raise DependencyError(
                 f"the tracker {name} cannot start: {type(error).__name__}: {error}",
@@ -118,6 +122,16 @@ class Tracking:
                 do=f"log in to {name} or correct its configuration, or remove it from report_to",
             ) from error
         return tracker
+
+
+def _finish(name: str, tracker: Any) -> None:
+    """Finish a tracker. Trackio finishes a run a second time when Python exits unless its own function finished it."""
+    if name == "trackio":
+        import trackio
+
+        trackio.finish()
+    else:
+        tracker.finish()
 
 
 def track(values: Mapping[str, Any], step: int) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 from conftest import called
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -38,6 +39,23 @@ def test_a_tracker_that_cannot_start_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with Tracking(["tensorboard"], stage="sft", run="one", folder=tmp_path / "file"), pytest.raises(DependencyError):
         track({"loss": 1.0}, 1)
+
+
+def test_what_a_tracker_prints_goes_to_stderr(tmp_path, monkeypatch, capsys):
+    class Printing(TensorBoardTracker):
+        def start(self):
+            print("started")
+            super().start()
+
+        def finish(self):
+            super().finish()
+            print("finished")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Printing)
+    with Tracking(["tensorboard"], stage="sft", run="one", folder=tmp_path):
+        track({"loss": 1.0}, 1)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("started") == err.count("finished") == 1
 
 
 @pytest.mark.slow
