@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -35,12 +36,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def names(text: str | None) -> list[str]:
-    """Return the names in an option such as `--methods sft,rl`.
+    """Return the names in an option such as `--methods sft,rl`. A name with a comma stands in quotation marks.
 
-    >>> names("sft, rl"), names(None)
-    (['sft', 'rl'], [])
+    >>> names("sft, rl"), names('ndcg@5, "sft - base, from"'), names(None)
+    (['sft', 'rl'], ['ndcg@5', 'sft - base, from'], [])
     """
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+    return [name.strip() for row in csv.reader([text or ""], skipinitialspace=True) for name in row if name.strip()]
 
 
 def print_json(value: Any) -> None:
