@@ -2,9 +2,9 @@
 
     python benchmarks/reranking.py [--lists 32] [--repeats 2] [--output DIR]
 
-All methods rank the same lists of movies of ml-100k with the first layers of SmolLM2-135M, or with an untrained model of
-its shape if the package smollm2-135m-instruct is not installed. The model is not trained further, because only the speed
-is measured.
+All methods rank the same lists of movies of ml-100k with the first layers of SmolLM2-135M, or with an untrained model
+of its shape if the package smollm2-135m-instruct is not installed. The model is not trained further, because only the
+speed is measured.
 
 reason+rank   up to 64 tokens of reasoning and the ranking, under the grammar of this package
 rank          the ranking alone, under the grammar
@@ -110,11 +110,12 @@ def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str,
         return Policy(maker=PromptMaker.of(settings, catalog), grammar=grammar, **shared)
 
     grammar = answer_grammar(tokenizer, settings, reasoning=False)
-    scorers = {
-        form: Scorer(maker=PromptMaker.of(settings, catalog, form), grammar=grammar, **shared) for form in FORMS
-    }
+    scorers = {form: Scorer(maker=PromptMaker.of(settings, catalog, form), grammar=grammar, **shared) for form in FORMS}
     separate = {form: replace(scorers[form], invariant=True) for form in ("text", VECTOR)}
-    prompts: Callable[[Any], list[int]] = lambda request: list(scorers["text"].list_input(request).input_ids)
+
+    def prompts(request: Any) -> list[int]:
+        return list(scorers["text"].list_input(request).input_ids)
+
     json = JSON_LABEL * candidates + JSON_OTHERS
     methods: Methods = {
         "generate, reasoning and JSON": partial(generate, shared, prompts, REASONING + json),

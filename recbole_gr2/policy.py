@@ -18,6 +18,7 @@ from recbole_gr2.llm.generation import generate_completions
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import device, load_saved, uses_bf16
+from recbole_gr2.llm.train import Training
 from recbole_gr2.prompts import FORMS, VECTOR, PromptMaker, encode_prompt, item_prompt, recent
 from recbole_gr2.sid.tokens import RANKING, SID, SID_BEGIN, label_tokens, sid_text
 from recbole_gr2.types import Answer, Context, Request, Trace
@@ -42,6 +43,22 @@ def whole_midtrain(settings: Mapping[str, Any]) -> str:
 def resolved_bf16(settings: Mapping[str, Any]) -> dict[str, bool]:
     """Return the value of `llm_bf16` on this machine, for the key of a stage."""
     return {"llm_bf16": use_bf16(settings, device())}
+
+
+def llm_training(settings: Mapping[str, Any], **own: Any) -> Training:
+    """Return how a stage trains a language model.
+
+    Args:
+        settings: settings of the run, whose settings `llm_...` apply to all stages.
+        own: the other attributes of the training.
+    """
+    return Training(
+        micro_batch_size=settings["llm_micro_batch_size"],
+        gradient_checkpointing=settings["llm_gradient_checkpointing"],
+        bf16=use_bf16(settings, device()),
+        save_steps=settings["llm_save_steps"],
+        **own,
+    )
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, Any]:

@@ -24,6 +24,7 @@ from recbole_gr2.llm.scoring import (
     shared_length,
     train_lists,
 )
+from recbole_gr2.llm.train import Training
 from recbole_gr2.policy import Policy, load_model
 from recbole_gr2.prompts import shuffled_order
 from recbole_gr2.scorer import Scorer
@@ -70,8 +71,6 @@ LISTS = [list_of(number) for number in range(20)]
 
 def train(model, tokenizer, folder, **changes):
     options = {
-        "loss": "listwise",
-        "llm_weight": 0.5,
         "steps": 8,
         "batch_size": 8,
         "micro_batch_size": 4,
@@ -82,7 +81,9 @@ def train(model, tokenizer, folder, **changes):
         "save_steps": 1,
     }
     lists = changes.pop("lists", LISTS)
-    return train_lists(model, tokenizer, lists, folder, **{**options, **changes})
+    others = {"loss": "listwise", "llm_weight": 0.5}
+    others |= {name: changes.pop(name) for name in ("loss", "llm_weight", "say") if name in changes}
+    return train_lists(model, tokenizer, lists, folder, training=Training(**{**options, **changes}), **others)
 
 
 @pytest.fixture
@@ -160,16 +161,18 @@ def test_lists_that_do_not_fit_are_an_error(tokenizer, tmp_path):
             tokenizer,
             [],
             tmp_path,
+            training=Training(
+                steps=1,
+                batch_size=1,
+                micro_batch_size=1,
+                learning_rate=1.0,
+                warmup_share=0.0,
+                seed=0,
+                bf16=False,
+                save_steps=1,
+            ),
             loss="listwise",
             llm_weight=1.0,
-            steps=1,
-            batch_size=1,
-            micro_batch_size=1,
-            learning_rate=1.0,
-            warmup_share=0.0,
-            seed=0,
-            bf16=False,
-            save_steps=1,
         )
 
 

@@ -1,5 +1,6 @@
 """Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -16,7 +17,7 @@ from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.scoring import ListInput, train_lists
-from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, finetune
+from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, Training, finetune
 
 
 @pytest.fixture(name="tokenizer")
@@ -60,19 +61,19 @@ WEIGHTS = {"reasoning": 0.5, "ranking": 1.0}
 
 
 def train(model, tokenizer, folder, examples=EXAMPLES, **changes):
-    options = dict(
-        part_weights=WEIGHTS,
-        steps=6,
-        batch_size=8,
-        micro_batch_size=4,
-        learning_rate=1e-2,
-        warmup_share=0.0,
-        max_length=16,
-        seed=7,
-        bf16=False,
-        save_steps=2,
+    defaults = dict(
+        steps=6, batch_size=8, micro_batch_size=4, learning_rate=1e-2, warmup_share=0.0, seed=7, save_steps=2
     )
-    return finetune(model, tokenizer, examples, folder, **{**options, **changes})
+    training, others = training_of(**{"bf16": False, **defaults, **changes})
+    options = {"part_weights": WEIGHTS, "max_length": 16, **others}
+    return finetune(model, tokenizer, examples, folder, training=training, **options)
+
+
+def training_of(**options):
+    """The training with some options, and the options that are not those of a training."""
+    fields = {field.name for field in dataclasses.fields(Training)}
+    own = {name: value for name, value in options.items() if name in fields}
+    return Training(**own), {name: value for name, value in options.items() if name not in fields}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -113,16 +114,18 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
+        training=Training(
+            steps=1,
+            batch_size=2,
+            micro_batch_size=1,
+            learning_rate=1e-3,
+            warmup_share=0.0,
+            seed=7,
+            bf16=False,
+            save_steps=5,
+        ),
         part_weights=WEIGHTS,
-        steps=1,
-        batch_size=2,
-        micro_batch_size=1,
-        learning_rate=1e-3,
-        warmup_share=0.0,
         max_length=16,
-        seed=7,
-        bf16=False,
-        save_steps=5,
     )
     assert log[0]["loss"] == pytest.approx(total / (len(expected[1]) + len(expected[2])), rel=1e-4)
     assert log[0]["loss/reasoning"] == pytest.approx(sum(expected[1]) / len(expected[1]), rel=1e-4)
@@ -145,17 +148,19 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
         tokenizer,
         [row],
         tmp_path,
+        training=Training(
+            steps=1,
+            batch_size=1,
+            micro_batch_size=1,
+            learning_rate=1e-3,
+            warmup_share=0.0,
+            seed=7,
+            bf16=False,
+            save_steps=5,
+        ),
         part_weights={"all": 1.0},
-        steps=1,
-        batch_size=1,
         trie=trie,
-        micro_batch_size=1,
-        learning_rate=1e-3,
-        warmup_share=0.0,
         max_length=16,
-        seed=7,
-        bf16=False,
-        save_steps=5,
     )
     assert log[0]["loss"] == pytest.approx(sum(expected) / 6, rel=1e-4)
 
@@ -182,16 +187,18 @@ def test_a_choice_by_hand(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
+        training=Training(
+            steps=1,
+            batch_size=2,
+            micro_batch_size=2,
+            learning_rate=1e-3,
+            warmup_share=0.0,
+            seed=7,
+            bf16=False,
+            save_steps=5,
+        ),
         part_weights={"reasoning": 1.0},
-        steps=1,
-        batch_size=2,
-        micro_batch_size=2,
-        learning_rate=1e-3,
-        warmup_share=0.0,
         max_length=16,
-        seed=7,
-        bf16=False,
-        save_steps=5,
         llm_weight=0.2,
     )
     assert len(expected) == 5 and log[0]["loss"] == pytest.approx(sum(expected) / 5, rel=1e-4)
@@ -272,7 +279,8 @@ LISTS = [
 def score(model, tokenizer, folder):
     """Train a model to score lists: three steps with four, four and two of them, and a second pass."""
     options = dict(steps=5, batch_size=4, micro_batch_size=1, learning_rate=1e-2, warmup_share=0.0, save_steps=2)
-    return train_lists(model, tokenizer, LISTS, folder, loss="listwise", llm_weight=0.5, seed=3, bf16=False, **options)
+    training, others = training_of(seed=3, bf16=False, **options)
+    return train_lists(model, tokenizer, LISTS, folder, training=training, loss="listwise", llm_weight=0.5, **others)
 
 
 WORKER = """
@@ -439,16 +447,18 @@ def test_lora_merges_to_the_trained_model(tokenizer, tmp_path, tied):
         tokenizer,
         rows,
         tmp_path,
+        training=Training(
+            steps=8,
+            batch_size=4,
+            micro_batch_size=4,
+            learning_rate=3e-2,
+            warmup_share=0.0,
+            seed=7,
+            bf16=False,
+            save_steps=100,
+        ),
         part_weights={"text": 1.0},
-        steps=8,
-        batch_size=4,
-        micro_batch_size=4,
-        learning_rate=3e-2,
-        warmup_share=0.0,
         max_length=16,
-        seed=7,
-        bf16=False,
-        save_steps=100,
     )
     assert log[-1]["loss"] < log[0]["loss"]
     tokens = torch.tensor([[2, 24, 25, 3, 26, 27]])
@@ -474,16 +484,18 @@ def test_token_rows_train_alone(tokenizer, tmp_path, tied):
             tokenizer,
             rows,
             tmp_path,
+            training=Training(
+                steps=8,
+                batch_size=4,
+                micro_batch_size=4,
+                learning_rate=3e-2,
+                warmup_share=0.0,
+                seed=7,
+                bf16=False,
+                save_steps=100,
+            ),
             part_weights={"text": 1.0},
-            steps=8,
-            batch_size=4,
-            micro_batch_size=4,
-            learning_rate=3e-2,
-            warmup_share=0.0,
             max_length=16,
-            seed=7,
-            bf16=False,
-            save_steps=100,
         )
     assert log[-1]["loss"] < log[0]["loss"] and all(p.requires_grad for p in model.parameters())
     after = model.state_dict()

@@ -79,7 +79,7 @@ def generate_completions(
     completions: dict[int, Completion] = {}
     batches = by_length([len(ids) for ids in prompt_ids], max(1, batch_size // num_generations))
     # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16), decoding(base):
         prefix = Prefix.read(base, common_start(prompt_ids))
         for batch in progress(batches, "answers, batch"):

@@ -101,8 +101,7 @@ def attend_on_cpu(
     if query.size(2) > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     with torch.autocast("cpu", enabled=False):
-        states = (states.float() for states in (query, key, value))
-        return sdpa_attention_forward(module, *states, attention_mask, **options)
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
 
 
 AttentionInterface.register(DECODING, attend_on_cpu)

@@ -28,6 +28,7 @@ from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import (
     FiniteLoss,
     ProgressLines,
+    Training,
     length_sampler,
     through,
     train_from_checkpoint,
@@ -248,15 +249,7 @@ def train_lists(
     *,
     loss: str,
     llm_weight: float,
-    steps: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    warmup_share: float,
-    seed: int,
-    bf16: bool,
-    save_steps: int,
-    gradient_checkpointing: bool = False,
+    training: Training,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, float]]:
     """Train `model` in place to score lists. Continue from the last checkpoint in `folder` if there is one.
@@ -268,15 +261,7 @@ def train_lists(
         folder: folder of the checkpoints.
         loss: `listwise` or `pairwise`.
         llm_weight: power of the model's probability beside the prior.
-        steps: optimizer steps, over as many passes as needed.
-        batch_size: lists of an optimizer step.
-        micro_batch_size: lists that pass through the model at once, at most.
-        learning_rate: highest learning rate.
-        warmup_share: share of the steps in which the learning rate increases. Then it decreases linearly to 0.
-        seed: seed of the order of the lists.
-        bf16: train under bfloat16 autocast.
-        save_steps: steps between checkpoints, at least, see `recbole_gr2.llm.train.finetune`.
-        gradient_checkpointing: compute activations again in the backward pass instead of storing them.
+        training: how the model is trained, with a number of steps.
         say: prints progress.
 
     Returns:
@@ -289,21 +274,9 @@ def train_lists(
     check_context(model, lists, where=str(folder))
     if WORLD_SIZE > 1:  # A list without relevance completes the last step of a pass.
         lists = [*lists, replace(lists[0], relevance=[0.0] * len(lists[0].relevance))]
-    options = training_options(
-        folder,
-        steps=steps,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        learning_rate=learning_rate,
-        warmup_share=warmup_share,
-        seed=seed,
-        bf16=bf16,
-        save_steps=save_steps,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     trainer = ListTrainer(
         model=model,
-        args=TrainingArguments(**options),
+        args=TrainingArguments(**training_options(folder, training)),
         train_dataset=list(lists),
         processing_class=tokenizer,
         loss=loss,
@@ -311,7 +284,7 @@ def train_lists(
         callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
         data_collator=ListCollator(tokenizer.pad_token_id),
     )
-    return train_from_checkpoint(trainer, folder, steps)
+    return train_from_checkpoint(trainer, folder, training.steps or 0)
 
 
 def score_lists(

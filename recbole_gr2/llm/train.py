@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,35 @@ class Example:
     parts: list[int]
     choices: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
     from_prior: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a model is trained on examples.
+
+    Attributes:
+        steps: Optimizer steps, over as many passes as needed. None for one pass.
+        batch_size: Examples of an optimizer step.
+        micro_batch_size: Examples that pass through the model at once, at most. The largest divisor of `batch_size`
+            that is not above this number is used.
+        learning_rate: Highest learning rate.
+        warmup_share: Share of the steps in which the learning rate increases. Then it decreases linearly to 0.
+        seed: Seed of the order of the examples. The order of a pass depends on the seed and the number of the pass.
+        bf16: Train under bfloat16 autocast.
+        save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log,
+            so that a resumed run logs the same means.
+        gradient_checkpointing: Compute the activations of a layer again in the backward pass instead of storing them.
+    """
+
+    steps: int | None = None
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_share: float
+    seed: int
+    bf16: bool
+    save_steps: int
+    gradient_checkpointing: bool = False
 
 
 class PartsTrainer(SFTTrainer):
@@ -174,16 +203,8 @@ def finetune(
     folder: Path,
     *,
     part_weights: Mapping[str, float],
-    steps: int | None = None,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    warmup_share: float,
+    training: Training,
     max_length: int,
-    seed: int,
-    bf16: bool,
-    save_steps: int,
-    gradient_checkpointing: bool = False,
     llm_weight: float = 1.0,
     trie: SidTrie | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -199,18 +220,8 @@ def finetune(
         examples: Training texts.
         folder: Folder of the checkpoints.
         part_weights: Weight of each part by name, in the order of `Example.parts`.
-        steps: Optimizer steps, over as many epochs as needed. None for one epoch.
-        batch_size: Texts per optimizer step.
-        micro_batch_size: Texts that pass through the model at once, at most. The largest divisor of `batch_size` that
-            is not above this number is used.
-        learning_rate: Highest learning rate.
-        warmup_share: Share of the steps in which the learning rate increases. Then it decreases linearly to 0.
+        training: How the model is trained.
         max_length: Longest text in tokens. A longer text is an error; texts are never cut.
-        seed: Seed of the order of the texts. The order of a pass depends on the seed and the number of the pass.
-        bf16: Train under bfloat16 autocast.
-        save_steps: Steps between checkpoints, at least. A checkpoint is written only together with a line of the log,
-            so that a resumed run logs the same means.
-        gradient_checkpointing: Compute the activations of a layer again in the backward pass instead of storing them.
         llm_weight: Power of the model's probability in `Example.choices`, beside their prior.
         trie: Normalize each code of a semantic ID over the codes that lead to an item, as in generation. None: over the
             whole vocabulary.
@@ -232,22 +243,11 @@ def finetune(
             why="training needs at least one text, and texts are never cut",
             do="raise the max_length of the stage, or shorten prompts (prompt_history, prompt_title_chars)",
         )
-    steps = steps or math.ceil(len(examples) / batch_size)
+    steps = training.steps or math.ceil(len(examples) / training.batch_size)
     if WORLD_SIZE > 1:  # A text without loss completes the last batch.
         examples = [*examples, Example(input_ids=[tokenizer.eos_token_id], parts=[0])]
     config = SFTConfig(
-        **training_options(
-            folder,
-            steps=steps,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            learning_rate=learning_rate,
-            warmup_share=warmup_share,
-            seed=seed,
-            bf16=bf16,
-            save_steps=save_steps,
-            gradient_checkpointing=gradient_checkpointing,
-        ),
+        **training_options(folder, replace(training, steps=steps)),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
@@ -277,40 +277,35 @@ def finetune(
     return train_from_checkpoint(trainer, folder, steps)
 
 
-def training_options(
-    folder: Path,
-    *,
-    steps: int,
-    batch_size: int,
-    micro_batch_size: int,
-    learning_rate: float,
-    warmup_share: float,
-    seed: int,
-    bf16: bool,
-    save_steps: int,
-    gradient_checkpointing: bool,
-) -> dict[str, Any]:
-    """Return the arguments of transformers' TrainingArguments that all supervised trainings share, see `finetune`."""
-    check_shares("batch_size", batch_size)
-    share = batch_size // WORLD_SIZE
-    micro = largest_micro_batch(share, micro_batch_size)
+def training_options(folder: Path, training: Training) -> dict[str, Any]:
+    """Return the arguments of transformers' TrainingArguments that all supervised trainings share.
+
+    Args:
+        folder: folder of the checkpoints.
+        training: how the model is trained, with a number of steps.
+    """
+    steps = training.steps
+    assert steps is not None
+    check_shares("batch_size", training.batch_size)
+    share = training.batch_size // WORLD_SIZE
+    micro = largest_micro_batch(share, training.micro_batch_size)
     logging_steps = max(1, round(steps / 40))
     return {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": share // micro,
-        "learning_rate": learning_rate,
+        "learning_rate": training.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": round(warmup_share * steps),
-        "seed": seed,
-        "data_seed": seed,
-        "bf16": bf16,
+        "warmup_steps": round(training.warmup_share * steps),
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "bf16": training.bf16,
         "use_cpu": device() == "cpu",
-        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing": training.gradient_checkpointing,
         "remove_unused_columns": False,
         "save_strategy": "steps",
-        "save_steps": math.ceil(save_steps / logging_steps) * logging_steps,
+        "save_steps": math.ceil(training.save_steps / logging_steps) * logging_steps,
         "logging_steps": logging_steps,
         "report_to": "none",
         "disable_tqdm": True,

@@ -23,7 +23,7 @@ from recbole_gr2.llm.likelihood import perplexity
 from recbole_gr2.llm.model import RANDOM, device, load_language_model, random_config, save_language_model
 from recbole_gr2.llm.train import finetune
 from recbole_gr2.llm.vocabulary import start_from_codebooks
-from recbole_gr2.policy import new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
+from recbole_gr2.policy import llm_training, new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import SEQUENTIAL, templates_for
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.methods import load_codebooks
@@ -80,18 +80,14 @@ def run(context: Context) -> dict[str, Any]:
     language = {"before": perplexity(model, unseen, pad_id=tokenizer.pad_token_id, bf16=bf16)}
 
     before = model.get_input_embeddings().weight[new_tokens(tokenizer)].detach().clone()
-    options = {
-        "batch_size": settings["mid_batch_size"],
-        "micro_batch_size": settings["llm_micro_batch_size"],
-        "gradient_checkpointing": settings["llm_gradient_checkpointing"],
-        "warmup_share": WARMUP_SHARE,
-        "max_length": longest,
-        "seed": seed,
-        "bf16": bf16,
-        "save_steps": settings["llm_save_steps"],
-        "say": context.say,
-        "trie": sid_trie(settings, tokenizer, catalog),
-    }
+    training = llm_training(
+        settings,
+        batch_size=settings["mid_batch_size"],
+        learning_rate=settings["mid_learning_rate"],
+        warmup_share=WARMUP_SHARE,
+        seed=seed,
+    )
+    options = {"max_length": longest, "trie": sid_trie(settings, tokenizer, catalog), "say": context.say}
     hold_out = context.parameters.get("hold_out", settings["mid_hold_out"])
     histories = context.data.known_items("hold_out" if hold_out else "train")
     texts = task_texts(catalog, histories, general, settings)
@@ -106,7 +102,7 @@ def run(context: Context) -> dict[str, Any]:
                 first["persona"],
                 context.folder / "checkpoints" / "embeddings",
                 part_weights={"persona": 1.0},
-                learning_rate=settings["mid_embedding_learning_rate"],
+                training=replace(training, learning_rate=settings["mid_embedding_learning_rate"]),
                 **options,
             )
     examples = examples_of(texts, tokenizer, settings["mid_mix"], settings["mid_tokens"], longest, seed)
@@ -119,7 +115,7 @@ def run(context: Context) -> dict[str, Any]:
         [example for task in examples.values() for example in task],
         context.folder / "checkpoints" / "all",
         part_weights=dict.fromkeys(examples, 1.0),
-        learning_rate=settings["mid_learning_rate"],
+        training=training,
         **options,
     )
     model = merged(model)

@@ -26,7 +26,7 @@ from recbole_gr2.llm.train import Example, FiniteLoss, ProgressLines, finetune
 from recbole_gr2.llm.vocabulary import add_tokens
 from recbole_gr2.onerec_think import END_OF_THINK, THINK, prompt_ids, prompt_maker, reasons, trace_grammar
 from recbole_gr2.plain_text import plain_text
-from recbole_gr2.policy import load_model, new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
+from recbole_gr2.policy import llm_training, load_model, new_tokens, resolved_bf16, sid_trie, use_bf16, whole_midtrain
 from recbole_gr2.prompts import PromptMaker, encode, encode_chat, kind, load_template, shorten
 from recbole_gr2.seeding import derive_seed, seed_everything
 from recbole_gr2.sid.tokens import sid_text
@@ -79,17 +79,16 @@ def run(context: Context) -> dict[str, Any]:
             tokenizer,
             examples,
             context.folder / "checkpoints" / "sft",
+            training=llm_training(
+                settings,
+                steps=steps,
+                batch_size=size,
+                learning_rate=settings["onerec_think_learning_rate"],
+                warmup_share=WARMUP_SHARE,
+                seed=seed,
+            ),
             part_weights={"trace": 1.0, "item": 1.0},
-            steps=steps,
-            batch_size=size,
-            micro_batch_size=settings["llm_micro_batch_size"],
-            gradient_checkpointing=settings["llm_gradient_checkpointing"],
-            learning_rate=settings["onerec_think_learning_rate"],
-            warmup_share=WARMUP_SHARE,
             max_length=max(lengths),
-            seed=seed,
-            bf16=use_bf16(settings, model.device.type),
-            save_steps=settings["llm_save_steps"],
             trie=sid_trie(settings, tokenizer, catalog),
             say=context.say,
         )

@@ -22,7 +22,7 @@ from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.item_vectors import ItemEncoder, feature_scale, item_groups
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.scoring import ListInput, listwise_loss, train_lists
-from recbole_gr2.policy import load_model, new_tokens, prompt_tokens, resolved_bf16
+from recbole_gr2.policy import llm_training, load_model, new_tokens, prompt_tokens, resolved_bf16
 from recbole_gr2.prompts import VECTOR, prompt_values, shuffled_order
 from recbole_gr2.scorer import Scorer
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -56,17 +56,16 @@ def run(context: Context) -> dict[str, Any]:
         tokenizer,
         lists,
         context.folder / "checkpoints",
+        training=llm_training(
+            settings,
+            steps=settings["score_steps"],
+            batch_size=settings["score_batch_size"],
+            learning_rate=settings["score_learning_rate"],
+            warmup_share=WARMUP_SHARE,
+            seed=seed,
+        ),
         loss=settings["score_loss"],
         llm_weight=scorer.grammar.llm_weight,
-        steps=settings["score_steps"],
-        batch_size=settings["score_batch_size"],
-        micro_batch_size=settings["llm_micro_batch_size"],
-        gradient_checkpointing=settings["llm_gradient_checkpointing"],
-        learning_rate=settings["score_learning_rate"],
-        warmup_share=WARMUP_SHARE,
-        seed=seed,
-        bf16=scorer.bf16,
-        save_steps=settings["llm_save_steps"],
         say=context.say,
     )
     model = merged(model)

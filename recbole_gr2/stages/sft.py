@@ -22,7 +22,16 @@ from recbole_gr2.llm.card import write_model_card
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import Example, finetune
-from recbole_gr2.policy import Policy, answer_grammar, load_model, new_tokens, prompt_tokens, resolved_bf16, use_bf16
+from recbole_gr2.policy import (
+    Policy,
+    answer_grammar,
+    llm_training,
+    load_model,
+    new_tokens,
+    prompt_tokens,
+    resolved_bf16,
+    use_bf16,
+)
 from recbole_gr2.prompts import FIELDS, PromptMaker, encode, encode_prompt, prompt_values, template_of
 from recbole_gr2.ranking import promote
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -57,7 +66,6 @@ def run(context: Context) -> dict[str, Any]:
         f"{len(examples):,} texts with {sum(lengths) / len(lengths):.0f} tokens on average, {max(lengths)} at most"
     )
     seed_everything(seed)
-    bf16 = use_bf16(settings, model.device.type)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     batch_size = settings["sft_batch_size"]
     log = finetune(
@@ -65,18 +73,17 @@ def run(context: Context) -> dict[str, Any]:
         tokenizer,
         examples,
         context.folder / "checkpoints",
+        training=llm_training(
+            settings,
+            steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
+            batch_size=batch_size,
+            learning_rate=settings["sft_learning_rate"],
+            warmup_share=WARMUP_SHARE,
+            seed=seed,
+        ),
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": 1.0},
         llm_weight=grammar.llm_weight,
-        steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
-        batch_size=batch_size,
-        micro_batch_size=settings["llm_micro_batch_size"],
-        gradient_checkpointing=settings["llm_gradient_checkpointing"],
-        learning_rate=settings["sft_learning_rate"],
-        warmup_share=WARMUP_SHARE,
         max_length=settings["sft_max_length"],
-        seed=seed,
-        bf16=bf16,
-        save_steps=settings["llm_save_steps"],
         say=context.say,
     )
     model = merged(model)
@@ -89,7 +96,9 @@ def run(context: Context) -> dict[str, Any]:
             settings=("llm", "prompt_", "sft_"),
         )
         write_json(context.folder / "log.json", log)
-    policy = Policy(model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=bf16)
+    policy = Policy(
+        model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=use_bf16(settings, model.device.type)
+    )
     return {
         "texts": len(examples),
         "tokens_mean": sum(lengths) / len(lengths),
