@@ -87,7 +87,7 @@ def neighbourhood_line(neighbourhood: Mapping[str, Any] | None) -> str:
     'pairs that share 1 codes: same category path 25.0 % (all pairs 2.0 %), same first two parts 50.0 % (20.0 %)'
     """
     if not neighbourhood:
-        return "not measured, because fewer than two items have a category"
+        return "categories of pairs: not measured, because fewer than two items have a category"
 
     def percent(*shares: float | None) -> str:
         return ", ".join("-" if share is None else f"{100 * share:.1f} %" for share in shares)
