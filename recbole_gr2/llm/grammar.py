@@ -301,18 +301,37 @@ class GrammarProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores (B, V) with priors, -inf for forbidden tokens."""
-        # `phases` describes a position by the tokens before it: append one position, and read its phases.
-        completion = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=self.grammar.pad_id)
-        phases = self.grammar.phases(completion, self.label_counts, self.cited, self.temperature)
-        phases = Phases(*(part[:, -1:] for part in phases))
+        written = input_ids[:, self.prompt_length :]
+        rows = torch.arange(len(scores), device=scores.device)
+        return self.restrict(scores, written, torch.full_like(rows, written.size(1)), rows)
+
+    def restrict(
+        self, scores: torch.Tensor, written: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the scores (n, V) of n of the completions with priors, -inf for forbidden tokens.
+
+        Args:
+            scores: Logits of the next token of each completion, (n, V).
+            written: The tokens of each completion, padded on the right, (n, O).
+            lengths: Number of tokens of each completion, (n,).
+            rows: Numbers of the completions, (n,).
+        """
+        label_prior = self.label_prior[rows]
+        cited = self.cited and Cited(*(part[rows] for part in self.cited))
+        # `phases` describes a position by the tokens before it: append one position, and read that of the next token.
+        written = torch.nn.functional.pad(written, (0, 1), value=self.grammar.pad_id)
+        phases = self.grammar.phases(written, self.label_counts[rows], cited, self.temperature)
+        number = torch.arange(len(rows), device=rows.device)
+        phases = Phases(*(part[number, lengths].unsqueeze(1) for part in phases))
         weight, copies = self.grammar.llm_weight, phases.copies[:, 0]
-        labels = weight * scores[:, self.labels] + self.label_prior.to(scores.dtype)
-        first = (input_ids[:, -1] == self.grammar.ranking_id) & (self.first_choice.sum(-1) == 0)
-        self.first_choice[first] = labels[first].float().softmax(-1)
+        labels = weight * scores[:, self.labels] + label_prior.to(scores.dtype)
+        last = written[number, (lengths - 1).clamp(min=0)]
+        first = (last == self.grammar.ranking_id) & (lengths > 0) & (self.first_choice[rows].sum(-1) == 0)
+        self.first_choice[rows[first]] = labels[first].float().softmax(-1)
         scores = scores.index_copy(-1, self.labels, labels)
-        cited = copies.clamp(min=0)  # FREE adds 0 to token 0
-        more = (weight - 1) * scores.gather(-1, cited) + phases.copy_prior[:, 0].to(scores.dtype)
-        scores = scores.scatter_add(-1, cited, more.masked_fill(copies == FREE, 0.0))
+        copied = copies.clamp(min=0)  # FREE adds 0 to token 0
+        more = (weight - 1) * scores.gather(-1, copied) + phases.copy_prior[:, 0].to(scores.dtype)
+        scores = scores.scatter_add(-1, copied, more.masked_fill(copies == FREE, 0.0))
         return scores.masked_fill(~self.grammar.mask(phases, scores.size(-1)).squeeze(1), -torch.inf)
 
 

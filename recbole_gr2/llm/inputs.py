@@ -33,6 +33,19 @@ def left_pad(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def right_pad(
+    sequences: Sequence[Sequence[int]], value: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids (B, P), padded with `value` on the right, and their lengths (B,).
+
+    >>> [part.tolist() for part in right_pad([[7, 8], [], [9]], 0, torch.device("cpu"))]
+    [[[7, 8], [0, 0], [9, 0]], [2, 0, 1]]
+    """
+    lengths = [len(text) for text in sequences]
+    ids = [[*text, *[value] * (max(lengths) - len(text))] for text in sequences]
+    return torch.tensor(ids, device=device, dtype=torch.long), torch.tensor(lengths, device=device)
+
+
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Return position ids (B, P) that count real tokens, as `generate` does. Padding does not shift a prompt."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
