@@ -14,7 +14,7 @@ from recbole_gr2.catalog import Catalog
 from recbole_gr2.distributed import share
 from recbole_gr2.llm.answers import read_answer
 from recbole_gr2.llm.beam import SidTrie
-from recbole_gr2.llm.generation import generate_completions
+from recbole_gr2.llm.generation import TRANSFORMERS, check_engine, generate_completions
 from recbole_gr2.llm.grammar import Grammar
 from recbole_gr2.llm.likelihood import continuation_log_likelihood
 from recbole_gr2.llm.model import device, load_saved, uses_bf16
@@ -59,6 +59,24 @@ def llm_training(settings: Mapping[str, Any], **own: Any) -> Training:
         save_steps=settings["llm_save_steps"],
         **own,
     )
+
+
+def engine(settings: Mapping[str, Any]) -> str:
+    """Return the engine that generates the answers, rollouts and traces of a run. Only this function reads the setting.
+
+    Raises:
+        DependencyError: the package of the engine is missing.
+        ConfigurationError: the engine does not support several processes.
+    """
+    name: str = settings["llm_engine"]
+    check_engine(name)
+    return name
+
+
+def engine_value(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return `llm_engine` for the key of a stage that generates. Keys have it only if it is not the default."""
+    name = settings["llm_engine"]
+    return {} if name == TRANSFORMERS else {"llm_engine": name}
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, Any]:
@@ -167,6 +185,7 @@ class Policy:
         maker: renders requests as prompts.
         grammar: the form of the answers.
         bf16: whether to generate under bfloat16 autocast.
+        engine: what runs the model, a name in `llm.generation.ENGINES`.
         batch_size: number of requests that are answered together. It does not change the answers.
     """
 
@@ -175,6 +194,7 @@ class Policy:
     maker: PromptMaker
     grammar: Grammar
     bf16: bool
+    engine: str = TRANSFORMERS
     batch_size: int = 64
 
     @classmethod
@@ -198,6 +218,7 @@ class Policy:
             maker=PromptMaker.of(context.settings, load_catalog(context)),
             grammar=answer_grammar(tokenizer, context.settings, reasoning=reasoning),
             bf16=use_bf16(context.settings, model.device.type),
+            engine=engine(context.settings),
             batch_size=context.settings["eval_batch_lists"],
         )
 
@@ -225,6 +246,7 @@ class Policy:
                 temperature=0.0,
                 batch_size=self.batch_size,
                 bf16=self.bf16,
+                engine=self.engine,
             ),
         )
         answers = []

@@ -235,6 +235,7 @@ def test_values_out_of_range(key, wrong, expected):
         ("cand_ranker", "priors", "prior, lambdamart, none"),
         ("score_loss", "pair", "listwise, pairwise"),
         ("prompt_items", "texts", "text, short, sid, vector"),
+        ("llm_engine", "transformer", "transformers, vllm"),
         ("trace_teacher", "rule", "rules, local_llm, openai_api, recorded, module:attribute"),
     ],
 )

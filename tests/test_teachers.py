@@ -405,7 +405,7 @@ def language_model():
         random_config={"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
     )
     grammar = Grammar.of(tokenizer, RANKING, label_tokens(3), 6)
-    return SimpleNamespace(model=model, tokenizer=tokenizer, grammar=grammar, bf16=False)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, grammar=grammar, bf16=False, engine="transformers")
 
 
 def test_a_local_language_model_replies_under_the_grammar(language_model):

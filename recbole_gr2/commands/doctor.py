@@ -26,7 +26,7 @@ OK, WARNING, FAILED = "ok", "warning", "failed"
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn", "markdown-it-py": "markdown_it"}
 OPTIONAL = {
     "openai": "trace_teacher: openai_api needs it; pip install 'recbole-gr2[teacher]'",
-    "vllm": "it can serve a teacher for trace_teacher: openai_api; install it in an environment of its own",
+    "vllm": "llm_engine: vllm needs it; pip install 'recbole-gr2[vllm]', see docs/gpu.md",
 }
 GIB = 2**30
 

@@ -17,7 +17,7 @@ from recbole_gr2.types import Context
 
 FILE = "README.md"
 # Settings that a card leaves out: what it names in words, and values that depend on the machine.
-OMITTED = ("llm", "llm_bf16", "mid_general", "prompt_template")
+OMITTED = ("llm", "llm_bf16", "llm_engine", "mid_general", "prompt_template")
 
 BODY = """
 # {stage} on {dataset}

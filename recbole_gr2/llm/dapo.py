@@ -31,7 +31,7 @@ from trl.trainer.utils import split_tensor_dict
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.answers import read_answer
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
-from recbole_gr2.llm.generation import generate_rankings
+from recbole_gr2.llm.generation import TRANSFORMERS, generate_rankings
 from recbole_gr2.llm.grammar import FREE, Grammar, prior_tensor
 from recbole_gr2.llm.inputs import left_pad
 from recbole_gr2.llm.losses import completion_log_probs
@@ -58,6 +58,8 @@ class DAPOTrainer(GRPOTrainer):
         max_resample: Largest number of times that a round replaces zero-variance groups by those of further prompts.
         max_empty_rounds: Rounds in a row without a usable group after which training stops.
         callbacks: Callbacks of transformers.
+        engine: What runs the model to generate completions, a name in `generation.ENGINES`. The loss always uses the
+            log-probabilities of the model that is trained.
 
     Raises:
         ConfigurationError: The settings would not give an exact run.
@@ -84,10 +86,11 @@ class DAPOTrainer(GRPOTrainer):
         max_resample: int = 2,
         max_empty_rounds: int = 5,
         callbacks: list[TrainerCallback] | None = None,
+        engine: str = TRANSFORMERS,
     ) -> None:
         self.prompts = {prompt["request_id"]: prompt for prompt in prompts}
         self.requests, self.rewards, self.grammar = requests, rewards, grammar
-        self.max_resample, self.max_empty_rounds = max_resample, max_empty_rounds
+        self.max_resample, self.max_empty_rounds, self.engine = max_resample, max_empty_rounds, engine
         self.settings = cast(Any, args)  # `self.args` is declared without the fields of GRPOConfig
         self.prompts_per_step = self.settings.generation_batch_size // self.settings.num_generations
         steps = self.settings.num_iterations * self.settings.steps_per_generation
@@ -239,6 +242,7 @@ class DAPOTrainer(GRPOTrainer):
             temperature=self.temperature,
             seed=derive_seed(self.settings.seed, "rollout", self.state.global_step, attempt),
             bf16=self.settings.bf16,
+            engine=self.engine,
         )
         groups = []
         for index, prompt in enumerate(prompts):

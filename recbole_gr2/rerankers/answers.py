@@ -24,7 +24,7 @@ class Sft(Reranker):
     trained = True
     distributed = True
     compare_with: ClassVar[tuple[str, ...]] = ("prior", "lambdamart", "onerec_think", "onerec_think-no-think")
-    settings_prefixes = ("prompt_", "llm_bf16")
+    settings_prefixes = ("prompt_", "llm_bf16", "llm_engine")
     reasoning: ClassVar[bool] = True
     """Whether the answers contain reasoning."""
 

@@ -216,6 +216,7 @@ def stages(settings: Settings) -> list[Stage]:
         version=5,
         run=run,
         settings=("llm", "mid_", "prompt_title_chars", "cand_num", "seed"),
+        excluded=("llm_engine",),  # nothing is generated
         needs=("tokenizer",),
         check=check_settings,
         key_values=key_values,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from recbole_gr2.artifacts import load_catalog, write_answers
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
 from recbole_gr2.distributed import RANK
 from recbole_gr2.errors import GR2Error, QualityCheckError
@@ -19,7 +20,7 @@ from recbole_gr2.lists import (
     reported_requests,
 )
 from recbole_gr2.plugins import calling
-from recbole_gr2.policy import resolved_bf16
+from recbole_gr2.policy import engine, engine_value, resolved_bf16
 from recbole_gr2.prompts import prompt_values
 from recbole_gr2.rerankers.apply import fit, rank, rank_by_windows
 from recbole_gr2.rerankers.base import Reranker, stage_name, user_name
@@ -107,9 +108,15 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
             values |= prompt_values(settings)
         if "llm_bf16".startswith(reranker.settings_prefixes):
             values |= resolved_bf16(settings)
+        if "llm_engine".startswith(reranker.settings_prefixes):
+            values |= engine_value(settings)
         if settings["eval_split"] != "test":
             values["eval_split"] = settings["eval_split"]
         return values
+
+    def check_data(settings: Settings, data: Data) -> None:
+        if "llm_engine".startswith(reranker.settings_prefixes):
+            engine(settings)
 
     built_in = reranker.__module__.startswith("recbole_gr2.rerankers.")
     return Stage(
@@ -125,11 +132,13 @@ def _stage(reranker: type[Reranker], sources: Mapping[str, str]) -> Stage:
             *(("eval_windows",) if reranker.windowed and not reranker.whole_pool else ()),
             *reranker.settings_prefixes,
         ),
-        # The keys of test results have no eval_split, and those of the default form of items no prompt_items.
-        excluded=("eval_split", "prompt_items"),
+        # The keys of test results have no eval_split, those of the default form of items no prompt_items, and those of
+        # the default engine no llm_engine.
+        excluded=("eval_split", "prompt_items", "llm_engine"),
         needs=tuple(dict.fromkeys(("tokenizer", "prior", *reranker.needs))),
         key_values=key_values,
         check=check_settings,
+        check_data=check_data,
         parameters={"reranker": reranker},
         distributed=reranker.distributed,
         modules=(reranker.__module__,) if built_in else (),

@@ -24,7 +24,15 @@ from recbole_gr2.llm.curves import FIGURES, curve
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import save_language_model
 from recbole_gr2.llm.train import FiniteLoss, ProgressLines
-from recbole_gr2.policy import answer_grammar, load_model, new_tokens, resolved_bf16, use_bf16
+from recbole_gr2.policy import (
+    answer_grammar,
+    engine,
+    engine_value,
+    load_model,
+    new_tokens,
+    resolved_bf16,
+    use_bf16,
+)
 from recbole_gr2.prompts import PromptMaker, encode_prompt, prompt_values
 from recbole_gr2.rewards import REWARDS, WeightedRewards, overlong, reward_names
 from recbole_gr2.seeding import derive_seed, seed_everything
@@ -103,6 +111,7 @@ def run(context: Context) -> dict[str, Any]:
         "max_resample": settings["rl_max_resample"],
         "max_empty_rounds": MAX_ROUNDS_WITHOUT_SIGNAL,
         "callbacks": [ProgressLines(context.say, FIGURES), FiniteLoss()],
+        "engine": engine(settings),
     }
     if parameters["distilled"]:
         teacher = _distillation_teacher(context, tokenizer)
@@ -157,7 +166,8 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_data(settings: Settings, data: Data) -> None:
-    """Check that the data set has enough users for a round."""
+    """Check that the data set has enough users for a round, and that the engine of the rollouts can be used."""
+    engine(settings)
     users = len(data.rows("train")[1])
     if users < settings["rl_prompts_per_step"]:
         raise ConfigurationError(
@@ -179,8 +189,8 @@ def _check_distillation(settings: Settings, data: Data) -> None:
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
-    """Return the hashes of the prompt template and of the user's own rewards, and whether to train in bfloat16."""
-    values: dict[str, Any] = {**prompt_values(settings), **resolved_bf16(settings)}
+    """Return the hashes of the prompt template and of the user's own rewards, the precision and the engine."""
+    values: dict[str, Any] = {**prompt_values(settings), **resolved_bf16(settings), **engine_value(settings)}
     for name in reward_names(settings["rl_rewards"]):
         if ":" in name:
             values[f"{name}.sha"] = module_hash(name.partition(":")[0], where="rl_rewards")

@@ -19,7 +19,7 @@ from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.download import check_name, identity
 from recbole_gr2.llm.endpoint import check_endpoint, check_url
 from recbole_gr2.llm.model import RANDOM, load_language_model
-from recbole_gr2.policy import Policy, citations, resolved_bf16
+from recbole_gr2.policy import Policy, citations, engine, engine_value, resolved_bf16
 from recbole_gr2.prompts import prompt_values
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.sid.tokens import added_tokens
@@ -149,9 +149,11 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_data(settings: Settings, data: Data) -> None:
-    """Check that there is a client for the endpoint of the teacher."""
+    """Check that there is a client for the endpoint of the teacher, and that the engine of a local one can be used."""
     if settings["trace_teacher"] == "openai_api":
         check_endpoint(settings["trace_endpoint"], where="trace_endpoint")
+    if settings["trace_teacher"] == "local_llm":
+        engine(settings)
 
 
 def key_values(settings: Settings) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
     if settings["trace_file"]:
         values["trace_file"] = file_hash(settings["trace_file"], where="trace_file")
     if settings["trace_teacher"] == "local_llm":
-        values |= resolved_bf16(settings)
+        values |= resolved_bf16(settings) | engine_value(settings)
         if settings["trace_llm"] is not None:
             values["trace_llm"] = identity(settings["trace_llm"], where="trace_llm")
     return values

@@ -44,6 +44,11 @@ class LocalLLM(Protocol):
         """Whether the model generates in bfloat16."""
         ...
 
+    @property
+    def engine(self) -> str:
+        """What runs the model, see `recbole_gr2.llm.generation.ENGINES`."""
+        ...
+
 
 class LocalLLMTeacher:
     """Generates free text and a ranking under the answer grammar.
@@ -85,6 +90,7 @@ class LocalLLMTeacher:
             [self.maker.label_prior(r, p) for r, p in zip(requests, prompts, strict=True)],
             grammar=llm.grammar,
             bf16=llm.bf16,
+            engine=llm.engine,
             temperature=self.temperature if attempt or targeted else 0.0,
             seed=derive_seed(self.seed, attempt),
         )
