@@ -21,12 +21,21 @@ import pandas as pd
 from recbole_gr2 import compat
 from recbole_gr2.bridge.atomic import AtomicFile
 from recbole_gr2.bridge.item_text import clean_text
-from recbole_gr2.bridge.loading import filter_interactions, load_feature
-from recbole_gr2.bridge.splits import LEAVE_ONE_OUT, Split, leave_one_out, ready_made, temporal, train_splits
+from recbole_gr2.bridge.loading import add_histories, filter_interactions, load_feature
+from recbole_gr2.bridge.splits import (
+    LEAVE_ONE_OUT,
+    Split,
+    leave_one_out,
+    leave_one_out_rows,
+    ready_made,
+    temporal,
+    train_splits,
+)
 from recbole_gr2.bridge.summary import DataSummary, summarise
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import Settings, recbole_config
 from recbole_gr2.errors import ConfigurationError, MissingFileError
+from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Item
 
 SPLITS = ("train", "valid", "test")
@@ -42,6 +51,9 @@ COLUMN_OPTIONS = (
     "additional_feat_suffix",
     "seq_len",
 )
+# Number of scores in one batch of rows, 134 MB in float32. Catalogues of up to 32,767 items have batches of
+# `eval_batch_size` = 1024 rows; larger ones have smaller batches. Our choice.
+BATCH_SCORES = 2**25
 TEXTS = ("title", "categories", "brand", "description")
 DESCRIPTION_CHARS = 1000  # The text encoder reads 128 tokens, and the description is the last part of its input.
 
@@ -53,7 +65,8 @@ class Data:
         settings: settings of the run.
 
     Attributes:
-        config: RecBole's Config of a sequential model on this data set.
+        config: RecBole's Config of a sequential model on this data set. `eval_batch_size` is at most so many rows that
+            their scores of all items are `BATCH_SCORES` numbers.
         dataset: RecBole's data set before the split.
         built: RecBole's data sets of training, validation and test.
         uid: name of the user field.
@@ -84,9 +97,12 @@ class Data:
         self.iid: str = self.dataset.iid_field
         self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
         self.item_tokens = [str(token) for token in self.dataset.field2id_token[self.iid]]
+        most = max(1, BATCH_SCORES // len(self.item_tokens))
+        self.config["eval_batch_size"] = min(int(self.config["eval_batch_size"]), most)
         frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
-        groups: Any = frame.groupby(self.uid)[self.iid]
-        self.sequences: dict[int, np.ndarray] = {int(user): group.to_numpy() for user, group in groups}
+        users, firsts = np.unique(frame[self.uid].to_numpy(), return_index=True)
+        items = np.split(frame[self.iid].to_numpy(), firsts[1:])
+        self.sequences: dict[int, np.ndarray] = dict(zip(users.tolist(), items, strict=True))
         self.times: np.ndarray = self.dataset.exact_times[frame.index.to_numpy()]
         self.train_targets: int = settings["train_targets"]
         self.train_requests: int = settings["train_requests"]
@@ -130,6 +146,8 @@ class Data:
         digest.update(str(self.dataset.max_item_list_len).encode())
         if self.train_targets > 1:
             digest.update(f"{self.train_targets} targets".encode())
+        if self.settings["max_requests"]:
+            digest.update(f"{self.settings['max_requests']} sampled requests".encode())
         if self.train_requests > 1:
             digest.update(f"{self.train_requests} requests".encode())
         for grades in self._grades.values():
@@ -216,7 +234,8 @@ class Data:
         """Rows of a split, at most one per user.
 
         The row of `train`, or of `train-2` and so on, is the one whose target is the first target of this training
-        request. It exists if the request has at least one item of history.
+        request. It exists if the request has at least one item of history. With `max_requests` these are the rows of
+        the users that come first in a random order, which is the same for all splits.
 
         Returns:
             The rows as RecBole's Interaction, and their user ids (B,).
@@ -226,7 +245,21 @@ class Data:
             users, starts = feat[self.uid].numpy(), self.split.starts[split]
             places = self.split.known["train"] - starts  # Place of the target, counted from the last training row.
             feat = feat[np.flatnonzero((from_end(users) == places[users]) & (starts[users] > 0))]
+        limit = self.settings["max_requests"]
+        if limit and limit < len(feat):
+            seed = derive_seed(self.settings["seed"], "requests")
+            places = np.random.default_rng(seed).permutation(len(self.user_tokens))[feat[self.uid].numpy()]
+            feat = feat[np.sort(np.argsort(places)[:limit])]
         return feat, feat[self.uid].numpy()
+
+    def validation(self) -> Any:
+        """RecBole's data set of the validation rows that `rows` returns, for the choice of the number of epochs."""
+        return self.built[1].copy(self.rows("valid")[0])
+
+    @cached_property
+    def user_counts(self) -> Counter[int]:
+        """Number of training rows of each user id, as RecBole counts them."""
+        return self.built[0].user_counter
 
     def history(self, user: int, split: str) -> tuple[int, ...]:
         """All item ids before the first target of a split, oldest first. RecBole's rows keep only the last ones."""
@@ -385,6 +418,19 @@ def exact_time_dataset(*, sequential: bool, base: type | None = None) -> type:
             super()._normalize()
             self.inter_feat[self.time_field] = rank
 
+        def data_augmentation(self) -> None:
+            if parent.data_augmentation is not SequentialDataset.data_augmentation:
+                super().data_augmentation()  # A data set class of one model, which adds more columns.
+            else:
+                add_histories(self)
+
+        def leave_one_out(self, group_by: str, leave_one_mode: str) -> list[Any]:
+            if leave_one_mode != "valid_and_test":
+                return super().leave_one_out(group_by, leave_one_mode)
+            self._drop_unused_col()
+            parts = leave_one_out_rows(self.inter_feat[group_by].numpy())
+            return [self.copy(self.inter_feat[rows]) for rows in parts]
+
         def split_by_ratio(self, ratios: Any, group_by: Any = None) -> list[Any]:
             split: Split = self.user_split
             users = self.inter_feat[self.uid_field].numpy()
@@ -507,10 +553,13 @@ def from_end(users: np.ndarray) -> np.ndarray:
 
     Args:
         users: user id of each row, (B,). The rows of a user are in time order.
+
+    >>> from_end(np.array([4, 4, 2, 4, 2])), from_end(np.array([], dtype=int))
+    (array([3, 2, 2, 1, 1]), array([], dtype=int64))
     """
+    reverse = users[::-1]
+    order = np.argsort(reverse, kind="stable")
+    starts = np.flatnonzero(np.r_[True, reverse[order][1:] != reverse[order][:-1]][: len(users)])
     numbers = np.empty(len(users), dtype=np.int64)
-    counts: Counter[int] = Counter()
-    for row, user in reversed(list(enumerate(users.tolist()))):
-        counts[user] += 1
-        numbers[row] = counts[user]
-    return numbers
+    numbers[order] = np.arange(1, len(users) + 1) - np.repeat(starts, np.diff(np.r_[starts, len(users)]))
+    return numbers[::-1].copy()

@@ -505,7 +505,7 @@ def _collector(data: Data, config: Any, counts: Counter[int]) -> Any:
     from recbole.evaluator import Collector
 
     collector, train = Collector(config), data.built[0]
-    dataset = SimpleNamespace(num=train.num, user_counter=train.user_counter, item_counter=counts)
+    dataset = SimpleNamespace(num=train.num, user_counter=data.user_counts, item_counter=counts)
     collector.data_collect(SimpleNamespace(dataset=dataset))
     return collector
 

@@ -103,6 +103,48 @@ def load_feature(dataset: Any, file: Path, source: Any) -> pd.DataFrame | None:
     return frame
 
 
+def add_histories(dataset: Any) -> None:
+    """Replace the interactions of a sequential data set by RecBole's training rows: each item after its history.
+
+    The result is that of RecBole's `data_augmentation`, which loops over the rows. The columns of the histories are
+    filled position by position.
+
+    Args:
+        dataset: RecBole's sequential data set.
+    """
+    import torch
+    from recbole.data.interaction import Interaction
+    from recbole.utils import FeatureType
+
+    dataset._aug_presets()
+    dataset._check_field("uid_field", "time_field")
+    dataset.sort(by=[dataset.uid_field, dataset.time_field], ascending=True)
+    feat, longest = dataset.inter_feat, dataset.config["MAX_ITEM_LIST_LENGTH"]
+    users = feat[dataset.uid_field].numpy()
+    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
+    places = np.arange(len(users)) - np.repeat(starts, np.diff(np.r_[starts, len(users)]))
+    targets = np.flatnonzero(places)  # The first interaction of a user has no history.
+    lengths = np.minimum(places[targets], longest)
+    columns: dict[str, Any] = {dataset.item_list_length_field: torch.from_numpy(lengths)}
+    for field in feat:
+        if field == dataset.uid_field:
+            continue
+        name, values = getattr(dataset, f"{field}_list_field"), feat[field]
+        size = dataset.field2seqlen[name]
+        shape = (len(targets), size) if isinstance(size, int) else (len(targets), *size)
+        if dataset.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ) and field in (
+            dataset.config["numerical_features"]
+        ):
+            shape += (2,)
+        columns[name] = torch.zeros(shape, dtype=values.dtype)
+        for place in range(longest):
+            rows = np.flatnonzero(lengths > place)
+            columns[name][rows, place] = values[targets[rows] - lengths[rows] + place]
+    rows = feat[targets]
+    rows.update(Interaction(columns))
+    dataset.inter_feat = rows
+
+
 def filter_interactions(dataset: Any) -> None:
     """Run RecBole's filters, and count the interactions that each drops in `dataset.dropped`.
 

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from recbole_gr2.errors import ConfigurationError
 
@@ -79,6 +80,27 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
     train, test = (lengths - 2).clip(min=0), (lengths - 1).clip(min=0)
     refit = np.where(lengths > 2, lengths - 1, 0)
     return _by_position(LEAVE_ONE_OUT, train, train, test, refit, targets=targets, requests=requests)
+
+
+def leave_one_out_rows(users: np.ndarray) -> list[np.ndarray]:
+    """Return the rows of training, validation and test, as RecBole's `leave_one_out` does with a loop over the rows.
+
+    The users are in the order of their first rows. The last row of a user is for the test and the one before it for
+    validation. A user with two rows has no validation, and the only row of a user is for training.
+
+    Args:
+        users: user of each row, (B,). The rows of a user are in time order.
+
+    >>> [rows.tolist() for rows in leave_one_out_rows(np.array([7, 5, 7, 7, 7, 5, 3]))]
+    [[0, 2, 1, 6], [3], [4, 5]]
+    """
+    codes, _ = pd.factorize(users)
+    order = np.argsort(codes, kind="stable")
+    sizes = np.bincount(codes)
+    from_end = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(users))
+    size = np.repeat(sizes, sizes)
+    test, valid = (from_end == 1) & (size > 1), (from_end == 2) & (size > 2)
+    return [order[~test & ~valid], order[valid], order[test]]
 
 
 def _by_position(

@@ -237,7 +237,7 @@ def summarise(data: Data) -> DataSummary:
         tied_users=float(np.mean(data.times[several] == data.times[several - 1])) if len(several) else 0.0,
         test_users=len(tested),
         valid_users=len(valid_users),
-        train_lists=int((data.split.starts["train"] > 0).sum()),
+        train_lists=min(int((data.split.starts["train"] > 0).sum()), settings["max_requests"] or len(lengths)),
         train_targets=data.train_targets,
         split=data.split.name,
         cuts=data.split.cuts,

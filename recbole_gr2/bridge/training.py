@@ -124,7 +124,7 @@ def train_model(
     with _reported(setup.name):  # RecBole refuses users who interacted with all items.
         samplers = create_samplers(config, setup.dataset, [setup.train, *setup.built[1:]])
         loader = get_dataloader(config, "train")(config, setup.train, samplers[0], shuffle=config["shuffle"])
-    valid_loader = get_dataloader(config, "valid")(data.config, data.built[1], None, shuffle=False)
+    valid_loader = get_dataloader(config, "valid")(data.config, data.validation(), None, shuffle=False)
     folder.mkdir(parents=True, exist_ok=True)
     metric = str(config["valid_metric"])
     kind = ModelType.TRADITIONAL if is_traditional(setup.model_class) else config["MODEL_TYPE"]
@@ -341,7 +341,7 @@ def _network(setup: _SetUp, data: Data) -> Any:
     """Create the network of a model, with a `full_sort_predict` if its class has none."""
     network = setup.model_class(setup.config, setup.train).to(setup.config["device"])
     if PairScores.needed(setup.model_class):
-        network.full_sort_predict = PairScores(network, data.item_count + 1, int(data.config["eval_batch_size"]))
+        network.full_sort_predict = PairScores(network, data.item_count + 1, int(setup.config["eval_batch_size"]))
     return network
 
 

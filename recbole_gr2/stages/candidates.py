@@ -171,6 +171,7 @@ def protocol(context: Context) -> dict[str, str]:
         "items of the history": "excluded" if settings["cand_exclude_seen"] else "not excluded",
         **learns,
         "training requests of a user": str(settings["train_requests"]),
+        **({"requests of a split": f"a sample of {settings['max_requests']}"} if settings["max_requests"] else {}),
         "items of a list": f"{pool_size(settings)} by {source}",
         "candidates of language models": str(settings["cand_num"])
         + (f", selected by {settings['cand_ranker']}" if pool_size(settings) > settings["cand_num"] else ""),

@@ -1,0 +1,208 @@
+"""Run the command on synthetic data of growing size, and record the time and the memory of every stage.
+
+    python benchmarks/scale.py WORK --items 10000 30000 100000 --plot scale.png
+
+WORK gets the data, the results of each run and `scale.json`, which has one line for each stage and size. A size that
+`scale.json` contains is not run again. The data have ten interactions for each item and one user for ten interactions.
+Items belong to clusters of 50, which share words, a brand and a category, and users mostly stay in two clusters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+INTERACTIONS, CLUSTER, STEPS = 10, 50, 40  # interactions per item; items of a cluster; longest sequence
+POPULARITY = 0.7  # exponent of the popularity of items and clusters
+WORDS = 20_000
+SETTINGS = """\
+preset: smoke
+text_brand: brand
+text_categories: categories
+MAX_ITEM_LIST_LENGTH: 20
+base_model: [PairCounts, TextEASE]
+cand_pool: 50
+sid_codes: 256
+sid_hidden: [128]
+sid_epochs: 2
+sid_batch_size: 1024
+eval_rows: [lambdamart, sft]
+eval_max_lists: 2000
+"""
+
+
+def write_data(folder: Path, items: int, seed: int = 1) -> None:
+    """Write the data set `folder.name`: a .inter file with `INTERACTIONS` lines per item, and a .item file."""
+    rng = np.random.default_rng(seed)
+    users, clusters = items, max(items // CLUSTER, 2)
+    order = rng.permutation(items)  # of popularity
+    item_at = np.argsort(order, kind="stable")
+    share = np.cumsum((1 + np.arange(items)) ** -POPULARITY)
+    cluster_share = np.cumsum((1 + np.arange(clusters)) ** -POPULARITY)
+
+    def draw(cumulative: np.ndarray, count: int) -> np.ndarray:
+        return np.searchsorted(cumulative, rng.random(count) * cumulative[-1]).clip(max=len(cumulative) - 1)
+
+    lengths = np.minimum(5 + rng.geometric(1 / (INTERACTIONS - 4), users) - 1, STEPS)
+    home, start = draw(cluster_share, 2 * users).reshape(2, users), rng.random(users) * 1000
+    inside = (rng.random(users) ** 2 * CLUSTER).astype(int)
+    place, rows = np.where(rng.random(users) < 0.5, home[0], home[1]), []
+    for step in range(STEPS):
+        kind = rng.random(users)
+        # Half of the steps go to one of the next three items of the cluster, a quarter to another one of the clusters.
+        place = np.where(kind < 0.75, place, np.where(rng.random(users) < 0.5, home[0], home[1]))
+        jump = (rng.random(users) ** 2 * CLUSTER).astype(int)
+        inside = np.where(kind < 0.5, (inside + 1 + rng.integers(3, size=users)) % CLUSTER, jump)
+        item = np.minimum(place * CLUSTER + inside, items - 1)
+        item = np.where(kind < 0.85, item, item_at[draw(share, users)])
+        active = np.flatnonzero(step < lengths)
+        rows.append(np.stack([active, item[active], np.full(len(active), step)], axis=1))
+    table = np.concatenate(rows)
+    _, first = np.unique(table[:, 0] * items + table[:, 1], return_index=True)  # no repeated items
+    table = table[np.sort(first)]
+    times = (1e9 + 86400 * (start[table[:, 0]] + table[:, 2])).astype(int)
+    folder.mkdir(parents=True)
+    name = folder / folder.name
+    with open(f"{name}.inter", "w") as file:
+        file.write("user_id:token\titem_id:token\ttimestamp:float\n")
+        for user, item, moment in zip(table[:, 0].tolist(), table[:, 1].tolist(), times.tolist(), strict=True):
+            file.write(f"u{user}\ti{item}\t{moment}\n")
+    syllables = ["ba", "de", "fi", "go", "ku", "la", "me", "ni", "po", "ru", "sa", "te", "vi", "wo", "zu"]
+    words = np.array(["".join(rng.choice(syllables, 2 + word % 3)) for word in range(WORDS)])
+    of_cluster, of_item = rng.integers(WORDS, size=(clusters + 1, 6)), rng.integers(WORDS, size=(items, 2))
+    chosen = rng.integers(6, size=(items, 3))
+    with open(f"{name}.item", "w") as file:
+        file.write("item_id:token\ttitle:token_seq\tbrand:token\tcategories:token_seq\n")
+        for item in range(items):
+            cluster = item // CLUSTER
+            title = " ".join([*words[of_cluster[cluster][chosen[item]]], *words[of_item[item]]])
+            path = f"Shop > Part {cluster % 30} > Shelf {cluster % 1000}"
+            file.write(f"i{item}\t{title}\tbrand {cluster // 3}\t{path}\n")
+    Path(f"{name}.yaml").write_text(SETTINGS)
+
+
+class Watch:
+    """Peak of the resident memory of a process, which also covers the time before the first stage, in MiB."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.peak, self.process = 0.0, process
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        while self.process.poll() is None:
+            try:
+                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+                found = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
+                self.peak = max(self.peak, *found)
+            except (OSError, TypeError):
+                pass
+            time.sleep(0.5)
+
+
+def run(work: Path, items: int, extra: list[str]) -> list[dict[str, object]]:
+    """Run all stages on a data set of this size in a process. Returns one record for each stage, and for the rest."""
+    name = f"scale-{items}"
+    if not (work / "data" / name).is_dir():
+        write_data(work / "data" / name, items)
+    saved = work / "saved"
+    before = set(saved.glob(f"gr2/{name}/*/*/manifest.json"))
+    command = [
+        sys.executable,
+        "run_recbole_gr2.py",
+        "--dataset",
+        name,
+        f"--data_path={work / 'data'}",
+        "--name",
+        "scale",
+    ]
+    command += [f"--checkpoint_dir={saved}", "--config_files", str(work / "data" / name / f"{name}.yaml"), *extra]
+    started = time.monotonic()
+    with open(work / f"{name}.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        watch = Watch(process)
+        code = process.wait()
+    seconds = time.monotonic() - started
+    records: list[dict[str, object]] = []
+    for file in sorted(
+        set(saved.glob(f"gr2/{name}/*/*/manifest.json")) - before, key=lambda each: each.stat().st_mtime
+    ):
+        stage = json.loads(file.read_text())
+        records.append({"stage": stage["stage"], "seconds": stage["seconds"], "mib": stage["peak_memory_mb"]})
+    rest = seconds - sum(float(str(each["seconds"])) for each in records)
+    records += [
+        {"stage": "start, data and report", "seconds": round(rest, 1), "mib": None},
+        {"stage": "whole run", "seconds": round(seconds, 1), "mib": round(watch.peak), "exit code": code},
+    ]
+    return [{"items": items, **record} for record in records]
+
+
+def table(records: list[dict[str, object]]) -> str:
+    """Return seconds and MiB of each stage, a column for each size, as a table in Markdown."""
+    sizes, stages = [list(dict.fromkeys(each[key] for each in records)) for key in ("items", "stage")]
+    cell = {(each["stage"], each["items"]): each for each in records}
+    lines = ["| stage | " + " | ".join(f"{size:,}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    for stage in stages:
+        found = [cell.get((stage, size)) for size in sizes]
+        texts = [
+            "" if f is None else f"{f['seconds']:,.0f} s" + (f", {f['mib']:,} MiB" if f["mib"] else "") for f in found
+        ]
+        lines.append(f"| {stage} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def plot(records: list[dict[str, object]], file: Path) -> None:
+    """Draw the time of each stage and the peak memory of the run against the number of items, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    whole = [each for each in records if each["stage"] == "whole run"]
+    sizes = np.array([each["items"] for each in whole], dtype=float)
+    largest = {each["stage"]: each["seconds"] for each in records if each["items"] == sizes.max()}
+    for stage in sorted(largest, key=lambda name: -float(str(largest[name])))[:8]:
+        points = [(each["items"], each["seconds"]) for each in records if each["stage"] == stage]
+        left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=stage)
+    left.plot(sizes, float(str(whole[0]["seconds"])) * sizes / sizes[0], "k:", linewidth=1, label="linear")
+    left.set(xscale="log", yscale="log", xlabel="items", ylabel="seconds")
+    left.legend(fontsize=6)
+    right.plot(sizes, [float(str(each["mib"])) / 1024 for each in whole], marker="o", markersize=3)
+    right.axhline(20, color="k", linestyle=":", linewidth=1)
+    right.set(xscale="log", xlabel="items", ylabel="peak memory of the run, GiB", ylim=(0, 22))
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+
+
+def main() -> None:
+    """Run the sizes that have no result yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--items", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--plot", type=Path)
+    options, extra = parser.parse_known_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.work / "scale.json"
+    records = json.loads(results.read_text()) if results.is_file() else []
+    for items in options.items:
+        if not any(each["items"] == items for each in records):
+            records += run(options.work, items, extra)
+            results.write_text(json.dumps(records, indent=1))
+    records.sort(key=lambda each: each["items"])
+    print(table(records))
+    if options.plot:
+        plot(records, options.plot)
+
+
+if __name__ == "__main__":
+    main()
