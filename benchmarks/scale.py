@@ -1,4 +1,4 @@
-"""Run the command on synthetic data of growing size, and record the time and the memory of every stage.
+"""Run the command on synthetic data of growing size, and record the CPU time and the memory of every stage.
 
     python benchmarks/scale.py WORK --items 10000 30000 100000 --plot scale.png
 
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ sid_hidden: [128]
 sid_epochs: 2
 sid_batch_size: 1024
 eval_rows: [lambdamart, sft]
-eval_max_lists: 2000
+max_requests: 2000
 """
 
 
@@ -86,81 +87,93 @@ def write_data(folder: Path, items: int, seed: int = 1) -> None:
             title = " ".join([*words[of_cluster[cluster][chosen[item]]], *words[of_item[item]]])
             path = f"Shop > Part {cluster % 30} > Shelf {cluster % 1000}"
             file.write(f"i{item}\t{title}\tbrand {cluster // 3}\t{path}\n")
-    Path(f"{name}.yaml").write_text(SETTINGS)
 
 
 class Watch:
-    """Peak of the resident memory of a process, which also covers the time before the first stage, in MiB."""
+    """Peak of the resident memory of a process in MiB, also before its first stage, and its CPU time at any moment."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.peak, self.process = 0.0, process
-        self.thread = threading.Thread(target=self._read, daemon=True)
-        self.thread.start()
+        self.moments: list[float] = [time.time()]
+        self.cpu: list[float] = [0.0]
+        threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        folder, ticks = Path(f"/proc/{self.process.pid}"), os.sysconf("SC_CLK_TCK")
         while self.process.poll() is None:
             try:
-                lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-                found = [int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")]
-                self.peak = max(self.peak, *found)
-            except (OSError, TypeError):
+                lines = (folder / "status").read_text().splitlines()
+                self.peak = max(
+                    [self.peak, *(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))]
+                )
+                user, system = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]
+                self.cpu.append((int(user) + int(system)) / ticks)
+                self.moments.append(time.time())
+            except (OSError, ValueError):
                 pass
-            time.sleep(0.5)
+            time.sleep(0.2)
+
+    def cpu_at(self, moment: float) -> float:
+        """CPU seconds of the process up to a time."""
+        return float(np.interp(moment, self.moments, self.cpu))
 
 
-def run(work: Path, items: int, extra: list[str]) -> list[dict[str, object]]:
+def run(work: Path, items: int, extra: list[str]) -> list[dict[str, Any]]:
     """Run all stages on a data set of this size in a process. Returns one record for each stage, and for the rest."""
     name = f"scale-{items}"
     if not (work / "data" / name).is_dir():
         write_data(work / "data" / name, items)
+    Path(work / "data" / name / f"{name}.yaml").write_text(SETTINGS)
     saved = work / "saved"
-    before = set(saved.glob(f"gr2/{name}/*/*/manifest.json"))
     command = [
         sys.executable,
         "run_recbole_gr2.py",
         "--dataset",
         name,
-        f"--data_path={work / 'data'}",
         "--name",
         "scale",
+        f"--data_path={work / 'data'}",
     ]
     command += [f"--checkpoint_dir={saved}", "--config_files", str(work / "data" / name / f"{name}.yaml"), *extra]
-    started = time.monotonic()
+    started = time.time()
     with open(work / f"{name}.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         watch = Watch(process)
         code = process.wait()
-    seconds = time.monotonic() - started
-    records: list[dict[str, object]] = []
-    for file in sorted(
-        set(saved.glob(f"gr2/{name}/*/*/manifest.json")) - before, key=lambda each: each.stat().st_mtime
-    ):
-        stage = json.loads(file.read_text())
-        records.append({"stage": stage["stage"], "seconds": stage["seconds"], "mib": stage["peak_memory_mb"]})
-    rest = seconds - sum(float(str(each["seconds"])) for each in records)
+    records: list[dict[str, Any]] = []
+    files = [file for file in saved.glob(f"gr2/{name}/stages/*/*/manifest.json") if file.stat().st_mtime > started]
+    for file in sorted(files, key=lambda each: each.stat().st_mtime):
+        stage, end = json.loads(file.read_text()), file.stat().st_mtime
+        cpu = watch.cpu_at(end) - watch.cpu_at(end - stage["seconds"])
+        records.append(
+            {"stage": stage["stage"], "seconds": stage["seconds"], "cpu": cpu, "mib": stage["peak_memory_mb"]}
+        )
+    whole = {"seconds": time.time() - started, "cpu": watch.cpu[-1]}
+    rest = {key: value - sum(each[key] for each in records) for key, value in whole.items()}
     records += [
-        {"stage": "start, data and report", "seconds": round(rest, 1), "mib": None},
-        {"stage": "whole run", "seconds": round(seconds, 1), "mib": round(watch.peak), "exit code": code},
+        {"stage": "start, data and report", **rest, "mib": None},
+        {"stage": "whole run", **whole, "mib": round(watch.peak), "exit code": code},
     ]
     return [{"items": items, **record} for record in records]
 
 
-def table(records: list[dict[str, object]]) -> str:
-    """Return seconds and MiB of each stage, a column for each size, as a table in Markdown."""
+def table(records: list[dict[str, Any]]) -> str:
+    """Return CPU seconds and MiB of each stage, a column for each size, as a table in Markdown."""
     sizes, stages = [list(dict.fromkeys(each[key] for each in records)) for key in ("items", "stage")]
-    cell = {(each["stage"], each["items"]): each for each in records}
-    lines = ["| stage | " + " | ".join(f"{size:,}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    cells = {(each["stage"], each["items"]): each for each in records}
+    lines = ["| stage | " + " | ".join(f"{size:,} items" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
     for stage in stages:
-        found = [cell.get((stage, size)) for size in sizes]
-        texts = [
-            "" if f is None else f"{f['seconds']:,.0f} s" + (f", {f['mib']:,} MiB" if f["mib"] else "") for f in found
-        ]
+        texts = []
+        for size in sizes:
+            each = cells.get((stage, size))
+            memory = f", {each['mib']:,} MiB" if each and each["mib"] else ""
+            texts.append(f"{each['cpu']:,.0f} s{memory}" if each else "")
         lines.append(f"| {stage} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def plot(records: list[dict[str, object]], file: Path) -> None:
-    """Draw the time of each stage and the peak memory of the run against the number of items, on logarithmic axes."""
+def plot(records: list[dict[str, Any]], file: Path) -> None:
+    """Draw the CPU time of each stage and the peak memory of the run against the number of items."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,14 +182,14 @@ def plot(records: list[dict[str, object]], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
     whole = [each for each in records if each["stage"] == "whole run"]
     sizes = np.array([each["items"] for each in whole], dtype=float)
-    largest = {each["stage"]: each["seconds"] for each in records if each["items"] == sizes.max()}
-    for stage in sorted(largest, key=lambda name: -float(str(largest[name])))[:8]:
-        points = [(each["items"], each["seconds"]) for each in records if each["stage"] == stage]
+    largest = {each["stage"]: each["cpu"] for each in records if each["items"] == sizes.max()}
+    for stage in sorted(largest, key=lambda name: -largest[name])[:9]:
+        points = [(each["items"], each["cpu"]) for each in records if each["stage"] == stage]
         left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=stage)
-    left.plot(sizes, float(str(whole[0]["seconds"])) * sizes / sizes[0], "k:", linewidth=1, label="linear")
-    left.set(xscale="log", yscale="log", xlabel="items", ylabel="seconds")
+    left.plot(sizes, whole[-1]["cpu"] * sizes / sizes[-1], "k:", linewidth=1, label="proportional to the items")
+    left.set(xscale="log", yscale="log", xlabel="items", ylabel="CPU seconds")
     left.legend(fontsize=6)
-    right.plot(sizes, [float(str(each["mib"])) / 1024 for each in whole], marker="o", markersize=3)
+    right.plot(sizes, [each["mib"] / 1024 for each in whole], marker="o", markersize=3)
     right.axhline(20, color="k", linestyle=":", linewidth=1)
     right.set(xscale="log", xlabel="items", ylabel="peak memory of the run, GiB", ylim=(0, 22))
     figure.tight_layout()

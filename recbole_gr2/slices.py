@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.features.providers import SparseLookup
+from recbole_gr2.model.linear import SparseLookup
 from recbole_gr2.ranking import ndcg_at
 
 if TYPE_CHECKING:

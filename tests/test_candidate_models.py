@@ -13,7 +13,6 @@ from recbole_gr2.bridge import training
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.bridge.evaluator import depth_of, recommend
 from recbole_gr2.bridge.models import BaseModel, find_model
-from recbole_gr2.bridge.support import check_size
 from recbole_gr2.bridge.training import load_model, train_model, train_or_load
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError
@@ -307,14 +306,6 @@ def test_item_texts_without_words_are_an_error(tmp_path):
             fitted(folder, tmp_path / model, model, **options)
         assert caught.value.where and caught.value.why and caught.value.do
     assert torch.isfinite(scores_of(fitted(folder, tmp_path / "m", "PairCounts", base_text_weight=0))[:, 1:]).all()
-
-
-def test_a_catalogue_that_is_too_large_for_text_ease_is_refused(five, monkeypatch):
-    data = Data(settings_for(five, "TextEASE"))
-    check_size("TextEASE", data, base=True)
-    monkeypatch.setattr(find_model("TextEASE"), "MAX_ITEMS", 4)
-    with pytest.raises(ConfigurationError, match="at most 4 items, and the catalogue has 5"):
-        check_size("TextEASE", data, base=True)
 
 
 @pytest.mark.parametrize(

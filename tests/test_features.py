@@ -198,13 +198,6 @@ def test_linear_weights_are_ridge_regressions_of_each_item_on_the_others(monkeyp
     assert np.allclose(longer["linear"], [20 * weights(i)[5] + weights(i)[0] for i in (3, 4)], atol=1e-4)
 
 
-def test_unpopular_items_have_no_linear_weight(monkeypatch):
-    monkeypatch.setattr(providers, "MAX_LINEAR_ITEMS", 2)  # Items 1 and 2 with three and four users.
-    values = features("linear", history=(1, 3), candidates=(2, 4, 1))
-    assert values["linear of each"][0][0] > 0
-    assert values["linear of each"] == [[values["linear"][0], 0, 0], [0, 0, 0]]
-
-
 def test_overlap_of_categories():
     assert [overlap(CATALOG.item(1), CATALOG.item(n)) for n in (2, 6, 5)] == [2 / 3, 1, 0]
     words = [Item(item_id=n, token="", title="", categories=c) for n, c in enumerate(["Drama War", "War"], start=1)]

@@ -132,8 +132,9 @@ def add_histories(dataset: Any) -> None:
         name, values = getattr(dataset, f"{field}_list_field"), feat[field]
         size = dataset.field2seqlen[name]
         shape = (len(targets), size) if isinstance(size, int) else (len(targets), *size)
-        if dataset.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ) and field in (
-            dataset.config["numerical_features"]
+        if (
+            dataset.field2type[field] in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ)
+            and field in (dataset.config["numerical_features"])
         ):
             shape += (2,)
         columns[name] = torch.zeros(shape, dtype=values.dtype)

@@ -85,7 +85,6 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
     """
     model_class: Any = find_model(name)
     if name in MODELS:
-        _check_catalogue(model_class, data, base)
         return
     config = recbole_config(data.settings, model_class, base=base)
     option = OPTION[base]
@@ -111,18 +110,6 @@ def check_size(name: str, data: Data, *, base: bool) -> None:
                 do="lower it, so that an epoch has more batches, or set "
                 f"{option.format('cor_weight')} to 0 to train without this loss",
             )
-
-
-def _check_catalogue(model_class: Any, data: Data, base: bool) -> None:
-    """Raise a ConfigurationError if the catalogue has more items than the model's `MAX_ITEMS`, if it has a limit."""
-    largest = getattr(model_class, "MAX_ITEMS", data.item_count)
-    if data.item_count > largest:
-        raise ConfigurationError(
-            f"{model_class.__name__} accepts at most {largest:,} items, and the catalogue has {data.item_count:,}",
-            where="base_model" if base else "models",
-            why="its memory grows with the square of the number of items",
-            do="filter the items (item_inter_num_interval), or choose another model",
-        )
 
 
 def _check_package(name: str, options: Mapping[str, Any], where: str) -> None:

@@ -131,6 +131,8 @@ def train_model(
     trainer_class = get_trainer(kind, config["model"])
     with _reported(setup.name):
         network = _network(setup, data)
+        if note := getattr(network, "note", ""):
+            say(note)
         for stage in PRETRAINED.get(setup.name, ())[1:]:
             say(f"{setup.name}: {config['train_stage']}, {config['pretrain_epochs']} epochs without validation")
             _make_trainer(trainer_class, config, network, data, folder / WEIGHTS).fit(loader, verbose=False)

@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.model.linear import inverse_gram
+from recbole_gr2.model.linear import SparseLookup, inverse_gram, neighbour_weights
 from recbole_gr2.types import RECENT, Item, Request
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-    from scipy.sparse import csr_matrix, spmatrix
+    from scipy.sparse import csr_matrix
 
 # The weights of `linear`. Our choice, by the validation lists of Amazon Beauty (results/tried.md).
 RIDGE, TEXT = 100.0, 30.0
-MAX_LINEAR_ITEMS = 20_000  # Number of items with weights in `linear`: a dense matrix of 1.6 GB. Our choice.
+MAX_LINEAR_ITEMS = 20_000  # Most items with exact weights in `linear`: a dense matrix of 1.6 GB. Our choice.
 SOON = 3  # Number of steps that count as "soon" in `transition`. Our choice.
 # Periods of `time` before and after the last history item, as shares of all training interactions. Our choice.
 PERIODS = ((-0.01, 0.01), (-0.03, 0.03), (-0.1, 0.1), (-0.03, 0.0), (0.0, 0.03), (0.0, 0.1))
@@ -205,20 +204,29 @@ def linear(data: TrainingData) -> Describe:
     to items with similar texts (collective EASE; Jeunen, Van Balen and Goethals, RecSys 2020). In contrast to counts,
     a weight is small if a third item explains the co-occurrence.
 
-    Only the `MAX_LINEAR_ITEMS` most popular items have weights. The weights of all other items are 0.
+    An item without interactions has no weights. If more than `MAX_LINEAR_ITEMS` items have interactions, the weights
+    are sparse: a ridge regression of each item on a few neighbours, see `recbole_gr2.model.linear.neighbour_weights`.
     """
     interactions = _interactions(data.sequences, len(data.catalog) + 1)
     counts = np.asarray(interactions.sum(axis=0)).ravel()
-    popular = np.argsort(-counts, kind="stable")[: min(MAX_LINEAR_ITEMS, np.count_nonzero(counts))]
+    known = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     index = np.full(len(counts), -1)  # Row of each item id in the matrix of weights, or -1.
-    index[popular] = np.arange(len(popular))
-    inverse = inverse_gram(interactions[:, popular], data.embeddings[popular - 1], ridge=RIDGE, text_weight=TEXT)
-    scale = inverse.diagonal()
+    index[known] = np.arange(len(known))
+    fit = interactions[:, known], data.embeddings[known - 1]
+    weights_at: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    if len(known) > MAX_LINEAR_ITEMS:
+        weights_at = SparseLookup(neighbour_weights(*fit, ridge=RIDGE, text_weight=TEXT)).values_at
+    else:
+        inverse = inverse_gram(*fit, ridge=RIDGE, text_weight=TEXT)
+        scale = inverse.diagonal()
+
+        def weights_at(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+            return -inverse[rows, columns] / scale[columns]
 
     def describe(request: Request) -> Features:
         past, items = index[list(request.history)][:, None], index[list(request.items)]
         has_weight = (past >= 0) & (items >= 0) & (past != items)
-        each = np.where(has_weight, -inverse[past, items] / scale[items], 0.0)
+        each = np.where(has_weight, weights_at(past, items), 0.0)
         return {"linear": each.sum(axis=0), "linear of last": each[-1], "linear of each": each[-RECENT:]}
 
     return describe
@@ -319,29 +327,6 @@ def _codes(texts: Iterable[str]) -> tuple[np.ndarray, list[str]]:
     position: dict[str, int] = {}
     codes = [position.setdefault(text, len(position)) for text in texts]
     return np.array([0, *codes]), list(position)
-
-
-class SparseLookup:
-    """Reads many entries of a sparse matrix at once. It is much faster than SciPy's indexing.
-
-    Args:
-        matrix: a sparse matrix.
-    """
-
-    def __init__(self, matrix: spmatrix) -> None:
-        matrix = matrix.tocsr()
-        matrix.sum_duplicates()  # It also sorts the entries.
-        self._columns = matrix.shape[1]
-        rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
-        self._keys, self._values = rows * self._columns + matrix.indices, matrix.data
-
-    def values_at(self, rows: ArrayLike, columns: ArrayLike) -> np.ndarray:
-        """Return the entries at (rows, columns). The two arguments are broadcast against each other."""
-        keys = np.asarray(rows, dtype=np.int64) * self._columns + columns
-        if not len(self._keys):
-            return np.zeros(keys.shape, dtype=np.float32)
-        index = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        return np.where(self._keys[index] == keys, self._values[index], 0.0)
 
 
 def _interactions(sequences: Sequence[Sequence[int]], size: int) -> csr_matrix:

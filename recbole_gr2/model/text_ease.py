@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.model.linear import inverse_gram, largest_weights
+from recbole_gr2.model.linear import SIMILAR, TOGETHER, inverse_gram, largest_weights, neighbour_weights
 from recbole_gr2.model.traditional import TraditionalRecommender, unit_vectors
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ class TextEASE(TraditionalRecommender):
     is the user-item matrix of the training sequences, and T are the text embeddings, scaled to length 1. The score of
     item j is the sum of B_hj over all items h of the row's history, of which the `max_weights` largest B_h* are kept.
 
+    Beyond `EXACT_ITEMS` items the matrix is too large. The weights are then sparse: a ridge regression of each item on
+    a few neighbours, see `recbole_gr2.model.linear.neighbour_weights`. `max_weights` has no effect on them.
+
     An item without training interactions gets weights from items with similar texts. With `text_weight` 0 and all
     weights the model is EASE, and such items have the score 0. Items with equal scores have the order that
     `recbole_gr2.bridge.evaluator.recommend` documents.
@@ -36,7 +39,7 @@ class TextEASE(TraditionalRecommender):
         dataset: RecBole's training data.
     """
 
-    MAX_ITEMS = 40_000  # A matrix of 6.4 GB.
+    EXACT_ITEMS = 40_000  # Largest catalogue with exact weights: a matrix of 6.4 GB.
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
@@ -45,6 +48,11 @@ class TextEASE(TraditionalRecommender):
         self.vectors = unit_vectors(np.asarray(config["text_embeddings"]))
         self.weights: scipy.sparse.csr_matrix | None = None  # B, (N + 1, N + 1)
         self.other_parameter_name = ["weights"]
+        if self.n_items - 1 > self.EXACT_ITEMS:
+            self.note = (
+                f"TextEASE has sparse weights, because the catalogue has more than {self.EXACT_ITEMS:,} items: each "
+                f"item is predicted by {TOGETHER} items with common users and {SIMILAR} items with similar texts"
+            )
 
     def fit(self, dataset: Dataset) -> None:
         """Compute the weights from the training sequences.
@@ -55,8 +63,15 @@ class TextEASE(TraditionalRecommender):
         users, items = self.training_sequences(dataset)
         ones = np.ones(len(items), dtype=np.float32)
         interactions = scipy.sparse.csr_matrix((ones, (users, items)), shape=(dataset.user_num, self.n_items))[:, 1:]
+        options = {"ridge": self.reg_weight, "text_weight": self.text_weight}
+        if self.n_items - 1 > self.EXACT_ITEMS:
+            weights = neighbour_weights(interactions, self.vectors[1:], **options)
+            self.weights = scipy.sparse.csr_matrix(
+                (weights.data, weights.indices + 1, np.r_[0, weights.indptr]), shape=(self.n_items, self.n_items)
+            )
+            return
         try:
-            inverse = inverse_gram(interactions, self.vectors[1:], ridge=self.reg_weight, text_weight=self.text_weight)
+            inverse = inverse_gram(interactions, self.vectors[1:], **options)
         except torch.linalg.LinAlgError as error:
             raise ConfigurationError(
                 f"TextEASE cannot invert its matrix with reg_weight {self.reg_weight}",

@@ -42,6 +42,7 @@ class TraditionalRecommender(SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE
+    note = ""  # A sentence for the log, if the model is computed in another way than usual.
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)

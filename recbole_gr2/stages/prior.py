@@ -26,6 +26,7 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
+from recbole_gr2.features.providers import MAX_LINEAR_ITEMS
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
 from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.ranking import ndcg_at
@@ -110,6 +111,7 @@ def _features(
     if settings["refit"]:
         known = {"hold_out": ("train",), "train": ("valid",), "refit": ("test",)}
     for interactions, splits in known.items():
+        _say_sparse(context, interactions)
         training = TrainingData(
             catalog=data.catalog,
             sequences=data.known_items(interactions),
@@ -134,6 +136,16 @@ def _features(
             f"{len(features[split]):,} requests"
         )
     return names, features
+
+
+def _say_sparse(context: Context, interactions: str) -> None:
+    """Print whether the weights of the feature provider `linear` are sparse."""
+    items = len(np.unique(np.concatenate(context.data.known_items(interactions))))
+    if "linear" in context.settings["prior_features"] and items > MAX_LINEAR_ITEMS:
+        context.say(
+            f"linear has sparse weights, because {items:,} items have interactions ({interactions}), more than "
+            f"{MAX_LINEAR_ITEMS:,}"
+        )
 
 
 def _quality(requests: Sequence[Request]) -> dict[str, Any]:
