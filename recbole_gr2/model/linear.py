@@ -228,7 +228,8 @@ class SparseLookup:
             index = np.searchsorted(self._keys, keys)
         else:  # In order, many searches are four times as fast, because they read neighbouring keys.
             order = np.argsort(keys, axis=None)
-            index = np.empty(keys.shape, dtype=np.int64)
-            index.flat[order] = np.searchsorted(self._keys, keys.flat[order])
+            index = np.empty(keys.size, dtype=np.int64)
+            index[order] = np.searchsorted(self._keys, keys.ravel()[order])
+            index = index.reshape(keys.shape)
         index = index.clip(max=len(self._keys) - 1)
         return np.where(self._keys[index] == keys, self._values[index], 0.0)
