@@ -60,9 +60,14 @@ def write_embeddings(folder: Path, embeddings: np.ndarray) -> None:
     np.save(folder / "embeddings.npy", embeddings)
 
 
-def read_embeddings(folder: Path) -> np.ndarray:
-    """Read the text embeddings of all items, (N, D) float32."""
-    return np.load(folder / "embeddings.npy", allow_pickle=False)
+def read_embeddings(folder: Path, *, mapped: bool = False) -> np.ndarray:
+    """Read the text embeddings of all items, (N, D) float32.
+
+    Args:
+        folder: folder of the stage `embeddings`.
+        mapped: whether to leave them in the file, read-only, until they are used.
+    """
+    return np.load(folder / "embeddings.npy", mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def write_sids(folder: Path, catalog: Catalog, codes: np.ndarray) -> None:

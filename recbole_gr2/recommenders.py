@@ -116,7 +116,7 @@ def model_inputs(context: Context, model: str, *, base: bool) -> dict[str, Any]:
     if reads == "item_texts":
         return {"item_texts": [item_text(item) for item in context.data.catalog]}
     if reads == "text_embeddings":
-        return {"text_embeddings": read_embeddings(context.folders["embeddings"])}
+        return {"text_embeddings": read_embeddings(context.folders["embeddings"], mapped=True)}
     return {}
 
 

@@ -45,7 +45,7 @@ class TextEASE(TraditionalRecommender):
         super().__init__(config, dataset)
         self.reg_weight, self.text_weight = config["reg_weight"], config["text_weight"]
         self.max_weights = config["max_weights"]
-        self.vectors = unit_vectors(np.asarray(config["text_embeddings"]))
+        self.embeddings = np.asarray(config["text_embeddings"])
         self.weights: scipy.sparse.csr_matrix | None = None  # B, (N + 1, N + 1)
         self.other_parameter_name = ["weights"]
         if self.n_items - 1 > self.EXACT_ITEMS:
@@ -63,15 +63,16 @@ class TextEASE(TraditionalRecommender):
         users, items = self.training_sequences(dataset)
         ones = np.ones(len(items), dtype=np.float32)
         interactions = scipy.sparse.csr_matrix((ones, (users, items)), shape=(dataset.user_num, self.n_items))[:, 1:]
+        vectors = unit_vectors(self.embeddings)[1:]
         options = {"ridge": self.reg_weight, "text_weight": self.text_weight}
         if self.n_items - 1 > self.EXACT_ITEMS:
-            weights = neighbour_weights(interactions, self.vectors[1:], **options)
+            weights = neighbour_weights(interactions, vectors, **options)
             self.weights = scipy.sparse.csr_matrix(
                 (weights.data, weights.indices + 1, np.r_[0, weights.indptr]), shape=(self.n_items, self.n_items)
             )
             return
         try:
-            inverse = inverse_gram(interactions, self.vectors[1:], **options)
+            inverse = inverse_gram(interactions, vectors, **options)
         except torch.linalg.LinAlgError as error:
             raise ConfigurationError(
                 f"TextEASE cannot invert its matrix with reg_weight {self.reg_weight}",

@@ -32,7 +32,7 @@ class TextSASRec(CausalSASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
-        self.register_buffer("texts", standardised(torch.as_tensor(config["text_embeddings"])), persistent=False)
+        self.register_buffer("texts", standardised(torch.tensor(config["text_embeddings"])), persistent=False)
         self.text_dropout = torch.nn.Dropout(config["text_dropout"])
         self.text_map = torch.nn.Linear(self.texts.size(1), self.hidden_size, bias=False)
         # At the start both terms of the table have the same standard deviation.

@@ -120,9 +120,11 @@ def unit_vectors(embeddings: np.ndarray) -> np.ndarray:
     Args:
         embeddings: text embeddings of the items 1..N, (N, D). An embedding of length 0 stays 0.
     """
-    vectors = np.concatenate([np.zeros((1, embeddings.shape[1])), embeddings]).astype(np.float32)
+    vectors = np.zeros((len(embeddings) + 1, embeddings.shape[1]), dtype=np.float32)
+    vectors[1:] = embeddings
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(lengths > 0, lengths, 1)
+    vectors /= np.where(lengths > 0, lengths, 1)
+    return vectors
 
 
 def cosines(weights: scipy.sparse.csr_matrix, vectors: scipy.sparse.csr_matrix | np.ndarray) -> np.ndarray:

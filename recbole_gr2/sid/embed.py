@@ -15,6 +15,7 @@ from recbole_gr2.types import Item
 
 HASH = "hash"  # the name of an encoder without a model
 MAX_TOKENS = 128  # Enough for a title and its categories. More of a description costs time without better neighbours.
+BLOCK = 10_000  # texts that are weighted at a time in `hash_embeddings`
 HASHED_NGRAMS = 2**18  # Hash buckets before folding. There are so many that n-grams rarely share a bucket.
 
 
@@ -88,14 +89,24 @@ def hash_embeddings(texts: Sequence[str], dim: int = 256) -> np.ndarray:
         dim: dimension of the vectors.
     """
     from scipy.sparse import csr_matrix
-    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.preprocessing import normalize
 
     hashing = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), n_features=HASHED_NGRAMS, norm=None)
-    weights = TfidfTransformer().fit_transform(hashing.transform(texts))
+    # Counts are exact in float32. In blocks, the other matrices are never in memory as a whole.
+    blocks = [
+        hashing.transform(texts[start : start + BLOCK]).astype(np.float32) for start in range(0, len(texts), BLOCK)
+    ]
+    frequency = sum((np.bincount(block.indices, minlength=HASHED_NGRAMS) for block in blocks), np.zeros(HASHED_NGRAMS))
+    inverse = np.log((len(texts) + 1) / (frequency + 1)) + 1  # as in scikit-learn's TfidfTransformer
     columns = np.arange(HASHED_NGRAMS)
     fold = csr_matrix((np.ones(HASHED_NGRAMS), (columns, columns % dim)), shape=(HASHED_NGRAMS, dim))
-    return normalize((weights @ fold).toarray()).astype(np.float32)
+    vectors = np.empty((len(texts), dim), dtype=np.float32)
+    for number, block in enumerate(blocks):
+        weights = block.astype(np.float64)
+        weights.data *= inverse[weights.indices]
+        vectors[number * BLOCK : (number + 1) * BLOCK] = normalize((normalize(weights) @ fold).toarray())
+    return vectors
 
 
 def neighbour_means(vectors: np.ndarray, textless: np.ndarray, pairs: csr_array) -> tuple[np.ndarray, np.ndarray]:
