@@ -36,7 +36,11 @@ sid_hidden: [128]
 sid_epochs: 2
 sid_batch_size: 1024
 eval_rows: [lambdamart, sft]
-max_requests: 2000
+max_requests: 1000
+mid_tokens: 20000
+prior_steps: 50
+prior_fits: 1
+sft_steps: 8
 """
 
 

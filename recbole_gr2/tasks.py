@@ -9,7 +9,7 @@ A text is a list of pieces. The first piece is repeated where a long text is spl
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,28 @@ def share_of(task: str, mix: Mapping[str, float]) -> float:
     return mix.get(task, 0.0) / sum(mix.values())
 
 
+class Texts(Sequence[list[str]]):
+    """Texts that are written when they are read. All texts of a large data set would need gigabytes.
+
+    Args:
+        sources: what each text is written from.
+        write: returns the text of a source.
+    """
+
+    def __init__(self, sources: Sequence[Any], write: Callable[[Any], list[str]]) -> None:
+        self.sources, self.write = sources, write
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, place: Any) -> Any:
+        chosen = self.sources[place]
+        return [self.write(source) for source in chosen] if isinstance(place, slice) else self.write(chosen)
+
+
 def task_texts(
     catalog: Catalog, histories: Sequence[Sequence[int]], general: Sequence[str], settings: Mapping[str, Any]
-) -> dict[str, list[list[str]]]:
+) -> dict[str, Sequence[list[str]]]:
     """Return the texts of every task.
 
     Args:
@@ -63,35 +82,34 @@ def task_texts(
         settings: settings of the run.
     """
     return {
-        "sequential": list(sequential_texts(catalog, histories)),
-        "persona": list(persona_texts(catalog, histories, settings)),
-        "caption": list(caption_texts(catalog, settings)),
+        "sequential": sequential_texts(catalog, histories),
+        "persona": persona_texts(catalog, histories, settings),
+        "caption": caption_texts(catalog, settings),
         "general": [["", text] for text in general],
     }
 
 
-def sequential_texts(catalog: Catalog, histories: Sequence[Sequence[int]]) -> Iterator[list[str]]:
-    """Yield each history of at least two items as semantic IDs."""
-    for history in histories:
-        if len(history) > 1:
-            yield [SEQUENTIAL, *(sid_text(catalog.item(item).sid) for item in history)]
+def sequential_texts(catalog: Catalog, histories: Sequence[Sequence[int]]) -> Texts:
+    """Return each history of at least two items as semantic IDs."""
+    return Texts(
+        [history for history in histories if len(history) > 1],
+        lambda history: [SEQUENTIAL, *(sid_text(catalog.item(item).sid) for item in history)],
+    )
 
 
-def persona_texts(
-    catalog: Catalog, histories: Sequence[Sequence[int]], settings: Mapping[str, Any]
-) -> Iterator[list[str]]:
-    """Yield each history as semantic IDs that are followed by the texts of their items."""
+def persona_texts(catalog: Catalog, histories: Sequence[Sequence[int]], settings: Mapping[str, Any]) -> Texts:
+    """Return each history as semantic IDs that are followed by the texts of their items."""
     values = PromptMaker.of(settings, catalog, TEXT).fields
-    for history in histories:
-        if history:
-            yield [PERSONA, *(f"\n{describe(values(item))}" for item in history)]
+    return Texts(
+        [history for history in histories if history],
+        lambda history: [PERSONA, *(f"\n{describe(values(item))}" for item in history)],
+    )
 
 
-def caption_texts(catalog: Catalog, settings: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield each item's semantic ID and text."""
+def caption_texts(catalog: Catalog, settings: Mapping[str, Any]) -> Texts:
+    """Return each item's semantic ID and text."""
     values = PromptMaker.of(settings, catalog, TEXT).fields
-    for item in catalog:
-        yield ["The item", f" {describe(values(item.item_id))}"]
+    return Texts([item.item_id for item in catalog], lambda item: ["The item", f" {describe(values(item))}"])
 
 
 def describe(values: Mapping[str, str]) -> str:
@@ -124,13 +142,13 @@ def examples_of(
     mixed = {}
     for part, (task, share) in enumerate(sorted(mix.items()), start=1):
         remaining, examples = share / sum(mix.values()) * tokens, []
-        shuffled, shuffler = list(texts[task]), random.Random(derive_seed(seed, task))
+        shuffled, shuffler = list(range(len(texts[task]))), random.Random(derive_seed(seed, task))
         while remaining > 0 and shuffled:
             shuffler.shuffle(shuffled)
-            for text in shuffled:
+            for place in shuffled:
                 if remaining <= 0:
                     break
-                for ids in split_text(text, tokenizer, max_length):
+                for ids in split_text(texts[task][place], tokenizer, max_length):
                     examples.append(Example(input_ids=ids, parts=[part] * len(ids)))
                     remaining -= len(ids)
         mixed[task] = examples
