@@ -17,7 +17,6 @@ from recbole_gr2.features import providers
 from recbole_gr2.features.extraction import TrainingData
 from recbole_gr2.model import linear
 from recbole_gr2.model.linear import inverse_gram, largest_weights, neighbour_weights, similar_items
-from recbole_gr2.model.text_ease import TextEASE
 from recbole_gr2.model.traditional import unit_vectors
 from recbole_gr2.slices import _two_steps
 from recbole_gr2.stages.candidates import top_candidates
@@ -138,9 +137,9 @@ def test_text_ease_says_that_its_weights_are_sparse(tmp_path, monkeypatch):
     said: list[str] = []
     data = load(tmp_path, base_model="TextEASE")
     inputs = {"text_embeddings": RNG.normal(size=(data.item_count, 6)).astype(np.float32)}
-    monkeypatch.setattr(TextEASE, "EXACT_ITEMS", data.item_count - 1)
+    monkeypatch.setattr(linear, "EXACT_ITEMS", data.item_count - 1)
     base = train_or_load(data, tmp_path / "sparse", inputs=inputs, say=said.append)
-    assert said[0].startswith("TextEASE has sparse weights, because the catalogue has more than 1,")
+    assert said[0].startswith("TextEASE has sparse weights, because there are more than 1,")
     weights = base.model.weights
     assert weights.shape == (data.item_count + 1,) * 2 and not weights[0].nnz and not weights[:, [0]].nnz
     assert 0 < weights.nnz <= (linear.TOGETHER + linear.SIMILAR) * data.item_count
@@ -163,7 +162,7 @@ def test_linear_features_of_many_items_have_weights_of_neighbours(monkeypatch):
         request_id="", user_token="", split="", history=(7, 9, 1), candidates=candidates, target=5, provider=""
     )
     exact = providers.linear(data)(request)
-    monkeypatch.setattr(providers, "MAX_LINEAR_ITEMS", 5)
+    monkeypatch.setattr(providers, "EXACT_ITEMS", 5)
     sparse = providers.linear(data)(request)
     for name, values in exact.items():
         assert np.allclose(sparse[name], values, atol=1e-5)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from recbole_gr2.catalog import Catalog
-from recbole_gr2.model.linear import SparseLookup, inverse_gram, neighbour_weights
+from recbole_gr2.model.linear import EXACT_ITEMS, SparseLookup, inverse_gram, neighbour_weights
 from recbole_gr2.types import RECENT, Item, Request
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # The weights of `linear`. Our choice, by the validation lists of Amazon Beauty (results/tried.md).
 RIDGE, TEXT = 100.0, 30.0
-MAX_LINEAR_ITEMS = 20_000  # Most items with exact weights in `linear`: a dense matrix of 1.6 GB. Our choice.
 SOON = 3  # Number of steps that count as "soon" in `transition`. Our choice.
 # Periods of `time` before and after the last history item, as shares of all training interactions. Our choice.
 PERIODS = ((-0.01, 0.01), (-0.03, 0.03), (-0.1, 0.1), (-0.03, 0.0), (0.0, 0.03), (0.0, 0.1))
@@ -204,7 +203,7 @@ def linear(data: TrainingData) -> Describe:
     to items with similar texts (collective EASE; Jeunen, Van Balen and Goethals, RecSys 2020). In contrast to counts,
     a weight is small if a third item explains the co-occurrence.
 
-    An item without interactions has no weights. If more than `MAX_LINEAR_ITEMS` items have interactions, the weights
+    An item without interactions has no weights. If more than `EXACT_ITEMS` items have interactions, the weights
     are sparse: a ridge regression of each item on a few neighbours, see `recbole_gr2.model.linear.neighbour_weights`.
     """
     interactions = _interactions(data.sequences, len(data.catalog) + 1)
@@ -214,7 +213,7 @@ def linear(data: TrainingData) -> Describe:
     index[known] = np.arange(len(known))
     fit = interactions[:, known], data.embeddings[known - 1]
     weights_at: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    if len(known) > MAX_LINEAR_ITEMS:
+    if len(known) > EXACT_ITEMS:
         weights_at = SparseLookup(neighbour_weights(*fit, ridge=RIDGE, text_weight=TEXT)).values_at
     else:
         inverse = inverse_gram(*fit, ridge=RIDGE, text_weight=TEXT)

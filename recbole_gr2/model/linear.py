@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 BLOCK = 1024  # Rows of weights that are computed at the same time.
+EXACT_ITEMS = 20_000  # Most items with exact weights, in a dense matrix of 1.6 GB. Our choice.
 # Neighbours of an item in `neighbour_weights`: items with common users, and items with similar texts. Our choice.
 TOGETHER, SIMILAR = 16, 16
 MANY = 10_000  # Number of entries from which `SparseLookup` sorts them first.

@@ -9,7 +9,7 @@ import scipy.sparse
 import torch
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.model.linear import SIMILAR, TOGETHER, inverse_gram, largest_weights, neighbour_weights
+from recbole_gr2.model import linear
 from recbole_gr2.model.traditional import TraditionalRecommender, unit_vectors
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class TextEASE(TraditionalRecommender):
     is the user-item matrix of the training sequences, and T are the text embeddings, scaled to length 1. The score of
     item j is the sum of B_hj over all items h of the row's history, of which the `max_weights` largest B_h* are kept.
 
-    Beyond `EXACT_ITEMS` items the matrix is too large. The weights are then sparse: a ridge regression of each item on
-    a few neighbours, see `recbole_gr2.model.linear.neighbour_weights`. `max_weights` has no effect on them.
+    Beyond `linear.EXACT_ITEMS` items the matrix is too large. The weights are then sparse: a ridge regression of each
+    item on a few neighbours, see `recbole_gr2.model.linear.neighbour_weights`. `max_weights` has no effect on them.
 
     An item without training interactions gets weights from items with similar texts. With `text_weight` 0 and all
     weights the model is EASE, and such items have the score 0. Items with equal scores have the order that
@@ -39,8 +39,6 @@ class TextEASE(TraditionalRecommender):
         dataset: RecBole's training data.
     """
 
-    EXACT_ITEMS = 40_000  # Largest catalogue with exact weights: a matrix of 6.4 GB.
-
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.reg_weight, self.text_weight = config["reg_weight"], config["text_weight"]
@@ -48,10 +46,10 @@ class TextEASE(TraditionalRecommender):
         self.embeddings = np.asarray(config["text_embeddings"])
         self.weights: scipy.sparse.csr_matrix | None = None  # B, (N + 1, N + 1)
         self.other_parameter_name = ["weights"]
-        if self.n_items - 1 > self.EXACT_ITEMS:
+        if self.n_items - 1 > linear.EXACT_ITEMS:
             self.note = (
-                f"TextEASE has sparse weights, because the catalogue has more than {self.EXACT_ITEMS:,} items: each "
-                f"item is predicted by {TOGETHER} items with common users and {SIMILAR} items with similar texts"
+                f"TextEASE has sparse weights, because there are more than {linear.EXACT_ITEMS:,} items: each item is "
+                f"predicted by {linear.TOGETHER} items with common users and {linear.SIMILAR} with similar texts"
             )
 
     def fit(self, dataset: Dataset) -> None:
@@ -65,14 +63,14 @@ class TextEASE(TraditionalRecommender):
         interactions = scipy.sparse.csr_matrix((ones, (users, items)), shape=(dataset.user_num, self.n_items))[:, 1:]
         vectors = unit_vectors(self.embeddings)[1:]
         options = {"ridge": self.reg_weight, "text_weight": self.text_weight}
-        if self.n_items - 1 > self.EXACT_ITEMS:
-            weights = neighbour_weights(interactions, vectors, **options)
+        if self.n_items - 1 > linear.EXACT_ITEMS:
+            weights = linear.neighbour_weights(interactions, vectors, **options)
             self.weights = scipy.sparse.csr_matrix(
                 (weights.data, weights.indices + 1, np.r_[0, weights.indptr]), shape=(self.n_items, self.n_items)
             )
             return
         try:
-            inverse = inverse_gram(interactions, vectors, **options)
+            inverse = linear.inverse_gram(interactions, vectors, **options)
         except torch.linalg.LinAlgError as error:
             raise ConfigurationError(
                 f"TextEASE cannot invert its matrix with reg_weight {self.reg_weight}",
@@ -80,7 +78,7 @@ class TextEASE(TraditionalRecommender):
                 why="the matrix of interactions and texts has no full rank in float32",
                 do="raise reg_weight",
             ) from error
-        self.weights = largest_weights(inverse, self.max_weights)
+        self.weights = linear.largest_weights(inverse, self.max_weights)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Return the scores of all items, (B, N + 1) float32."""

@@ -26,9 +26,9 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
-from recbole_gr2.features.providers import MAX_LINEAR_ITEMS
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
 from recbole_gr2.lists import ranks_by_trees
+from recbole_gr2.model.linear import EXACT_ITEMS
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.store import module_hash
@@ -141,10 +141,10 @@ def _features(
 def _say_sparse(context: Context, interactions: str) -> None:
     """Print whether the weights of the feature provider `linear` are sparse."""
     items = len(np.unique(np.concatenate(context.data.known_items(interactions))))
-    if "linear" in context.settings["prior_features"] and items > MAX_LINEAR_ITEMS:
+    if "linear" in context.settings["prior_features"] and items > EXACT_ITEMS:
         context.say(
             f"linear has sparse weights, because {items:,} items have interactions ({interactions}), more than "
-            f"{MAX_LINEAR_ITEMS:,}"
+            f"{EXACT_ITEMS:,}"
         )
 
 
