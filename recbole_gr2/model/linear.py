@@ -103,7 +103,7 @@ def neighbour_weights(
         items = np.arange(start, min(start + BLOCK, len(vectors)))
         chosen = np.full((len(items), TOGETHER + similar.shape[1]), -1)
         chosen[:, TOGETHER:] = similar[items]
-        for row, item in enumerate(items.tolist()):
+        for number, item in enumerate(items.tolist()):
             part = slice(counts.indptr[item], counts.indptr[item + 1])
             found = counts.indices[part]
             if len(found) > TOGETHER + 1:  # The item itself is one of them.
@@ -112,7 +112,7 @@ def neighbour_weights(
                 found = found[np.argpartition(-strength, TOGETHER - 1)[:TOGETHER]]
             else:
                 found = found[found != item]
-            chosen[row, : len(found)] = found
+            chosen[number, : len(found)] = found
         chosen.sort(axis=1)
         chosen[:, 1:][chosen[:, 1:] == chosen[:, :-1]] = -1  # A place that repeats a neighbour is empty.
         used = chosen >= 0
