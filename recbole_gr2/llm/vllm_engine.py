@@ -75,7 +75,7 @@ def engine_of(model: Any, longest: int, batch_size: int, bf16: bool) -> Engine:
     """
     check_vllm()
     config = copy.deepcopy(model.config)
-    config.architectures = [type(_base(model)).__name__]
+    config.architectures, config.name_or_path = [type(_base(model)).__name__], ""
     key = json.dumps([config.to_dict(), batch_size, bf16], sort_keys=True, default=str)
     engine = _engines.get(key)
     try:
