@@ -560,7 +560,7 @@ def test_speed_settings_change_no_key(command, data):
     before = {name: entry.key for name, entry in planned(command, data).items()}
     speed = [e for e in declarations().values() if e.speed and e.key not in ("data_path", "checkpoint_dir")]
     other = {int: lambda v: v * 2, str: lambda v: f"{v},", dict: lambda v: {**v, "prompt": 1.0}}
-    other[list] = lambda v: ["tensorboard"]  # report_to
+    other |= {list: lambda v: ["tensorboard"], bool: lambda v: not v}  # report_to; llm_gradient_checkpointing
     doubled = {entry.key: other[entry.type](entry.default) for entry in speed}
     assert len(doubled) >= 5
     doubled |= {"worker": 4, "log_wandb": True, "show_progress": False}
