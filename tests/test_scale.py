@@ -147,23 +147,29 @@ def test_text_ease_says_that_its_weights_are_sparse(tmp_path, monkeypatch):
 
 
 def test_linear_features_of_many_items_have_weights_of_neighbours(monkeypatch):
-    for name, value in {"TOGETHER": 24, "SIMILAR": 24, "CELLS": 25}.items():
+    for name, value in {"TOGETHER": 24, "SIMILAR": 24, "CELLS": 26}.items():
         monkeypatch.setattr(linear, name, value)
-    sequences = [np.flatnonzero(row) + 1 for row in INTERACTIONS.toarray()]
-    catalog = Catalog(Item(item_id=number, token=str(number), title="") for number in range(1, 27))
-    data = TrainingData(
-        catalog=catalog,
-        sequences=[items.tolist() for items in sequences if len(items)],
-        times=[items.tolist() for items in sequences if len(items)],
-        embeddings=np.concatenate([VECTORS, VECTORS[:1]]),  # Item 26 has no interactions.
-    )
-    candidates = tuple(Candidate(item_id=item, score=0.0, rank=item) for item in (5, 9, 26, 2))
-    request = Request(
-        request_id="", user_token="", split="", history=(7, 9, 1), candidates=candidates, target=5, provider=""
-    )
-    exact = providers.linear(data)(request)
-    monkeypatch.setattr(providers, "EXACT_ITEMS", 5)
-    sparse = providers.linear(data)(request)
-    for name, values in exact.items():
-        assert np.allclose(sparse[name], values, atol=1e-5)
-    assert not sparse["linear of each"][:, 2].any() and sparse["linear of each"][1, 1] == 0
+    sequences = [(np.flatnonzero(row) + 1).tolist() for row in INTERACTIONS.toarray() if row.any()]
+
+    def both(size: int, items: tuple[int, ...]) -> list[dict[str, np.ndarray]]:
+        data = TrainingData(
+            catalog=Catalog(Item(item_id=number, token=str(number), title="") for number in range(1, size + 1)),
+            sequences=sequences,
+            times=sequences,
+            embeddings=np.concatenate([VECTORS, VECTORS[:1]])[:size],
+        )
+        candidates = tuple(Candidate(item_id=item, score=0.0, rank=item) for item in items)
+        request = Request(
+            request_id="", user_token="", split="", history=(7, 9, 1), candidates=candidates, target=5, provider=""
+        )
+        found = []
+        for limit in (100, 5):
+            monkeypatch.setattr(providers, "EXACT_ITEMS", limit)
+            found.append(providers.linear(data)(request))
+        return found
+
+    exact, sparse = both(25, (5, 9, 2))
+    assert all(np.allclose(sparse[name], values, atol=1e-5) for name, values in exact.items())
+    assert exact["linear"].all() and exact["linear of each"][1, 1] == sparse["linear of each"][1, 1] == 0
+    for values in both(26, (5, 26)):  # Item 26 has no interactions.
+        assert values["linear"][0] != 0 and not values["linear of each"][:, 1].any()

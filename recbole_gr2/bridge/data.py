@@ -109,6 +109,9 @@ class Data:
         self._grades = _grades(frame, self.dataset, settings["train_grades"])
         self.split = self._make_split(frame)
         self.built = self.build(self.dataset)
+        # Only the rows of the splits need their histories, which are most of the memory.
+        for column in [name for name in self.dataset.inter_feat if name.endswith(self.config["LIST_SUFFIX"])]:
+            self.dataset.inter_feat.drop(column)
 
     def _make_split(self, frame: pd.DataFrame) -> Split:
         """The split of `eval_args` or of `benchmark_filename`.

@@ -175,7 +175,7 @@ def together(data: TrainingData) -> Describe:
     The features are log(1 + n(a, b)) and the cosine n(a, b) / sqrt(n(a) n(b)).
     """
     interactions = _interactions(data.sequences, len(data.catalog) + 1)
-    product = interactions.T @ interactions
+    product = interactions.T.tocsr() @ interactions
     co_occurrence, counts = SparseLookup(product), np.maximum(product.diagonal(), 1)
 
     def describe(request: Request) -> Features:
@@ -210,13 +210,14 @@ def linear(data: TrainingData) -> Describe:
     counts = np.asarray(interactions.sum(axis=0)).ravel()
     known = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     index = np.full(len(counts), -1)  # Row of each item id in the matrix of weights, or -1.
-    index[known] = np.arange(len(known))
-    fit = interactions[:, known], data.embeddings[known - 1]
     weights_at: Callable[[np.ndarray, np.ndarray], np.ndarray]
     if len(known) > EXACT_ITEMS:
-        weights_at = SparseLookup(neighbour_weights(*fit, ridge=RIDGE, text_weight=TEXT)).values_at
+        index[known] = known - 1
+        weights = neighbour_weights(interactions[:, 1:], data.embeddings, ridge=RIDGE, text_weight=TEXT)
+        weights_at = SparseLookup(weights).values_at
     else:
-        inverse = inverse_gram(*fit, ridge=RIDGE, text_weight=TEXT)
+        index[known] = np.arange(len(known))
+        inverse = inverse_gram(interactions[:, known], data.embeddings[known - 1], ridge=RIDGE, text_weight=TEXT)
         scale = inverse.diagonal()
 
         def weights_at(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -94,8 +94,7 @@ def neighbour_weights(
     """
     import scipy.sparse
 
-    counts = (interactions.T @ interactions).tocsr()
-    lookup = SparseLookup(counts)
+    counts = SparseLookup(interactions.T.tocsr() @ interactions)
     vectors = np.asarray(embeddings if text_weight else embeddings[:, :0], dtype=np.float32)
     similar = similar_items(vectors, SIMILAR) if text_weight else np.empty((len(vectors), 0), dtype=np.int64)
     rows, columns, values = [], [], []
@@ -104,10 +103,9 @@ def neighbour_weights(
         chosen = np.full((len(items), TOGETHER + similar.shape[1]), -1)
         chosen[:, TOGETHER:] = similar[items]
         for number, item in enumerate(items.tolist()):
-            part = slice(counts.indptr[item], counts.indptr[item + 1])
-            found = counts.indices[part]
+            found, users = counts.row(item)
             if len(found) > TOGETHER + 1:  # The item itself is one of them.
-                strength = counts.data[part] + text_weight * (vectors[found] @ vectors[item])
+                strength = users + text_weight * (vectors[found] @ vectors[item])
                 strength[found == item] = -np.inf
                 found = found[np.argpartition(-strength, TOGETHER - 1)[:TOGETHER]]
             else:
@@ -119,7 +117,7 @@ def neighbour_weights(
         row, place = np.nonzero(used)
         rows.append(chosen[row, place].astype(np.int32))
         columns.append(items[row].astype(np.int32))
-        solved = _regressions(lookup, vectors, items, chosen, ridge=ridge, text_weight=text_weight)
+        solved = _regressions(counts, vectors, items, chosen, ridge=ridge, text_weight=text_weight)
         values.append(solved[row, place])
     entries = np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))
     return scipy.sparse.csr_matrix(entries, shape=(len(vectors), len(vectors)))
@@ -218,7 +216,12 @@ class SparseLookup:
         rows = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
         rows *= self._columns
         rows += matrix.indices
-        self._keys, self._values = rows, matrix.data
+        self._keys, self._values, self._starts = rows, matrix.data, matrix.indptr
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the columns of the entries of a row, and their values."""
+        part = slice(self._starts[number], self._starts[number + 1])
+        return self._keys[part] - number * self._columns, self._values[part]
 
     def values_at(self, rows: ArrayLike, columns: ArrayLike) -> np.ndarray:
         """Return the entries at (rows, columns). The two arguments are broadcast against each other."""

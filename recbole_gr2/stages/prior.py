@@ -111,13 +111,13 @@ def _features(
     if settings["refit"]:
         known = {"hold_out": ("train",), "train": ("valid",), "refit": ("test",)}
     for interactions, splits in known.items():
-        _say_sparse(context, interactions)
         training = TrainingData(
             catalog=data.catalog,
             sequences=data.known_items(interactions),
             times=data.known_times(interactions),
             embeddings=embeddings,
         )
+        _say_sparse(context, training)
         together = [request for split in splits for request in requests[split]]
         found, rows = extract_features(together, settings["prior_features"], training)
         if names and found != names:
@@ -138,14 +138,11 @@ def _features(
     return names, features
 
 
-def _say_sparse(context: Context, interactions: str) -> None:
+def _say_sparse(context: Context, training: TrainingData) -> None:
     """Print whether the weights of the feature provider `linear` are sparse."""
-    items = len(np.unique(np.concatenate(context.data.known_items(interactions))))
+    items = len(set().union(*training.sequences))
     if "linear" in context.settings["prior_features"] and items > EXACT_ITEMS:
-        context.say(
-            f"linear has sparse weights, because {items:,} items have interactions ({interactions}), more than "
-            f"{EXACT_ITEMS:,}"
-        )
+        context.say(f"linear has sparse weights, because {items:,} items have interactions, more than {EXACT_ITEMS:,}")
 
 
 def _quality(requests: Sequence[Request]) -> dict[str, Any]:
