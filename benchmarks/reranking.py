@@ -25,7 +25,7 @@ import argparse
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -145,39 +145,37 @@ def single(requests: Sequence[Any]) -> list[Any]:
 
 def generate(shared: dict[str, Any], prompts: Callable[[Any], list[int]], tokens: int, requests: Sequence[Any]) -> None:
     """Generate a number of tokens greedily with the `generate` of transformers."""
+    for ids, mask in batches(shared, [prompts(request) for request in requests]):
+        shared["model"].generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=shared["tokenizer"].pad_token_id,
+        )
+
+
+def pairs(shared: dict[str, Any], prompts: Callable[[Any], list[int]], requests: Sequence[Any]) -> None:
+    """Read one prompt for each candidate, and compute the logits of its last token."""
+    from recbole_gr2.llm.inputs import positions
+
+    for ids, mask in batches(shared, [prompts(request) for request in single(requests)]):
+        places = positions(mask)
+        shared["model"](input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
+
+
+def batches(shared: dict[str, Any], texts: Sequence[Sequence[int]]) -> Iterator[tuple[Any, Any]]:
+    """Yield token ids and attention mask of each batch, with autocast and without gradients."""
     import torch
 
     from recbole_gr2.batching import by_length
     from recbole_gr2.llm.inputs import bf16_autocast, left_pad
 
-    model, pad = shared["model"], shared["tokenizer"].pad_token_id
-    texts = [prompts(request) for request in requests]
-    with torch.no_grad(), bf16_autocast(model.device, shared["bf16"]):
+    device, pad = shared["model"].device, shared["tokenizer"].pad_token_id
+    with torch.no_grad(), bf16_autocast(device, shared["bf16"]):
         for batch in by_length([len(text) for text in texts], BATCH):
-            ids, mask = left_pad([texts[number] for number in batch], pad, model.device)
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                pad_token_id=pad,
-            )
-
-
-def pairs(shared: dict[str, Any], prompts: Callable[[Any], list[int]], requests: Sequence[Any]) -> None:
-    """Read one prompt for each candidate, and compute the logits of its last token."""
-    import torch
-
-    from recbole_gr2.batching import by_length
-    from recbole_gr2.llm.inputs import bf16_autocast, left_pad, positions
-
-    model, pad = shared["model"], shared["tokenizer"].pad_token_id
-    texts = [prompts(request) for request in single(requests)]
-    with torch.no_grad(), bf16_autocast(model.device, shared["bf16"]):
-        for batch in by_length([len(text) for text in texts], BATCH):
-            ids, mask = left_pad([texts[number] for number in batch], pad, model.device)
-            model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=1)
+            yield left_pad([texts[number] for number in batch], pad, device)
 
 
 def best_times(methods: Methods, requests: Sequence[Any], repeats: int) -> dict[str, float]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from recbole_gr2.bridge import data as data_module
-from recbole_gr2.bridge.data import Data, from_end
-from recbole_gr2.bridge.splits import leave_one_out_rows
+from recbole_gr2.bridge.data import Data
+from recbole_gr2.bridge.splits import from_end, leave_one_out_rows
 from recbole_gr2.bridge.training import train_or_load
 from recbole_gr2.catalog import Catalog
 from recbole_gr2.config import load_settings
@@ -134,12 +134,12 @@ def test_neighbour_weights_are_ridge_regressions_on_few_items(text_weight, monke
 
 
 def test_text_ease_says_that_its_weights_are_sparse(tmp_path, monkeypatch):
-    said: list[str] = []
+    messages: list[str] = []
     data = load(tmp_path, base_model="TextEASE")
     inputs = {"text_embeddings": RNG.normal(size=(data.item_count, 6)).astype(np.float32)}
     monkeypatch.setattr(linear, "EXACT_ITEMS", data.item_count - 1)
-    base = train_or_load(data, tmp_path / "sparse", inputs=inputs, say=said.append)
-    assert said[0].startswith("TextEASE has sparse weights, because there are more than 1,")
+    base = train_or_load(data, tmp_path / "sparse", inputs=inputs, say=messages.append)
+    assert messages[0].startswith("TextEASE has sparse weights, because there are more than 1,")
     weights = base.model.weights
     assert weights.shape == (data.item_count + 1,) * 2 and not weights[0].nnz and not weights[:, [0]].nnz
     assert 0 < weights.nnz <= (linear.TOGETHER + linear.SIMILAR) * data.item_count

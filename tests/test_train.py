@@ -1,10 +1,10 @@
 """Supervised training: the weighted loss by hand, exact resume, and LoRA."""
 
-import dataclasses
 import math
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,16 @@ EXAMPLES = [Example(input_ids=[2 + n % 5, 3, 4 + n % 3, 5, 6, 1], parts=[0, 0, 1
     Example(input_ids=[7, 8 + n % 2, 9, 1], parts=[0, 1, 2, 2]) for n in range(4)
 ]
 WEIGHTS = {"reasoning": 0.5, "ranking": 1.0}
+ONE_STEP = Training(
+    steps=1,
+    batch_size=1,
+    micro_batch_size=1,
+    learning_rate=1e-3,
+    warmup_share=0.0,
+    seed=7,
+    bf16=False,
+    save_steps=100,
+)
 
 
 def train(model, tokenizer, folder, examples=EXAMPLES, **changes):
@@ -71,9 +81,9 @@ def train(model, tokenizer, folder, examples=EXAMPLES, **changes):
 
 def training_of(**options):
     """The training with some options, and the options that are not those of a training."""
-    fields = {field.name for field in dataclasses.fields(Training)}
-    own = {name: value for name, value in options.items() if name in fields}
-    return Training(**own), {name: value for name, value in options.items() if name not in fields}
+    names = {field.name for field in fields(Training)}
+    own = {name: value for name, value in options.items() if name in names}
+    return Training(**own), {name: value for name, value in options.items() if name not in names}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -114,16 +124,7 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
-        training=Training(
-            steps=1,
-            batch_size=2,
-            micro_batch_size=1,
-            learning_rate=1e-3,
-            warmup_share=0.0,
-            seed=7,
-            bf16=False,
-            save_steps=5,
-        ),
+        training=replace(ONE_STEP, batch_size=2, micro_batch_size=1),
         part_weights=WEIGHTS,
         max_length=16,
     )
@@ -148,16 +149,7 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
         tokenizer,
         [row],
         tmp_path,
-        training=Training(
-            steps=1,
-            batch_size=1,
-            micro_batch_size=1,
-            learning_rate=1e-3,
-            warmup_share=0.0,
-            seed=7,
-            bf16=False,
-            save_steps=5,
-        ),
+        training=replace(ONE_STEP, batch_size=1, micro_batch_size=1),
         part_weights={"all": 1.0},
         trie=trie,
         max_length=16,
@@ -187,16 +179,7 @@ def test_a_choice_by_hand(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
-        training=Training(
-            steps=1,
-            batch_size=2,
-            micro_batch_size=2,
-            learning_rate=1e-3,
-            warmup_share=0.0,
-            seed=7,
-            bf16=False,
-            save_steps=5,
-        ),
+        training=replace(ONE_STEP, batch_size=2, micro_batch_size=2),
         part_weights={"reasoning": 1.0},
         max_length=16,
         llm_weight=0.2,
@@ -447,16 +430,7 @@ def test_lora_merges_to_the_trained_model(tokenizer, tmp_path, tied):
         tokenizer,
         rows,
         tmp_path,
-        training=Training(
-            steps=8,
-            batch_size=4,
-            micro_batch_size=4,
-            learning_rate=3e-2,
-            warmup_share=0.0,
-            seed=7,
-            bf16=False,
-            save_steps=100,
-        ),
+        training=replace(ONE_STEP, steps=8, batch_size=4, micro_batch_size=4, learning_rate=3e-2),
         part_weights={"text": 1.0},
         max_length=16,
     )
@@ -484,16 +458,7 @@ def test_token_rows_train_alone(tokenizer, tmp_path, tied):
             tokenizer,
             rows,
             tmp_path,
-            training=Training(
-                steps=8,
-                batch_size=4,
-                micro_batch_size=4,
-                learning_rate=3e-2,
-                warmup_share=0.0,
-                seed=7,
-                bf16=False,
-                save_steps=100,
-            ),
+            training=replace(ONE_STEP, steps=8, batch_size=4, micro_batch_size=4, learning_rate=3e-2),
             part_weights={"text": 1.0},
             max_length=16,
         )

@@ -25,6 +25,7 @@ from recbole_gr2.bridge.loading import add_histories, filter_interactions, load_
 from recbole_gr2.bridge.splits import (
     LEAVE_ONE_OUT,
     Split,
+    from_end,
     leave_one_out,
     leave_one_out_rows,
     ready_made,
@@ -549,20 +550,3 @@ def _description(text: str) -> str:
     if not text.startswith("["):  # A list in Python notation can be parsed only as a whole.
         text = text[: 4 * DESCRIPTION_CHARS]
     return clean_text(text, " ")[:DESCRIPTION_CHARS].rstrip()
-
-
-def from_end(users: np.ndarray) -> np.ndarray:
-    """Position of each row among the rows of its user, counted from the last, from 1, (B,).
-
-    Args:
-        users: user id of each row, (B,). The rows of a user are in time order.
-
-    >>> from_end(np.array([4, 4, 2, 4, 2])), from_end(np.array([], dtype=int))
-    (array([3, 2, 2, 1, 1]), array([], dtype=int64))
-    """
-    reverse = users[::-1]
-    order = np.argsort(reverse, kind="stable")
-    starts = np.flatnonzero(np.r_[True, reverse[order][1:] != reverse[order][:-1]][: len(users)])
-    numbers = np.empty(len(users), dtype=np.int64)
-    numbers[order] = np.arange(1, len(users) + 1) - np.repeat(starts, np.diff(np.r_[starts, len(users)]))
-    return numbers[::-1].copy()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from recbole_gr2.bridge.atomic import MISSING, AtomicFile
+from recbole_gr2.bridge.splits import from_end
 from recbole_gr2.errors import ConfigurationError
 
 FILTERS = {  # RecBole's steps that drop interactions, in their order: the options that cause them
@@ -120,9 +121,7 @@ def add_histories(dataset: Any) -> None:
     dataset._check_field("uid_field", "time_field")
     dataset.sort(by=[dataset.uid_field, dataset.time_field], ascending=True)
     feat, longest = dataset.inter_feat, dataset.config["MAX_ITEM_LIST_LENGTH"]
-    users = feat[dataset.uid_field].numpy()
-    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
-    places = np.arange(len(users)) - np.repeat(starts, np.diff(np.r_[starts, len(users)]))
+    places = from_end(feat[dataset.uid_field].numpy()[::-1])[::-1] - 1  # from 0 for the first interaction of a user
     targets = np.flatnonzero(places)  # The first interaction of a user has no history.
     lengths = np.minimum(places[targets], longest)
     columns: dict[str, Any] = {dataset.item_list_length_field: torch.from_numpy(lengths)}

@@ -82,6 +82,23 @@ def leave_one_out(lengths: np.ndarray, *, targets: int, requests: int) -> Split:
     return _by_position(LEAVE_ONE_OUT, train, train, test, refit, targets=targets, requests=requests)
 
 
+def from_end(users: np.ndarray) -> np.ndarray:
+    """Position of each row among the rows of its user, counted from the last, from 1, (B,).
+
+    Args:
+        users: user id of each row, (B,). The rows of a user are in time order.
+
+    >>> from_end(np.array([4, 4, 2, 4, 2])), from_end(np.array([], dtype=int))
+    (array([3, 2, 2, 1, 1]), array([], dtype=int64))
+    """
+    reverse = users[::-1]
+    order = np.argsort(reverse, kind="stable")
+    starts = np.flatnonzero(np.r_[True, reverse[order][1:] != reverse[order][:-1]][: len(users)])
+    numbers = np.empty(len(users), dtype=np.int64)
+    numbers[order] = np.arange(1, len(users) + 1) - np.repeat(starts, np.diff(np.r_[starts, len(users)]))
+    return numbers[::-1].copy()
+
+
 def leave_one_out_rows(users: np.ndarray) -> list[np.ndarray]:
     """Return the rows of training, validation and test, as RecBole's `leave_one_out` does with a loop over the rows.
 
@@ -97,9 +114,8 @@ def leave_one_out_rows(users: np.ndarray) -> list[np.ndarray]:
     codes, _ = pd.factorize(users)
     order = np.argsort(codes, kind="stable")
     sizes = np.bincount(codes)
-    from_end = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(users))
-    size = np.repeat(sizes, sizes)
-    test, valid = (from_end == 1) & (size > 1), (from_end == 2) & (size > 2)
+    place, size = from_end(codes)[order], sizes[codes[order]]
+    test, valid = (place == 1) & (size > 1), (place == 2) & (size > 2)
     return [order[~test & ~valid], order[valid], order[test]]
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from recbole_gr2.bridge.data import Data, exact_time_dataset, from_end
+from recbole_gr2.bridge.data import Data, exact_time_dataset
 from recbole_gr2.bridge.models import BaseModel, PairScores, break_ties, find_model, mask_seen
-from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
+from recbole_gr2.bridge.splits import LEAVE_ONE_OUT, from_end
 from recbole_gr2.bridge.support import PRETRAINED, dataset_class
 from recbole_gr2.config import recbole_config
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError, QualityCheckError

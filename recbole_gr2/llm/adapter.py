@@ -64,6 +64,11 @@ def new_rows_alone(model: Any, new_tokens: Sequence[int]) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
+def base_model(model: Any) -> Any:
+    """Return the model of transformers within a model of PEFT. The LoRA layers are part of it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def merged(model: Any) -> Any:
     """Return the plain model, with the LoRA weights added to its weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

@@ -16,8 +16,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from recbole_gr2.batching import by_length
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.adapter import base_model
 from recbole_gr2.llm.grammar import Grammar, GrammarProcessor, prior_tensor
-from recbole_gr2.llm.inputs import bf16_autocast, evaluating, left_pad, positions, right_pad
+from recbole_gr2.llm.inputs import bf16_autocast, common_length, evaluating, left_pad, positions, right_pad
 from recbole_gr2.llm.kv_cache import Prefix, decoding, preallocated_cache
 from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
@@ -149,11 +150,7 @@ def common_start(prompts: Sequence[Sequence[int]]) -> Sequence[int]:
     >>> common_start([[7, 8, 1]])
     []
     """
-    first, length = prompts[0] if prompts else [], 0
-    longest = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
-    while length < longest and all(prompt[length] == first[length] for prompt in prompts):
-        length += 1
-    return first[:length]
+    return prompts[0][: common_length([prompt[:-1] for prompt in prompts])] if len(prompts) > 1 else []
 
 
 class GumbelSampler(LogitsProcessor):
@@ -256,8 +253,7 @@ Decode = Callable[[Group], list[list[int]]]
 def _transformers(
     model: Any, prompt_ids: Sequence[Sequence[int]], longest: int, batch_size: int, bf16: bool
 ) -> Iterator[Decode]:
-    # `generate` of PEFT overwrites the generation config of the base model. The LoRA layers are part of the base model.
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)  # `generate` of PEFT overwrites the generation config of the base model
     with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16), decoding(base):
         prefix = Prefix.read(base, common_start(prompt_ids))
         yield lambda group: _generate(base, group, prefix)

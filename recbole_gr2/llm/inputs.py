@@ -41,9 +41,26 @@ def right_pad(
     >>> [part.tolist() for part in right_pad([[7, 8], [], [9]], 0, torch.device("cpu"))]
     [[[7, 8], [0, 0], [9, 0]], [2, 0, 1]]
     """
-    lengths = [len(text) for text in sequences]
-    ids = [[*text, *[value] * (max(lengths) - len(text))] for text in sequences]
-    return torch.tensor(ids, device=device, dtype=torch.long), torch.tensor(lengths, device=device)
+    lengths = torch.tensor([len(text) for text in sequences], device=device)
+    return padded(sequences, value).long().to(device), lengths
+
+
+def padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
+    """Return rows of different lengths as one tensor on the CPU, filled with `value` on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def common_length(texts: Sequence[Sequence[int]]) -> int:
+    """Return the number of first tokens that are equal in all texts.
+
+    >>> common_length([[7, 8, 1, 2], [7, 8, 3]]), common_length([[7], []])
+    (2, 0)
+    """
+    for length, tokens in enumerate(zip(*texts, strict=False)):
+        if len(set(tokens)) > 1:
+            return length
+    return min(map(len, texts), default=0)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

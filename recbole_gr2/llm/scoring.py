@@ -22,7 +22,7 @@ from recbole_gr2.batching import by_length
 from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints
-from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, evaluating
+from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, common_length, evaluating, padded
 from recbole_gr2.llm.kv_cache import Prefix
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.train import (
@@ -87,19 +87,19 @@ class ListCollator:
         The prior of padding is -inf. What the lists do not have is left out.
         """
         batch = {
-            "input_ids": _padded([each.input_ids for each in lists], self.pad_id),
-            "places": _padded([each.places for each in lists], 0),
-            "tokens": _padded([each.tokens for each in lists], 0),
-            "prior": _padded([each.prior for each in lists], -torch.inf),
+            "input_ids": padded([each.input_ids for each in lists], self.pad_id),
+            "places": padded([each.places for each in lists], 0),
+            "tokens": padded([each.tokens for each in lists], 0),
+            "prior": padded([each.prior for each in lists], -torch.inf),
         }
         if lists[0].relevance:
-            batch["relevance"] = _padded([[float(value) for value in each.relevance] for each in lists], 0.0)
+            batch["relevance"] = padded([[float(value) for value in each.relevance] for each in lists], 0.0)
         if lists[0].segments:
-            batch["segments"] = _padded([each.segments for each in lists], PADDING)
-            batch["positions"] = _padded([each.positions for each in lists], 0)
+            batch["segments"] = padded([each.segments for each in lists], PADDING)
+            batch["positions"] = padded([each.positions for each in lists], 0)
         if lists[0].items:
-            batch["items"] = _padded([each.items for each in lists], 0)
-            batch["slots"] = _padded([each.slots for each in lists], 0)
+            batch["items"] = padded([each.items for each in lists], 0)
+            batch["slots"] = padded([each.slots for each in lists], 0)
             rows = [torch.tensor(each.features, dtype=torch.float32) for each in lists]
             batch["features"] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return batch
@@ -107,15 +107,10 @@ class ListCollator:
 
 def shared_length(lists: Sequence[ListInput]) -> int:
     """Return the number of first tokens that are equal in all lists: text of the context, before any score."""
-    first, length = lists[0], 0
     longest = min(min(each.places) for each in lists)
-    while length < longest and all(
-        each.input_ids[length] == first.input_ids[length]
-        and not any(part[length] for part in (each.items, each.segments) if part)
-        for each in lists
-    ):
-        length += 1
-    return length
+    length = common_length([each.input_ids[:longest] for each in lists])
+    others = [part[:length] for each in lists for part in (each.items, each.segments)]
+    return min((place for part in others for place, value in enumerate(part) if value), default=length)
 
 
 def list_scores(model: Any, batch: Batch, llm_weight: float, prefix: Prefix | None = None) -> torch.Tensor:
@@ -284,7 +279,7 @@ def train_lists(
         callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
         data_collator=ListCollator(tokenizer.pad_token_id),
     )
-    return train_from_checkpoint(trainer, folder, training.steps or 0)
+    return train_from_checkpoint(trainer, folder)
 
 
 def score_lists(
@@ -336,9 +331,3 @@ def check_context(model: Any, lists: Sequence[ListInput], *, where: str) -> None
             why="at least one list is needed, and prompts are never cut",
             do="shorten the prompts (prompt_history, prompt_title_chars)",
         )
-
-
-def _padded(rows: Sequence[Sequence[float]], value: float) -> torch.Tensor:
-    """Rows of different lengths as one tensor, filled with a value on the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

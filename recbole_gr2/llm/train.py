@@ -274,7 +274,7 @@ def finetune(
         callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
         data_collator=Collator(tokenizer.pad_token_id),
     )
-    return train_from_checkpoint(trainer, folder, steps)
+    return train_from_checkpoint(trainer, folder)
 
 
 def training_options(folder: Path, training: Training) -> dict[str, Any]:
@@ -312,11 +312,12 @@ def training_options(folder: Path, training: Training) -> dict[str, Any]:
     }
 
 
-def train_from_checkpoint(trainer: Trainer, folder: Path, steps: int) -> list[dict[str, float]]:
-    """Train up to a number of steps, from the last checkpoint in `folder` if there is one, and return the log."""
+def train_from_checkpoint(trainer: Trainer, folder: Path) -> list[dict[str, float]]:
+    """Train up to the last step, from the last checkpoint in `folder` if there is one, and return the log."""
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
     checkpoint = last_checkpoint(folder)
-    if checkpoint and step_of(checkpoint) >= steps:  # transformers would train one more step if it is within a pass
+    # transformers would train one more step if the last one is within a pass.
+    if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         model: Any = trainer.model

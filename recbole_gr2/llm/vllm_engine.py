@@ -19,7 +19,7 @@ import torch
 
 from recbole_gr2.distributed import WORLD_SIZE
 from recbole_gr2.errors import ConfigurationError, DependencyError, QualityCheckError
-from recbole_gr2.llm.adapter import merged
+from recbole_gr2.llm.adapter import base_model, merged
 from recbole_gr2.llm.inputs import bf16_autocast, evaluating
 
 BLOCK = 128  # tokens of a block of vLLM's cache on a CPU; a multiple of the size on a GPU
@@ -75,7 +75,7 @@ def engine_of(model: Any, longest: int, batch_size: int, bf16: bool) -> Engine:
     """
     check_vllm()
     config = copy.deepcopy(model.config)
-    config.architectures, config.name_or_path = [type(_base(model)).__name__], ""
+    config.architectures, config.name_or_path = [type(base_model(model)).__name__], ""
     key = json.dumps([config.to_dict(), batch_size, bf16], sort_keys=True, default=str)
     engine = _engines.get(key)
     try:
@@ -141,7 +141,7 @@ class Engine:
 
     def load(self, model: Any) -> None:
         """Copy the weights of a model."""
-        plain = merged(copy.deepcopy(model)) if model is not _base(model) else model
+        plain = merged(copy.deepcopy(model)) if model is not base_model(model) else model
         # A tied head is among the weights: on a CPU vLLM converts it like the other matrices.
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(plain.state_dict().items())})
         self.llm.reset_prefix_cache()
@@ -163,7 +163,7 @@ class Engine:
         if not distance < LARGEST_DISTANCE:
             raise QualityCheckError(
                 f"vLLM and transformers give the same text different probabilities (total variation {distance:.2f})",
-                where=f"llm_engine, a model of the class {type(_base(model)).__name__}",
+                where=f"llm_engine, a model of the class {type(base_model(model)).__name__}",
                 why="vLLM has not received all weights, or computes this model differently",
                 do="set llm_engine to transformers",
             )
@@ -229,11 +229,6 @@ def _processor() -> Any:
             return logits
 
     return Processor
-
-
-def _base(model: Any) -> Any:
-    """Return the model of transformers within a model of PEFT."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _release() -> None:

@@ -30,7 +30,6 @@ from recbole_gr2.policy import (
     new_tokens,
     prompt_tokens,
     resolved_bf16,
-    use_bf16,
 )
 from recbole_gr2.prompts import FIELDS, PromptMaker, encode, encode_prompt, prompt_values, template_of
 from recbole_gr2.ranking import promote
@@ -68,19 +67,20 @@ def run(context: Context) -> dict[str, Any]:
     seed_everything(seed)
     model = with_lora(model, settings["llm_lora_rank"], new_tokens(tokenizer))
     batch_size = settings["sft_batch_size"]
+    training = llm_training(
+        settings,
+        steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
+        batch_size=batch_size,
+        learning_rate=settings["sft_learning_rate"],
+        warmup_share=WARMUP_SHARE,
+        seed=seed,
+    )
     log = finetune(
         model,
         tokenizer,
         examples,
         context.folder / "checkpoints",
-        training=llm_training(
-            settings,
-            steps=min(settings["sft_steps"], math.ceil(settings["sft_passes"] * len(examples) / batch_size)),
-            batch_size=batch_size,
-            learning_rate=settings["sft_learning_rate"],
-            warmup_share=WARMUP_SHARE,
-            seed=seed,
-        ),
+        training=training,
         part_weights={"reasoning": settings["sft_reasoning_weight"], "ranking": 1.0},
         llm_weight=grammar.llm_weight,
         max_length=settings["sft_max_length"],
@@ -96,9 +96,7 @@ def run(context: Context) -> dict[str, Any]:
             settings=("llm", "prompt_", "sft_"),
         )
         write_json(context.folder / "log.json", log)
-    policy = Policy(
-        model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=use_bf16(settings, model.device.type)
-    )
+    policy = Policy(model=model, tokenizer=tokenizer, maker=maker, grammar=grammar, bf16=training.bf16)
     return {
         "texts": len(examples),
         "tokens_mean": sum(lengths) / len(lengths),
