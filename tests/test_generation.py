@@ -21,12 +21,14 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from recbole_gr2.errors import ConfigurationError
-from recbole_gr2.llm import generation, kv_cache
+from recbole_gr2.llm import attention, generation, kv_cache
 from recbole_gr2.llm.answers import read_answer
+from recbole_gr2.llm.attention import attend_in_float32
 from recbole_gr2.llm.generation import generate_rankings
 from recbole_gr2.llm.grammar import FREE, Grammar, GrammarProcessor, constrained_log_probs, prior_tensor
 from recbole_gr2.llm.inputs import left_pad
 from recbole_gr2.llm.kv_cache import PreallocatedLayer, preallocated_cache
+from recbole_gr2.llm.model import load_language_model, load_saved, save_language_model
 from recbole_gr2.sid.tokens import RANKING, added_tokens, label_tokens
 from recbole_gr2.types import Candidate, Request
 
@@ -456,28 +458,35 @@ def test_a_preallocated_layer_contains_the_same_as_a_dynamic_one():
     assert keys.dtype == values.dtype == torch.float32  # on a CPU
 
 
-def test_a_cpu_attends_to_a_single_token_in_float32():
+def test_attention_on_a_cpu_is_in_float32_under_autocast():
     query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
     key, value, mask = key[:, :2], value[:, :2], torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     mask[1, :, :, 0] = False
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    exact, _ = kv_cache.attend_on_cpu(module, query, key, value, mask, scaling=0.3)
+    exact, _ = attend_in_float32(module, query, key, value, mask, scaling=0.3)
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        several, _ = kv_cache.attend_on_cpu(module, query, key, value, mask, scaling=0.3)
-        single, _ = kv_cache.attend_on_cpu(module, query[:, :, -1:], key, value, mask[:, :, -1:], scaling=0.3)
-    assert (several.dtype, single.dtype) == (torch.bfloat16, torch.float32)
+        several, _ = attend_in_float32(module, query, key, value, mask, scaling=0.3)
+        biased, _ = attend_in_float32(module, query, key, value, bias, scaling=0.3)
+        single, _ = attend_in_float32(module, query[:, :, -1:], key, value, mask[:, :, -1:], scaling=0.3)
+    torch.testing.assert_close(several, exact, rtol=0, atol=0)
+    torch.testing.assert_close(biased, exact)
     torch.testing.assert_close(single, exact[:, -1:])
 
 
-def test_the_attention_of_a_model_is_replaced_during_generation_only(model, grammar, monkeypatch):
-    used = []
-    original = kv_cache.sdpa_attention_forward
-    monkeypatch.setattr(kv_cache, "sdpa_attention_forward", lambda *args, **kw: used.append(1) or original(*args, **kw))
-    generate_rankings(model, PROMPTS, PRIORS, grammar=grammar)
-    assert used and model.config._attn_implementation == "sdpa"
-    used.clear()
-    model(input_ids=torch.tensor(PROMPTS[:1]))
-    assert not used
+def test_a_loaded_model_attends_in_float32_and_is_saved_without_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("recbole_gr2.llm.model.device", lambda: "cpu")
+    model, tokenizer = load_language_model("random", corpus=["a text"])
+    assert model.config._attn_implementation == attention.FLOAT32
+    save_language_model(model, tokenizer, tmp_path)
+    assert attention.FLOAT32 not in (tmp_path / "config.json").read_text()
+    loaded, _ = load_saved(tmp_path)
+    assert loaded.config._attn_implementation == attention.FLOAT32
+    monkeypatch.setattr("recbole_gr2.llm.model.device", lambda: "cuda")
+    loaded, _ = load_saved(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("generations", [1, 50])

@@ -19,7 +19,7 @@ from recbole_gr2.errors import ConfigurationError
 from recbole_gr2.llm.adapter import base_model
 from recbole_gr2.llm.grammar import Grammar, GrammarProcessor, prior_tensor
 from recbole_gr2.llm.inputs import bf16_autocast, common_length, evaluating, left_pad, positions, right_pad
-from recbole_gr2.llm.kv_cache import Prefix, decoding, preallocated_cache
+from recbole_gr2.llm.kv_cache import Prefix, preallocated_cache
 from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 
@@ -254,7 +254,7 @@ def _transformers(
     model: Any, prompt_ids: Sequence[Sequence[int]], longest: int, batch_size: int, bf16: bool
 ) -> Iterator[Decode]:
     base = base_model(model)  # `generate` of PEFT overwrites the generation config of the base model
-    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16), decoding(base):
+    with evaluating(model), torch.no_grad(), bf16_autocast(model.device, bf16):
         prefix = Prefix.read(base, common_start(prompt_ids))
         yield lambda group: _generate(base, group, prefix)
 

@@ -1,19 +1,15 @@
-"""The keys and values of tokens that were read before, and the attention to them."""
+"""The keys and values of tokens that were read before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 SPARE_TOKENS = 128  # tokens that fit into a layer before it is copied; not from a paper
-DECODING = "recbole_gr2_decoding"  # name of `attend_on_cpu` in transformers
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -22,7 +18,8 @@ class PreallocatedLayer(DynamicLayer):
     A new token is written into the buffers. The layer of transformers copies all keys and values for every token.
 
     Keys are stored in the dtype of the values. Under autocast, rotary embeddings return float32 keys, and attention
-    would convert the whole cache for every token. On a CPU both are stored in float32, see `attend_on_cpu`.
+    would convert the whole cache for every token. On a CPU both are stored in float32, see
+    `attention.attend_in_float32`.
     """
 
     buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -83,40 +80,3 @@ class Prefix(NamedTuple):
         for number, (keys, values) in enumerate(self.layers):
             cache.update(keys.expand(batch_size, -1, -1, -1), values.expand(batch_size, -1, -1, -1), number)
         return cache
-
-
-def attend_on_cpu(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of torch, in float32 for a single new token.
-
-    torch's kernel for CPUs takes about ten times as long for one query in bfloat16 as in float32, because it prepares
-    all keys and values for a product of matrices.
-    """
-    if query.size(2) > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    with torch.autocast("cpu", enabled=False):
-        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-
-
-AttentionInterface.register(DECODING, attend_on_cpu)
-AttentionMaskInterface.register(DECODING, sdpa_mask)
-
-
-@contextmanager
-def decoding(model: Any) -> Iterator[None]:
-    """Let a model on a CPU use `attend_on_cpu` instead of the attention of torch."""
-    used = model.config._attn_implementation
-    if used != "sdpa" or model.device.type != "cpu":
-        yield
-        return
-    model.set_attn_implementation(DECODING)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(used)

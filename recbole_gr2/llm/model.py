@@ -86,7 +86,7 @@ def load_language_model(
     if trim:
         tokenizer = trim_vocabulary(model, tokenizer, texts or ())
     add_tokens(model, tokenizer, extra_tokens, seed)
-    return model.to(dtype).eval(), tokenizer
+    return _prepared(model, dtype), tokenizer
 
 
 def save_language_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
@@ -102,7 +102,7 @@ def load_saved(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
         MissingFileError: The folder does not exist or contains no model.
     """
     model, tokenizer = _load(Path(folder), dtype)
-    return model.to(dtype).eval(), tokenizer
+    return _prepared(model, dtype), tokenizer
 
 
 def device() -> str:
@@ -130,6 +130,15 @@ def uses_bf16(choice: bool | None, device: str | torch.device) -> bool:
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _prepared(model: Any, dtype: torch.dtype) -> Any:
+    """Return the model in eval mode with weights of this type, and with the attention for a CPU if there is no GPU."""
+    from recbole_gr2.llm.attention import use_float32
+
+    if device() == "cpu":
+        use_float32(model)
+    return model.to(dtype).eval()
 
 
 def _load(source: Path | str, dtype: torch.dtype) -> tuple[Any, Any]:
