@@ -10,7 +10,6 @@ time over all threads, the better of two alternating runs.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 
 
@@ -24,7 +23,6 @@ def main() -> None:
     parser.add_argument("--no-bf16", action="store_true")
     options = parser.parse_args()
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a run does
     import numpy as np
     import torch
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM

@@ -61,7 +61,13 @@ def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str,
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    chosen = {"preset": "laptop", "prompt_history": history, "cand_num": candidates, "cand_pool": candidates}
+    chosen = {
+        "preset": "laptop",
+        "prompt_items": "text",
+        "prompt_history": history,
+        "cand_num": candidates,
+        "cand_pool": candidates,
+    }
     settings = load_settings(config_dict=chosen)
     items = Data(settings).catalog
     levels, codes = settings["sid_levels"], settings["sid_codes"]
@@ -281,7 +287,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as a run does
     table(options)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
