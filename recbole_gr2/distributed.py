@@ -49,6 +49,70 @@ def share(things: Sequence[T], compute: Callable[[Sequence[T]], Sequence[Any]]) 
     return results
 
 
+def uses_fsdp() -> bool:
+    """Return whether `accelerate launch` was asked to shard the weights with FSDP."""
+    return _asked("ACCELERATE_USE_FSDP")
+
+
+def uses_deepspeed() -> bool:
+    """Return whether `accelerate launch` was asked to use DeepSpeed."""
+    return _asked("ACCELERATE_USE_DEEPSPEED")
+
+
+def _asked(variable: str) -> bool:
+    """Whether `accelerate launch` has set a variable to true."""
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+def check_launch() -> None:
+    """Check that this package supports what `accelerate launch` was asked for.
+
+    Raises:
+        ConfigurationError: it is FSDP 1, FSDP with one loading process, or ZeRO-3.
+    """
+    fsdp, zero = os.environ.get("FSDP_VERSION", "1"), os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if uses_fsdp() and fsdp != "2":
+        raise ConfigurationError(
+            f"version {fsdp} of FSDP is not supported",
+            where="fsdp_version, in the configuration of accelerate",
+            why="the weights are collected after training, which differs between the versions",
+            do="set fsdp_version: 2, as in properties/accelerate/fsdp.yaml",
+        )
+    if uses_fsdp() and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ConfigurationError(
+            "only the first process would load a language model",
+            where="fsdp_cpu_ram_efficient_loading, in the configuration of accelerate",
+            why="every process also answers prompts, and needs the whole model for that",
+            do="set fsdp_cpu_ram_efficient_loading: false, as in properties/accelerate/fsdp.yaml",
+        )
+    if uses_deepspeed() and zero == "3":
+        raise ConfigurationError(
+            "stage 3 of ZeRO is not supported",
+            where="zero_stage, in the configuration of accelerate",
+            why="it shards the weights, and they are not collected after training",
+            do="set zero_stage: 2, as in properties/accelerate/deepspeed.yaml, or use FSDP",
+        )
+
+
+def check_replicas(what: str) -> None:
+    """Check that every process trains its own copy of the weights.
+
+    Args:
+        what: what needs it, with its stage.
+
+    Raises:
+        ConfigurationError: `accelerate launch` was asked to use FSDP or DeepSpeed.
+    """
+    if uses_fsdp() or uses_deepspeed():
+        raise ConfigurationError(
+            f"{what} does not support {'FSDP' if uses_fsdp() else 'DeepSpeed'}",
+            where="the configuration of accelerate",
+            why="the model generates answers between two steps, which was not made for sharded training",
+            do="compute the other stages with this configuration (--stages sft), and then repeat the command with "
+            "properties/accelerate/ddp.yaml. Finished stages are not computed again",
+        )
+
+
 def check_shares(name: str, number: int) -> None:
     """Check that the processes can share what a setting counts.
 

@@ -405,8 +405,9 @@ def _run_once(
     """Plan and run one seed; returns the path of result.json, or None if no methods were evaluated."""
     from recbole_gr2 import pipeline, preflight
     from recbole_gr2.console import quiet_libraries
-    from recbole_gr2.distributed import RANK
+    from recbole_gr2.distributed import RANK, check_launch
 
+    check_launch()
     quiet_libraries()
     from recbole_gr2.bridge.data import Data
 

@@ -11,13 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from recbole_gr2.config import properties_folder
+from recbole_gr2.distributed import check_launch, check_replicas
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.adapter import merged, new_rows_alone, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint
 from recbole_gr2.llm.sampler import LengthSampler
 from recbole_gr2.llm.scoring import ListInput, train_lists
-from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, Training, finetune
+from recbole_gr2.llm.train import Collator, Example, FiniteLoss, ProgressLines, Training, check_sharding, finetune
 
 
 @pytest.fixture(name="tokenizer")
@@ -271,49 +273,140 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import pytest, torch
-from test_train import MANY, PASSES, kill_after, letter_tokenizer, score, tiny, train
+from test_train import MANY, NEW, PASSES, kill_after, letter_tokenizer, new_rows_alone, on_cpu, score, tiny, train
+on_cpu({parallelism!r})
 from recbole_gr2.distributed import RANK, wait_for_all
 wait_for_all()
 folder, options = Path({folder!r}), {{**PASSES, "micro_batch_size": 2}}
 with pytest.raises(KeyboardInterrupt):
-    train(tiny(), letter_tokenizer(), folder, MANY, say=kill_after(5), **options)
+    train(tiny(), letter_tokenizer(), folder / "killed", MANY, say=kill_after(5), **options)
 wait_for_all()
 model, seen = tiny(seed=99), []
-log = train(model, letter_tokenizer(), folder, MANY, say=seen.append, **options)
-scorer = tiny(seed=1)
+log = train(model, letter_tokenizer(), folder / "killed", MANY, say=seen.append, **options)
+again = tiny(seed=98)
+assert train(again, letter_tokenizer(), folder / "killed", MANY, **options) == log
+assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+scorer, rows = tiny(seed=1, tied=False), tiny(seed=2)
 scores = score(scorer, letter_tokenizer(), folder / "score")
-torch.save((model.state_dict(), log, seen, scorer.state_dict(), scores), folder / f"result-{{RANK}}.pt")
+with new_rows_alone(rows, NEW):
+    losses = train(rows, letter_tokenizer(), folder / "rows", MANY, **options)
+kinds = {{type(parameter) for each in (model, scorer, rows) for parameter in each.parameters()}}
+assert kinds == {{torch.nn.Parameter}}
+results = [(each.state_dict(), lines) for each, lines in ((model, log), (scorer, scores), (rows, losses))]
+torch.save((results, seen), folder / f"result-{{RANK}}.pt")
 """
+NEW = [24, 25, 26, 27]  # tokens whose embeddings are trained alone
+
+
+def on_cpu(parallelism: str) -> None:
+    """Let accelerate use FSDP or DeepSpeed on CPUs. It offers both on GPUs only, and would use DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if parallelism == "ddp":
+        return
+    if parallelism == "fsdp":
+        torch.distributed.init_process_group("gloo")
+    else:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    PartialState._prepare_backend = lambda *arguments: ("gloo", DistributedType.MULTI_GPU)
+
+
+def launch_environment(parallelism: str) -> dict[str, str]:
+    """The variables that `accelerate launch` sets for a file in properties/accelerate."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    file = properties_folder() / "accelerate" / f"{parallelism}.yaml"
+    words = ["--config_file", str(file), "--num_processes", "2", "run_recbole_gr2.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    if parallelism == "deepspeed":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        _, variables = prepare_deepspeed_cmd_env(arguments)
+    else:
+        variables = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_give_the_results_of_one_and_resume(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("parallelism", "file"), [("ddp", "optimizer.pt"), ("fsdp", "pytorch_model_fsdp.bin"), ("deepspeed", "latest")]
+)
+def test_two_processes_give_the_results_of_one_and_resume(tokenizer, tmp_path, parallelism, file):
     """The last batch of each pass has four texts, so that each process has one more without loss."""
+    variables = {"OMP_NUM_THREADS": "1"}
+    if parallelism == "deepspeed":
+        pytest.importorskip("deepspeed")
+        variables |= {"DS_ACCELERATOR": "cpu"}
+    if parallelism != "ddp":
+        variables |= {**launch_environment(parallelism), "ACCELERATE_TORCH_DEVICE": "cpu"}
     two, worker, tests = tmp_path / "two", tmp_path / "worker.py", Path(__file__).parent
     two.mkdir()
-    worker.write_text(WORKER.format(tests=str(tests), root=str(tests.parent), folder=str(two)))
+    worker.write_text(WORKER.format(tests=str(tests), root=str(tests.parent), folder=str(two), parallelism=parallelism))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    one = tiny()
-    log = train(one, tokenizer, tmp_path / "one", MANY, **PASSES)
-    scorer = tiny(seed=1)
+    assert (two / "killed" / "checkpoint-8" / file).exists()  # It was used, and not replaced by another one.
+    trained, scorer, rows = tiny(), tiny(seed=1, tied=False), tiny(seed=2)
+    log = train(trained, tokenizer, tmp_path / "one", MANY, **PASSES)
     scores = score(scorer, tokenizer, tmp_path / "score")
-    first, second = (torch.load(two / f"result-{rank}.pt") for rank in (0, 1))
-    assert first[2][0].startswith("step 5/")  # the killed run continued
-    for model, lines, place in ((one, log, 0), (scorer, scores, 3)):
-        weights, shared = first[place], first[place + 1]
-        assert shared == second[place + 1] and [line["step"] for line in shared] == [line["step"] for line in lines]
+    with new_rows_alone(rows, NEW):
+        losses = train(rows, tokenizer, tmp_path / "rows", MANY, **PASSES)
+    (first, seen), (second, _) = (torch.load(two / f"result-{rank}.pt") for rank in (0, 1))
+    assert seen[0].startswith("step 5/")  # the killed run continued
+    for place, (model, lines) in enumerate(((trained, log), (scorer, scores), (rows, losses))):
+        weights, shared = first[place]
+        assert shared == second[place][1] and [line["step"] for line in shared] == [line["step"] for line in lines]
         for name in {"loss", "loss/text", "grad_norm"} & set(lines[0]):
             assert [line[name] for line in shared] == pytest.approx([line[name] for line in lines], rel=1e-4), name
         for name, value in model.state_dict().items():
-            assert torch.equal(weights[name], second[place][name]) and torch.allclose(value, weights[name], atol=1e-5)
+            assert torch.equal(weights[name], second[place][0][name])
+            assert torch.allclose(value, weights[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1 of FSDP"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "only the first process",
+        ),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "stage 3 of ZeRO"),
+    ],
+)
+def test_a_launch_that_is_not_supported_is_an_error(monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=f"(?s){message}.*where.*why.*do .*properties/accelerate/"):
+        check_launch()
+
+
+def test_the_configuration_of_fsdp_is_supported_but_not_in_rl_and_not_with_every_adapter(monkeypatch):
+    for name, value in launch_environment("fsdp").items():
+        monkeypatch.setenv(name, value)
+    check_launch()
+    with pytest.raises(ConfigurationError, match=r"(?s)rl does not support FSDP.*ddp\.yaml"):
+        check_replicas("rl")
+    assert hasattr(with_lora(tiny(tied=False), 2, [26, 27]), "merge_and_unload")
+    with pytest.raises(ConfigurationError, match="(?s)whose head is its embedding.*llm_lora_rank"):
+        with_lora(tiny(), 2, [26, 27])
+
+
+def test_a_checkpoint_of_another_parallelism_is_an_error(tmp_path):
+    check_sharding(tmp_path, "DDP")
+    (tmp_path / "latest").touch()
+    check_sharding(tmp_path, "DeepSpeed")
+    with pytest.raises(ConfigurationError, match=r"(?s)written with DeepSpeed, and this run uses DDP.*deepspeed\.yaml"):
+        check_sharding(tmp_path, "DDP")
 
 
 @pytest.mark.slow

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from recbole_gr2.distributed import uses_fsdp
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.sharding import ROWS
+
 
 def with_lora(model: Any, rank: int, new_tokens: Sequence[int]) -> Any:
     """Return `model` with LoRA of this rank on every linear layer. Rank 0 returns the model itself.
@@ -17,9 +21,19 @@ def with_lora(model: Any, rank: int, new_tokens: Sequence[int]) -> Any:
         rank: Rank of the LoRA matrices. 0 trains all parameters.
         new_tokens: Ids of tokens that the pretrained model does not know. Their embeddings are trained, too. (If
             `embed_tokens` were a target module of LoRA, the merged model would differ from the trained one.)
+
+    Raises:
+        ConfigurationError: FSDP does not support the adapter.
     """
     if rank == 0:
         return model
+    if uses_fsdp() and model.config.tie_word_embeddings:
+        raise ConfigurationError(
+            "FSDP cannot train LoRA of a model whose head is its embedding",
+            where="llm_lora_rank",
+            why="PEFT puts the trained rows of the new tokens into both, and FSDP would shard the weight twice",
+            do="set llm_lora_rank: 0, or use properties/accelerate/ddp.yaml or deepspeed.yaml",
+        )
     from peft import LoraConfig, get_peft_model
 
     head = model.get_output_embeddings()
@@ -47,7 +61,8 @@ def new_rows_alone(model: Any, new_tokens: Sequence[int]) -> Iterator[None]:
     but TRL's SFTTrainer refuses such an adapter if the head is not tied.)
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    weights = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {module.weight for module in ends}
     hooks = []
     for parameter in trainable:
         parameter.requires_grad_(parameter in weights)
@@ -55,9 +70,13 @@ def new_rows_alone(model: Any, new_tokens: Sequence[int]) -> Iterator[None]:
             keep = torch.zeros(len(parameter), 1, device=parameter.device, dtype=parameter.dtype)
             keep[list(new_tokens)] = 1.0
             hooks.append(parameter.register_hook(lambda gradient, keep=keep: gradient * keep))
+    for module in ends:
+        setattr(module, ROWS, keep)
     try:
         yield
     finally:
+        for module in ends:
+            delattr(module, ROWS)
         for hook in hooks:
             hook.remove()
         for parameter, before in trainable.items():

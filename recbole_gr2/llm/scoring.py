@@ -25,6 +25,7 @@ from recbole_gr2.llm.checkpoints import CompleteCheckpoints
 from recbole_gr2.llm.inputs import attention_bias, bf16_autocast, check_window, common_length, evaluating, padded
 from recbole_gr2.llm.kv_cache import Prefix
 from recbole_gr2.llm.sampler import LengthSampler
+from recbole_gr2.llm.sharding import trainable
 from recbole_gr2.llm.train import (
     FiniteLoss,
     ProgressLines,
@@ -140,7 +141,7 @@ def list_scores(model: Any, batch: Batch, llm_weight: float, prefix: Prefix | No
     head, hidden = model.get_output_embeddings(), hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
     if type(head) is nn.Linear and head.bias is None:
         logits = (hidden.float() * head.weight[tokens].float()).sum(-1)
-    else:  # with LoRA, the head adds what it has learned to its weight
+    else:  # With LoRA, the head adds what it has learned to its weight. With FSDP, it has its weight only in a call.
         logits = head(hidden).float().gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return llm_weight * logits + batch["prior"]
 
@@ -200,10 +201,12 @@ class ListTrainer(Trainer):
     Args:
         loss: name of the loss, one of `LOSSES`.
         llm_weight: power of the model's probability.
+        bf16: train under bfloat16 autocast.
     """
 
-    def __init__(self, *args: Any, loss: str, llm_weight: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: str, llm_weight: float, bf16: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.autocast = bf16
         self.list_loss, self.llm_weight = LOSSES[loss], llm_weight
         self.model_accepts_loss_kwargs = True  # the loss is divided by the number of lists of a step
 
@@ -227,12 +230,12 @@ class ListTrainer(Trainer):
         """Return the sum of the losses of a batch, divided by the number of lists of the step."""
         if return_outputs:
             raise ValueError("ListTrainer returns no outputs")
-        with self.accelerator.autocast():
-            scores = through(self.accelerator, model, partial(list_scores, llm_weight=self.llm_weight), inputs)
+        compute = partial(list_scores, llm_weight=self.llm_weight)
+        scores = through(self.accelerator, model, compute, inputs, self.autocast)
         relevant = inputs["relevance"].sum(-1) > 0
         losses = self.list_loss(scores[relevant], inputs["relevance"][relevant])
         count = relevant.sum() if num_items_in_batch is None else num_items_in_batch
-        # DistributedDataParallel averages the gradients of the processes, and `count` is that of all of them.
+        # DDP, FSDP and DeepSpeed average the gradients of the processes, and `count` is that of all of them.
         return losses.sum() / count * self.accelerator.num_processes
 
 
@@ -269,17 +272,19 @@ def train_lists(
     check_context(model, lists, where=str(folder))
     if WORLD_SIZE > 1:  # A list without relevance completes the last step of a pass.
         lists = [*lists, replace(lists[0], relevance=[0.0] * len(lists[0].relevance))]
-    trainer = ListTrainer(
-        model=model,
-        args=TrainingArguments(**training_options(folder, training)),
-        train_dataset=list(lists),
-        processing_class=tokenizer,
-        loss=loss,
-        llm_weight=llm_weight,
-        callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
-        data_collator=ListCollator(tokenizer.pad_token_id),
-    )
-    return train_from_checkpoint(trainer, folder)
+    with trainable(model) as trained:
+        trainer = ListTrainer(
+            model=trained,
+            args=TrainingArguments(**training_options(folder, training)),
+            train_dataset=list(lists),
+            processing_class=tokenizer,
+            loss=loss,
+            llm_weight=llm_weight,
+            bf16=training.bf16,
+            callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
+            data_collator=ListCollator(tokenizer.pad_token_id),
+        )
+        return train_from_checkpoint(trainer, folder)
 
 
 def score_lists(

@@ -21,13 +21,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from recbole_gr2.batching import micro_batch_size as largest_micro_batch
-from recbole_gr2.distributed import WORLD_SIZE, check_shares
+from recbole_gr2.distributed import WORLD_SIZE, check_shares, uses_deepspeed
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.checkpoints import CompleteCheckpoints, last_checkpoint, step_of
 from recbole_gr2.llm.grammar import FREE, among
+from recbole_gr2.llm.inputs import bf16_autocast
 from recbole_gr2.llm.model import device
 from recbole_gr2.llm.sampler import LengthSampler
+from recbole_gr2.llm.sharding import mask_gradients, trainable
 from recbole_gr2.progress import Loop, show_values
 from recbole_gr2.tracking import track
 
@@ -89,6 +91,7 @@ class PartsTrainer(SFTTrainer):
 
     Args:
         part_weights: Weight of each part by name.
+        bf16: Train under bfloat16 autocast.
         llm_weight: Power of the model's probability in `Example.choices`.
         trie: Normalize each code of a semantic ID over the codes that the trie admits.
     """
@@ -97,13 +100,14 @@ class PartsTrainer(SFTTrainer):
         self,
         *args: Any,
         part_weights: Mapping[str, float],
+        bf16: bool,
         llm_weight: float = 1.0,
         trie: SidTrie | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        model: Any = self.model
-        self.trie = trie and trie.to(model.device)
+        self.autocast = bf16
+        self.trie = trie and trie.to(self.accelerator.device)
         self.llm_weight = llm_weight
         self.part_names = list(part_weights)
         self.part_weights = torch.tensor([0.0, *part_weights.values()])
@@ -128,8 +132,7 @@ class PartsTrainer(SFTTrainer):
             raise ValueError("PartsTrainer returns no outputs")
         labels, parts = inputs["labels"][:, 1:], inputs["parts"][:, 1:]
         scored = labels != IGNORED
-        with self.accelerator.autocast():
-            logits = through(self.accelerator, model, partial(_logits, scored=scored), inputs)
+        logits = through(self.accelerator, model, partial(_logits, scored=scored), inputs, self.autocast)
         losses = functional.cross_entropy(logits.float(), labels[scored], reduction="none")
         if "choices" in inputs:  # (B, T, M), FREE after the last choice
             tokens, bias = (inputs[name][:, 1:][scored] for name in ("choices", "choice_prior"))
@@ -150,8 +153,12 @@ class PartsTrainer(SFTTrainer):
             here = parts == number
             self._sums[0, number] += losses.detach()[here].sum().double().cpu()
             self._sums[1, number] += here.sum().cpu()
-        # DistributedDataParallel averages the gradients of the processes, and `count` is that of all of them.
+        # DDP, FSDP and DeepSpeed average the gradients of the processes, and `count` is that of all of them.
         return (losses * self.part_weights.to(losses.device)[parts]).sum() / count * self.accelerator.num_processes
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        mask_gradients(model)
+        return super()._clip_grad_norm(model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the values, and the mean loss of each part since the previous line."""
@@ -174,26 +181,36 @@ def _logits(model: Any, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor
     return model.get_output_embeddings()(hidden[scored])
 
 
-def through(accelerator: Any, model: Any, compute: Callable[[Any, Any], torch.Tensor], inputs: Any) -> torch.Tensor:
+def through(
+    accelerator: Any, model: Any, compute: Callable[[Any, Any], torch.Tensor], inputs: Any, bf16: bool
+) -> torch.Tensor:
     """Return `compute(whole model, inputs)`, called so that several processes share its gradients.
 
-    DistributedDataParallel shares the gradients of what its own `forward` computes, which is that of the whole model.
+    DistributedDataParallel and DeepSpeed share the gradients of what their own `forward` computes, which calls that of
+    the whole model. FSDP does so in hooks around the `forward` of the model.
 
     Args:
         accelerator: the accelerator of the trainer.
         model: the model as the trainer passes it, which may be wrapped.
         compute: the computation. It must use all weights that are trained.
         inputs: its input.
+        bf16: compute under bfloat16 autocast. DeepSpeed ends an autocast around its own `forward`.
     """
     whole = accelerator.unwrap_model(model)
-    if whole is model:
-        return compute(whole, inputs)
-    forward = whole.forward
-    whole.forward = partial(compute, whole)
+
+    def computed(inputs: Any) -> torch.Tensor:
+        with bf16_autocast(accelerator.device, bf16):
+            return compute(whole, inputs)
+
+    forward = vars(whole).get("forward")
+    whole.forward = computed
     try:
         return model(inputs)
     finally:
-        whole.forward = forward
+        if forward:
+            whole.forward = forward
+        else:
+            del whole.forward
 
 
 def finetune(
@@ -263,18 +280,20 @@ def finetune(
             "from_prior": [[position in e.from_prior for position in e.choices] for e in examples],
         }
     )
-    trainer = PartsTrainer(
-        model=model,
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        part_weights=part_weights,
-        llm_weight=llm_weight,
-        trie=trie,
-        callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
-        data_collator=Collator(tokenizer.pad_token_id),
-    )
-    return train_from_checkpoint(trainer, folder)
+    with trainable(model) as trained:
+        trainer = PartsTrainer(
+            model=trained,
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            part_weights=part_weights,
+            bf16=training.bf16,
+            llm_weight=llm_weight,
+            trie=trie,
+            callbacks=[ProgressLines(say), FiniteLoss(), CompleteCheckpoints()],
+            data_collator=Collator(tokenizer.pad_token_id),
+        )
+        return train_from_checkpoint(trainer, folder)
 
 
 def training_options(folder: Path, training: Training) -> dict[str, Any]:
@@ -300,7 +319,7 @@ def training_options(folder: Path, training: Training) -> dict[str, Any]:
         "warmup_steps": round(training.warmup_share * steps),
         "seed": training.seed,
         "data_seed": training.seed,
-        "bf16": training.bf16,
+        "bf16": training.bf16 and not uses_deepspeed(),  # DeepSpeed would store the weights in bfloat16
         "use_cpu": device() == "cpu",
         "gradient_checkpointing": training.gradient_checkpointing,
         "remove_unused_columns": False,
@@ -315,16 +334,45 @@ def training_options(folder: Path, training: Training) -> dict[str, Any]:
 def train_from_checkpoint(trainer: Trainer, folder: Path) -> list[dict[str, float]]:
     """Train up to the last step, from the last checkpoint in `folder` if there is one, and return the log."""
     trainer.remove_callback(PrinterCallback)  # ProgressLines prints the log
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin:  # Weights and sums of gradients stay in float32, as without FSDP. Autocast computes in bfloat16.
+        plugin.mixed_precision_policy = None
     checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        check_sharding(Path(checkpoint), "FSDP" if plugin else "DeepSpeed" if trainer.is_deepspeed_enabled else "DDP")
     # transformers would train one more step if the last one is within a pass.
     if checkpoint and step_of(checkpoint) >= trainer.args.max_steps:
-        trainer._load_from_checkpoint(checkpoint)
+        if plugin:  # It loads the weights into a model that it has sharded.
+            trainer._prepare_for_training(trainer.args.max_steps, trainer.get_train_dataloader(), checkpoint)
+        else:
+            trainer._load_from_checkpoint(checkpoint)
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         model: Any = trainer.model
         model.train()
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def check_sharding(checkpoint: Path, current: str) -> None:
+    """Check that a checkpoint was written with the parallelism of this run.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        current: FSDP, DeepSpeed or DDP. DDP includes one process.
+
+    Raises:
+        ConfigurationError: it was written with another one.
+    """
+    names = {file.name for file in checkpoint.iterdir()}
+    writer = "FSDP" if any("_fsdp" in name for name in names) else "DeepSpeed" if "latest" in names else "DDP"
+    if writer != current:
+        raise ConfigurationError(
+            f"the checkpoint was written with {writer}, and this run uses {current}",
+            where=str(checkpoint),
+            why="each of them stores the state of the optimizer in its own form",
+            do=f"continue with {writer} (properties/accelerate/{writer.lower()}.yaml), or delete the checkpoint",
+        )
 
 
 def length_sampler(trainer: Trainer, lengths: Sequence[int]) -> LengthSampler:

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from recbole_gr2.artifacts import load_catalog, read_embeddings
+from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import ONEREC_THINK, Settings
-from recbole_gr2.distributed import RANK, WORLD_SIZE, check_shares, share, wait_for_all
+from recbole_gr2.distributed import RANK, WORLD_SIZE, check_replicas, check_shares, share, wait_for_all
 from recbole_gr2.llm.adapter import merged, with_lora
 from recbole_gr2.llm.beam import SidTrie
 from recbole_gr2.llm.card import write_model_card
@@ -94,7 +95,7 @@ def run(context: Context) -> dict[str, Any]:
         )
     }
     model = merged(model)
-    if with_traces and settings["onerec_think_variant"] == "paper" and settings["onerec_think_rl_steps"]:
+    if with_traces and reinforces(settings):
         model, logs["rl"] = reinforce(context, model, tokenizer, maker, positions)
     if RANK == 0:
         save_language_model(model, tokenizer, context.folder / "model")
@@ -311,6 +312,17 @@ def check_settings(settings: Settings) -> None:
         check_shares(name, settings[name])
 
 
+def check_data(settings: Settings, data: Data) -> None:
+    """Check that the processes can run GRPO, if it is a part of the stage."""
+    if reinforces(settings):
+        check_replicas("GRPO (onerec_think_rl_steps)")
+
+
+def reinforces(settings: Settings) -> bool:
+    """Return whether the model with traces is trained with GRPO after the fine-tuning."""
+    return settings["onerec_think_variant"] == "paper" and settings["onerec_think_rl_steps"] > 0
+
+
 def key_values(settings: Settings) -> dict[str, Any]:
     """Return the hash of the prompt template, and whether the model trains in bfloat16."""
     return {"prompt_template": load_template(settings["prompt_template"]).sha, **resolved_bf16(settings)}
@@ -327,6 +339,7 @@ def stages(settings: Settings) -> list[Stage]:
             excluded=EXCLUDED,
             needs=("embeddings", "tokenizer", whole_midtrain(settings)),
             check=check_settings,
+            check_data=check_data if reasons(name) else lambda settings, data: None,
             key_values=key_values,
             distributed=True,
         )

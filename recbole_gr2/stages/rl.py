@@ -15,7 +15,7 @@ from typing import Any
 from recbole_gr2.artifacts import load_catalog
 from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings
-from recbole_gr2.distributed import WORLD_SIZE, check_shares
+from recbole_gr2.distributed import WORLD_SIZE, check_replicas, check_shares
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
 from recbole_gr2.lists import training_requests
 from recbole_gr2.llm.adapter import merged, with_lora
@@ -166,7 +166,8 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_data(settings: Settings, data: Data) -> None:
-    """Check that the data set has enough users for a round, and that the engine of the rollouts can be used."""
+    """Check that the data set has enough users for a round, and that the processes and the engine can make rollouts."""
+    check_replicas("reinforcement learning (the stages rl, distilled and internalised)")
     engine(settings)
     users = len(data.rows("train")[1])
     if users < settings["rl_prompts_per_step"]:
