@@ -37,6 +37,7 @@ from recbole_gr2.llm.inputs import left_pad
 from recbole_gr2.llm.losses import completion_log_probs
 from recbole_gr2.llm.rounds import SHAPING, Group, Rewards, RolloutFile, Round
 from recbole_gr2.llm.sampler import RoundSampler
+from recbole_gr2.llm.train import through
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import Answer, Request
 
@@ -366,20 +367,22 @@ class DAPOTrainer(GRPOTrainer):
                 why="the grammar is applied to the logits of text tokens",
                 do="set router_aux_loss_coef=0, or choose another model",
             )
-        log_probs, entropies = completion_log_probs(
-            model,
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            self._label_prior,
-            self.grammar,
-            self.temperature,
-            # Checkpointing and a key-value cache exclude each other. DistributedDataParallel needs one forward pass per
-            # backward pass.
-            share_prompts=not self.settings.gradient_checkpointing and self.accelerator.num_processes == 1,
-            micro_batch_size=batch_size,
-            autocast=self.accelerator.autocast,
-        )
+
+        def compute(whole: Any, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            return completion_log_probs(
+                whole,
+                *inputs,
+                logits_to_keep,
+                self._label_prior,
+                self.grammar,
+                self.temperature,
+                share_prompts=not self.settings.gradient_checkpointing,  # it excludes a key-value cache
+                micro_batch_size=batch_size,
+                autocast=self.accelerator.autocast,
+            )
+
+        inputs = input_ids, attention_mask
+        log_probs, entropies = through(self.accelerator, model, compute, inputs, bf16=False)
         return log_probs, entropies if compute_entropy else None, None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -34,6 +34,7 @@ from recbole_gr2.progress import Loop, show_values
 from recbole_gr2.tracking import track
 
 IGNORED = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +182,7 @@ def _logits(model: Any, inputs: Mapping[str, torch.Tensor], scored: torch.Tensor
     return model.get_output_embeddings()(hidden[scored])
 
 
-def through(
-    accelerator: Any, model: Any, compute: Callable[[Any, Any], torch.Tensor], inputs: Any, bf16: bool
-) -> torch.Tensor:
+def through(accelerator: Any, model: Any, compute: Callable[[Any, Any], T], inputs: Any, bf16: bool) -> T:
     """Return `compute(whole model, inputs)`, called so that several processes share its gradients.
 
     DistributedDataParallel and DeepSpeed share the gradients of what their own `forward` computes, which calls that of
@@ -197,20 +196,24 @@ def through(
         bf16: compute under bfloat16 autocast. DeepSpeed ends an autocast around its own `forward`.
     """
     whole = accelerator.unwrap_model(model)
+    forward = vars(whole).get("forward")
 
-    def computed(inputs: Any) -> torch.Tensor:
+    def restore() -> None:
+        if forward:
+            whole.forward = forward
+        else:
+            vars(whole).pop("forward", None)
+
+    def computed(inputs: Any) -> Any:
+        restore()  # so that the computation can call the whole model
         with bf16_autocast(accelerator.device, bf16):
             return compute(whole, inputs)
 
-    forward = vars(whole).get("forward")
     whole.forward = computed
     try:
         return model(inputs)
     finally:
-        if forward:
-            whole.forward = forward
-        else:
-            del whole.forward
+        restore()
 
 
 def finetune(
