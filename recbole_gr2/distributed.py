@@ -13,6 +13,7 @@ from recbole_gr2.errors import ConfigurationError
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=30)  # While one process runs a stage, the others wait. torch's default is 30 minutes.
+BRIEFLY = "2000"  # rounds of the loop in which a thread of libgomp waits actively; our choice, see `choose_threads`
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -136,15 +137,27 @@ def choose_threads() -> None:
     """Let waiting OpenMP threads sleep, and start no more threads than there are usable cores.
 
     Threads that wait actively occupy the core of another busy process. A training step on two cores beside one busy
-    process takes 9 to 10 s with active and 2.1 s with passive waiting (docs/performance.md). Variables that the
-    environment sets are kept. OpenMP reads them once, so that the function has no effect after torch is imported.
+    process takes 9 to 10 s with active and 2.1 s with passive waiting. On an idle machine threads wait actively for
+    some microseconds before they sleep, because waking them takes as long as many operations of small models: an epoch
+    of CausalSASRec on two cores takes .6 of the time (docs/performance.md). Variables that the environment sets are
+    kept. OpenMP reads them once, so that the function has no effect after torch is imported.
     """
     if "torch" in sys.modules:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and is_idle():
+        os.environ.setdefault("GOMP_SPINCOUNT", BRIEFLY)
     cores = usable_cores()
     if cores < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def is_idle() -> bool:
+    """Return whether other processes have used less than a quarter of the cores of the machine in the last minute."""
+    try:
+        return os.getloadavg()[0] < 0.25 * (os.cpu_count() or 1)
+    except (OSError, AttributeError):  # the system does not tell its load
+        return False
 
 
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -167,4 +180,5 @@ def describe_threads() -> str:
     import torch
 
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower() or "default"
-    return f"OpenMP threads: {torch.get_num_threads()} on {usable_cores()} usable cores, {policy} waiting"
+    after = " after a brief active wait" if os.environ.get("GOMP_SPINCOUNT") == BRIEFLY else ""
+    return f"OpenMP threads: {torch.get_num_threads()} on {usable_cores()} usable cores, {policy} waiting{after}"
