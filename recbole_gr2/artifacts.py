@@ -297,22 +297,34 @@ def load_requests(context: Context, split: str) -> list[Request]:
     return list(read_prior(context.folders["prior"], split, context.data.catalog))
 
 
+class StoredFeatures:
+    """The features of the requests of a split, read from the disk one after another in the order of `write_features`.
+
+    Args:
+        folder: folder of a prior stage.
+        split: name of the split.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.features = np.load(folder / f"features-{split}.npy", mmap_mode="r", allow_pickle=False)
+        self.pairs = np.load(folder / f"pairs-{split}.npy", mmap_mode="r", allow_pickle=False)
+        self.end = 0
+
+    def next(self, request: Request) -> CandidateFeatures:
+        """Return the features of the next request."""
+        start, self.end = self.end, self.end + len(request.items)
+        pairs = self.pairs[start : self.end, : len(request.history)]
+        return CandidateFeatures(self.features[start : self.end], pairs)
+
+
 @lru_cache(maxsize=6)
 def read_prior(folder: Path, split: str, catalog: Catalog) -> tuple[Request, ...]:
     """Return the requests in the folder of a finished prior stage. They are parsed once per process."""
     requests = read_requests(folder / f"{split}.jsonl", catalog)
     if not (folder / f"features-{split}.npy").is_file():
         return tuple(requests)
-    features = np.load(folder / f"features-{split}.npy", mmap_mode="r", allow_pickle=False)
-    pairs = np.load(folder / f"pairs-{split}.npy", mmap_mode="r", allow_pickle=False)
-    start, joined = 0, []
-    for request in requests:
-        if request.prior:
-            end = start + len(request.items)
-            part = CandidateFeatures(features[start:end], pairs[start:end, : len(request.history)])
-            request, start = replace(request, features=part), end
-        joined.append(request)
-    return tuple(joined)
+    stored = StoredFeatures(folder, split)
+    return tuple(replace(request, features=stored.next(request)) if request.prior else request for request in requests)
 
 
 # --- traces and answers ----------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Item:
     sid: Sid = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One entry of a candidate list: its base-model score and its rank by that score, from 1."""
 

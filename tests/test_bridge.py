@@ -172,7 +172,7 @@ def test_users_with_few_items(tmp_path):
     base = train_or_load(data, tmp_path / "base", epochs=1)
     # A list needs a target and an item before it.
     for split, least in (("test", 2), ("valid", 3), ("train", 4)):
-        requests = top_candidates(base, split, K)
+        requests = list(top_candidates(base, split, K))
         rows = {data.user_tokens[user] for user in data.rows(split)[1]}
         expected = {u for u, items in sequences.items() if len(items) >= least} & rows
         assert {request.user_token for request in requests} == expected
@@ -925,7 +925,7 @@ def test_importing_the_package_leaves_torch_load_safe():
 
 def test_imported_lists_rank_as_the_model_does(movies, evaluated):
     base = movies("BPR").masked
-    recommendations = from_lists(base.data, top_candidates(base, "test", 20))
+    recommendations = from_lists(base.data, list(top_candidates(base, "test", 20)))
     imported = evaluate_methods(base.data, recommendations, {"m": None}, {"s": None})["m"]["s"]
     metrics = evaluated(base)
     assert {m: v for m, v in imported.items() if m != "gauc"} == {m: v for m, v in metrics.items() if m != "gauc"}
@@ -935,7 +935,7 @@ def test_imported_lists_rank_as_the_model_does(movies, evaluated):
 def test_short_lists_contain_all_hits(movies, length):
     """Metrics at 10 and 20 count the targets in the lists, not items that fill the places after them."""
     base = movies("BPR").masked
-    requests = top_candidates(base, "test", length)
+    requests = list(top_candidates(base, "test", length))
     hits = [request.target in request.items for request in requests]
     recommendations = from_lists(base.data, requests)
     rankings = {

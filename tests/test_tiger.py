@@ -147,7 +147,7 @@ def test_neither_the_batch_nor_its_padding_changes_a_score(data, distinct):
 def test_items_that_no_beam_names_are_no_candidates(data, distinct):
     model = untaught(data, distinct, cand_beams=3)
     base = BaseModel(name="TIGER", model=model, data=data, exclude_seen=False, metadata={"hold_out": False})
-    requests = top_candidates(base, "valid", 10)
+    requests = list(top_candidates(base, "valid", 10))
     assert len(requests) == 120 and {len(request.items) for request in requests} == {3}
 
 

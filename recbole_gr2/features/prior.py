@@ -211,8 +211,7 @@ def fit_prior(
             optimizer.step()
             if check is not None and (step % CHECK_EVERY == 0 or step == steps):
                 prior.eval()
-                with torch.no_grad():
-                    error = cross_entropy(prior(check[0]), check[1]).item()
+                error = error_of(prior, *check)
                 if error < best_error:
                     best_step, best_error = step, error
                     best_weights = {name: value.clone() for name, value in prior.state_dict().items()}
@@ -252,8 +251,7 @@ def fit_priors(
     steps_of_fits = [count for _, count, _ in fits]
     if valid is None:
         return priors, steps_of_fits, None
-    with torch.no_grad():
-        return priors, steps_of_fits, cross_entropy(priors(pad(valid[0])), shares(valid[1])).item()
+    return priors, steps_of_fits, error_of(priors, pad(valid[0]), shares(valid[1]))
 
 
 def cross_fit(
@@ -366,6 +364,19 @@ def log_prior(prior: Prior | Priors, features: Sequence[CandidateFeatures]) -> l
     return log_probs
 
 
+@torch.no_grad()
+def error_of(prior: Prior | Priors, batch: Batch, targets: torch.Tensor) -> float:
+    """Return the mean cross-entropy of lists in nats. `SCORE_BATCH` lists pass through the model at once.
+
+    Args:
+        prior: a prior or an ensemble, in evaluation mode.
+        batch: features of B lists.
+        targets: target distribution over the candidates, (B, K). Padding has 0.
+    """
+    parts = torch.arange(len(targets)).split(SCORE_BATCH)
+    return cross_entropy(torch.cat([prior(batch.select(part)) for part in parts]), targets).item()
+
+
 def standardise_within(values: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
     """Standardise each feature over the candidates of its list, (B, K, F). Padding has no meaning.
 
@@ -407,13 +418,13 @@ def cross_entropy(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 def pad(features: Sequence[CandidateFeatures]) -> Batch:
     """Combine the features of lists of different lengths, with histories of different lengths, into one batch."""
     longest = max(len(each.candidates) for each in features)
-    candidates = torch.zeros(len(features), longest, features[0].candidates.shape[1])
-    pairs = torch.zeros(len(features), RECENT, longest, features[0].pairs.shape[2], dtype=torch.float16)
-    is_candidate = torch.zeros(len(features), longest, dtype=torch.bool)
-    is_history = torch.zeros(len(features), RECENT, dtype=torch.bool)
+    candidates = np.zeros((len(features), longest, features[0].candidates.shape[1]), np.float32)
+    pairs = np.zeros((len(features), RECENT, longest, features[0].pairs.shape[2]), np.float16)
+    is_candidate = np.zeros((len(features), longest), bool)
+    is_history = np.zeros((len(features), RECENT), bool)
     for row, each in enumerate(features):
         size, recent = each.pairs.shape[:2]
-        candidates[row, :size], is_candidate[row, :size] = torch.from_numpy(each.candidates), True
-        pairs[row, :recent, :size] = torch.from_numpy(each.pairs).transpose(0, 1)
+        candidates[row, :size], is_candidate[row, :size] = each.candidates, True
+        pairs[row, :recent, :size] = each.pairs.transpose(1, 0, 2)
         is_history[row, :recent] = True
-    return Batch(candidates, pairs, is_candidate, is_history)
+    return Batch(*map(torch.from_numpy, (candidates, pairs, is_candidate, is_history)))

@@ -9,7 +9,7 @@ propose one list together; validation chooses their weights, see `bridge.fusion`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,29 +57,44 @@ def run(context: Context) -> dict[str, Any]:
     settings, count = context.settings, pool_size(context.settings)
     summary: dict[str, Any] = {}
     if settings["cand_file"]:
-        lists, summary["imported"] = _import(context), settings["cand_file"]
-        write_recommendations(context.folder, from_lists(context.data, lists["test"]))
+        imported, summary["imported"] = _import(context), settings["cand_file"]
+        write_recommendations(context.folder, from_lists(context.data, imported["test"]))
     else:
         models, summary["fusion"] = base_models(context)
-        lists = {
-            "train": [
-                request
-                for split in context.data.train_splits
-                for request in top_candidates(models[HOLD_OUT], split, count)
-            ],
-            "valid": top_candidates(models[BASE], "valid", count),
-        }
-        base = models[REFIT if settings["refit"] else BASE]
-        scored, _, summary["depth"] = _recommend(context, base, "test")
-        lists["test"] = to_requests(base, "test", scored, count)
-        if base.exclude_seen and settings["eval_split"] == "test":
-            _report_masked_targets(context)
-    for split in SPLITS:
-        write_requests(context.folder / f"{split}.jsonl", lists[split], context.data.catalog)
+
+    def lists(split: str) -> Iterator[Request]:
+        if settings["cand_file"]:
+            yield from imported[split]
+        elif split == "train":
+            for rows in context.data.train_splits:
+                yield from top_candidates(models[HOLD_OUT], rows, count)
+        elif split == "valid":
+            yield from top_candidates(models[BASE], "valid", count)
+        else:
+            base = models[REFIT if settings["refit"] else BASE]
+            scored, _, summary["depth"] = _recommend(context, base, "test")
+            yield from to_requests(base, "test", scored, count)
+            if base.exclude_seen and settings["eval_split"] == "test":
+                _report_masked_targets(context)
+
+    # One split after another, because the lists of all splits take gigabytes.
+    summary["stats"] = {split: _write_lists(context, split, lists(split)) for split in SPLITS}
     summary["protocol"] = protocol(context)
-    summary["stats"] = {split: _stats(context, split, lists[split]) for split in SPLITS}
     write_json(context.folder / "stats.json", summary["stats"])
     return summary
+
+
+def _write_lists(context: Context, split: str, requests: Iterable[Request]) -> dict[str, float]:
+    """Write the lists of a split, and return their statistics."""
+    ranks: list[int] = []
+
+    def counted() -> Iterator[Request]:
+        for request in requests:
+            ranks.append(request.target_rank or 0)
+            yield request
+
+    write_requests(context.folder / f"{split}.jsonl", counted(), context.data.catalog)
+    return _stats(context, split, ranks)
 
 
 def run_validation(context: Context) -> dict[str, Any]:
@@ -191,14 +206,14 @@ def recall_by_depth(recommendations: Recommendations) -> dict[str, float]:
     return {f"recall@{depth}": float(((ranks > 0) & (ranks <= depth)).mean()) for depth in depths}
 
 
-def top_candidates(base: BaseModel, split: str, count: int) -> list[Request]:
-    """The requests of a split with the first `count` items of the base model as candidates, see `to_requests`."""
+def top_candidates(base: BaseModel, split: str, count: int) -> Iterator[Request]:
+    """Yield the requests of a split with the first `count` items of the base model as candidates, see `to_requests`."""
     depth = min(count, base.data.item_count)
     return to_requests(base, split, recommend(base, split, depth, break_ties=False), count)
 
 
-def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: int) -> list[Request]:
-    """Requests whose candidates are the first `count` items of scored rows.
+def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: int) -> Iterator[Request]:
+    """Yield requests whose candidates are the first `count` items of scored rows.
 
     If a training list contains several targets, its target is the one with the highest grade, and of several such
     targets the earliest. If the list contains no target, the target is chosen among all targets of the request in the
@@ -212,7 +227,6 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
     """
     data: Data = base.data
     provider = f"{base.name}{' hold-out' if base.metadata['hold_out'] else ''}"
-    requests = []
     for batch in scored:
         for row, (user, items, scores) in enumerate(
             zip(batch.users.tolist(), batch.items[:, :count].tolist(), batch.scores[:, :count].tolist(), strict=True)
@@ -223,31 +237,28 @@ def to_requests(base: BaseModel, split: str, scored: Iterable[Scored], count: in
                 continue
             targets = data.targets(user, split)
             graded = split in data.train_splits and data.graded
-            requests.append(
-                Request(
-                    request_id=request_id(split, data.user_tokens[user]),
-                    user_token=data.user_tokens[user],
-                    split="train" if split in data.train_splits else split,
-                    history=history,
-                    candidates=tuple(
-                        Candidate(item_id=item, score=score, rank=rank)
-                        for rank, (item, score) in enumerate(proposed, start=1)
-                    ),
-                    target=_best_target(targets, [item for item, _ in proposed]),
-                    grades=tuple(targets.get(item, 0) for item, _ in proposed) if graded else (),
-                    provider=provider,
-                    times=data.history_times(user, split),
-                    sources=tuple(
-                        SourceScores(
-                            model.name,
-                            tuple(source.ranks[row, : len(proposed)].tolist()),
-                            tuple(source.scores[row, : len(proposed)].tolist()),
-                        )
-                        for model, source in zip(base.sources, batch.sources, strict=bool(batch.sources))
-                    ),
-                )
+            yield Request(
+                request_id=request_id(split, data.user_tokens[user]),
+                user_token=data.user_tokens[user],
+                split="train" if split in data.train_splits else split,
+                history=history,
+                candidates=tuple(
+                    Candidate(item_id=item, score=score, rank=rank)
+                    for rank, (item, score) in enumerate(proposed, start=1)
+                ),
+                target=_best_target(targets, [item for item, _ in proposed]),
+                grades=tuple(targets.get(item, 0) for item, _ in proposed) if graded else (),
+                provider=provider,
+                times=data.history_times(user, split),
+                sources=tuple(
+                    SourceScores(
+                        model.name,
+                        tuple(source.ranks[row, : len(proposed)].tolist()),
+                        tuple(source.scores[row, : len(proposed)].tolist()),
+                    )
+                    for model, source in zip(base.sources, batch.sources, strict=bool(batch.sources))
+                ),
             )
-    return requests
 
 
 def _best_target(targets: dict[int, int], items: Sequence[int]) -> int:
@@ -257,21 +268,25 @@ def _best_target(targets: dict[int, int], items: Sequence[int]) -> int:
     return min(listed or order, key=lambda item: (-targets[item], order.index(item)))
 
 
-def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[str, float]:
+def _stats(context: Context, split: str, ranks: Sequence[int]) -> dict[str, float]:
     """Number of lists, number of hit users, and recall of a split.
 
     With `eval_split: valid` those of the test split are neither printed nor checked.
 
+    Args:
+        context: the context of the stage.
+        split: name of the split.
+        ranks: rank of the target in each list, from 1; 0 if the list does not contain it.
+
     Raises:
         QualityCheckError: no list contains its target.
     """
-    count = pool_size(context.settings)
-    ranks = [r.target_rank for r in requests if r.target_rank]
-    recall = len(ranks) / max(len(requests), 1)
+    count, hits = pool_size(context.settings), sum(map(bool, ranks))
+    recall = hits / max(len(ranks), 1)
     reported = split != "test" or context.settings["eval_split"] == "test"
     if reported:
-        context.say(f"{split}: {len(requests)} lists, {len(ranks)} contain their target ({recall:.4f})")
-    if reported and not ranks:
+        context.say(f"{split}: {len(ranks)} lists, {hits} contain their target ({recall:.4f})")
+    if reported and not hits:
         raise QualityCheckError(
             f"no {split} list contains its target: recall@{count} is 0",
             where=f"base_model {', '.join(context.settings['base_model'])}",
@@ -280,10 +295,10 @@ def _stats(context: Context, split: str, requests: Sequence[Request]) -> dict[st
             "cand_exclude_seen: False",
         )
     return {
-        "lists": len(requests),
-        "hit_users": len(ranks),
+        "lists": len(ranks),
+        "hit_users": hits,
         f"recall@{count}": recall,
-        "recall@1": ranks.count(1) / max(len(requests), 1),
+        "recall@1": ranks.count(1) / max(len(ranks), 1),
     }
 
 

@@ -7,90 +7,101 @@ interactions. The prior is fitted to train requests that contain their target. V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from safetensors.torch import save_file
 
 from recbole_gr2.artifacts import (
     SPLITS,
+    StoredFeatures,
+    numbered_requests,
     read_embeddings,
-    read_requests,
     write_feature_names,
     write_features,
     write_requests,
 )
 from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error
-from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers
+from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers, make_describes
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
 from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.model.linear import EXACT_ITEMS
+from recbole_gr2.progress import Loop
 from recbole_gr2.ranking import ndcg_at
 from recbole_gr2.seeding import derive_seed
-from recbole_gr2.store import module_hash
+from recbole_gr2.store import module_hash, read_json
 from recbole_gr2.types import CandidateFeatures, Context, Request, Stage
+
+CHUNK = 1024  # lists that are in memory at a time, a multiple of the lists that pass through the prior at a time
 
 
 def run(context: Context) -> dict[str, Any]:
     """Write <split>.jsonl, the requests with their prior, features.json and the feature arrays, prior.safetensors.
 
     Train requests without a training signal get no prior, because nothing is learned from them. Without feature
-    providers no request gets one.
+    providers no request gets one. Requests are read and written in chunks, so that they are not all in memory.
     """
     settings, data = context.settings, context.data
-    requests = {
-        split: read_requests(context.folders["candidates"] / f"{split}.jsonl", data.catalog) for split in SPLITS
-    }
     if not settings["prior_features"]:
         for split in SPLITS:
-            write_requests(context.folder / f"{split}.jsonl", requests[split], data.catalog)
+            requests = (request for chunk in _chunks(context, split) for request in chunk)
+            write_requests(context.folder / f"{split}.jsonl", requests, data.catalog)
         context.say("no feature providers, so there is no prior")
         return {"features": []}
-    used = {**requests, "train": [request for request in requests["train"] if request.has_signal]}
-    names, features = _features(context, used)
+    names, train, hits = _write_features(context)
     seed = derive_seed(settings["seed"], "evidence")
-    relevance = [request.relevance for request in used["train"]]
-    hits = [position for position, request in enumerate(used["valid"]) if request.target_rank]
-    valid = [features["valid"][n] for n in hits], [used["valid"][n].relevance for n in hits]
+    valid = hits.features, hits.relevance
     prior, steps, error = fit_priors(
-        features["train"],
-        relevance,
+        train.features,
+        train.relevance,
         valid=valid,
         steps=[settings["prior_steps"]] * settings["prior_fits"],
         seed=seed,
     )
-    priors = {split: log_prior(prior, features[split]) for split in ("valid", "test")}
-    users = [request.user_token for request in used["train"]]
     typical = round(sum(steps) / len(steps))
-    priors["train"] = cross_fit(features["train"], relevance, users=users, steps=typical, seed=seed)
+    of_train = cross_fit(train.features, train.relevance, users=train.users, steps=typical, seed=seed)
     save_file(prior.state_dict(), context.folder / "prior.safetensors")
     write_feature_names(context.folder, names)
     summary: dict[str, Any] = {"features": names, "steps": steps, "valid_cross_entropy": error}
-    rankers: dict[str, list[list[float]]] = {}
+    trees, ranker_of_train = None, [list[float]()] * len(of_train)
     if ranks_by_trees(settings):
         seed = derive_seed(settings["seed"], "ranker")
-        trees = fit_trees(features["train"], relevance, valid=valid, seed=seed)
-        rankers = {split: scores_of(trees, features[split]) for split in ("valid", "test")}
+        trees = fit_trees(train.features, train.relevance, valid=valid, seed=seed)
         count = summary["trees"] = trees.best_iteration_
         save_trees(trees, context.folder)
-        rankers["train"] = cross_fit_trees(features["train"], relevance, users=users, trees=count, seed=seed)
+        ranker_of_train = cross_fit_trees(train.features, train.relevance, users=train.users, trees=count, seed=seed)
         context.say(f"cand_ranker lambdamart: {count} trees")
+
+    def scored(split: str, ranks: list[tuple[int, int]]) -> Iterator[Request]:
+        """The requests of a split with their prior. Adds the rank of each target in base order and by the prior."""
+        stored, start = StoredFeatures(context.folder, split), 0
+        for chunk in _chunks(context, split):
+            used = _used(chunk, split)
+            if split == "train":
+                end = start + len(used)
+                log_priors, rankers, start = of_train[start:end], ranker_of_train[start:end], end
+            else:
+                features = [stored.next(request) for request in used]
+                log_priors = log_prior(prior, features)
+                rankers = scores_of(trees, features) if trees else [[]] * len(used)
+            joined = {
+                request.request_id: replace(request, prior=tuple(log_priors[n]), ranker=tuple(rankers[n]))
+                for n, request in enumerate(used)
+            }
+            ranks += [(r.target_rank, r.by_prior.index(r.target) + 1) for r in joined.values() if r.target_rank]
+            yield from (joined.get(request.request_id, request) for request in chunk)
+
     quality = {}
     for split in SPLITS:
-        write_features(context.folder, split, features[split])
-        scores = rankers.get(split, [[]] * len(used[split]))
-        with_prior = {
-            request.request_id: replace(request, prior=tuple(row), ranker=tuple(ranker))
-            for request, row, ranker in zip(used[split], priors[split], scores, strict=True)
-        }
-        joined = [with_prior.get(request.request_id, request) for request in requests[split]]
-        write_requests(context.folder / f"{split}.jsonl", joined, data.catalog)
+        ranks: list[tuple[int, int]] = []
+        write_requests(context.folder / f"{split}.jsonl", scored(split, ranks), data.catalog)
         if split != "test":
-            quality[split] = _quality([r for r in with_prior.values() if r.target_rank])
+            quality[split] = _quality(ranks)
             context.say(
                 f"{split}: target first {quality[split]['recall@1']:.4f} (base {quality[split]['base recall@1']:.4f}), "
                 f"ndcg@5 {quality[split]['ndcg@5']:.4f} (base {quality[split]['base ndcg@5']:.4f}), "
@@ -99,14 +110,37 @@ def run(context: Context) -> dict[str, Any]:
     return {**summary, "quality": quality}
 
 
-def _features(
-    context: Context, requests: dict[str, list[Request]]
-) -> tuple[list[str], dict[str, list[CandidateFeatures]]]:
-    """Names of the candidate features, and the features of every request by split."""
+class _Lists(NamedTuple):
+    """Features, relevance of the candidates, and user of the lists that a prior is fitted to or validated on."""
+
+    features: list[CandidateFeatures]
+    relevance: list[Sequence[int]]
+    users: list[str]
+
+
+def _chunks(context: Context, split: str) -> Iterator[list[Request]]:
+    """The candidate lists of a split, `CHUNK` at a time."""
+    lines = numbered_requests(context.folders["candidates"] / f"{split}.jsonl", context.data.catalog)
+    while chunk := [request for _, request in islice(lines, CHUNK)]:
+        yield chunk
+
+
+def _used(requests: Sequence[Request], split: str) -> list[Request]:
+    """The requests that get features: all but train requests without a training signal."""
+    return [request for request in requests if split != "train" or request.has_signal]
+
+
+def _write_features(context: Context) -> tuple[list[str], _Lists, _Lists]:
+    """Write the features of every request.
+
+    Returns:
+        The names of the candidate features, the train lists, and the validation lists that contain their target.
+    """
     settings, data = context.settings, context.data
     embeddings = read_embeddings(context.folders["embeddings"])
+    lists = read_json(context.folders["candidates"] / "stats.json")
     names: list[str] = []
-    features: dict[str, list[CandidateFeatures]] = {}
+    kept = {"train": _Lists([], [], []), "valid": _Lists([], [], [])}
     known: dict[str, tuple[str, ...]] = {"hold_out": ("train",), "train": ("valid", "test")}
     if settings["refit"]:
         known = {"hold_out": ("train",), "train": ("valid",), "refit": ("test",)}
@@ -118,24 +152,41 @@ def _features(
             embeddings=embeddings,
         )
         _say_sparse(context, training)
-        together = [request for split in splits for request in requests[split]]
-        found, rows = extract_features(together, settings["prior_features"], training)
-        if names and found != names:
-            raise GR2Error(
-                f"the features of the {splits[0]} requests are {found}, and those of the train requests {names}",
-                where=f"prior_features {settings['prior_features']}",
-                why="the columns of the features must mean the same for every request",
-                do="derive the names of features from nothing but the items, not from the training interactions",
-            )
-        names = found
+        describes = make_describes(settings["prior_features"], training)
         for split in splits:
-            features[split], rows = rows[: len(requests[split])], rows[len(requests[split]) :]
-    for split in SPLITS:
-        context.say(
-            f"{split}: {len(names)} candidate features and {features[split][0].pairs.shape[2]} pair features of "
-            f"{len(features[split]):,} requests"
-        )
-    return names, features
+            rows: list[CandidateFeatures] = []
+            with Loop(f"features, {split} list", lists[split]["lists"]) as loop:
+                for number, chunk in enumerate(_chunks(context, split)):
+                    loop.at(number * CHUNK)
+                    used = _used(chunk, split)
+                    if not used:
+                        continue
+                    found, features = extract_features(used, settings["prior_features"], describes)
+                    if names and found != names:
+                        _refuse(found, names, split, settings)
+                    names = found
+                    rows += features
+                    for request, row in zip(used, features, strict=True):
+                        if split == "train" or (split == "valid" and request.target_rank):
+                            kept[split].features.append(row)
+                            kept[split].relevance.append(request.relevance)
+                            kept[split].users.append(request.user_token)
+            write_features(context.folder, split, rows)
+            context.say(
+                f"{split}: {len(names)} candidate features and {rows[0].pairs.shape[2]} pair features of "
+                f"{len(rows):,} requests"
+            )
+    return names, kept["train"], kept["valid"]
+
+
+def _refuse(found: list[str], names: list[str], split: str, settings: Settings) -> NoReturn:
+    """Raise the error of requests whose features have other names than those of the train requests."""
+    raise GR2Error(
+        f"the features of the {split} requests are {found}, and those of the train requests {names}",
+        where=f"prior_features {settings['prior_features']}",
+        why="the columns of the features must mean the same for every request",
+        do="derive the names of features from nothing but the items, not from the training interactions",
+    )
 
 
 def _say_sparse(context: Context, training: TrainingData) -> None:
@@ -145,12 +196,15 @@ def _say_sparse(context: Context, training: TrainingData) -> None:
         context.say(f"linear has sparse weights, because {items:,} items have interactions, more than {EXACT_ITEMS:,}")
 
 
-def _quality(requests: Sequence[Request]) -> dict[str, Any]:
-    """Metrics of the prior's order and of the base order, over requests that contain their target."""
-    base = np.array([request.target_rank for request in requests])
-    prior = np.array([request.by_prior.index(request.target) + 1 for request in requests])
+def _quality(ranks: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Metrics of the base order and of the prior's order, over requests that contain their target.
+
+    Args:
+        ranks: rank of the target in base order and by the prior, from 1, of each request.
+    """
+    base, prior = np.array(ranks).reshape(-1, 2).T
     return {
-        "requests": len(requests),
+        "requests": len(ranks),
         "recall@1": float((prior == 1).mean()),
         "base recall@1": float((base == 1).mean()),
         "ndcg@5": float(ndcg_at(prior, 5).mean()),
