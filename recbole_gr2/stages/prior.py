@@ -78,7 +78,7 @@ def run(context: Context) -> dict[str, Any]:
         context.say(f"cand_ranker lambdamart: {count} trees")
 
     def scored(split: str, ranks: list[tuple[int, int]]) -> Iterator[Request]:
-        """The requests of a split with their prior. Adds the rank of each target in base order and by the prior."""
+        """The requests of a split with their prior. Adds the ranks of listed targets, except those of the test split."""
         stored, start = StoredFeatures(context.folder, split), 0
         for chunk in _chunks(context, split):
             used = _used(chunk, split)
@@ -93,7 +93,8 @@ def run(context: Context) -> dict[str, Any]:
                 request.request_id: replace(request, prior=tuple(log_priors[n]), ranker=tuple(rankers[n]))
                 for n, request in enumerate(used)
             }
-            ranks += [(r.target_rank, r.by_prior.index(r.target) + 1) for r in joined.values() if r.target_rank]
+            if split != "test":
+                ranks += [(r.target_rank, r.by_prior.index(r.target) + 1) for r in joined.values() if r.target_rank]
             yield from (joined.get(request.request_id, request) for request in chunk)
 
     quality = {}
