@@ -78,7 +78,7 @@ def run(context: Context) -> dict[str, Any]:
         context.say(f"cand_ranker lambdamart: {count} trees")
 
     def scored(split: str, ranks: list[tuple[int, int]]) -> Iterator[Request]:
-        """The requests of a split with their prior. Adds the ranks of listed targets, except those of the test split."""
+        """The requests of a split with their prior. Adds the ranks of listed targets, but of no test target."""
         stored, start = StoredFeatures(context.folder, split), 0
         for chunk in _chunks(context, split):
             used = _used(chunk, split)
