@@ -20,7 +20,9 @@ def attend_in_float32(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of torch in float32, also under autocast. It replaces the attention of transformers, see `use_float32`.
+    """Attention of torch in float32, also under autocast, with a result of the type of `value`.
+
+    It replaces the attention of transformers, see `use_float32`.
 
     torch's kernels for CPUs are slower in bfloat16: for a single new token about ten times, because they prepare all
     keys and values for a product of matrices, and in the backward pass for texts of 45 tokens 3.5 times
@@ -29,7 +31,10 @@ def attend_in_float32(
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     with torch.autocast("cpu", enabled=False):
-        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+        attended, _ = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **options
+        )
+    return attended.to(value.dtype), None
 
 
 AttentionInterface.register(FLOAT32, attend_in_float32)
