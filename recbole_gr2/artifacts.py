@@ -24,6 +24,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +275,19 @@ def read_recommendations(folder: Path, name: str = "recommendations") -> Recomme
 
 def write_features(folder: Path, split: str, features: Sequence[CandidateFeatures]) -> None:
     """Write the features of the requests of a split, in their order: the arrays of all lists one after another."""
-    np.save(folder / f"features-{split}.npy", np.concatenate([each.candidates for each in features]))
-    np.save(folder / f"pairs-{split}.npy", np.concatenate([each.padded for each in features]))
+    count = sum(len(each.candidates) for each in features)
+    _write_rows(folder / f"features-{split}.npy", count, (each.candidates for each in features))
+    _write_rows(folder / f"pairs-{split}.npy", count, (each.padded for each in features))
+
+
+def _write_rows(file: Path, count: int, arrays: Iterator[np.ndarray]) -> None:
+    """Write the rows of all arrays, `count` in all, to a .npy file. They are not joined in memory."""
+    first = next(arrays)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    with open(file, "wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, {**header, "shape": (count, *first.shape[1:])})
+        for array in chain([first], arrays):
+            handle.write(array.tobytes())
 
 
 def write_feature_names(folder: Path, names: Sequence[str]) -> None:
