@@ -10,6 +10,7 @@ lists are not read. R@10 and NDCG@10 are means over all validation users; a list
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 SHARES = (0.25, 0.5, 1.0)  # of the users
@@ -41,16 +42,7 @@ def main() -> None:
         valid = read_prior(folder, "valid", data.catalog)
         hits = [request for request in valid if request.target_rank]
         checks = [request.features for request in hits], [request.relevance for request in hits]
-        places = np.array([request.target_rank - 1 for request in hits])
         users = np.random.default_rng(SEED).permutation(sorted({request.user_token for request in train}))
-
-        def metrics(scores: list[list[float]], places: np.ndarray = places, count: int = len(valid)) -> list[float]:
-            """Return R@10 and NDCG@10 over all users. Equal scores keep the base order."""
-            orders = [np.argsort(-np.array(row), kind="stable") for row in scores]
-            ranks = np.array(
-                [int(np.flatnonzero(order == place)[0]) + 1 for order, place in zip(orders, places, strict=True)]
-            )
-            return [float((ranks <= 10).sum() / count), float(ndcg_at(ranks, 10).sum() / count)]
 
         for share in SHARES:
             chosen = set(users[: round(share * len(users))])
@@ -58,7 +50,11 @@ def main() -> None:
             features, relevance = [request.features for request in lists], [request.relevance for request in lists]
             prior, _, _ = fit_priors(features, relevance, valid=checks, steps=[STEPS] * FITS, seed=SEED)
             trees = fit_trees(features, relevance, valid=checks, seed=SEED)
-            figures = metrics(log_prior(prior, checks[0])) + metrics(scores_of(trees, checks[0]))
+            figures: list[float] = []
+            for scores in (log_prior(prior, checks[0]), scores_of(trees, checks[0])):
+                ranked = [replace(request, prior=tuple(row)) for request, row in zip(hits, scores, strict=True)]
+                ranks = np.array([request.by_prior.index(request.target) + 1 for request in ranked])
+                figures += [(ranks <= 10).sum() / len(valid), ndcg_at(ranks, 10).sum() / len(valid)]
             cells = " | ".join(f"{figure:.4f}".lstrip("0") for figure in figures)
             print(f"| {folder.name} | {len(chosen):,} | {len(lists):,} | {cells} |", flush=True)
 

@@ -51,25 +51,25 @@ def share(things: Sequence[T], compute: Callable[[Sequence[T]], Sequence[Any]]) 
 
 
 def uses_fsdp() -> bool:
-    """Return whether `accelerate launch` was asked to shard the weights with FSDP."""
-    return _asked("ACCELERATE_USE_FSDP")
+    """Return whether the configuration of `accelerate launch` shards the weights with FSDP."""
+    return _is_true("ACCELERATE_USE_FSDP")
 
 
 def uses_deepspeed() -> bool:
-    """Return whether `accelerate launch` was asked to use DeepSpeed."""
-    return _asked("ACCELERATE_USE_DEEPSPEED")
+    """Return whether the configuration of `accelerate launch` uses DeepSpeed."""
+    return _is_true("ACCELERATE_USE_DEEPSPEED")
 
 
-def _asked(variable: str) -> bool:
+def _is_true(variable: str) -> bool:
     """Whether `accelerate launch` has set a variable to true."""
     return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def check_launch() -> None:
-    """Check that this package supports what `accelerate launch` was asked for.
+    """Check that this package supports the configuration of `accelerate launch`.
 
     Raises:
-        ConfigurationError: it is FSDP 1, FSDP with one loading process, or ZeRO-3.
+        ConfigurationError: it has FSDP 1, FSDP with one loading process, or ZeRO-3.
     """
     fsdp, zero = os.environ.get("FSDP_VERSION", "1"), os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if uses_fsdp() and fsdp != "2":
@@ -79,7 +79,7 @@ def check_launch() -> None:
             why="the weights are collected after training, which differs between the versions",
             do="set fsdp_version: 2, as in properties/accelerate/fsdp.yaml",
         )
-    if uses_fsdp() and _asked("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if uses_fsdp() and _is_true("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ConfigurationError(
             "only the first process would load a language model",
             where="fsdp_cpu_ram_efficient_loading, in the configuration of accelerate",
@@ -102,7 +102,7 @@ def check_replicas(what: str) -> None:
         what: what needs it, with its stage.
 
     Raises:
-        ConfigurationError: `accelerate launch` was asked to use FSDP or DeepSpeed.
+        ConfigurationError: the configuration of `accelerate launch` uses FSDP or DeepSpeed.
     """
     if uses_fsdp() or uses_deepspeed():
         raise ConfigurationError(

@@ -126,7 +126,7 @@ def test_loss_is_the_weighted_sum_over_parts(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
-        training=replace(ONE_STEP, batch_size=2, micro_batch_size=1),
+        training=replace(ONE_STEP, batch_size=2),
         part_weights=WEIGHTS,
         max_length=16,
     )
@@ -151,7 +151,7 @@ def test_a_code_is_a_choice_among_those_that_lead_to_an_item(tokenizer, tmp_path
         tokenizer,
         [row],
         tmp_path,
-        training=replace(ONE_STEP, batch_size=1, micro_batch_size=1),
+        training=ONE_STEP,
         part_weights={"all": 1.0},
         trie=trie,
         max_length=16,

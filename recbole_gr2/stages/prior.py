@@ -79,19 +79,18 @@ def run(context: Context) -> dict[str, Any]:
 
     def scored(split: str, ranks: list[tuple[int, int]]) -> Iterator[Request]:
         """The requests of a split with their prior. Adds the ranks of listed targets, but of no test target."""
-        stored, start = StoredFeatures(context.folder, split), 0
+        stored, rows_of_train = StoredFeatures(context.folder, split), zip(of_train, ranker_of_train, strict=True)
         for chunk in _chunks(context, split):
             used = _used(chunk, split)
             if split == "train":
-                end = start + len(used)
-                log_priors, rankers, start = of_train[start:end], ranker_of_train[start:end], end
+                rows = list(islice(rows_of_train, len(used)))
             else:
                 features = [stored.next(request) for request in used]
-                log_priors = log_prior(prior, features)
                 rankers = scores_of(trees, features) if trees else [[]] * len(used)
+                rows = list(zip(log_prior(prior, features), rankers, strict=True))
             joined = {
-                request.request_id: replace(request, prior=tuple(log_priors[n]), ranker=tuple(rankers[n]))
-                for n, request in enumerate(used)
+                request.request_id: replace(request, prior=tuple(row), ranker=tuple(ranker))
+                for request, (row, ranker) in zip(used, rows, strict=True)
             }
             if split != "test":
                 ranks += [(r.target_rank, r.by_prior.index(r.target) + 1) for r in joined.values() if r.target_rank]
