@@ -201,18 +201,17 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
         raise TypeError("user_id has to be a text")
     items = catalog.ids(tokens)
     scores = line.get("scores") or [float(-rank) for rank in range(len(items))]
-    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+    if not _all_finite(scores):
         raise TypeError("scores have to be finite numbers")
+    if len(scores) != len(items):
+        raise ValueError("scores has one number for each candidate")
     request = Request(
         request_id=name or request_id(line["split"], str(user)),
         user_token=str(user),
         split=line["split"],
         history=catalog.ids(line["history"]),
         target=catalog.id_of[line["target"]],
-        candidates=tuple(
-            Candidate(item_id=item, score=float(score), rank=rank)
-            for rank, (item, score) in enumerate(zip(items, scores, strict=True), start=1)
-        ),
+        candidates=tuple(map(Candidate, items, map(float, scores), range(1, len(items) + 1))),
         provider=line.get("provider", provider),
         sources=_read_sources(line.get("sources", {}), len(items)),
         prior=tuple(line.get("log_prior", ())),
@@ -220,7 +219,7 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
         times=tuple(line.get("times", ())),
         ranker=tuple(line.get("ranker", ())),
     )
-    if not all(type(time) in (int, float) and math.isfinite(time) for time in request.times):
+    if not _all_finite(request.times):
         raise ValueError("times have to be finite numbers")
     if request.grades and (
         len(request.grades) != len(request.items)
@@ -231,13 +230,17 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
     return request
 
 
+def _all_finite(values: Sequence[Any]) -> bool:
+    """Whether all values are finite numbers. Truth values are none."""
+    return set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
+
+
 def _read_sources(sources: Any, count: int) -> tuple[SourceScores, ...]:
     """The field `sources` of a line whose list has `count` candidates. Raises a ValueError if it has another form."""
     read = []
     for name, values in dict(sources).items():
         ranks, scores = values["ranks"], values["scores"]
-        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in [*ranks, *scores])
-        if not numbers or not all(type(rank) is int and rank >= 1 for rank in ranks):
+        if not (set(map(type, ranks)) <= {int} and min(ranks, default=1) >= 1 and _all_finite(scores)):
             raise ValueError("ranks have to be integers of at least 1, and scores finite numbers")
         if not len(ranks) == len(scores) == count:
             raise ValueError("each of sources has one rank and one score for each candidate")

@@ -347,12 +347,12 @@ class ListReranker:
             order = list(range(len(scores)))
             if lists[number].scores is None:
                 order.sort(key=lambda place: -scores[place])
-                candidates = [replace(request.candidates[place], score=scores[place]) for place in order]
+                candidates = [request.candidates[place]._replace(score=scores[place]) for place in order]
             else:
                 candidates = list(request.candidates)
             scored[number] = replace(
                 request,
-                candidates=tuple(replace(each, rank=rank) for rank, each in enumerate(candidates, start=1)),
+                candidates=tuple(each._replace(rank=rank) for rank, each in enumerate(candidates, start=1)),
                 sources=tuple(
                     SourceScores(name, tuple(ranks[p] for p in order), tuple(values[p] for p in order))
                     for name, ranks, values in sources

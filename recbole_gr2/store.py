@@ -16,11 +16,14 @@ import os
 import shutil
 import subprocess
 import time
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from recbole_gr2 import __version__
 from recbole_gr2.errors import ConfigurationError, GR2Error, MissingFileError
@@ -507,11 +510,18 @@ def read_json(file: Path) -> Any:
 
 
 def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write JSON lines under a temporary name, rename the file, and return the number of lines."""
+    """Write JSON lines under a temporary name, rename the file, and return the number of lines.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     temporary, count = file.with_name(f".{file.name}.tmp"), 0
-    with open(temporary, "w", encoding="utf-8") as handle:
+    with open(temporary, "wb") as handle:
         for record in records:
-            handle.write(json.dumps(record) + "\n")
+            line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+            if b"null" in line:  # orjson writes null for a number that is not finite, which json refuses here.
+                json.dumps(record, allow_nan=False)
+            handle.write(line)
             count += 1
     os.replace(temporary, file)
     return count
@@ -534,8 +544,8 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # ValueError: also a number with thousands of digits
+                record = orjson.loads(line.removeprefix(BOM_UTF8))
+            except orjson.JSONDecodeError as error:
                 raise GR2Error(
                     f"the line is not JSON: {error}", where=f"{file}:{number}", do="remove or correct the line"
                 ) from error

@@ -46,8 +46,7 @@ class Item:
     sid: Sid = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One entry of a candidate list: its base-model score and its rank by that score, from 1."""
 
     item_id: int
@@ -141,13 +140,15 @@ class Request:
         return self._sorted_by(self.ranker)
 
     def _sorted_by(self, scores: Sequence[float]) -> tuple[int, ...]:
+        items = self.items
         order = sorted(range(len(scores)), key=lambda position: -scores[position])
-        return tuple(self.items[position] for position in order) or self.items
+        return tuple(items[position] for position in order) or items
 
     @property
     def target_rank(self) -> int | None:
         """Rank of the target in the base order, from 1; None if the list does not contain it."""
-        return self.items.index(self.target) + 1 if self.target in self.items else None
+        items = self.items
+        return items.index(self.target) + 1 if self.target in items else None
 
     @property
     def relevance(self) -> tuple[int, ...]:
@@ -177,7 +178,7 @@ class Request:
         return replace(
             self,
             candidates=tuple(
-                replace(self.candidates[position], rank=rank) for rank, position in enumerate(kept, start=1)
+                self.candidates[position]._replace(rank=rank) for rank, position in enumerate(kept, start=1)
             ),
             prior=_log_softmax([self.prior[position] for position in kept]) if self.prior else (),
             grades=tuple(self.grades[position] for position in kept) if self.grades else (),

@@ -68,7 +68,7 @@ def test_positions_from_the_end_and_leave_one_out_rows(users):
 
 
 def test_lists_do_not_depend_on_the_size_of_the_batches(whole, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "BATCH_SCORES", 5 * len(whole.item_tokens))
+    monkeypatch.setattr(data_module, "MOST_SCORES", 5 * len(whole.item_tokens))
     small = load(tmp_path)
     assert (small.config["eval_batch_size"], whole.config["eval_batch_size"]) == (5, 1024)
     assert small.fingerprint == whole.fingerprint

@@ -312,6 +312,11 @@ def test_files_are_old_or_complete(tmp_path):
     file.write_text('{"n": 1}\n\n{"n": \n')
     with pytest.raises(GR2Error, match="lines.jsonl:3"):
         list(read_lines(file))
+    write_lines(file, [{"tuple": (1, 2.5, -1e-7), "none": None, "text": "null \u00fc"}])
+    assert list(read_lines(file)) == [{"tuple": [1, 2.5, -1e-7], "none": None, "text": "null \u00fc"}]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_lines(file, [{"score": float("nan")}])
+    assert len(list(read_lines(file))) == 1  # The file of an error stays as it was.
     write_json(tmp_path / "x.json", {"a": [1]})
     assert read_json(tmp_path / "x.json") == {"a": [1]}
     (tmp_path / "x.json").write_text("[")

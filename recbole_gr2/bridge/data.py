@@ -52,9 +52,10 @@ COLUMN_OPTIONS = (
     "additional_feat_suffix",
     "seq_len",
 )
-# Number of scores in one batch of rows, 134 MB in float32. Catalogues of up to 32,767 items have batches of
-# `eval_batch_size` = 1024 rows; larger ones have smaller batches. Our choice.
-BATCH_SCORES = 2**25
+# Scores of all items of one batch of rows. 2^21 float32 numbers, 8 MB, stay in the cache of a processor, so that the
+# fusion takes .5 to .6 of the time of 1024 rows for Amazon Beauty. A batch has more of them if it had fewer than
+# `FEWEST_ROWS` rows otherwise, but at most 2^25, 134 MB. Our choice.
+BATCH_SCORES, MOST_SCORES, FEWEST_ROWS = 2**21, 2**25, 32
 TEXTS = ("title", "categories", "brand", "description")
 DESCRIPTION_CHARS = 1000  # The text encoder reads 128 tokens, and the description is the last part of its input.
 
@@ -66,8 +67,8 @@ class Data:
         settings: settings of the run.
 
     Attributes:
-        config: RecBole's Config of a sequential model on this data set. `eval_batch_size` is at most so many rows that
-            their scores of all items are `BATCH_SCORES` numbers.
+        config: RecBole's Config of a sequential model on this data set. `eval_batch_size` is limited for large
+            catalogues, see `BATCH_SCORES`.
         dataset: RecBole's data set before the split.
         built: RecBole's data sets of training, validation and test.
         uid: name of the user field.
@@ -98,7 +99,8 @@ class Data:
         self.iid: str = self.dataset.iid_field
         self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
         self.item_tokens = [str(token) for token in self.dataset.field2id_token[self.iid]]
-        most = max(1, BATCH_SCORES // len(self.item_tokens))
+        width = len(self.item_tokens)
+        most = max(1, min(max(BATCH_SCORES // width, FEWEST_ROWS), MOST_SCORES // width))
         self.config["eval_batch_size"] = min(int(self.config["eval_batch_size"]), most)
         frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
         users, firsts = np.unique(frame[self.uid].to_numpy(), return_index=True)

@@ -7,6 +7,7 @@ epoch costs about one forward position per interaction. Architecture, scores and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +21,14 @@ from recbole.model.sequential_recommender.sasrec import SASRec  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from recbole_gr2.llm.model import uses_bf16  # noqa: E402
-from recbole_gr2.model.batching import by_length  # noqa: E402
 
 if TYPE_CHECKING:
     from recbole.config import Config
     from recbole.data.dataset import Dataset
     from recbole.data.interaction import Interaction
 
-TRAIN_SLICE, PREDICT_SLICE = 32, 256  # Sequences per forward pass of the encoder.
+SLICE = 32  # Sequences that are padded to the same length in the attention.
+MASKED = -10_000.0  # Added to the scores of masked positions in the attention, as by RecBole.
 BLOCK = 128  # Positions whose scores over the catalogue are in memory at the same time.
 
 
@@ -41,6 +42,9 @@ class CausalSASRec(SASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
+        if self.hidden_act == "gelu":  # RecBole's function consists of five operations.
+            for layer in self.trm_encoder.layer:
+                layer.feed_forward.intermediate_act_fn = torch.nn.functional.gelu
         self.bf16 = uses_bf16(config["bf16"], config["device"])
 
     @staticmethod
@@ -64,18 +68,27 @@ class CausalSASRec(SASRec):
         """Return the embeddings of all items, (N + 1, D), for the input and the output."""
         return self.item_embedding.weight
 
-    def encode(self, item_seq: Tensor, table: Tensor | None = None) -> Tensor:
-        """Return the hidden state at each position, (B, T) -> (B, T, D), with the layers of RecBole's `forward`.
+    def encode(self, item_seq: Tensor, lengths: Tensor, table: Tensor | None = None) -> Tensor:
+        """Return the hidden states at all items of all sequences, (P, D), one sequence after another.
+
+        The layers are those of RecBole's `forward`. Only the attention reads padding.
 
         Args:
-            item_seq: item ids, padded at the end, (B, T).
+            item_seq: item ids, padded at the end, (B, T). The shortest sequences come first.
+            lengths: number of items of each sequence, (B,).
             table: result of `item_table`, which is called by default.
         """
         table = self.item_table() if table is None else table
-        positions = torch.arange(item_seq.size(1), device=item_seq.device).expand_as(item_seq)
-        items = torch.nn.functional.embedding(item_seq, table, padding_idx=0)
-        hidden = self.dropout(self.LayerNorm(items + self.position_embedding(positions)))
-        return self.trm_encoder(hidden, self.get_attention_mask(item_seq), output_all_encoded_layers=True)[-1]
+        is_item = torch.arange(item_seq.size(1), device=item_seq.device) < lengths.unsqueeze(1)
+        items = torch.nn.functional.embedding(item_seq[is_item], table, padding_idx=0)
+        positions = self.position_embedding(is_item.nonzero(as_tuple=True)[1])
+        hidden = self.dropout(self.LayerNorm(items + positions))
+        masks = []  # Whether there is an item at each position of the sequences of a slice.
+        for part, own in zip(is_item.split(SLICE), lengths.split(SLICE), strict=True):
+            masks.append(part[:, : int(own[-1])])
+        for layer in self.trm_encoder.layer:
+            hidden = layer.feed_forward(_attend(layer.multi_head_attention, hidden, masks))
+        return hidden
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Return the hidden state at the last item, (B, D), as RecBole's `forward` does.
@@ -84,26 +97,46 @@ class CausalSASRec(SASRec):
             item_seq: item ids, padded at the end, (B, T).
             item_seq_len: number of items, (B,).
         """
-        table = self.item_table()
-        last = item_seq.new_empty(len(item_seq), self.hidden_size, dtype=table.dtype)
-        for positions, longest in by_length(item_seq_len, PREDICT_SLICE):
-            hidden = self.encode(item_seq[positions, :longest], table)
-            last[positions] = self.gather_indexes(hidden, item_seq_len[positions] - 1)
-        return last
+        order = item_seq_len.argsort()
+        hidden = self.encode(item_seq[order], item_seq_len[order])
+        last = hidden[item_seq_len[order].cumsum(0) - 1]
+        return last[order.argsort()]
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Return the mean cross-entropy over all positions that have an item."""
-        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        order = interaction[self.ITEM_SEQ_LEN].argsort()
+        item_seq, lengths = interaction[self.ITEM_SEQ][order], interaction[self.ITEM_SEQ_LEN][order]
         targets = torch.zeros_like(item_seq)
         targets[:, :-1] = item_seq[:, 1:]
-        targets.scatter_(1, (lengths - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
+        targets.scatter_(1, (lengths - 1).unsqueeze(1), interaction[self.POS_ITEM_ID][order].unsqueeze(1))
         table = self.item_table()  # Once per step.
-        hidden, labels = [], []
-        for positions, longest in by_length(lengths, TRAIN_SLICE):
-            is_item = targets[positions, :longest] > 0
-            hidden.append(self.encode(item_seq[positions, :longest], table)[is_item])
-            labels.append(targets[positions, :longest][is_item])
-        return CatalogueCrossEntropy.apply(torch.cat(hidden), table, torch.cat(labels), self.bf16)
+        hidden = self.encode(item_seq, lengths, table)
+        return CatalogueCrossEntropy.apply(hidden, table, targets[targets > 0], self.bf16)
+
+
+def _attend(attention: Any, hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Return the result of a layer of causal attention, with its residual connection and layer norm, (P, D).
+
+    The sequences are padded in slices of similar length. The mask of padding is that of RecBole.
+
+    Args:
+        attention: RecBole's MultiHeadAttention.
+        hidden: hidden states at all items, (P, D).
+        masks: for each slice, whether there is an item at each position, (S, L). Their True values are the P items.
+    """
+    size, heads = hidden.size(1), attention.num_attention_heads
+    queries = attention.query(hidden) / attention.sqrt_attention_head_size
+    inputs = torch.cat([queries, attention.key(hidden), attention.value(hidden)], dim=1)
+    start, attended = 0, []
+    for mask in masks:
+        places = mask.flatten().nonzero().squeeze(1)
+        padded = inputs.new_zeros(mask.numel(), 3 * size).index_copy(0, places, inputs[start : start + len(places)])
+        start += len(places)
+        query, key, value = padded.view(*mask.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        later = inputs.new_full((mask.size(1), mask.size(1)), MASKED).triu(1)
+        weights = attention.attn_dropout(torch.softmax(query @ key.transpose(2, 3) + later, dim=-1))
+        attended.append((weights @ value).transpose(1, 2).reshape(-1, size).index_select(0, places))
+    return attention.LayerNorm(attention.out_dropout(attention.dense(torch.cat(attended))) + hidden)
 
 
 class CatalogueCrossEntropy(torch.autograd.Function):
