@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,16 +88,20 @@ def read_ablation(name: str) -> Ablation:
             + f"choose from {sorted(packaged)}, or give the path of a YAML file",
         )
     values = read_yaml_file(file, where="--ablation", what="ablation file")
-    try:
-        variants = tuple(Variant(**variant) for variant in values["variants"])
-        ablation = Ablation(**{**values, "variants": variants, "name": file.stem})
-    except (TypeError, KeyError) as error:
+    problem = _wrong_keys(values, Ablation, "the file", given={"name"})
+    if not problem and not isinstance(values["variants"], list):
+        problem = "variants must be a list: each entry begins with `- name: ...`"
+    for number, variant in enumerate(() if problem else values["variants"], start=1):
+        problem = problem or _wrong_keys(variant, Variant, f"variant {number}")
+    if problem:
         raise ConfigurationError(
-            f"cannot read the ablation: {error}",
+            problem,
             where=str(file),
-            why="A key is missing, unknown or of the wrong type.",
+            why="a key is missing, unknown or of the wrong type",
             do="write stages, columns and variants with names; settings, published and note are optional",
-        ) from error
+        )
+    variants = tuple(Variant(**variant) for variant in values["variants"])
+    ablation = Ablation(**{**values, "variants": variants, "name": file.stem})
     settings = [part for variant in ablation.variants for part in (variant.settings, variant.published)]
     rules = {
         "stages must be a list": isinstance(ablation.stages, list),
@@ -120,6 +124,25 @@ def read_ablation(name: str) -> Ablation:
             do="correct the file",
         )
     return ablation
+
+
+def _wrong_keys(values: Any, kind: type, what: str, given: Collection[str] = ()) -> str:
+    """Return what is wrong with the keys of a part of an ablation file, or "".
+
+    Args:
+        values: the part.
+        kind: the dataclass that it describes.
+        what: the part in words.
+        given: fields that the file does not contain.
+    """
+    if not isinstance(values, dict):
+        return f"{what} is {values!r:.80}, expected keys with values"
+    known = {each.name: each for each in fields(kind) if each.name not in given}
+    if unknown := [key for key in values if key not in known]:
+        return f"{what} has the unknown keys {unknown}; known keys: {', '.join(known)}"
+    needed = [name for name, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    return f"{what} has no {' and no '.join(missing)}" if missing else ""
 
 
 def run_ablation(
@@ -175,7 +198,7 @@ def run_ablation(
         return planned
 
     plans = _for_each(ablation, plan)
-    _check_columns(ablation, plans)
+    _check_columns(ablation, plans, common)
     if name is not None:
         _check_same_ablation(common.results_folder / "ablations" / name, plans)
     console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
@@ -378,11 +401,17 @@ def _for_each(ablation: Ablation, make: Callable[[Variant], T]) -> dict[str, T]:
     return made
 
 
-def _check_columns(ablation: Ablation, plans: Plans) -> None:
-    """Check the paths of the columns against the stages of the plans and the summaries of cached stages.
+def _check_columns(ablation: Ablation, plans: Plans, common: Settings) -> None:
+    """Check the paths of the columns against the stages of the plans, the metrics and the summaries of cached stages.
+
+    Args:
+        ablation: the ablation.
+        plans: the plan of each variant.
+        common: settings of all variants.
 
     Raises:
-        ConfigurationError: a column names a stage that no variant runs, or a field that a cached stage does not have.
+        ConfigurationError: a column names a stage that no variant runs, a metric that the run does not compute, or a
+            field that a cached stage does not have.
     """
     stages = {entry.stage.name for planned in plans.values() for entry in planned}
     unknown = {heading: path for heading, path in ablation.columns.items() if path.split(".")[0] not in stages}
@@ -393,6 +422,18 @@ def _check_columns(ablation: Ablation, plans: Plans) -> None:
             why="The columns would be empty.",
             do=f"choose from {sorted(stages)}",
         )
+    metrics = [f"{metric.lower()}@{cutoff}" for metric in common["metrics"] for cutoff in common["topk"]]
+    for heading, path in ablation.columns.items():
+        # RecBole's metrics without a cut-off have no "@".
+        metric = next((part for part in path.split(".") if "@" in part), None)
+        if path.startswith("evaluate.") and metric is not None and metric not in metrics:
+            near = nearest(metric, metrics)
+            raise ConfigurationError(
+                f"the column {heading!r} has the metric {metric!r}, which the run does not compute",
+                where=f"ablation {ablation.name}",
+                why="The column would be empty.",
+                do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(metrics)}",
+            )
     for planned in plans.values():
         records = {entry.stage.name: read_manifest(entry.folder) for entry in planned if entry.finished}
         summaries = {stage: record.summary for stage, record in records.items() if record}

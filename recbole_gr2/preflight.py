@@ -126,7 +126,7 @@ def check_resources(
         planned: the plan.
         settings: settings of the run.
         say: prints a line.
-        dry_run: whether nothing will run. Then a model that is not on this machine yet is reported and not fetched.
+        dry_run: whether nothing will run. Then a packaged model that is not on this machine yet is not fetched.
 
     Raises:
         ConfigurationError: the GPU or the disk is too small, or a layer of `llm_layers` does not exist.
@@ -137,16 +137,14 @@ def check_resources(
         return
     if settings["preset"] in GPU_PRESETS and gpu_memory() is None:
         say(f"there is no GPU: the preset {settings['preset']} is made for one, and training on the CPU can take days")
+    from recbole_gr2.llm.download import PACKAGED, is_cached
     from recbole_gr2.llm.model import device, uses_bf16
     from recbole_gr2.llm.size import Size, model_size
 
-    try:
-        size: Size = model_size(settings, fetch=not dry_run)
-    except MissingFileError as error:
-        if not dry_run:
-            raise
-        say(f"memory and disk space of {settings['llm']} are not checked: {error.what}")
+    if dry_run and settings["llm"] in PACKAGED and not is_cached(settings["llm"]):
+        say(f"memory and disk space of {settings['llm']} are not checked: the first run downloads it")
         return
+    size: Size = model_size(settings)
     lora = bool(settings[TRAINS])
     memory, disk = size.training_bytes(lora=lora), size.disk_bytes(len(training), lora=lora)
     say(

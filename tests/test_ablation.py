@@ -332,6 +332,9 @@ def test_an_ablation_chooses_its_stages(command, tmp_path, capsys):
 
 def test_columns_are_of_stages_that_run_and_of_fields_of_their_summaries(command, tmp_path, capsys, executed):
     one = [{"name": "only"}]
+    path = "evaluate.methods.method=base&scope=hit_users.metrics.ndgc@5"
+    text = refused(command(changed(variants=one, stages=["evaluate"], columns={"x": path})), tmp_path, capsys)
+    assert "the metric 'ndgc@5', which the run does not compute" in text and "did you mean ndcg@5" in text
     text = refused(command(changed(variants=one, columns={"x": "sft.loss"})), tmp_path, capsys)
     assert "no variant runs: {'x': 'sft.loss'}" in text
     assert main(command(changed(variants=one, columns={"x": "tokenizer.unique"}))) == 2
@@ -346,15 +349,17 @@ def test_columns_are_of_stages_that_run_and_of_fields_of_their_summaries(command
 @pytest.mark.parametrize(
     "broken, message",
     [
-        ({"stage": []}, "unexpected keyword argument 'stage'"),
+        ({"stage": []}, r"the file has the unknown keys \['stage'\]; known keys: stages, columns"),
         ({"stages": "tokenizer"}, "stages must be a list"),
         ({"settings": ["sid_epochs"]}, "must be maps"),
         ({"variants": []}, "variants with different names"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "variants with different names"),
-        ({"variants": [{"settings": {}}]}, "missing 1 required keyword-only argument: 'name'"),
+        ({"variants": [{"name": "a"}, {"settings": {}}]}, "variant 2 has no name"),
+        ({"variants": {"a": {"settings": {}}}}, "variants must be a list"),
+        ({"variants": ["a"]}, "variant 1 is 'a', expected keys with values"),
         ({"variants": [{"name": "a", "settings": None}]}, "must be maps"),
         ({"variants": [{"name": "a", "published": {"b": 1}}]}, "published figure must have the heading"),
-        ({"variants": None}, "cannot read the ablation"),
+        ({"variants": None}, "variants must be a list"),
     ],
 )
 def test_a_file_that_is_not_an_ablation(tmp_path, broken, message):

@@ -85,7 +85,7 @@ def test_training_interactions_that_are_later_than_a_test_interaction(tmp_path):
     write(tmp_path, [(user, f"i{n + 1}", time) for user in times for n, time in enumerate(times[user])], TITLES)
     summary = Data(chosen(tmp_path)).summary()
     assert summary.future == pytest.approx((3 / 5 + 0) / 2)
-    assert "30.0% of the training interactions are later than a test interaction" in summary.text()
+    assert "on average 30.0% of the training interactions are later than a test interaction" in summary.text()
 
 
 def test_targets_that_can_be_hit(tmp_path):

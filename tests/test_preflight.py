@@ -160,13 +160,13 @@ def test_the_size_of_a_model_is_that_of_its_weights(tiny_settings, tmp_path):
     model, tokenizer = random_model(["text"], config=settings["llm_random"])
     fields = {**settings["llm_random"], "vocab_size": len(tokenizer)}
     settings = tiny_settings(tmp_path, llm_random=fields)
-    size = model_size(settings, fetch=True)
+    size = model_size(settings)
     assert size.parameters == model.num_parameters() and size.embeddings == len(tokenizer) * 32
-    one = model_size({**settings, "llm_layers": [1]}, fetch=True)
+    one = model_size({**settings, "llm_layers": [1]})
     layer = sum(weights.numel() for weights in model.model.layers[1].parameters())
     assert one.parameters == size.parameters - layer
     with pytest.raises(ConfigurationError, match="a model with 2 layers cannot keep the layers"):
-        model_size({**settings, "llm_layers": [2]}, fetch=True)
+        model_size({**settings, "llm_layers": [2]})
     assert size.training_bytes(lora=True) * 4 == size.training_bytes(lora=False) == 16 * size.parameters
     assert size.disk_bytes(3, lora=True) == 12 * size.parameters
     assert replace(size, trimmed=True).least == size.parameters - size.embeddings
@@ -178,20 +178,20 @@ def test_a_model_in_a_folder(tiny_settings, tmp_path):
     settings = tiny_settings(tmp_path, llm=str(tmp_path / "model"), llm_trim_vocabulary=True)
     (tmp_path / "model").mkdir()
     with pytest.raises(MissingFileError, match="contains no model"):
-        model_size(settings, fetch=True)
+        model_size(settings)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    size = model_size(settings, fetch=True)
+    size = model_size(settings)
     assert size.parameters == model.num_parameters() and size.least == size.parameters - size.embeddings
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(MissingFileError, match="cannot load a language model"):
-        model_size(settings, fetch=True)
+        model_size(settings)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_any_stage(tiny_settings, tmp_path, data, monkeypatch, disk):
     settings = tiny_settings(tmp_path, eval_rows=["midtrain"])
     planned, lines = pipeline.plan(settings, data), []
-    need = model_size(settings, fetch=True).training_bytes(lora=False)
+    need = model_size(settings).training_bytes(lora=False)
     for free in (None, need):
         monkeypatch.setattr(preflight, "gpu_memory", lambda free=free: free)
         preflight.check_resources(planned, settings, lines.append)
@@ -216,7 +216,7 @@ def test_a_model_that_does_not_fit_is_refused_before_any_stage(tiny_settings, tm
 def test_times_by_arithmetic_are_those_of_stages_without_an_earlier_run(tiny_settings, tmp_path, data, monkeypatch):
     settings = tiny_settings(tmp_path, eval_rows=["rl"])
     planned, lines = pipeline.plan(settings, data), []
-    speed = 6 * model_size(settings, fetch=True).least / 0.2  # of which a fifth is one token a second
+    speed = 6 * model_size(settings).least / 0.2  # of which a fifth is one token a second
     monkeypatch.setattr(preflight, "matrix_speed", lambda bf16: speed)
     (midtrain,) = [entry for entry in planned if entry.stage.name == "midtrain"]
     folder = midtrain.folder.with_name("old")
@@ -237,10 +237,14 @@ def test_a_dry_run_fetches_no_model(tiny_settings, tmp_path, data, monkeypatch):
     settings = tiny_settings(tmp_path, llm="smollm2-135m-instruct")
     lines: list[str] = []
     preflight.check_resources(pipeline.plan(settings, data), settings, lines.append, dry_run=True)
-    assert lines == [
-        "memory and disk space of smollm2-135m-instruct are not checked: smollm2-135m-instruct is downloaded by the "
-        "first run"
-    ]
+    assert lines == ["memory and disk space of smollm2-135m-instruct are not checked: the first run downloads it"]
+
+
+def test_a_dry_run_refuses_a_model_that_cannot_be_loaded(tiny_settings, tmp_path, data):
+    settings = tiny_settings(tmp_path, llm="no-such/model")  # The tests have no network.
+    with pytest.raises(MissingFileError, match="cannot load a language model from 'no-such/model'") as error:
+        preflight.check_resources(pipeline.plan(settings, data), settings, [].append, dry_run=True)
+    assert "huggingface.co" in error.value.why and error.value.where == "no-such/model"
 
 
 # --- expected time ---------------------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ class Data:
             item_field=self.iid,
             separator=self.config["field_separator"],
             notes=self.dataset.notes,
+            origin=self.settings.origin,
         )
 
     @cached_property
@@ -343,7 +344,7 @@ def _check_files(config: Any) -> None:
         why="the interactions are read from this file",
         do=f"unpack {packed[0]}"
         if packed
-        else f"put {name} (RecBole atomic file) there, or remove the folder to download",
+        else f"put {name} (RecBole atomic file) there; recbole-gr2 data convert makes it of CSV, JSON lines or Parquet",
     )
 
 
@@ -483,6 +484,7 @@ def read_item_texts(
     item_field: str = "item_id",
     separator: str = "\t",
     notes: Counter[str] | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, str]]:
     """Title, categories, brand and description of each item of an atomic `.item` file.
 
@@ -496,6 +498,7 @@ def read_item_texts(
         item_field: column with the item id. If there is none of that name, the first column is used.
         separator: RecBole's option `field_separator`.
         notes: where to count the lines that were skipped or changed.
+        origin: source of each setting, for the error message.
 
     Returns:
         The texts by name, by item token.
@@ -514,13 +517,18 @@ def read_item_texts(
         )
     atomic = AtomicFile(file, separator)
     fields = {name: settings[f"text_{name}"] for name in TEXTS}
-    missing = [f"text_{name}: {field}" for name, field in fields.items() if field and field not in atomic.names]
+    sources = {name: f" ({source})" for name, source in (origin or {}).items()}
+    missing = [
+        f"text_{name}: {field}{sources.get(f'text_{name}', '')}"
+        for name, field in fields.items()
+        if field and field not in atomic.names
+    ]
     if missing:
         raise ConfigurationError(
             f"fields that {file.name} does not have: {', '.join(missing)}",
             where=str(file),
             why="item texts are read from these fields",
-            do=f"choose from {atomic.names} in properties/dataset/{settings['dataset']}.yaml, or ~ for none",
+            do=f"choose from {atomic.names}, or ~ for none",
         )
     id_column = item_field if item_field in atomic.names else atomic.names[0]
     values = atomic.read(list(dict.fromkeys([id_column, *filter(None, fields.values())])))

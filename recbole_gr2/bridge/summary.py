@@ -90,7 +90,10 @@ class DataSummary:
             cuts = ", ".join(f"{name} from {time:.15g}" for name, time in self.cuts.items())
             split = f"temporal: {cuts}; {self.new_users:.1%} of the {self.reported} users have no training interaction"
         else:
-            split = f"{self.split}; {self.future:.1%} of the training interactions are later than a test interaction"
+            split = (
+                f"{self.split}; on average {self.future:.1%} of the training interactions are later than a test "
+                "interaction"
+            )
         mask = "occur in training and are not masked as seen" if self.masks_seen else "occur in training"
         changed = {**{f"dropped by {option}": n for option, n in self.dropped.items()}, **self.notes}
         return [

@@ -78,6 +78,8 @@ def _print(shown: Mapping[str, Any]) -> None:
     )
     if shown["not_ranked"]:
         print(f"\nnot ranked by {', '.join(shown['not_ranked'])}: eval_scope and eval_max_lists choose the lists")
+        if shown["ranked_users"]:
+            print(f"  users with a ranked list: {', '.join(shown['ranked_users'])}")
     for name, answer in shown["answers"].items():
         if answer["reasoning"]:
             print(f"\n{name}, {answer['status']}: {answer['reasoning']}")

@@ -143,8 +143,12 @@ def _check_metrics(values: Mapping[str, Any], declared: Mapping[str, Declaration
     names = recbole_metrics()
     for name in values["metrics"]:
         if name.lower() not in map(str.lower, names):
-            similar = ", ".join(nearest(name, names) or names)
-            raise ValueError(f"metrics has an unknown metric {name!r:.200}; nearest: {similar}")
+            metric, _, cutoff = name.partition("@")
+            similar = ", ".join(nearest(metric, names) or names)
+            raise ValueError(
+                f"metrics has an unknown metric {name!r:.200}; nearest: {similar}"
+                + ("; the cut-offs of all metrics are in topk" if cutoff else "")
+            )
     if not values["metrics"] or not values["topk"] or any(not isinstance(k, int) or k < 1 for k in values["topk"]):
         raise ValueError(
             f"metrics is {values['metrics']} and topk is {values['topk']}, expected at least one metric "

@@ -180,8 +180,8 @@ def read_config(source: Path | str) -> Any:
     except (OSError, ValueError, KeyError) as error:  # ValueError: the type of the model is unknown
         raise MissingFileError(
             f"transformers cannot load a language model from {str(source)!r}",
-            where=str(error).strip().splitlines()[0],
-            why="the stage needs this model",
+            where=str(source),
+            why=str(error).strip().splitlines()[0],
             do="check the name, connect to the hub, or give the path of a folder with a model",
         ) from error
 

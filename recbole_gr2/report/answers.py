@@ -50,8 +50,9 @@ def describe(
     Returns:
         `user`; `request`; `history`, the last items, oldest first, and `earlier`, the number of items before them;
         `target`; `candidates` in base order, each with `rank`, and `ranks` by method; `not_ranked`, the methods that
-        did not rank this list; `answers` by method: `status`, `order` (item tokens, best first), `reasoning` (with
-        titles) and `statements`, true or false by kind, or None without reasoning or if they cannot be checked.
+        did not rank this list, and `ranked_users`, up to three users whose lists the first of them ranked; `answers`
+        by method: `status`, `order` (item tokens, best first), `reasoning` (with titles) and `statements`, true or
+        false by kind, or None without reasoning or if they cannot be checked.
 
     Raises:
         ConfigurationError: there is no such user or method.
@@ -97,7 +98,8 @@ def described(
         }
         chosen = {name: each for name, each in ranked.items() if method in (None, name)}
         missing = [name for name in known if method in (None, name) and name not in ranked]
-        yield {**_list(request, chosen, catalog, settings), "not_ranked": missing}
+        others = [name.partition("/")[2] for name in answers.get(missing[0], ())] if missing else []
+        yield {**_list(request, chosen, catalog, settings), "not_ranked": missing, "ranked_users": others[:3]}
 
 
 @dataclass(frozen=True, kw_only=True)
