@@ -24,7 +24,6 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -276,21 +275,33 @@ def read_recommendations(folder: Path, name: str = "recommendations") -> Recomme
 # --- features --------------------------------------------------------------------------------------------------------
 
 
-def write_features(folder: Path, split: str, features: Sequence[CandidateFeatures]) -> None:
-    """Write the features of the requests of a split, in their order: the arrays of all lists one after another."""
-    count = sum(len(each.candidates) for each in features)
-    _write_rows(folder / f"features-{split}.npy", count, (each.candidates for each in features))
-    _write_rows(folder / f"pairs-{split}.npy", count, (each.padded for each in features))
+def write_features(folder: Path, split: str, features: Iterable[CandidateFeatures]) -> int:
+    """Write the features of the requests of a split, in their order, and return the number of requests.
+
+    The arrays of all lists follow one another. Those of one list are in memory at a time.
+    """
+    lists = rows = 0
+    with (
+        open(folder / f"features-{split}.npy", "wb") as of_candidates,
+        open(folder / f"pairs-{split}.npy", "wb") as of_pairs,
+    ):
+        for each in features:
+            parts = (of_candidates, each.candidates), (of_pairs, each.padded)
+            for handle, array in parts:
+                if not lists:
+                    np.lib.format.write_array_header_1_0(handle, _header(array, rows))
+                handle.write(array.tobytes())
+            lists, rows = lists + 1, rows + len(each.candidates)
+        for handle, array in parts if lists else ():
+            handle.seek(0)  # The header has space for a larger number of rows.
+            np.lib.format.write_array_header_1_0(handle, _header(array, rows))
+    return lists
 
 
-def _write_rows(file: Path, count: int, arrays: Iterator[np.ndarray]) -> None:
-    """Write the rows of all arrays, `count` in all, to a .npy file. They are not joined in memory."""
-    first = next(arrays)
-    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
-    with open(file, "wb") as handle:
-        np.lib.format.write_array_header_1_0(handle, {**header, "shape": (count, *first.shape[1:])})
-        for array in chain([first], arrays):
-            handle.write(array.tobytes())
+def _header(array: np.ndarray, rows: int) -> dict[str, Any]:
+    """The header of a .npy file with this number of rows like those of an array."""
+    descr = np.lib.format.dtype_to_descr(array.dtype)
+    return {"descr": descr, "fortran_order": False, "shape": (rows, *array.shape[1:])}
 
 
 def write_feature_names(folder: Path, names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from recbole_gr2.bridge.models import BaseModel, find_model
 from recbole_gr2.bridge.training import load_model, train_model, train_or_load
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.model.dropout import Dropout
 from recbole_gr2.model.linear import largest_weights
 from recbole_gr2.model.pair_counts import decayed_pairs
 from recbole_gr2.model.text_sasrec import standardised
@@ -371,3 +372,21 @@ def test_the_stages_train_and_load_each_model(tiny_run, tmp_path, model):
     assert 0.1 < run.records["candidates"].summary["stats"]["test"]["recall@5"] <= 1
     assert run.records[f"base_model_{model}"].summary["hold_out"]["hold_out"] is True
     assert all(run.records[name].summary["model"] == name for name in others)
+
+
+@pytest.mark.parametrize("share, rounded", [(0.5, 0.5), (0.2, 51 / 256)])
+def test_fast_dropout_drops_a_share_and_keeps_the_mean(share, rounded):
+    values = torch.full((301, 333), 2.0, requires_grad=True)
+    dropout = Dropout(share)
+    torch.manual_seed(0)
+    dropped = dropout(values)
+    kept = dropped > 0
+    assert (~kept).float().mean().item() == pytest.approx(rounded, abs=0.005)
+    assert dropped[kept].unique().tolist() == pytest.approx([2 / (1 - rounded)])
+    (grad,) = torch.autograd.grad(dropped.sum(), values)
+    assert torch.equal(grad > 0, kept)
+    for line in (kept.float().mean(0), kept.float().mean(1)):  # No row, column or byte of a word is special.
+        assert abs(line - (1 - rounded)).max() < 0.15
+    torch.manual_seed(0)
+    assert torch.equal(dropout(values), dropped) and not torch.equal(dropout(values), dropped)
+    assert torch.equal(dropout.eval()(values), values)

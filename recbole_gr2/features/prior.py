@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from recbole_gr2.errors import MissingFileError, QualityCheckError
+from recbole_gr2.model.dropout import Dropout
 from recbole_gr2.progress import progress
 from recbole_gr2.seeding import derive_seed
 from recbole_gr2.types import RECENT, CandidateFeatures
@@ -29,7 +30,7 @@ LEARNING_RATE = 0.003  # Of AdamW.
 WEIGHT_DECAY = 0.01  # Of AdamW.
 FOLDS = 5  # Folds of `cross_fit`.
 BATCH = 512  # Lists per optimizer step.
-CHECK_EVERY = 10  # Steps between evaluations on the validation lists.
+CHECK_EVERY = 25  # Steps between evaluations on the validation lists.
 PATIENCE = 250  # Steps without a better validation loss after which the fit stops.
 SCORE_BATCH = 512  # Lists per forward pass outside training.
 
@@ -80,10 +81,11 @@ class Prior(nn.Module):
             self.register_buffer(f"{name}_scale", torch.ones(size))
         half = HIDDEN // 2
         self.pair_hidden = nn.Linear(pairs + RECENT, half)
+        self.pair_dropout = Dropout(DROPOUT)
         self.pair_output = nn.Linear(half, half)
         self.attention = nn.Linear(half, 1, bias=False)
         self.score = nn.Sequential(
-            nn.Linear(2 * candidates + 2 * half, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
+            nn.Linear(2 * candidates + 2 * half, HIDDEN), nn.GELU(), Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
         )
 
     def normalise_by(self, batch: Batch) -> None:
@@ -117,7 +119,7 @@ class Prior(nn.Module):
         bias = self.pair_hidden.bias - scaled @ self.pairs_mean + weight[:, features:].T[slots]  # (M, half)
         rows = batch.pairs.flatten(0, 1).index_select(0, lists * RECENT + slots)  # [lists, slots] is slower
         hidden = rows.float() @ scaled.T + bias.unsqueeze(1)
-        hidden = nn.functional.dropout(nn.functional.gelu(hidden), DROPOUT, self.training)  # (M, K, half)
+        hidden = self.pair_dropout(nn.functional.gelu(hidden))  # (M, K, half)
         # The output layer is linear: it is applied to sums over the history, and joined with the attention.
         logits = hidden @ (self.attention.weight @ self.pair_output.weight).squeeze(0)  # (M, K)
         attention = logits.new_full(batch.pairs.shape[:3], -torch.inf).index_put((lists, slots), logits).softmax(1)

@@ -21,6 +21,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from recbole_gr2.llm.model import uses_bf16  # noqa: E402
+from recbole_gr2.model.dropout import use_fast_dropout  # noqa: E402
 
 if TYPE_CHECKING:
     from recbole.config import Config
@@ -42,6 +43,7 @@ class CausalSASRec(SASRec):
 
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
+        use_fast_dropout(self)
         if self.hidden_act == "gelu":  # RecBole's function consists of five operations.
             for layer in self.trm_encoder.layer:
                 layer.feed_forward.intermediate_act_fn = torch.nn.functional.gelu

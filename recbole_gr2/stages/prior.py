@@ -28,6 +28,7 @@ from recbole_gr2.config import Settings
 from recbole_gr2.errors import ConfigurationError, GR2Error
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers, make_describes
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
+from recbole_gr2.features.providers import Describe
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
 from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.model.linear import EXACT_ITEMS
@@ -154,29 +155,43 @@ def _write_features(context: Context) -> tuple[list[str], _Lists, _Lists]:
         _say_sparse(context, training)
         describes = make_describes(settings["prior_features"], training)
         for split in splits:
-            rows: list[CandidateFeatures] = []
             with Loop(f"features, {split} list", lists[split]["lists"]) as loop:
-                for number, chunk in enumerate(_chunks(context, split)):
-                    loop.at(number * CHUNK)
-                    used = _used(chunk, split)
-                    if not used:
-                        continue
-                    found, features = extract_features(used, settings["prior_features"], describes)
-                    if names and found != names:
-                        _refuse(found, names, split, settings)
-                    names = found
-                    rows += features
-                    for request, row in zip(used, features, strict=True):
-                        if split == "train" or (split == "valid" and request.target_rank):
-                            kept[split].features.append(row)
-                            kept[split].relevance.append(request.relevance)
-                            kept[split].users.append(request.user_token)
-            write_features(context.folder, split, rows)
-            context.say(
-                f"{split}: {len(names)} candidate features and {rows[0].pairs.shape[2]} pair features of "
-                f"{len(rows):,} requests"
-            )
+                features = _features(context, split, describes, loop, names, kept.get(split))
+                count = write_features(context.folder, split, features)
+            context.say(f"{split}: {len(names)} candidate features of {count:,} requests")
+        del training, describes  # Item-item matrices take gigabytes; those of the next splits come after them.
     return names, kept["train"], kept["valid"]
+
+
+def _features(
+    context: Context, split: str, describes: Sequence[Describe], loop: Loop, names: list[str], kept: _Lists | None
+) -> Iterator[CandidateFeatures]:
+    """Yield the features of the requests of a split.
+
+    Args:
+        context: the context of the stage.
+        split: name of the split.
+        describes: the functions that compute the features.
+        loop: the progress.
+        names: the names of the features of a candidate; [] before the first request, when they are added.
+        kept: where to keep train lists, and validation lists that contain their target.
+    """
+    providers = context.settings["prior_features"]
+    for number, chunk in enumerate(_chunks(context, split)):
+        loop.at(number * CHUNK)
+        used = _used(chunk, split)
+        if not used:
+            continue
+        found, features = extract_features(used, providers, describes)
+        names += () if names else found
+        if found != names:
+            _refuse(found, names, split, context.settings)
+        for request, row in zip(used, features, strict=True):
+            if kept is not None and request.target_rank:
+                kept.features.append(row)
+                kept.relevance.append(request.relevance)
+                kept.users.append(request.user_token)
+        yield from features
 
 
 def _refuse(found: list[str], names: list[str], split: str, settings: Settings) -> NoReturn:
