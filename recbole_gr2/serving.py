@@ -289,7 +289,7 @@ class ListReranker:
                 raise ConfigurationError(
                     problem,
                     where=where,
-                    why="a list has one score for each candidate and one time for each item of its history",
+                    why="a list has each candidate once, one score for each, and one time for each item of its history",
                     do="correct the list",
                 )
         id_of = self.catalog.id_of

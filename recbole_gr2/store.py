@@ -547,6 +547,9 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, Any]]:
                 record = orjson.loads(line.removeprefix(BOM_UTF8))
             except orjson.JSONDecodeError as error:
                 raise GR2Error(
-                    f"the line is not JSON: {error}", where=f"{file}:{number}", do="remove or correct the line"
+                    f"the line is not JSON: {error}",
+                    where=f"{file}:{number}",
+                    why="each line of the file is one JSON value",
+                    do="remove or correct the line",
                 ) from error
             yield number, record

@@ -154,7 +154,8 @@ def test_an_interrupted_command_has_the_exit_code_130(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("recbole_gr2.commands.runs.run_folders", interrupt)
-    assert called("runs")[0] == 130
+    code, _, stderr = called("runs")
+    assert code == 130 and stderr == "interrupted; what is finished is kept, and the same command continues\n"
 
 
 def completed(monkeypatch, *words: str) -> list[str]:

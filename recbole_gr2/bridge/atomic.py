@@ -240,7 +240,7 @@ class AtomicFile:
                 column=column,
                 why="histories, splits and targets are defined by time",
                 do="write all times in one form: as numbers such as Unix seconds, or as ISO dates such as 2014-05-13 "
-                "or 2014-05-13 16:53:20",
+                "or 2014-05-13 16:53:20; recbole-gr2 data convert reads other forms",
             )
         if np.abs(numbers).max() > 2**53 and len(np.unique(numbers)) < len(set(texts)):
             raise self.error(

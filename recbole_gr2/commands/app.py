@@ -28,6 +28,7 @@ from recbole_gr2.errors import ConfigurationError, GR2Error, nearest
 
 PROGRAM = "recbole-gr2"
 OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")  # those of the application itself
+INTERRUPTED = "interrupted; what is finished is kept, and the same command continues"
 
 
 class Commands(TyperGroup):
@@ -113,7 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     choose_threads()
     sys.path.insert(0, os.getcwd())  # modules of the user that settings name
     try:
-        return app(argv, prog_name=PROGRAM, standalone_mode=False) or 0
+        code = app(argv, prog_name=PROGRAM, standalone_mode=False) or 0
+        if code == 130 and argv[0] != "run":  # typer returns 130 after Ctrl-C. `run` prints its own message.
+            print(INTERRUPTED, file=sys.stderr)
+        return code
     except GR2Error as error:
         return _failed(error)
     except typer.TyperException as error:
@@ -122,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; nothing was changed", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, and the same command continues", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     finally:
         sys.path.remove(os.getcwd())
