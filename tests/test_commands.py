@@ -610,9 +610,11 @@ def test_show_names_the_methods_that_did_not_rank_a_list(finished_command):
     user = next(line["user_id"] for line in lines if line["target"] not in line["candidates"])
     shown = json.loads(printed("show", finished_command.path, user, "--json"))
     assert set(shown["answers"]) == {"base", "oracle", "prior"} and "sft" in shown["not_ranked"]
-    assert shown["target"]["rank"] is None and "not among the candidates" in printed(
-        "show", finished_command.path, user
-    )
+    ranked = [line["request_id"] for line in read_lines(finished_command.stages["rerank_sft"] / "rankings.jsonl")]
+    assert shown["ranked_users"] == [name.removeprefix("test/") for name in ranked[:3]] and len(ranked) >= 3
+    text = printed("show", finished_command.path, user)
+    assert shown["target"]["rank"] is None and "not among the candidates" in text
+    assert f"users with a ranked list: {', '.join(shown['ranked_users'])}\n" in text
 
 
 def test_mistakes_of_show(finished_command, tmp_path, hit_user):
