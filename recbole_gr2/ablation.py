@@ -22,6 +22,7 @@ import copy
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from recbole_gr2.bridge.data import Data
 from recbole_gr2.config import Settings, load_settings, properties_folder, read_yaml_file
 from recbole_gr2.console import Console, pipe_table, quiet_libraries
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError, nearest
+from recbole_gr2.ranking import METRICS
 from recbole_gr2.report.result import SCHEMA, SPLITS, new_folder, stage_entries
 from recbole_gr2.report.tables import data_title, figures_table, variant_cost_table, variant_settings_table
 from recbole_gr2.report.verdict import banner
@@ -198,7 +200,7 @@ def run_ablation(
         return planned
 
     plans = _for_each(ablation, plan)
-    _check_columns(ablation, plans, common)
+    _check_columns(ablation, plans, settings)
     if name is not None:
         _check_same_ablation(common.results_folder / "ablations" / name, plans)
     console.table(["variant", "stage", "key", "plan", "why"], _plan_lines(plans))
@@ -401,16 +403,16 @@ def _for_each(ablation: Ablation, make: Callable[[Variant], T]) -> dict[str, T]:
     return made
 
 
-def _check_columns(ablation: Ablation, plans: Plans, common: Settings) -> None:
+def _check_columns(ablation: Ablation, plans: Plans, settings: Mapping[str, Settings]) -> None:
     """Check the paths of the columns against the stages of the plans, the metrics and the summaries of cached stages.
 
     Args:
         ablation: the ablation.
         plans: the plan of each variant.
-        common: settings of all variants.
+        settings: settings of each variant.
 
     Raises:
-        ConfigurationError: a column names a stage that no variant runs, a metric that the run does not compute, or a
+        ConfigurationError: a column names a stage that no variant runs, a metric that `evaluate` does not compute, or a
             field that a cached stage does not have.
     """
     stages = {entry.stage.name for planned in plans.values() for entry in planned}
@@ -422,18 +424,23 @@ def _check_columns(ablation: Ablation, plans: Plans, common: Settings) -> None:
             why="The columns would be empty.",
             do=f"choose from {sorted(stages)}",
         )
-    metrics = [f"{metric.lower()}@{cutoff}" for metric in common["metrics"] for cutoff in common["topk"]]
+    known = {
+        "metrics": [f"{m.lower()}@{k}" for each in settings.values() for m in each["metrics"] for k in each["topk"]],
+        "vs_base": list(METRICS),
+    }
     for heading, path in ablation.columns.items():
-        # RecBole's metrics without a cut-off have no "@".
-        metric = next((part for part in path.split(".") if "@" in part), None)
-        if path.startswith("evaluate.") and metric is not None and metric not in metrics:
-            near = nearest(metric, metrics)
-            raise ConfigurationError(
-                f"the column {heading!r} has the metric {metric!r}, which the run does not compute",
-                where=f"ablation {ablation.name}",
-                why="The column would be empty.",
-                do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(metrics)}",
-            )
+        parts = path.split(".")
+        for part, metric in pairwise(parts):
+            # RecBole's metrics without a cut-off have no "@".
+            if parts[0] == "evaluate" and part in known and "@" in metric and metric not in known[part]:
+                names = list(dict.fromkeys(known[part]))
+                near = nearest(metric, names)
+                raise ConfigurationError(
+                    f"the column {heading!r} has the metric {metric!r}, which {part} does not contain",
+                    where=f"ablation {ablation.name}",
+                    why="The column would be empty.",
+                    do=(f"did you mean {' or '.join(near)}? " if near else "") + f"Choose from {', '.join(names)}",
+                )
     for planned in plans.values():
         records = {entry.stage.name: read_manifest(entry.folder) for entry in planned if entry.finished}
         summaries = {stage: record.summary for stage, record in records.items() if record}

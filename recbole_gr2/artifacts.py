@@ -203,7 +203,7 @@ def _read_request(line: Any, catalog: Catalog, provider: str) -> Request:
     if not _all_finite(scores):
         raise TypeError("scores have to be finite numbers")
     if len(scores) != len(items):
-        raise ValueError("scores has one number for each candidate")
+        raise ValueError("scores must have one number for each candidate")
     request = Request(
         request_id=name or request_id(line["split"], str(user)),
         user_token=str(user),
@@ -278,7 +278,7 @@ def read_recommendations(folder: Path, name: str = "recommendations") -> Recomme
 def write_features(folder: Path, split: str, features: Iterable[CandidateFeatures]) -> int:
     """Write the features of the requests of a split, in their order, and return the number of requests.
 
-    The arrays of all lists follow one another. Those of one list are in memory at a time.
+    The arrays of all lists follow one another.
     """
     lists = rows = 0
     with (

@@ -332,9 +332,10 @@ def test_an_ablation_chooses_its_stages(command, tmp_path, capsys):
 
 def test_columns_are_of_stages_that_run_and_of_fields_of_their_summaries(command, tmp_path, capsys, executed):
     one = [{"name": "only"}]
-    path = "evaluate.methods.method=base&scope=hit_users.metrics.ndgc@5"
-    text = refused(command(changed(variants=one, stages=["evaluate"], columns={"x": path})), tmp_path, capsys)
-    assert "the metric 'ndgc@5', which the run does not compute" in text and "did you mean ndcg@5" in text
+    for field, metric, near in (("metrics", "ndgc@5", "ndcg@5"), ("vs_base", "recall@10.low", "recall@1")):
+        path = f"evaluate.methods.method=base&scope=hit_users.{field}.{metric}"
+        text = refused(command(changed(variants=one, stages=["evaluate"], columns={"x": path})), tmp_path, capsys)
+        assert f"the metric '{metric.removesuffix('.low')}', which {field} does not contain" in text and near in text
     text = refused(command(changed(variants=one, columns={"x": "sft.loss"})), tmp_path, capsys)
     assert "no variant runs: {'x': 'sft.loss'}" in text
     assert main(command(changed(variants=one, columns={"x": "tokenizer.unique"}))) == 2

@@ -150,11 +150,14 @@ def test_errors_of_run_keep_their_exit_codes(tmp_path):
 
 
 def test_an_interrupted_command_has_the_exit_code_130(monkeypatch):
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("recbole_gr2.commands.runs.run_folders", interrupt)
     code, _, stderr = called("runs")
+    assert code == 130 and stderr == "interrupted\n"
+    monkeypatch.setattr("recbole_gr2.tuning.tune", interrupt)
+    code, _, stderr = called("tune", "space.yaml")
     assert code == 130 and stderr == "interrupted; what is finished is kept, and the same command continues\n"
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import recbole_gr2
@@ -40,7 +41,7 @@ from recbole_gr2.store import (
     write_lines,
     write_manifest,
 )
-from recbole_gr2.types import StageRecord
+from recbole_gr2.types import Candidate, StageRecord
 
 
 def test_everything_that_determines_a_stage_is_in_its_key():
@@ -314,9 +315,13 @@ def test_files_are_old_or_complete(tmp_path):
         list(read_lines(file))
     write_lines(file, [{"tuple": (1, 2.5, -1e-7), "none": None, "text": "null \u00fc"}])
     assert list(read_lines(file)) == [{"tuple": [1, 2.5, -1e-7], "none": None, "text": "null \u00fc"}]
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_lines(file, [{"score": float("nan")}])
+    for record in ({"score": float("nan")}, {"score": float("inf"), "half of a pair": "\ud83d"}):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_lines(file, [record])
     assert len(list(read_lines(file))) == 1  # The file of an error stays as it was.
+    odd = {"half of a pair": "\ud83d", "float64": np.float64(0.5), "large": 2**70, "named": Candidate(1, 0.5, 1)}
+    write_lines(file, [odd])
+    assert list(read_lines(file)) == [{**odd, "named": [1, 0.5, 1]}]
     write_json(tmp_path / "x.json", {"a": [1]})
     assert read_json(tmp_path / "x.json") == {"a": [1]}
     (tmp_path / "x.json").write_text("[")

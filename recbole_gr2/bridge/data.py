@@ -52,10 +52,10 @@ COLUMN_OPTIONS = (
     "additional_feat_suffix",
     "seq_len",
 )
-# Scores of all items of one batch of rows. 2^21 float32 numbers, 8 MB, stay in the cache of a processor, so that the
-# fusion takes .5 to .6 of the time of 1024 rows for Amazon Beauty. A batch has more of them if it had fewer than
-# `FEWEST_ROWS` rows otherwise, but at most 2^25, 134 MB. Our choice.
-BATCH_SCORES, MOST_SCORES, FEWEST_ROWS = 2**21, 2**25, 32
+# Scores of all items of one batch of rows on a CPU. 2^21 float32 numbers, 8 MB, stay in its cache, so that the fusion
+# takes .5 to .6 of the time of 1024 rows for Amazon Beauty. A batch has more of them if it had fewer than `FEWEST_ROWS`
+# rows otherwise, but at most `MOST_SCORES`, 134 MB, the limit on a GPU. Our choice.
+BATCH_SCORES, MOST_SCORES, FEWEST_ROWS = 2**21, 2**25, 128
 TEXTS = ("title", "categories", "brand", "description")
 DESCRIPTION_CHARS = 1000  # The text encoder reads 128 tokens, and the description is the last part of its input.
 
@@ -89,6 +89,8 @@ class Data:
     """
 
     def __init__(self, settings: Settings) -> None:
+        import torch
+
         compat.apply()
         self.settings = settings
         # All sequential models get the same rows. RecBole reads only the type of the model class here.
@@ -100,7 +102,9 @@ class Data:
         self.user_tokens = [str(token) for token in self.dataset.field2id_token[self.uid]]
         self.item_tokens = [str(token) for token in self.dataset.field2id_token[self.iid]]
         width = len(self.item_tokens)
-        most = max(1, min(max(BATCH_SCORES // width, FEWEST_ROWS), MOST_SCORES // width))
+        most = max(1, MOST_SCORES // width)
+        if torch.device(self.config["device"]).type == "cpu":
+            most = min(most, max(BATCH_SCORES // width, FEWEST_ROWS))
         self.config["eval_batch_size"] = min(int(self.config["eval_batch_size"]), most)
         frame = self.dataset.inter_feat.sort_values([self.uid, self.dataset.time_field], kind="stable")
         users, firsts = np.unique(frame[self.uid].to_numpy(), return_index=True)
@@ -344,7 +348,8 @@ def _check_files(config: Any) -> None:
         why="the interactions are read from this file",
         do=f"unpack {packed[0]}"
         if packed
-        else f"put {name} (RecBole atomic file) there; recbole-gr2 data convert makes it of CSV, JSON lines or Parquet",
+        else f"put {name} (RecBole atomic file) there; recbole-gr2 data convert makes it from CSV, JSON lines or "
+        "Parquet",
     )
 
 

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = app(argv, prog_name=PROGRAM, standalone_mode=False) or 0
         if code == 130 and argv[0] != "run":  # typer returns 130 after Ctrl-C. `run` prints its own message.
-            print(INTERRUPTED, file=sys.stderr)
+            print(INTERRUPTED if argv[0] == "tune" else "interrupted", file=sys.stderr)
         return code
     except GR2Error as error:
         return _failed(error)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; nothing was changed", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     finally:
         sys.path.remove(os.getcwd())

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from recbole.data.dataset import Dataset
     from recbole.data.interaction import Interaction
 
-SLICE = 32  # Sequences that are padded to the same length in the attention.
+SLICE, GPU_SLICE = 32, 256  # Sequences that are padded to the same length in the attention, on a CPU and a GPU.
 MASKED = -10_000.0  # Added to the scores of masked positions in the attention, as by RecBole.
 BLOCK = 128  # Positions whose scores over the catalogue are in memory at the same time.
 
@@ -85,11 +85,12 @@ class CausalSASRec(SASRec):
         items = torch.nn.functional.embedding(item_seq[is_item], table, padding_idx=0)
         positions = self.position_embedding(is_item.nonzero(as_tuple=True)[1])
         hidden = self.dropout(self.LayerNorm(items + positions))
-        masks = []  # Whether there is an item at each position of the sequences of a slice.
-        for part, own in zip(is_item.split(SLICE), lengths.split(SLICE), strict=True):
-            masks.append(part[:, : int(own[-1])])
+        size, slices = SLICE if item_seq.device.type == "cpu" else GPU_SLICE, []
+        for part, own in zip(is_item.split(size), lengths.split(size), strict=True):
+            mask = part[:, : int(own[-1])]
+            slices.append((mask.size(0), mask.size(1), mask.flatten().nonzero().squeeze(1)))
         for layer in self.trm_encoder.layer:
-            hidden = layer.feed_forward(_attend(layer.multi_head_attention, hidden, masks))
+            hidden = layer.feed_forward(_attend(layer.multi_head_attention, hidden, slices))
         return hidden
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class CausalSASRec(SASRec):
         return CatalogueCrossEntropy.apply(hidden, table, targets[targets > 0], self.bf16)
 
 
-def _attend(attention: Any, hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def _attend(attention: Any, hidden: Tensor, slices: Sequence[tuple[int, int, Tensor]]) -> Tensor:
     """Return the result of a layer of causal attention, with its residual connection and layer norm, (P, D).
 
     The sequences are padded in slices of similar length. The mask of padding is that of RecBole.
@@ -124,18 +125,19 @@ def _attend(attention: Any, hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
     Args:
         attention: RecBole's MultiHeadAttention.
         hidden: hidden states at all items, (P, D).
-        masks: for each slice, whether there is an item at each position, (S, L). Their True values are the P items.
+        slices: for each slice the number S of sequences, their largest length L, and the places of the items among the
+            S * L positions.
     """
     size, heads = hidden.size(1), attention.num_attention_heads
     queries = attention.query(hidden) / attention.sqrt_attention_head_size
     inputs = torch.cat([queries, attention.key(hidden), attention.value(hidden)], dim=1)
     start, attended = 0, []
-    for mask in masks:
-        places = mask.flatten().nonzero().squeeze(1)
-        padded = inputs.new_zeros(mask.numel(), 3 * size).index_copy(0, places, inputs[start : start + len(places)])
+    for count, length, places in slices:
+        padded = inputs.new_zeros(count * length, 3 * size)
+        padded = padded.index_copy(0, places, inputs[start : start + len(places)])
         start += len(places)
-        query, key, value = padded.view(*mask.shape, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        later = inputs.new_full((mask.size(1), mask.size(1)), MASKED).triu(1)
+        query, key, value = padded.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        later = inputs.new_full((length, length), MASKED).triu(1)
         weights = attention.attn_dropout(torch.softmax(query @ key.transpose(2, 3) + later, dim=-1))
         attended.append((weights @ value).transpose(1, 2).reshape(-1, size).index_select(0, places))
     return attention.LayerNorm(attention.out_dropout(attention.dense(torch.cat(attended))) + hidden)

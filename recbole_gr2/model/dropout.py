@@ -19,8 +19,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input with numbers replaced by 0 and the others scaled; in evaluation mode the input."""
-        dropped = min(round(self.p * 256), 255)
-        if not self.training or not dropped or input.device.type != "cpu":
+        dropped = round(self.p * 256)
+        if not self.training or dropped in (0, 256) or input.device.type != "cpu":
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         kept = words.view(torch.uint8)[: input.numel()].view(input.shape) >= dropped

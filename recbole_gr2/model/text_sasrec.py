@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recbole_gr2.model.causal_sasrec import CausalSASRec
+from recbole_gr2.model.dropout import Dropout
 
 if TYPE_CHECKING:
     from recbole.config import Config
@@ -33,14 +34,23 @@ class TextSASRec(CausalSASRec):
     def __init__(self, config: Config, dataset: Dataset) -> None:
         super().__init__(config, dataset)
         self.register_buffer("texts", standardised(torch.tensor(config["text_embeddings"])), persistent=False)
-        self.text_dropout = torch.nn.Dropout(config["text_dropout"])
+        self.text_dropout = Dropout(config["text_dropout"])
         self.text_map = torch.nn.Linear(self.texts.size(1), self.hidden_size, bias=False)
         # At the start both terms of the table have the same standard deviation.
         torch.nn.init.normal_(self.text_map.weight, std=self.initializer_range / self.texts.size(1) ** 0.5)
 
+    def train(self, mode: bool = True) -> TextSASRec:
+        """Set training or evaluation mode. The item table is computed again in both."""
+        self.table: Tensor | None = None
+        return super().train(mode)
+
     def item_table(self) -> Tensor:
-        """Return the embeddings of all items, (N + 1, D)."""
-        return self.item_embedding.weight + self.text_map(self.text_dropout(self.texts))
+        """Return the embeddings of all items, (N + 1, D). Evaluation without gradients computes them once."""
+        if self.training or torch.is_grad_enabled():
+            return self.item_embedding.weight + self.text_map(self.text_dropout(self.texts))
+        if self.table is None:
+            self.table = self.item_embedding.weight + self.text_map(self.texts)
+        return self.table
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Return the scores of all items, (B, N + 1) float32."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ def describe(
     Returns:
         `user`; `request`; `history`, the last items, oldest first, and `earlier`, the number of items before them;
         `target`; `candidates` in base order, each with `rank`, and `ranks` by method; `not_ranked`, the methods that
-        did not rank this list, and `ranked_users`, up to three users whose lists the first of them ranked; `answers`
-        by method: `status`, `order` (item tokens, best first), `reasoning` (with titles) and `statements`, true or
-        false by kind, or None without reasoning or if they cannot be checked.
+        did not rank this list, and `ranked_users`, up to three users with a list that the first of these methods
+        ranked; `answers` by method: `status`, `order` (item tokens, best first), `reasoning` (with titles) and
+        `statements`, true or false by kind, or None without reasoning or if they cannot be checked.
 
     Raises:
         ConfigurationError: there is no such user or method.
@@ -98,8 +99,13 @@ def described(
         }
         chosen = {name: each for name, each in ranked.items() if method in (None, name)}
         missing = [name for name in known if method in (None, name) and name not in ranked]
-        others = [name.partition("/")[2] for name in answers.get(missing[0], ())] if missing else []
-        yield {**_list(request, chosen, catalog, settings), "not_ranked": missing, "ranked_users": others[:3]}
+        others = _ranked_users(stages["prior"] / f"{result['split']}.jsonl", answers[missing[0]]) if missing else []
+        yield {**_list(request, chosen, catalog, settings), "not_ranked": missing, "ranked_users": others}
+
+
+def _ranked_users(file: Path, answers: Mapping[str, Answer]) -> list[str]:
+    """Up to three users of a file of lists whose lists have an answer."""
+    return list(islice((str(line["user_id"]) for line in read_lines(file) if line["request_id"] in answers), 3))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,7 @@ def _stage(name: str, settings: Settings) -> Stage:
 
     return Stage(
         name=base_stage(name),
-        version=1,
+        version=2,
         run=run,
         settings=("cand_beams", "refit", "seed", "train_"),
         needs=stages_of(name, settings, base=True),

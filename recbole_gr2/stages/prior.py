@@ -25,7 +25,7 @@ from recbole_gr2.artifacts import (
     write_requests,
 )
 from recbole_gr2.config import Settings
-from recbole_gr2.errors import ConfigurationError, GR2Error
+from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers, make_describes
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
 from recbole_gr2.features.providers import Describe
@@ -158,6 +158,13 @@ def _write_features(context: Context) -> tuple[list[str], _Lists, _Lists]:
             with Loop(f"features, {split} list", lists[split]["lists"]) as loop:
                 features = _features(context, split, describes, loop, names, kept.get(split))
                 count = write_features(context.folder, split, features)
+            if not count:
+                raise QualityCheckError(
+                    f"no {split} list has features",
+                    where="the prior stage",
+                    why="no list of this split has candidates of different relevance",
+                    do="raise cand_pool or cand_num, so that more lists contain their target",
+                )
             context.say(f"{split}: {len(names)} candidate features of {count:,} requests")
         del training, describes  # Item-item matrices take gigabytes; those of the next splits come after them.
     return names, kept["train"], kept["valid"]
@@ -248,7 +255,7 @@ def key_values(settings: Settings) -> dict[str, Any]:
 
 STAGE = Stage(
     name="prior",
-    version=8,
+    version=9,
     run=run,
     settings=("prior_", "refit", "seed"),
     needs=("candidates", "embeddings"),

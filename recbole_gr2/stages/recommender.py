@@ -109,7 +109,7 @@ def _stage(model: str, needs: tuple[str, ...]) -> Stage:
 
     return Stage(
         name=model,
-        version=2,
+        version=3,
         run=run,
         settings=(*common, "models_options", "cand_beams", "refit"),
         needs=needs,
