@@ -211,6 +211,11 @@ def test_the_text_map_of_text_sasrec_learns_and_its_input_has_dropout(five):
     assert not torch.equal(model.item_table(), model.item_table())
     model.eval()
     assert torch.allclose(model.item_table(), table)
+    with torch.no_grad():
+        assert model.item_table() is model.item_table()
+        model.train()
+        model.item_embedding.weight += 1
+        assert torch.allclose(model.eval().item_table(), table + 1)
 
 
 def test_standardised_embeddings():
