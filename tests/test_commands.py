@@ -74,7 +74,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "data", "list"])
 def test_help_has_examples(command):
     """Each line of the examples is a command of its own."""
     text = printed(*command.split(), "--help")

@@ -58,8 +58,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-data_app = _group("Prepare and check data sets.")
-list_app = _group("List what settings can name.")
+data_app = _group(
+    """Prepare and check data sets.
+
+    \b
+    Examples:
+      recbole-gr2 data convert ratings.csv --items items.csv --name mine
+      recbole-gr2 data check --dataset mine
+    """
+)
+list_app = _group(
+    """List what settings can name.
+
+    \b
+    Examples:
+      recbole-gr2 list methods
+      recbole-gr2 list settings
+    """
+)
 
 # Each command is registered here, in the order of --help.
 # Settings are options of any name. With -h as an option, a word such as -dhotels would ask for help.
