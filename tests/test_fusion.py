@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recbole_gr2.artifacts import read_recommendations, read_requests
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.evaluator import RecboleCheck
+from recbole_gr2.bridge.evaluator import RecboleCheck, Scored, Source, in_chunks, joined
 from recbole_gr2.bridge.fusion import Fusion, choose_weights, item_ranks, places_of, ranks_of, standardise
 from recbole_gr2.bridge.models import UNREACHED, Batch
 from recbole_gr2.errors import ConfigurationError, QualityCheckError
@@ -294,3 +294,29 @@ def test_a_further_base_model_trains_no_other_one_again(run, tiny_settings):
     plan = {entry.stage.name: entry.action for entry in pipeline.plan(settings, Data(settings), stages=["candidates"])}
     assert [plan[f"base_model_{name}"] for name in (*TWO, "Pop")] == ["cached", "cached", "run"]
     assert plan["candidates"] == "run"
+
+
+def scored_rows(users: range) -> Scored:
+    """Rows whose numbers tell their user and their place."""
+    column = np.array(users)[:, None]
+    alone = Scored(np.array(users), column * 100 + np.arange(3), column / 2 + np.arange(3), np.array(users) % 4)
+    sources = (Source(alone, column * 10 + np.arange(3), column - np.arange(3.0)), Source(None, column, column / 4))
+    return Scored(
+        np.array(users), column * 1000 + np.arange(3), column / 8 + np.arange(3), np.array(users) % 5, sources
+    )
+
+
+def test_joined_batches_are_those_of_all_rows():
+    def numbers(scored: Scored | None) -> list:
+        if scored is None:
+            return []
+        own = [scored.users, scored.items, scored.scores, scored.target_rank]
+        parts = [part.tolist() for part in own]
+        return parts + [[numbers(s.alone), s.ranks.tolist(), s.scores.tolist()] for s in scored.sources]
+
+    batches = [scored_rows(range(start, min(start + 4, 11))) for start in range(0, 11, 4)]
+    whole = joined(iter(batches), 11)
+    assert numbers(whole) == numbers(scored_rows(range(11)))
+    chunks = list(in_chunks(whole, 4))
+    assert [numbers(chunk) for chunk in chunks] == [numbers(batch) for batch in batches]
+    assert np.shares_memory(chunks[0].sources[0].ranks, whole.sources[0].ranks)

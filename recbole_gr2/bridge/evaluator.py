@@ -8,7 +8,8 @@ evaluator, for all methods and all groups of users in one pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,6 +120,52 @@ def recommend(
         yield batch
     if comparison:
         comparison.finish()
+
+
+def joined(batches: Iterable[Scored], count: int) -> Scored:
+    """Return the batches of a split as one. They are copied to arrays that are allocated first.
+
+    If each batch kept its own arrays, they would lie between the freed scores of the catalogue, and the process could
+    not return this memory: several gigabytes for 35,598 rows of 18,357 items.
+
+    Args:
+        batches: result of `recommend`, at least one batch.
+        count: number of rows of all batches.
+    """
+    whole, start = None, 0
+    for batch in batches:
+        if whole is None:
+            whole = _each(batch, lambda part: np.empty((count, *part.shape[1:]), part.dtype))
+        stop = start + len(batch.users)
+        for target, part in zip(_arrays(whole), _arrays(batch), strict=True):
+            target[start:stop] = part
+        start = stop
+    assert whole is not None and start == count
+    return whole
+
+
+def in_chunks(whole: Scored, size: int) -> Iterator[Scored]:
+    """Yield consecutive rows of scored rows, at most `size` at a time, without copies."""
+    for start in range(0, len(whole.users), size):
+        yield _each(whole, itemgetter(slice(start, start + size)))
+
+
+def _each(scored: Scored, change: Callable[[np.ndarray], np.ndarray]) -> Scored:
+    """Scored rows with another array in the place of each one."""
+    sources = tuple(
+        Source(source.alone and _each(source.alone, change), change(source.ranks), change(source.scores))
+        for source in scored.sources
+    )
+    items, scores = change(scored.items), change(scored.scores)
+    return Scored(change(scored.users), items, scores, change(scored.target_rank), sources)
+
+
+def _arrays(scored: Scored) -> Iterator[np.ndarray]:
+    """All arrays of scored rows, in one order."""
+    yield from (scored.users, scored.items, scored.scores, scored.target_rank)
+    for source in scored.sources:
+        yield from _arrays(source.alone) if source.alone else ()
+        yield from (source.ranks, source.scores)
 
 
 def _scored(users: np.ndarray, scores: Tensor, targets: Tensor, depth: int) -> Scored:

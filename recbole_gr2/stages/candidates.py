@@ -23,7 +23,7 @@ from recbole_gr2.artifacts import (
     write_requests,
 )
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, recommend
+from recbole_gr2.bridge.evaluator import Scored, collect, depth_of, from_lists, in_chunks, joined, recommend
 from recbole_gr2.bridge.fusion import FusedModel, Fusion, choose_weights
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.bridge.splits import LEAVE_ONE_OUT
@@ -43,6 +43,7 @@ from recbole_gr2.recommenders import (
 from recbole_gr2.store import check_text, file_hash, write_json
 from recbole_gr2.types import Candidate, Context, Recommendations, Request, SourceScores, Stage
 
+ROWS = 1024  # Rows whose lists are made at a time.
 DEPTHS = (10, 20, 50, 100, 200)  # at which the recall of the base models is reported
 
 
@@ -73,7 +74,7 @@ def run(context: Context) -> dict[str, Any]:
         else:
             base = models[REFIT if settings["refit"] else BASE]
             scored, _, summary["depth"] = _recommend(context, base, "test")
-            yield from to_requests(base, "test", scored, count)
+            yield from to_requests(base, "test", in_chunks(scored, ROWS), count)
             if base.exclude_seen and settings["eval_split"] == "test":
                 _report_masked_targets(context)
 
@@ -127,18 +128,20 @@ def run_validation(context: Context) -> dict[str, Any]:
 
 def _recommend(
     context: Context, base: BaseModel, split: str
-) -> tuple[list[Scored], Recommendations, dict[str, dict[str, float]]]:
+) -> tuple[Scored, Recommendations, dict[str, dict[str, float]]]:
     """The scored rows of a split, and their recommendations with the recall of each base model by depth.
 
     The recommendations of each of several base models are written.
     """
-    scored = list(recommend(base, split, depth_of(context.data), break_ties=False, check=True, alone=True))
-    recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
+    batches = recommend(base, split, depth_of(context.data), break_ties=False, check=True, alone=True)
+    scored = joined(batches, len(context.data.rows(split)[0]))
+    recommendations = collect(context.data, [scored], exclude_seen=base.exclude_seen)
     write_recommendations(context.folder, recommendations)
     depth = {base.name: recall_by_depth(recommendations)}
     for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
-        parts = [part for batch in scored if (part := batch.sources[position].alone)]
-        alone = collect(context.data, parts, exclude_seen=base.exclude_seen)
+        parts = scored.sources[position].alone
+        assert parts is not None
+        alone = collect(context.data, [parts], exclude_seen=base.exclude_seen)
         write_recommendations(context.folder, alone, source.name)
         depth[source.name] = recall_by_depth(alone)
     return scored, recommendations, depth
