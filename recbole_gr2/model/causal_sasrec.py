@@ -120,7 +120,7 @@ class CausalSASRec(SASRec):
 def _attend(attention: Any, hidden: Tensor, slices: Sequence[tuple[int, int, Tensor]]) -> Tensor:
     """Return the result of a layer of causal attention, with its residual connection and layer norm, (P, D).
 
-    The sequences are padded in slices of similar length. The mask of padding is that of RecBole.
+    The sequences are padded in slices of similar length. Later positions are masked as by RecBole.
 
     Args:
         attention: RecBole's MultiHeadAttention.
