@@ -525,7 +525,7 @@ def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
 
 
 def _to_json(record: Mapping[str, Any]) -> bytes:
-    """Return a record as JSON. orjson takes a tenth of the time of the standard library, but does not know all values.
+    """Return a record as JSON. It tries orjson, which takes a tenth of the time, and then the standard library.
 
     Raises:
         ValueError: a number is not finite.
@@ -569,7 +569,7 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _from_json(line: bytes) -> Any:
-    """Return the value of a line. orjson takes a quarter of the time of the standard library, but refuses some values.
+    """Return the value of a line. It tries orjson, which takes a quarter of the time, and then the standard library.
 
     Raises:
         ValueError: the line is not JSON, or not encoded in UTF-8.

@@ -31,6 +31,7 @@ from recbole_gr2.bridge.evaluator import (
     evaluate_methods,
     from_lists,
     full_rows,
+    joined,
     rank_items,
     recommend,
 )
@@ -217,7 +218,8 @@ def stock_metrics(data: Data, base, mask: bool = False, split: str = "test") -> 
 
 def score(base, split: str = "test") -> Recommendations:
     """Score the users of a split once."""
-    scored = recommend(base, split, depth_of(base.data), break_ties=False, check=True)
+    batches = recommend(base, split, depth_of(base.data), break_ties=False, check=True)
+    scored = joined(batches, len(base.data.rows(split)[0]))
     return collect(base.data, scored, exclude_seen=base.exclude_seen)
 
 

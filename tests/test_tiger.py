@@ -9,7 +9,7 @@ import torch
 
 from recbole_gr2 import pipeline
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.evaluator import collect, depth_of, evaluate_methods, recommend
+from recbole_gr2.bridge.evaluator import collect, depth_of, evaluate_methods, joined, recommend
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import load_settings, recbole_config
 from recbole_gr2.llm.beam import UNREACHED
@@ -183,7 +183,8 @@ def trained(folder: Path, place: Path, sids: np.ndarray, **changes) -> BaseModel
 
 
 def metrics_of(base: BaseModel, rankings=None, break_ties: bool = True) -> dict[str, float]:
-    scored = recommend(base, "test", depth_of(base.data), break_ties=break_ties, check=True)
+    batches = recommend(base, "test", depth_of(base.data), break_ties=break_ties, check=True)
+    scored = joined(batches, len(base.data.rows("test")[0]))
     recommendations = collect(base.data, scored, exclude_seen=base.exclude_seen)
     return evaluate_methods(base.data, recommendations, {"m": rankings}, {"s": None})["m"]["s"]
 

@@ -151,7 +151,7 @@ def in_chunks(whole: Scored, size: int) -> Iterator[Scored]:
 
 
 def _each(scored: Scored, change: Callable[[np.ndarray], np.ndarray]) -> Scored:
-    """Scored rows with another array in the place of each one."""
+    """Return scored rows whose arrays are the results of a function of each array."""
     sources = tuple(
         Source(source.alone and _each(source.alone, change), change(source.ranks), change(source.scores))
         for source in scored.sources
@@ -161,7 +161,7 @@ def _each(scored: Scored, change: Callable[[np.ndarray], np.ndarray]) -> Scored:
 
 
 def _arrays(scored: Scored) -> Iterator[np.ndarray]:
-    """All arrays of scored rows, in one order."""
+    """Yield all arrays of scored rows, always in the same order."""
     yield from (scored.users, scored.items, scored.scores, scored.target_rank)
     for source in scored.sources:
         yield from _arrays(source.alone) if source.alone else ()
@@ -290,14 +290,12 @@ def _target_ranks(scores: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     return ranks.masked_fill(~(target_scores.squeeze(1) > UNREACHED), 0)
 
 
-def collect(data: Data, batches: Iterable[Scored], *, exclude_seen: bool) -> Recommendations:
-    """The recommendations of all batches of a split."""
-    parts = list(batches)
-    users = np.concatenate([part.users for part in parts])
+def collect(data: Data, scored: Scored, *, exclude_seen: bool) -> Recommendations:
+    """The recommendations of all rows of a split, see `joined`."""
     return Recommendations(
-        users=tuple(data.user_tokens[user] for user in users),
-        items=np.concatenate([part.items for part in parts]).astype(np.int32),
-        target_rank=np.concatenate([part.target_rank for part in parts]).astype(np.int32),
+        users=tuple(data.user_tokens[user] for user in scored.users),
+        items=scored.items.astype(np.int32),
+        target_rank=scored.target_rank.astype(np.int32),
         exclude_seen=exclude_seen,
     )
 

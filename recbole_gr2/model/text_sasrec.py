@@ -40,17 +40,18 @@ class TextSASRec(CausalSASRec):
         torch.nn.init.normal_(self.text_map.weight, std=self.initializer_range / self.texts.size(1) ** 0.5)
 
     def train(self, mode: bool = True) -> TextSASRec:
-        """Set training or evaluation mode. The item table is computed again in both."""
+        """Set training or evaluation mode. The next call of `item_table` computes the table again."""
         self.table: Tensor | None = None
         return super().train(mode)
 
     def item_table(self) -> Tensor:
-        """Return the embeddings of all items, (N + 1, D). Evaluation without gradients computes them once."""
-        if self.training or torch.is_grad_enabled():
-            return self.item_embedding.weight + self.text_map(self.text_dropout(self.texts))
-        if self.table is None:
-            self.table = self.item_embedding.weight + self.text_map(self.texts)
-        return self.table
+        """Return the embeddings of all items, (N + 1, D). In evaluation without gradients they are computed once."""
+        constant = not self.training and not torch.is_grad_enabled()
+        if constant and self.table is not None:
+            return self.table
+        table = self.item_embedding.weight + self.text_map(self.text_dropout(self.texts))
+        self.table = table if constant else None
+        return table
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Return the scores of all items, (B, N + 1) float32."""

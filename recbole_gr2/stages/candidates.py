@@ -135,13 +135,13 @@ def _recommend(
     """
     batches = recommend(base, split, depth_of(context.data), break_ties=False, check=True, alone=True)
     scored = joined(batches, len(context.data.rows(split)[0]))
-    recommendations = collect(context.data, [scored], exclude_seen=base.exclude_seen)
+    recommendations = collect(context.data, scored, exclude_seen=base.exclude_seen)
     write_recommendations(context.folder, recommendations)
     depth = {base.name: recall_by_depth(recommendations)}
     for position, source in enumerate(base.sources if len(base.sources) > 1 else ()):
-        parts = scored.sources[position].alone
-        assert parts is not None
-        alone = collect(context.data, [parts], exclude_seen=base.exclude_seen)
+        of_source = scored.sources[position].alone
+        assert of_source is not None  # because of `alone=True`
+        alone = collect(context.data, of_source, exclude_seen=base.exclude_seen)
         write_recommendations(context.folder, alone, source.name)
         depth[source.name] = recall_by_depth(alone)
     return scored, recommendations, depth

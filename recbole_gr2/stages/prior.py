@@ -162,11 +162,11 @@ def _write_features(context: Context) -> tuple[list[str], _Lists, _Lists]:
                 raise QualityCheckError(
                     f"no {split} list has features",
                     where="the prior stage",
-                    why="no list of this split has candidates of different relevance",
-                    do="raise cand_pool or cand_num, so that more lists contain their target",
+                    why="the split has no list, or no train list has candidates of different relevance",
+                    do="raise cand_pool or cand_num, so that more train lists contain their target",
                 )
             context.say(f"{split}: {len(names)} candidate features of {count:,} requests")
-        del training, describes  # Item-item matrices take gigabytes; those of the next splits come after them.
+        del training, describes  # Their item-item matrices take gigabytes. Free them before the next are computed.
     return names, kept["train"], kept["valid"]
 
 

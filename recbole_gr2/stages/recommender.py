@@ -11,7 +11,7 @@ from typing import Any
 
 from recbole_gr2.artifacts import write_recommendations
 from recbole_gr2.bridge.data import Data
-from recbole_gr2.bridge.evaluator import collect, depth_of, recommend
+from recbole_gr2.bridge.evaluator import collect, depth_of, joined, recommend
 from recbole_gr2.bridge.models import BaseModel
 from recbole_gr2.config import GENERATOR, ONEREC_THINK, Settings
 from recbole_gr2.onerec_think import search_width
@@ -48,7 +48,8 @@ def run_validation(context: Context) -> dict[str, Any]:
 
 def _recommend(context: Context, model: BaseModel, split: str) -> tuple[int, int]:
     """Write recommendations.npz. Returns the number of targets among the first 10 items, and of all targets."""
-    scored = recommend(model, split, depth_of(context.data), break_ties=True, check=True)
+    batches = recommend(model, split, depth_of(context.data), break_ties=True, check=True)
+    scored = joined(batches, len(context.data.rows(split)[0]))
     recommendations = collect(context.data, scored, exclude_seen=model.exclude_seen)
     write_recommendations(context.folder, recommendations)
     ranks = recommendations.target_rank
