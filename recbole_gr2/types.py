@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -124,7 +125,7 @@ class Request:
     ranker: tuple[float, ...] = ()
     features: CandidateFeatures | None = field(default=None, compare=False, repr=False)
 
-    @property
+    @cached_property
     def items(self) -> tuple[int, ...]:
         """Candidate item ids in base order, (K,)."""
         return tuple(c.item_id for c in self.candidates)

@@ -210,7 +210,9 @@ def test_sparse_lookup_returns_the_entries_of_the_matrix(entries):
     rows, columns = (np.array(part, dtype=int) for part in (zip(*entries, strict=True) if entries else ((), ())))
     matrix = csr_matrix((np.ones(len(entries)), (rows, columns)), shape=(7, 7))
     grid = np.arange(7)
-    assert np.array_equal(SparseLookup(matrix).values_at(grid[:, None], grid), matrix.toarray())
+    lookup = SparseLookup(matrix)
+    assert np.array_equal(lookup.values_at(grid[:, None], grid), matrix.toarray())
+    assert np.array_equal(lookup.rows([6, 0, 6], grid[::-1]), matrix.toarray()[[6, 0, 6], ::-1])
 
 
 # --- extraction ------------------------------------------------------------------------------------------------------

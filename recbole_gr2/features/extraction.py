@@ -142,7 +142,6 @@ def _stack(
     Raises:
         GR2Error: a feature is no array of numbers, has a wrong shape, is not finite, or has the name of another one.
     """
-    where = f"request {request.request_id}, prior_features {list(providers)}"
     size, recent = len(request.items), min(len(request.history), RECENT)
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
@@ -154,30 +153,34 @@ def _stack(
         )
     values = []
     for name, value in named:
-        wrong = ""
         try:
             with np.errstate(over="ignore"):  # A number beyond float16 becomes infinite, which is reported below.
                 values.append(np.asarray(value, dtype=np.float16 if np.ndim(value) == 2 else np.float32))
         except (TypeError, ValueError) as error:
-            wrong = f"is no array of numbers: {error}"
-        else:
-            if values[-1].shape not in ((size,), (recent, size)):
-                wrong = f"has the shape {values[-1].shape}"
-            elif not np.isfinite(values[-1]).all():
-                kind = values[-1].dtype
-                wrong = f"has {np.sum(~np.isfinite(values[-1]))} values that are not finite as {kind}"
-        if wrong:
-            raise GR2Error(
-                f"the feature {name!r} {wrong}",
-                where=where,
-                why=f"it must have one finite number per candidate, shape ({size},), or one per history item and "
-                f"candidate, shape ({recent}, {size})",
-                do="correct the provider of this feature, or remove it from prior_features",
-            )
+            raise _unusable(request, name, f"is no array of numbers: {error}", providers) from error
+        if values[-1].shape not in ((size,), (recent, size)):
+            raise _unusable(request, name, f"has the shape {values[-1].shape}", providers)
     labels = [name for name, value in zip(names, values, strict=True) if value.ndim == 1]
     candidates = [value for value in values if value.ndim == 1]
     pairs = [value[::-1].T for value in values if value.ndim == 2]  # The newest history item comes first.
-    return labels, CandidateFeatures(
+    features = CandidateFeatures(
         np.stack(candidates, axis=1) if candidates else np.zeros((size, 0), np.float32),
         np.stack(pairs, axis=2) if pairs else np.zeros((size, recent, 0), np.float16),
+    )
+    if not all(np.isfinite(part).all() for part in features):
+        name, value = next((n, v) for n, v in zip(names, values, strict=True) if not np.isfinite(v).all())
+        count = np.sum(~np.isfinite(value))
+        raise _unusable(request, name, f"has {count} values that are not finite as {value.dtype}", providers)
+    return labels, features
+
+
+def _unusable(request: Request, name: str, problem: str, providers: Sequence[str]) -> GR2Error:
+    """Return the error of a feature that cannot be used."""
+    size, recent = len(request.items), min(len(request.history), RECENT)
+    return GR2Error(
+        f"the feature {name!r} {problem}",
+        where=f"request {request.request_id}, prior_features {list(providers)}",
+        why=f"it must have one finite number per candidate, shape ({size},), or one per history item and "
+        f"candidate, shape ({recent}, {size})",
+        do="correct the provider of this feature, or remove it from prior_features",
     )

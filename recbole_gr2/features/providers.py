@@ -147,23 +147,23 @@ def transition(data: TrainingData) -> Describe:
     """How often a candidate followed the last history items, directly (next) or within `SOON` steps (soon)."""
     size = len(data.catalog) + 1
     steps = [_transitions(data.sequences, step, size) for step in range(1, SOON + 1)]
-    direct, soon = SparseLookup(steps[0]), SparseLookup(sum(steps[1:], start=steps[0]))
+    within = sum(steps[1:], start=steps[0])
+    direct, after, before = SparseLookup(steps[0]), SparseLookup(within), SparseLookup(within.T)
     followers = np.maximum(np.asarray(steps[0].sum(axis=1)).ravel(), 1)
 
     def describe(request: Request) -> Features:
-        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
-        last = recent[-1]
+        recent, items = request.history[-RECENT:], np.array(request.items)
         fade = FADE ** np.arange(len(recent))[::-1, None]
-        soon_after = soon.values_at(recent[:, None], items)
+        follows, soon_after, soon_before = (each.rows(recent, items) for each in (direct, after, before))
         return {
-            "next": np.log1p(direct.values_at(last, items)),
-            "share of next": direct.values_at(last, items) / followers[last],
-            "soon after last": np.log1p(soon.values_at(last, items)),
+            "next": np.log1p(follows[-1]),
+            "share of next": follows[-1] / followers[recent[-1]],
+            "soon after last": np.log1p(soon_after[-1]),
             "soon after": np.log1p((fade * soon_after).sum(axis=0)),
-            "soon before last": np.log1p(soon.values_at(items, last)),
-            "next after each": np.log1p(direct.values_at(recent[:, None], items)),
+            "soon before last": np.log1p(soon_before[-1]),
+            "next after each": np.log1p(follows),
             "soon after each": np.log1p(soon_after),
-            "soon before each": np.log1p(soon.values_at(items, recent[:, None])),
+            "soon before each": np.log1p(soon_before),
         }
 
     return describe
@@ -179,8 +179,8 @@ def together(data: TrainingData) -> Describe:
     co_occurrence, counts = SparseLookup(product), np.maximum(product.diagonal(), 1)
 
     def describe(request: Request) -> Features:
-        recent, items = np.array(request.history[-RECENT:]), np.array(request.items)
-        users = co_occurrence.values_at(recent[:, None], items)
+        recent, items = list(request.history[-RECENT:]), np.array(request.items)
+        users = co_occurrence.rows(recent, items)
         cosine = users / np.sqrt(counts[recent][:, None] * counts[items])
         return {
             "together": cosine.sum(axis=0),

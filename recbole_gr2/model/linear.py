@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -222,6 +223,26 @@ class SparseLookup:
         """Return the columns of the entries of a row, and their values."""
         part = slice(self._starts[number], self._starts[number + 1])
         return self._keys[part] - number * self._columns, self._values[part]
+
+    def rows(self, numbers: Sequence[int], columns: np.ndarray) -> np.ndarray:
+        """Return the entries of some rows at the same columns, (R, C).
+
+        It is faster than `values_at` if there are few rows, because it searches each row alone.
+
+        Args:
+            numbers: numbers of the rows, (R,).
+            columns: columns, (C,).
+        """
+        entries = np.zeros((len(numbers), len(columns)), dtype=self._values.dtype)
+        for entry, number in zip(entries, numbers, strict=True):
+            start, end = self._starts[number], self._starts[number + 1]
+            if start < end:
+                keys, wanted = self._keys[start:end], columns + number * self._columns
+                place = keys.searchsorted(wanted)
+                place[place == len(keys)] = 0
+                found = keys[place] == wanted
+                entry[found] = self._values[start:end][place[found]]
+        return entries
 
     def values_at(self, rows: ArrayLike, columns: ArrayLike) -> np.ndarray:
         """Return the entries at (rows, columns). The two arguments are broadcast against each other."""
