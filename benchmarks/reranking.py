@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REASONING = 64  # tokens
 BATCH = 16  # lists
@@ -42,20 +42,32 @@ SWEPT = ("generate, reasoning and JSON", "pairs", "reason+rank, text", "score, t
 Methods = dict[str, Callable[[Sequence[Any]], object]]
 
 
-def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str, list[Any], Methods, dict[str, float]]:
-    """Return the name of the model, the requests, the methods, and the mean number of positions of their prompts."""
+class Inputs(NamedTuple):
+    """A language model and the lists that it ranks."""
+
+    name: str
+    settings: Any
+    catalog: Any
+    model: Any
+    tokenizer: Any
+    requests: list[Any]
+    bf16: bool
+
+
+def load_inputs(layers: int, history: int, candidates: int, lists: int) -> Inputs:
+    """Return the first layers of the model, and lists of movies that are drawn at random.
+
+    A candidate in the middle is the target. Features and priors are drawn at random, too.
+    """
     import numpy as np
     import torch
 
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.config import load_settings
     from recbole_gr2.errors import GR2Error
-    from recbole_gr2.llm.item_vectors import ItemEncoder, item_groups
     from recbole_gr2.llm.model import load_language_model
-    from recbole_gr2.policy import Policy, answer_grammar, use_bf16
-    from recbole_gr2.prompts import FORMS, VECTOR, PromptMaker
-    from recbole_gr2.scorer import Scorer
-    from recbole_gr2.sid.tokens import added_tokens, sid_text
+    from recbole_gr2.policy import use_bf16
+    from recbole_gr2.sid.tokens import added_tokens
     from recbole_gr2.tasks import vocabulary_texts
     from recbole_gr2.types import Candidate, CandidateFeatures, Request
 
@@ -95,20 +107,34 @@ def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str,
             split="test",
             history=tuple(map(int, drawn[candidates:])),
             candidates=tuple(listed),
-            target=0,
+            target=int(drawn[candidates // 2]),
             provider="benchmark",
             prior=tuple(np.log(rng.dirichlet(np.ones(candidates))).tolist()),
             features=CandidateFeatures(table, np.zeros((candidates, 1, 0), np.float16)),
         )
 
-    requests = [request_of(number) for number in range(lists)]
+    bf16 = use_bf16(settings, "cpu")
+    name = f"{name}, {layers} layers, {'bfloat16' if bf16 else 'float32'}"
+    return Inputs(name, settings, catalog, model, tokenizer, [request_of(number) for number in range(lists)], bf16)
+
+
+def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str, list[Any], Methods, dict[str, float]]:
+    """Return the name of the model, the requests, the methods, and the mean number of positions of their prompts."""
+    import numpy as np
+
+    from recbole_gr2.llm.item_vectors import ItemEncoder, item_groups
+    from recbole_gr2.policy import Policy, answer_grammar
+    from recbole_gr2.prompts import FORMS, VECTOR, PromptMaker
+    from recbole_gr2.scorer import Scorer
+    from recbole_gr2.sid.tokens import sid_text
+
+    name, settings, catalog, model, tokenizer, requests, bf16 = load_inputs(layers, history, candidates, lists)
     sids = tokenizer([sid_text(item.sid) for item in catalog], add_special_tokens=False)["input_ids"]
-    texts = rng.normal(size=(len(catalog), 384)).astype(np.float32)
+    texts = np.random.default_rng(1).normal(size=(len(catalog), 384)).astype(np.float32)
     encoder = ItemEncoder(
         texts, np.array(sids)[:, 1:-1], item_groups(catalog), FEATURES, model.get_input_embeddings().embedding_dim
     )
     model.item_inputs = encoder.catalogue(model.get_input_embeddings())
-    bf16 = use_bf16(settings, "cpu")
     shared: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "bf16": bf16, "batch_size": BATCH}
 
     def policy(reasoning: bool) -> Policy:
@@ -137,13 +163,13 @@ def set_up(layers: int, history: int, candidates: int, lists: int) -> tuple[str,
     lengths["pairs"] = pair / 4
     for method, scorer in [*scorers.items(), *((f"{form}, invariant", each) for form, each in separate.items())]:
         lengths[f"score, {method}"] = float(np.mean([len(scorer.list_input(r).input_ids) for r in requests]))
-    return f"{name}, {layers} layers, {'bfloat16' if bf16 else 'float32'}", requests, methods, lengths
+    return name, requests, methods, lengths
 
 
 def single(requests: Sequence[Any]) -> list[Any]:
     """Return a request with one candidate for each candidate of the requests."""
     return [
-        replace(request, candidates=(replace(candidate, rank=1),), prior=(0.0,), features=None)
+        replace(request, candidates=(candidate._replace(rank=1),), prior=(0.0,), features=None)
         for request in requests
         for candidate in request.candidates
     ]
