@@ -235,13 +235,12 @@ class SparseLookup:
         """
         entries = np.zeros((len(numbers), len(columns)), dtype=self._values.dtype)
         for entry, number in zip(entries, numbers, strict=True):
-            start, end = self._starts[number], self._starts[number + 1]
-            if start < end:
-                keys, wanted = self._keys[start:end], columns + number * self._columns
-                place = keys.searchsorted(wanted)
-                place[place == len(keys)] = 0
-                found = keys[place] == wanted
-                entry[found] = self._values[start:end][place[found]]
+            found, values = self.row(number)
+            if len(found):
+                place = found.searchsorted(columns)
+                place[place == len(found)] = 0
+                same = found[place] == columns
+                entry[same] = values[place[same]]
         return entries
 
     def values_at(self, rows: ArrayLike, columns: ArrayLike) -> np.ndarray:
