@@ -1,19 +1,29 @@
-"""Processes that run a stage together, as `accelerate launch` and `torchrun` start them, and threads of one process."""
+"""Processes that run a stage together, as `accelerate launch` and `torchrun` start them, processes that a stage forks,
+and threads of one process.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recbole_gr2.errors import ConfigurationError
+from recbole_gr2.errors import ConfigurationError, GR2Error
 
 T = TypeVar("T")
+R = TypeVar("R")
 LONGEST_WAIT = timedelta(days=30)  # While one process runs a stage, the others wait. torch's default is 30 minutes.
 BRIEFLY = "2000"  # rounds of the loop in which a thread of libgomp waits actively; our choice, see `choose_threads`
+IDLE = 0.25  # share of the cores that other processes use at most on an idle machine; our choice
+KERNELS = "64"  # kernels that oneDNN keeps; a training step uses about 15. Our choice, see `choose_threads`
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -133,31 +143,119 @@ def check_shares(name: str, number: int) -> None:
         )
 
 
-def choose_threads() -> None:
-    """Let waiting OpenMP threads sleep, and start no more threads than there are usable cores.
+def in_processes(compute: Callable[[Sequence[T]], R], things: Sequence[T], processes: int) -> Iterator[R]:
+    """Yield the results of `compute` for parts of `things` that follow one another, one for each process.
 
-    Threads that wait actively occupy the core of another busy process. A training step on two cores beside one busy
-    process takes 9 to 10 s with active and 2.1 s with passive waiting. On an idle machine threads wait actively for
-    some microseconds before they sleep, because waking them takes as long as many operations of small models: an epoch
-    of CausalSASRec on two cores takes .6 of the time (docs/performance.md). Variables that the environment sets are
-    kept. OpenMP reads them once, so that the function has no effect after torch is imported.
+    This process computes the first part, and forked processes the others at the same time. They see everything that is
+    in memory, so that only results are sent.
+
+    Args:
+        compute: returns the result for a part. It must not use torch, whose threads do not exist after a fork, nor
+            depend on what it has computed before.
+        things: what to compute results for.
+        processes: number of processes. There are no more than things.
+
+    Raises:
+        GR2Error: a process was killed.
+
+    >>> list(in_processes(sum, [1, 2, 3, 4, 5], 1)), list(in_processes(sum, [], 4))
+    ([15], [0])
+    """
+    count = max(1, min(processes, len(things)))
+    bounds = [len(things) * number // count for number in range(count + 1)]
+    first, *others = [things[start:end] for start, end in itertools.pairwise(bounds)]
+    fork, children = multiprocessing.get_context("fork"), []
+    try:
+        for part in others:
+            receiver, sender = fork.Pipe(duplex=False)
+            child = fork.Process(target=_send_result, args=(sender, compute, part), daemon=True)
+            children.append((child, receiver))
+            child.start()
+            sender.close()  # so that the end of the process is seen here
+        yield compute(first)
+        for child, receiver in children:
+            try:
+                result, error = receiver.recv()
+            except EOFError as end:
+                child.join()
+                raise GR2Error(
+                    f"a process ended with the exit code {child.exitcode} before its result",
+                    where=f"process {child.pid}",
+                    why="probably the system killed it, because the memory was exhausted",
+                    do="set OMP_NUM_THREADS=1, so that there is only one process, and repeat the command",
+                ) from end
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        for child, receiver in children:
+            if child.pid is not None:
+                child.kill()
+                child.join()
+            receiver.close()
+
+
+def _send_result(sender: Any, compute: Callable[[Sequence[T]], Any], part: Sequence[T]) -> None:
+    """Send the result of `compute` for a part, or its exception, to the process that has forked this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the other process, which then ends this one
+    message: tuple[Any, Exception | None]
+    try:
+        message = compute(part), None
+    except Exception as error:
+        message = None, error
+    with contextlib.suppress(BrokenPipeError):  # the other process has ended
+        sender.send(message)
+
+
+def choose_threads() -> None:
+    """Choose the OpenMP threads of this process, how they wait, and how many kernels oneDNN keeps.
+
+    There is one thread for each usable core that other processes leave free, at least one: beside one busy process on
+    two cores, one thread is faster than two, which wait for each other (docs/performance.md). Waiting threads sleep,
+    because those that wait actively occupy the core of another process. On an idle machine they wait actively for some
+    microseconds before, because waking them takes as long as many operations of small models: an epoch of CausalSASRec
+    on two cores takes .6 of the time.
+
+    oneDNN compiles a kernel for each number of rows of a matrix, of about one MB, and keeps the last 1,024. Texts of
+    different lengths rarely have the same number of rows, so that a few kernels serve as well.
+
+    Variables that the environment sets are kept. The libraries read them once, so that the function has no effect after
+    torch is imported.
     """
     if "torch" in sys.modules:
         return
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and is_idle():
+    busy, cores = busy_cores(), usable_cores()
+    if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and busy is not None and busy < IDLE * (os.cpu_count() or 1):
         os.environ.setdefault("GOMP_SPINCOUNT", BRIEFLY)
-    cores = usable_cores()
-    if cores < (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    free = max(1, cores - round(busy or 0))
+    if free < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(free))
 
 
-def is_idle() -> bool:
-    """Return whether other processes have used less than a quarter of the cores of the machine in the last minute."""
+def busy_cores(times: Path = Path("/proc/stat"), seconds: float = 0.2) -> float | None:
+    """Return the number of cores that processes use while this one waits. None if the system does not tell it.
+
+    Args:
+        times: file whose first line is `cpu` with the seconds that all cores spent in each state, in hundredths.
+        seconds: how long to wait.
+    """
+
+    def read() -> tuple[int, int]:
+        name, *states = times.read_text().split("\n", 1)[0].split()
+        numbers = [int(state) for state in states[:8]]  # the others are parts of the first two
+        if name != "cpu" or len(numbers) < 5:
+            raise ValueError(f"{times} has no times of all cores")
+        return sum(numbers), numbers[3] + numbers[4]  # idle, and waiting for a disk
+
     try:
-        return os.getloadavg()[0] < 0.25 * (os.cpu_count() or 1)
-    except (OSError, AttributeError):  # the system does not tell its load
-        return False
+        before, idle_before = read()
+        time.sleep(seconds)
+        after, idle = read()
+    except (OSError, ValueError):
+        return None
+    return (1 - (idle - idle_before) / max(after - before, 1)) * (os.cpu_count() or 1)
 
 
 def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recbole_gr2.distributed import choose_threads, usable_cores
+from recbole_gr2.distributed import busy_cores, choose_threads, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -34,30 +34,53 @@ def test_the_affinity_of_the_process_limits_the_threads():
 @pytest.fixture
 def _without_torch(monkeypatch):
     monkeypatch.setattr("sys.modules", {name: module for name, module in sys.modules.items() if name != "torch"})
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("recbole_gr2.distributed.usable_cores", lambda: 4)
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, "to be removed afterwards")
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize(("load", "spin"), [(0.1, "2000"), (1.0, None), (None, None)])
+@pytest.mark.parametrize(
+    ("busy", "threads", "spin"),
+    [(0.0, None, "2000"), (0.9, "3", "2000"), (1.1, "3", None), (3.0, "1", None), (4.0, "1", None), (None, None, None)],
+)
 @pytest.mark.usefixtures("_without_torch")
-def test_threads_wait_actively_only_on_an_idle_machine(monkeypatch, load, spin):
-    def loads():
-        if load is None:
-            raise OSError
-        return load, 9.0, 9.0
-
-    monkeypatch.setattr("os.getloadavg", loads)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+def test_other_processes_keep_their_cores(monkeypatch, busy, threads, spin):
+    monkeypatch.setattr("recbole_gr2.distributed.busy_cores", lambda: busy)
     choose_threads()
-    assert (os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")) == ("PASSIVE", spin)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert (os.environ.get("OMP_NUM_THREADS"), os.environ.get("GOMP_SPINCOUNT")) == (threads, spin)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
 
 @pytest.mark.usefixtures("_without_torch")
 def test_the_environment_has_priority(monkeypatch):
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr("recbole_gr2.distributed.busy_cores", lambda: 0.0)
+    chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "7", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9"}
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
     choose_threads()
-    assert (os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"]) == ("ACTIVE", "7")
+    assert {name: os.environ[name] for name in chosen} == chosen
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_the_busy_cores_are_those_that_are_not_idle(tmp_path, monkeypatch):
+    lines = iter(["cpu  100 0 50 800 50 0 0 0 7 7\ncpu0 1 2", "cpu  140 0 60 840 60 0 0 0 9 9\ncpu0 3 4"])
+    times = tmp_path / "stat"
+    times.write_text(next(lines))
+    monkeypatch.setattr("time.sleep", lambda seconds: times.write_text(next(lines)))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert busy_cores(times) == pytest.approx(2.0)  # 50 of 100 hundredths of a second
+
+
+@pytest.mark.parametrize("text", [None, "", "intr 1 2 3 4 5", "cpu 1 2 3", "cpu a b c d e"])
+def test_busy_cores_are_unknown_on_other_systems(tmp_path, text):
+    if text is not None:
+        (tmp_path / "stat").write_text(text)
+    assert busy_cores(tmp_path / "stat", seconds=0) is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs Linux")
+def test_busy_cores_of_this_machine_are_a_number():
+    assert 0 <= busy_cores() <= os.cpu_count()

@@ -7,12 +7,15 @@ interactions. The prior is fitted to train requests that contain their target. V
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from recbole_gr2.artifacts import (
@@ -25,10 +28,11 @@ from recbole_gr2.artifacts import (
     write_requests,
 )
 from recbole_gr2.config import Settings
+from recbole_gr2.distributed import in_processes
 from recbole_gr2.errors import ConfigurationError, GR2Error, QualityCheckError
 from recbole_gr2.features.extraction import TrainingData, extract_features, find_providers, make_describes
 from recbole_gr2.features.prior import cross_fit, fit_priors, log_prior
-from recbole_gr2.features.providers import Describe
+from recbole_gr2.features.providers import PROVIDERS, Describe
 from recbole_gr2.features.trees import cross_fit_trees, fit_trees, save_trees, scores_of
 from recbole_gr2.lists import ranks_by_trees
 from recbole_gr2.model.linear import EXACT_ITEMS
@@ -184,15 +188,20 @@ def _features(
         kept: where to keep train lists, and validation lists that contain their target.
     """
     providers = context.settings["prior_features"]
+    # The user's own feature providers can use torch, or depend on the requests before.
+    own = any(name not in PROVIDERS for name in providers)
+    processes = 1 if own or sys.platform != "linux" else torch.get_num_threads()
     for number, chunk in enumerate(_chunks(context, split)):
         loop.at(number * CHUNK)
         used = _used(chunk, split)
         if not used:
             continue
-        found, features = extract_features(used, providers, describes)
-        names += () if names else found
-        if found != names:
-            _refuse(found, names, split, context.settings)
+        features: list[CandidateFeatures] = []
+        for found, rows in in_processes(partial(extract_features, names=providers, data=describes), used, processes):
+            names += () if names else found
+            if found != names:
+                _refuse(found, names, split, context.settings)
+            features += rows
         for request, row in zip(used, features, strict=True):
             if kept is not None and request.target_rank:
                 kept.features.append(row)
