@@ -21,6 +21,7 @@ from urllib.parse import unquote
 ROOT = Path(__file__).parent.parent
 SOURCES, SITE = ROOT / "build" / "docs", ROOT / "site"
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages in the root of the repository
+RESULTS = (".md", ".svg")  # files of results/ that are pages or pictures of pages
 ASSETS = ("result.schema.json", "tutorial.ipynb")
 HOME = {"README.md": "index.md"}  # the page that stands for a file of the repository
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -33,7 +34,8 @@ def sources() -> dict[str, Path]:
     """Return the files of the site: path in the site -> file of the repository."""
     docs = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / "docs" / name for name in ASSETS)]
     found = {file.name: file for file in docs}
-    for file in (*sorted((ROOT / "results").glob("*.md")), *(ROOT / name for name in PROJECT)):
+    results = [file for file in sorted((ROOT / "results").iterdir()) if file.suffix in RESULTS]
+    for file in (*results, *(ROOT / name for name in PROJECT)):
         found[file.relative_to(ROOT).as_posix()] = file
     return found
 
