@@ -24,6 +24,7 @@ LONGEST_WAIT = timedelta(days=30)  # While one process runs a stage, the others 
 BRIEFLY = "2000"  # rounds of the loop in which a thread of libgomp waits actively; our choice, see `choose_threads`
 IDLE = 0.25  # share of the cores that other processes use at most on an idle machine; our choice
 KERNELS = "64"  # kernels that oneDNN keeps; a training step uses about 15. Our choice, see `choose_threads`
+others = 0  # cores that `choose_threads` has left to other processes
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -230,8 +231,10 @@ def choose_threads() -> None:
     if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and busy is not None and busy < IDLE * (os.cpu_count() or 1):
         os.environ.setdefault("GOMP_SPINCOUNT", BRIEFLY)
     free = max(1, cores - round(busy or 0))
-    if free < (os.cpu_count() or 1):
-        os.environ.setdefault("OMP_NUM_THREADS", str(free))
+    if free < (os.cpu_count() or 1) and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(free)
+        global others
+        others = cores - free
 
 
 def busy_cores(times: Path = Path("/proc/stat"), seconds: float = 0.2) -> float | None:
@@ -279,4 +282,5 @@ def describe_threads() -> str:
 
     policy = os.environ.get("OMP_WAIT_POLICY", "").lower() or "default"
     after = " after a brief active wait" if os.environ.get("GOMP_SPINCOUNT") == BRIEFLY else ""
-    return f"OpenMP threads: {torch.get_num_threads()} on {usable_cores()} usable cores, {policy} waiting{after}"
+    used = f", {others} of them used by other processes" if others else ""
+    return f"OpenMP threads: {torch.get_num_threads()} on {usable_cores()} usable cores{used}, {policy} waiting{after}"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recbole_gr2.distributed import busy_cores, choose_threads, usable_cores
+from recbole_gr2.distributed import busy_cores, choose_threads, describe_threads, usable_cores
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def _without_torch(monkeypatch):
     monkeypatch.setattr("sys.modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     monkeypatch.setattr("recbole_gr2.distributed.usable_cores", lambda: 4)
+    monkeypatch.setattr("recbole_gr2.distributed.others", 0)
     for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, "to be removed afterwards")
         monkeypatch.delenv(name)
@@ -52,6 +53,7 @@ def test_other_processes_keep_their_cores(monkeypatch, busy, threads, spin):
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert (os.environ.get("OMP_NUM_THREADS"), os.environ.get("GOMP_SPINCOUNT")) == (threads, spin)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    assert ("used by other processes" in describe_threads()) == (threads is not None)
 
 
 @pytest.mark.usefixtures("_without_torch")

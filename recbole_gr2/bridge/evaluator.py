@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -188,21 +189,19 @@ def _sources(
     """
     import torch
 
-    found = []
-    for position, (source, part) in enumerate(zip(model.sources, scored_rows.parts, strict=True)):
+    def of(position: int) -> Source:
+        source, part = model.sources[position], scored_rows.parts[position]
         items = torch.from_numpy(batch.items).to(part.device)
         known = scored_rows.standardised
         scores = standardise(part) if known is None else known[position]
-        found.append(
-            Source(
-                alone=None
-                if targets is None
-                else _scored(batch.users, source.break_ties(part, targets), targets, depth),
-                ranks=ranks_of(part, items),
-                scores=scores.gather(1, items).cpu().numpy(),
-            )
+        return Source(
+            alone=None if targets is None else _scored(batch.users, source.break_ties(part, targets), targets, depth),
+            ranks=ranks_of(part, items),
+            scores=scores.gather(1, items).cpu().numpy(),
         )
-    return tuple(found)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy sorts outside of Python's lock
+        return tuple(pool.map(of, range(len(model.sources))))
 
 
 def rank_items(scores: Tensor, targets: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
