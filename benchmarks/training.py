@@ -4,7 +4,7 @@
 
 sft      a step of the stage sft and of TRL's SFTTrainer, with the same texts of ml-100k, 16 in a step
 grpo     a round of the stage rl and of TRL's GRPOTrainer: eight completions of each of eight prompts, and one update
-sasrec   RecBole's SASRec, as RecBole trains it, and CausalSASRec, on ml-100k, to the same validation metric
+sasrec   CausalSASRec on ml-100k, and RecBole's SASRec, as RecBole trains it, until it has the same validation metric
 
 sft and grpo train the first six layers of SmolLM2-135M, or an untrained model of this shape if the package
 smollm2-135m-instruct is not installed. The tokens a second are those of processor time in one thread, without the
@@ -14,7 +14,9 @@ start: the difference of a long and a short training. A repeat gives the better 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -231,8 +233,12 @@ def plain(model: Any) -> Any:
     return copy
 
 
+class Reached(BaseException):
+    """A model has the metric that the other one has reached."""
+
+
 def sasrec() -> None:
-    """Print the processor time until each model first has the metric that both reach."""
+    """Train CausalSASRec with early stopping, and SASRec until it has the same metric on the validation rows."""
     from recbole_gr2.bridge import training
     from recbole_gr2.bridge.data import Data
     from recbole_gr2.config import load_settings
@@ -240,22 +246,24 @@ def sasrec() -> None:
     data = Data(load_settings(config_dict={"preset": "laptop", "base_model": ["CausalSASRec"]}))
     # Length buckets are a part of this package. RecBole computes the loss of whole batches.
     training.BucketedLoss = lambda network, say: network.calculate_loss  # type: ignore[assignment, misc]
-    curves: dict[str, list[tuple[float, float]]] = {}
+    print("\n| model | s | ndcg@10 |\n|---|---|---|")
+    wanted = float("inf")
     for model in ("CausalSASRec", "SASRec"):
-        started, curve = time.process_time(), curves.setdefault(model, [])
+        started, curve, most = time.process_time(), list[tuple[float, float]](), wanted
 
-        def say(text: str, started: float = started, curve: list[tuple[float, float]] = curve) -> None:
+        def say(text: str, started: float = started, curve: Any = curve, most: float = most) -> None:
             if " epoch " in text:
-                curve.append((time.process_time() - started, float(text.split()[-1])))
-                print(f"{curve[-1][0]:,.0f} s, {text}", flush=True)
+                curve.append((float(text.split()[-1]), time.process_time() - started))
+                print(f"{curve[-1][1]:,.0f} s, {text}", file=sys.stderr, flush=True)
+                if curve[-1][0] >= most:
+                    raise Reached
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Reached):
             training.train_model(data, Path(folder), model=model, say=say)
-    reached = min(max(value for _, value in curve) for curve in curves.values())
-    print(f"\n| model | s to ndcg@10 {reached:.4f} | best ndcg@10 |\n|---|---|---|")
-    for model, curve in curves.items():
-        first = next(moment for moment, value in curve if value >= reached)
-        print(f"| {model} | {first:,.0f} | {max(value for _, value in curve):.4f} |")
+        best = max(value for value, _ in curve)
+        first = next(moment for value, moment in curve if value == best)
+        print(f"| {model} | {first:,.0f} | {best:.4f} |", flush=True)
+        wanted = best
 
 
 def main(words: Sequence[str] | None = None) -> None:
