@@ -1,6 +1,6 @@
 """Run the command on synthetic data of growing size, and record the CPU time and the memory of every stage.
 
-    python benchmarks/scale.py WORK --items 10000 30000 100000 --plot scale.png
+    python benchmarks/scale.py WORK --items 10000 30000 100000 1000000 --plot scale.svg
 
 WORK gets the data, the results of each run and `scale.json`, which has one line for each stage and size. A size that
 `scale.json` contains is not run again. The data have ten interactions for each item and one user for ten interactions.
@@ -180,10 +180,10 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     """Draw the CPU time of each stage and the peak memory of the run against the number of items."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     whole = [each for each in records if each["stage"] == "whole run"]
     sizes = np.array([each["items"] for each in whole], dtype=float)
     largest = {each["stage"]: each["cpu"] for each in records if each["items"] == sizes.max()}
@@ -192,12 +192,10 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
         left.plot(*zip(*points, strict=True), marker="o", markersize=3, label=stage)
     left.plot(sizes, whole[-1]["cpu"] * sizes / sizes[-1], "k:", linewidth=1, label="proportional to the items")
     left.set(xscale="log", yscale="log", xlabel="items", ylabel="CPU seconds")
-    left.legend(fontsize=6)
     right.plot(sizes, [each["mib"] / 1024 for each in whole], marker="o", markersize=3)
-    right.axhline(20, color="k", linestyle=":", linewidth=1)
-    right.set(xscale="log", xlabel="items", ylabel="peak memory of the run, GiB", ylim=(0, 22))
-    figure.tight_layout()
-    figure.savefig(file, dpi=90)
+    right.set(xscale="log", xlabel="items", ylabel="peak memory of the run, GiB", ylim=(0, None))
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
