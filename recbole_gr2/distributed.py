@@ -211,8 +211,8 @@ def _send_result(sender: Any, compute: Callable[[Sequence[T]], Any], part: Seque
 def choose_threads() -> None:
     """Choose the OpenMP threads of this process, how they wait, and how many kernels oneDNN keeps.
 
-    There is one thread for each usable core that other processes leave free, at least one: beside one busy process on
-    two cores, one thread is faster than two, which wait for each other (docs/performance.md). Waiting threads sleep,
+    There is one thread for each usable core, but not more than other processes leave free, and at least one: beside one
+    busy process on two cores, one thread is as fast as two or faster (docs/performance.md). Waiting threads sleep,
     because those that wait actively occupy the core of another process. On an idle machine they wait actively for some
     microseconds before, because waking them takes as long as many operations of small models: an epoch of CausalSASRec
     on two cores takes .6 of the time.
@@ -227,14 +227,14 @@ def choose_threads() -> None:
         return
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    busy, cores = busy_cores(), usable_cores()
-    if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and busy is not None and busy < IDLE * (os.cpu_count() or 1):
+    all_cores, cores, busy = os.cpu_count() or 1, usable_cores(), busy_cores()
+    if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and busy is not None and busy < IDLE * all_cores:
         os.environ.setdefault("GOMP_SPINCOUNT", BRIEFLY)
-    free = max(1, cores - round(busy or 0))
-    if free < (os.cpu_count() or 1) and "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(free)
+    threads = max(1, min(cores, all_cores - round(busy or 0)))
+    if threads < all_cores and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         global others
-        others = cores - free
+        others = cores - threads
 
 
 def busy_cores(times: Path = Path("/proc/stat"), seconds: float = 0.2) -> float | None:

@@ -35,7 +35,6 @@ def test_the_affinity_of_the_process_limits_the_threads():
 def _without_torch(monkeypatch):
     monkeypatch.setattr("sys.modules", {name: module for name, module in sys.modules.items() if name != "torch"})
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr("recbole_gr2.distributed.usable_cores", lambda: 4)
     monkeypatch.setattr("recbole_gr2.distributed.others", 0)
     for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, "to be removed afterwards")
@@ -43,17 +42,28 @@ def _without_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("busy", "threads", "spin"),
-    [(0.0, None, "2000"), (0.9, "3", "2000"), (1.1, "3", None), (3.0, "1", None), (4.0, "1", None), (None, None, None)],
+    ("usable", "busy", "threads", "spin"),
+    [
+        (4, 0.0, None, "2000"),
+        (4, 0.9, "3", "2000"),
+        (4, 1.1, "3", None),
+        (4, 3.0, "1", None),
+        (4, 4.0, "1", None),
+        (4, None, None, None),
+        (2, 1.9, "2", None),  # the busy cores can be those that this process may not use
+        (2, 3.0, "1", None),
+    ],
 )
 @pytest.mark.usefixtures("_without_torch")
-def test_other_processes_keep_their_cores(monkeypatch, busy, threads, spin):
+def test_other_processes_keep_their_cores(monkeypatch, usable, busy, threads, spin):
+    monkeypatch.setattr("recbole_gr2.distributed.usable_cores", lambda: usable)
     monkeypatch.setattr("recbole_gr2.distributed.busy_cores", lambda: busy)
     choose_threads()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     assert (os.environ.get("OMP_NUM_THREADS"), os.environ.get("GOMP_SPINCOUNT")) == (threads, spin)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
-    assert ("used by other processes" in describe_threads()) == (threads is not None)
+    left = usable - int(threads or usable)
+    assert (f", {left} of them used by other processes" in describe_threads()) == (left > 0)
 
 
 @pytest.mark.usefixtures("_without_torch")
