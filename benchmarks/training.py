@@ -30,8 +30,17 @@ from reranking import Inputs, load_inputs
 
 STEPS = 1, 5  # optimizer steps of sft in the short and in the long training
 ROUNDS = 1, 3  # rounds of grpo
-TEXTS, PROMPTS, GENERATIONS, REASONING = 16, 8, 8, 64  # of a step and of a round; tokens of reasoning
+TEXTS, PROMPTS, GENERATIONS = 16, 8, 8  # texts of a step; prompts of a round, and completions of each
 LEARNING_RATE = 1e-5
+STOCK: dict[str, Any] = {  # options of both trainers of TRL
+    "per_device_train_batch_size": TEXTS,
+    "learning_rate": LEARNING_RATE,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 Train = Callable[[Path, int], float]  # trains for some steps in a folder, and returns the number of tokens
 
@@ -117,17 +126,11 @@ def sft(inputs: Inputs, repeats: int) -> None:
     def stock(folder: Path, steps: int) -> float:
         config = SFTConfig(
             str(folder),
+            **STOCK,
             max_steps=steps,
-            per_device_train_batch_size=TEXTS,
-            learning_rate=LEARNING_RATE,
             completion_only_loss=True,
             max_length=None,
-            gradient_checkpointing=False,
             bf16=bf16,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         data = Dataset.from_dict({"input_ids": texts, "completion_mask": scored})
         SFTTrainer(plain(model), config, train_dataset=data, processing_class=tokenizer).train()
@@ -145,21 +148,13 @@ def grpo(inputs: Inputs, repeats: int) -> None:
     from recbole_gr2.llm.dapo_config import dapo_config
     from recbole_gr2.llm.generation import new_tokens
     from recbole_gr2.policy import answer_grammar
-    from recbole_gr2.prompts import PromptMaker, encode_prompt
+    from recbole_gr2.prompts import PromptMaker
     from recbole_gr2.rewards import WeightedRewards
+    from recbole_gr2.stages.rl import prompt_record
 
     _, settings, catalog, model, tokenizer, requests, bf16 = inputs
     maker, grammar = PromptMaker.of(settings, catalog), answer_grammar(tokenizer, settings)
-    rendered = [(request, maker.render(request)) for request in requests]
-    prompts = [
-        {
-            "request_id": request.request_id,
-            "prompt_ids": encode_prompt(prompt, tokenizer),
-            "label_items": maker.label_items(request, prompt),
-            "label_prior": maker.label_prior(request, prompt),
-        }
-        for request, prompt in rendered
-    ]
+    prompts = [prompt_record(maker, request, tokenizer) for request in requests]
     read = PROMPTS * sum(len(prompt["prompt_ids"]) for prompt in prompts) / len(prompts)  # tokens of the prompts
     longest = new_tokens(grammar, len(grammar.label_ids))
 
@@ -198,26 +193,20 @@ def grpo(inputs: Inputs, repeats: int) -> None:
     def stock(folder: Path, rounds: int) -> float:
         config = GRPOConfig(
             str(folder),
+            **STOCK,
             max_steps=rounds,
-            per_device_train_batch_size=TEXTS,
             gradient_accumulation_steps=PROMPTS * GENERATIONS // TEXTS,
             num_generations=GENERATIONS,
             max_completion_length=longest,
             generation_kwargs={"min_new_tokens": longest},
-            learning_rate=LEARNING_RATE,
-            gradient_checkpointing=False,
             bf16=bf16,
-            use_cpu=True,
-            save_strategy="no",
             logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = GRPOTrainer(
             plain(model),
             lambda completions, **columns: [float(len(str(each)) % 7) for each in completions],
             config,
-            train_dataset=Dataset.from_dict({"prompt": [prompt.messages for _, prompt in rendered]}),
+            train_dataset=Dataset.from_dict({"prompt": [maker.render(request).messages for request in requests]}),
             processing_class=tokenizer,
         )
         trainer.train()

@@ -5,6 +5,7 @@ and threads of one process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -227,6 +228,8 @@ def choose_threads() -> None:
         return
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("OMP_NUM_THREADS") == "1":  # a single thread does not wait for others
+        return
     all_cores, cores, busy = os.cpu_count() or 1, usable_cores(), busy_cores()
     if os.environ["OMP_WAIT_POLICY"].upper() == "PASSIVE" and busy is not None and busy < IDLE * all_cores:
         os.environ.setdefault("GOMP_SPINCOUNT", BRIEFLY)
@@ -237,6 +240,7 @@ def choose_threads() -> None:
         others = cores - threads
 
 
+@functools.cache  # `recbole-gr2 run` chooses the threads twice
 def busy_cores(times: Path = Path("/proc/stat"), seconds: float = 0.2) -> float | None:
     """Return the number of cores that processes use while this one waits. None if the system does not tell it.
 

@@ -72,7 +72,7 @@ def run(context: Context) -> dict[str, Any]:
         )
     model, tokenizer = load_model(context.folders[parameters["start"]])
     grammar = answer_grammar(tokenizer, settings, reasoning=parameters["reasoning"])
-    prompts = [_prompt_record(maker, request, tokenizer) for request in requests]
+    prompts = [prompt_record(maker, request, tokenizer) for request in requests]
     rewards: dict[str, Any] = dict(REWARDS)
     weights: dict[str, Any] = dict(settings["rl_rewards"])
     if settings["rl_overlong_buffer"] and grammar.max_reasoning:
@@ -135,7 +135,7 @@ def run(context: Context) -> dict[str, Any]:
     return {"requests": len(requests), "rounds": len(log), "curve": curve(log)}
 
 
-def _prompt_record(maker: PromptMaker, request: Request, tokenizer: Any) -> dict[str, Any]:
+def prompt_record(maker: PromptMaker, request: Request, tokenizer: Any) -> dict[str, Any]:
     """A request as the trainer reads it."""
     prompt = maker.render(request)
     return {
